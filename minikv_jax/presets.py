@@ -1,0 +1,141 @@
+"""Named methods: each a frozen `CacheConfig` with its paper's defaults. `dataclasses.replace` changes any field.
+
+All of them choose tokens once, at prefill, and keep every generated token, as MiniKV does; H2O's and StreamingLLM's
+eviction during generation is not part of these presets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+
+from minikv_jax.config import CacheConfig
+
+_MINIKV = CacheConfig(
+    name="minikv",
+    citation="MiniKV, arXiv 2411.18077: 25 % heavy hitters + 25 % recent window, 2 bits in groups of 16",
+    scorer="cumulative",
+    heavy=0.25,
+    recent=0.25,
+    k_bits=2,
+    v_bits=2,
+)
+_KIVI = CacheConfig(
+    name="kivi-2",
+    citation="KIVI, arXiv 2402.02750: every token, 2 bits in groups of 32, the last 128 in full precision",
+    k_bits=2,
+    v_bits=2,
+    group_size=32,
+    residual="kivi",
+)
+_H2O = CacheConfig(
+    name="h2o",
+    citation="H2O, arXiv 2306.14048: 10 % heavy hitters + 10 % recent window",
+    scorer="cumulative",
+    heavy=0.1,
+    recent=0.1,
+)
+_SNAPKV = CacheConfig(
+    name="snapkv",
+    citation="SnapKV, arXiv 2404.14469: 1024 tokens by the votes of the last 32 queries, max-pooled over 7",
+    scorer="window",
+    heavy=992,
+    recent=32,
+)
+
+_PRESETS: dict[str, CacheConfig] = {
+    config.name: config
+    for config in (
+        CacheConfig(name="full", citation="every token, in the model's dtype"),
+        _KIVI,
+        dataclasses.replace(_KIVI, name="kivi-4", k_bits=4, v_bits=4, citation=_KIVI.citation.replace("2 bits", "4 bits")),
+        _H2O,
+        _SNAPKV,
+        dataclasses.replace(
+            _SNAPKV,
+            name="pyramidkv",
+            citation="PyramidKV, arXiv 2406.02069: SnapKV's votes of the last 8 queries, budgets falling linearly, beta 20",
+            budget="pyramid",
+            pyramid_beta=20.0,
+            heavy=1016,
+            recent=8,
+            observation_window=8,
+        ),
+        CacheConfig(
+            name="streaming-llm",
+            citation="StreamingLLM, arXiv 2309.17453: 4 sink tokens + the newest 1020",
+            sinks=4,
+            recent=1020,
+        ),
+        CacheConfig(
+            name="q-hitter",
+            citation="Q-Hitter, MLSys 2024: heavy hitters + recent window (59 % as in MiniKV's table 1), 4 bits",
+            scorer="cumulative",
+            heavy=0.295,
+            recent=0.295,
+            k_bits=4,
+            v_bits=4,
+            group_size=32,
+        ),
+        _MINIKV,
+        dataclasses.replace(
+            _MINIKV,
+            name="minikv-pyramid",
+            budget="pyramid",
+            citation=_MINIKV.citation + ", heavy budget falling linearly over layers",
+        ),
+        dataclasses.replace(
+            _MINIKV,
+            name="minikv-variance",
+            budget="variance",
+            citation=_MINIKV.citation + ", heavy budget by how spread out each layer's scores are",
+        ),
+        dataclasses.replace(
+            _MINIKV,
+            name="minikv-snap",
+            scorer="window",
+            citation=_MINIKV.citation + ", heavy hitters by SnapKV's observation window",
+        ),
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `get` accepts."""
+    return tuple(_PRESETS)
+
+
+def get(name: str) -> CacheConfig:
+    """The preset called `name`; ValueError lists the names there are."""
+    if name not in _PRESETS:
+        raise ValueError(f"method {name!r}: expected one of {', '.join(_PRESETS)}")
+    return _PRESETS[name]
+
+
+def override(config: CacheConfig, settings: Mapping[str, str]) -> CacheConfig:
+    """`config` with fields set from text, as in `--set heavy=0.5`: `0.5` is a share, `512` a count, `none` is None.
+
+    Raises:
+      ValueError: an unknown field or a value of the wrong type or out of range, naming both.
+    """
+    kinds = typing.get_type_hints(CacheConfig)
+    for key in settings:
+        if key not in kinds:
+            raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(kinds)}")
+    changes = {key: _parse(key, text, kinds[key]) for key, text in settings.items()}
+    return dataclasses.replace(config, **changes)
+
+
+def _parse(key: str, text: str, kind: object) -> object:
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in options and text.lower() == "none":
+        return None
+    for option in (int, float, str):  # "512" is a count, "0.5" a share: the narrowest type that parses
+        if option in options:
+            try:
+                return option(text)
+            except ValueError:
+                continue
+    raise ValueError(f"{key}={text!r}: expected {' or '.join(getattr(option, '__name__', str(option)) for option in options)}")

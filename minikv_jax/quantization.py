@@ -1,0 +1,222 @@
+"""Group-wise asymmetric quantisation and true bit packing (MiniKV section 3.2, KIVI section 3).
+
+Keys are quantised per channel in groups of consecutive tokens ("sub-channel"), values per token in groups of consecutive
+channels. The packed layout, one for keys and values and for every number of bits, is `docs/architecture.md`,
+"Packed layout": a 32-bit word holds consecutive tokens of one channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt32
+
+from minikv_jax.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
+
+Axis = Literal["tokens", "channels"]
+
+_FLOAT8_MAX = 448.0  # largest finite float8_e4m3fn
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """Codes, scales and zero points of `S` tokens x `H` channels: `x ~= code * scale + zero`.
+
+    In every array the token axis is the last but one, so a run of tokens is a run of rows in each.
+
+    Attributes:
+      planes: uint32 `[..., S * p / 32, H]`, one array per bit plane of `p` bits (`config.PLANES`).
+      scale, zero: `[..., S / g, H]` for `axis="tokens"`, `[..., S, H / g]` for `axis="channels"`; float16, bfloat16 or
+        float8_e4m3fn.
+      scale_factor, zero_factor: float32 `[..., S / Q, 1]`, the second level of 8-bit metadata, else None.
+    """
+
+    planes: tuple[UInt32[Array, "... W H"], ...]
+    scale: Array
+    zero: Array
+    scale_factor: Float[Array, "... R 1"] | None
+    zero_factor: Float[Array, "... R 1"] | None
+    bits: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    axis: Axis = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_tokens(self) -> int:
+        """`S`, the token capacity."""
+        return self.planes[0].shape[-2] * 32 // PLANES[self.bits][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for codes and metadata."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def tokens(self, start: int | Array, size: int) -> QuantizedArray:
+        """The `size` tokens from `start` on; both must be multiples of the packing block."""
+        total = self.num_tokens
+
+        def rows(leaf: Array) -> Array:
+            ratio = total // leaf.shape[-2]
+            return lax.dynamic_slice_in_dim(leaf, start // ratio, size // ratio, axis=leaf.ndim - 2)
+
+        return jax.tree.map(rows, self)
+
+    def write(self, block: QuantizedArray, start: Array, where: Array) -> QuantizedArray:
+        """Writes `block` at token `start[b]` of each row `b` with `where[b]`; other rows stay as they are.
+
+        Leading axes are `[B, K]`; `start` is int32 `[B]`, a multiple of the packing block; `where` is bool `[B]`.
+        """
+        total = self.num_tokens
+
+        def write_row(old: Array, new: Array, first: Array, chosen: Array) -> Array:
+            # Rows that are not chosen write back what stands there: a whole-array select would copy the cache.
+            kept = lax.dynamic_slice_in_dim(old, first, new.shape[-2], axis=1)
+            return lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, new, kept), first, axis=1)
+
+        def write_leaf(old: Array, new: Array) -> Array:
+            return jax.vmap(write_row)(old, new, start // (total // old.shape[-2]), where)
+
+        return jax.tree.map(write_leaf, self, block)
+
+    def pad_tokens(self, size: int) -> QuantizedArray:
+        """Extends the token capacity to `size` (a multiple of the packing block) with zeros."""
+        total = self.num_tokens
+
+        def pad(leaf: Array) -> Array:
+            widths = [(0, 0)] * leaf.ndim
+            widths[-2] = (0, size // (total // leaf.shape[-2]) - leaf.shape[-2])
+            return jnp.pad(leaf, widths)
+
+        return jax.tree.map(pad, self)
+
+
+def pack(codes: UInt32[Array, "... S H"], bits: int) -> tuple[UInt32[Array, "... W H"], ...]:
+    """Packs codes in `0 .. 2**bits - 1` along tokens. `S` must be a multiple of 32 over the smallest plane's width."""
+    planes, low = [], 0
+    for width in PLANES[bits]:
+        per_word = 32 // width
+        *lead, tokens, channels = codes.shape
+        part = (codes >> low) & ((1 << width) - 1)
+        part = part.reshape(*lead, tokens // per_word, per_word, channels)
+        shifts = width * jnp.arange(per_word, dtype=jnp.uint32)
+        planes.append(jnp.sum(part << shifts[:, None], axis=-2, dtype=jnp.uint32))  # disjoint bits: sum is or
+        low += width
+    return tuple(planes)
+
+
+def unpack(planes: tuple[UInt32[Array, "... W H"], ...], bits: int) -> UInt32[Array, "... S H"]:
+    """The codes that `pack` packed."""
+    parts, low = [], 0
+    for words, width in zip(planes, PLANES[bits], strict=True):
+        per_word = 32 // width
+        shifts = width * jnp.arange(per_word, dtype=jnp.uint32)
+        part = (words[..., None, :] >> shifts[:, None]) & ((1 << width) - 1)
+        parts.append(part.reshape(*words.shape[:-2], -1, words.shape[-1]) << low)
+        low += width
+    return sum(parts[1:], start=parts[0])
+
+
+def quantize(
+    x: Float[Array, "... S H"],
+    *,
+    bits: int,
+    group_size: int,
+    axis: Axis,
+    metadata_dtype: str = "float16",
+    factor_block: int | None = None,
+) -> QuantizedArray:
+    """Asymmetric min/max quantisation of groups of `group_size` (KIVI eq. 1; MiniKV section 3.2).
+
+    Args:
+      x: float32, bfloat16 or float16.
+      bits: 1, 2, 3, 4 or 8.
+      axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token (values).
+      metadata_dtype: dtype of scale and zero. 8-bit metadata carries a float32 factor per `factor_block` tokens.
+      factor_block: defaults to the smallest count of tokens that fills whole groups and words.
+
+    Returns:
+      Codes rounded against the *stored* scale and zero; a constant group has scale 0 and gives itself back.
+
+    Raises:
+      ValueError: for an unsupported `bits`, `group_size`, `axis` or `metadata_dtype`, or sizes that do not divide.
+    """
+    _check(x.shape, bits, group_size, axis, metadata_dtype)
+    block = factor_block or max(group_size, 32 // min(PLANES[bits]))
+    groups = _grouped(x.astype(jnp.float32), group_size, axis)
+    reduced = -2 if axis == "tokens" else -1
+    low, high = groups.min(axis=reduced), groups.max(axis=reduced)
+    levels = (1 << bits) - 1
+    scale, scale_factor = _store(_finite((high - low) / levels, metadata_dtype), metadata_dtype, x.shape[-2], block)
+    zero, zero_factor = _store(_finite(low, metadata_dtype), metadata_dtype, x.shape[-2], block)
+
+    stored_scale = jnp.expand_dims(_restore(scale, scale_factor), reduced)
+    stored_zero = jnp.expand_dims(_restore(zero, zero_factor), reduced)
+    steps = (groups - stored_zero) / jnp.where(stored_scale == 0, 1.0, stored_scale)
+    codes = jnp.where(stored_scale == 0, 0.0, jnp.clip(jnp.round(steps), 0, levels)).astype(jnp.uint32)
+    planes = pack(codes.reshape(x.shape), bits)
+    return QuantizedArray(planes, scale, zero, scale_factor, zero_factor, bits, group_size, axis)
+
+
+def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "... S H"]:
+    """`code * scale + zero`, computed in float32 and rounded to `dtype` once."""
+    codes = unpack(x.planes, x.bits).astype(jnp.float32)
+    groups = _grouped(codes, x.group_size, x.axis)
+    reduced = -2 if x.axis == "tokens" else -1
+    scale = jnp.expand_dims(_restore(x.scale, x.scale_factor), reduced)
+    zero = jnp.expand_dims(_restore(x.zero, x.zero_factor), reduced)
+    return (groups * scale + zero).reshape(codes.shape).astype(dtype)
+
+
+def _grouped(x: Array, group_size: int, axis: Axis) -> Array:
+    """`[..., S/g, g, H]` for tokens, `[..., S, H/g, g]` for channels."""
+    *lead, tokens, channels = x.shape
+    if axis == "tokens":
+        return x.reshape(*lead, tokens // group_size, group_size, channels)
+    return x.reshape(*lead, tokens, channels // group_size, group_size)
+
+
+def _finite(x: Array, metadata_dtype: str) -> Array:
+    """Clamps to the range of 16-bit metadata: a bfloat16 outlier must not turn into infinity."""
+    if metadata_dtype == "float8_e4m3fn":
+        return x
+    limit = float(jnp.finfo(metadata_dtype).max)
+    return jnp.clip(x, -limit, limit)
+
+
+def _store(x: Array, metadata_dtype: str, tokens: int, block: int) -> tuple[Array, Array | None]:
+    """Rounds metadata `[..., rows, n]` to its dtype; 8-bit floats are relative to the largest of their block."""
+    if metadata_dtype != "float8_e4m3fn":
+        return x.astype(metadata_dtype), None
+    *lead, rows, width = x.shape
+    blocks = x.reshape(*lead, tokens // block, rows * block // tokens * width)
+    factor = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / _FLOAT8_MAX
+    scaled = blocks / jnp.where(factor == 0, 1.0, factor)
+    return scaled.astype(jnp.float8_e4m3fn).reshape(x.shape), factor
+
+
+def _restore(x: Array, factor: Array | None) -> Array:
+    if factor is None:
+        return x.astype(jnp.float32)
+    blocks = x.astype(jnp.float32).reshape(*factor.shape[:-1], -1)
+    return (blocks * factor).reshape(x.shape)
+
+
+def _check(shape: tuple[int, ...], bits: int, group_size: int, axis: str, metadata_dtype: str) -> None:
+    for name, value, choices in (
+        ("bits", bits, BITS),
+        ("group_size", group_size, GROUP_SIZES),
+        ("axis", axis, ("tokens", "channels")),
+        ("metadata_dtype", metadata_dtype, METADATA_DTYPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
+    tokens, channels = shape[-2:]
+    unit = max(group_size if axis == "tokens" else 1, 32 // min(PLANES[bits]))
+    if tokens % unit:
+        raise ValueError(f"{tokens} tokens do not fill whole groups and words: expected a multiple of {unit}")
+    if axis == "channels" and channels % group_size:
+        raise ValueError(f"head_dim {channels} is not divisible by group_size {group_size}")
