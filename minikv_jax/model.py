@@ -1,0 +1,202 @@
+"""The Llama family in Flax NNX: Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3 differ in config only.
+
+The model computes; it owns no cache. Attention is a callback, so prefill, decode and one-shot runs share one body.
+Shape letters are those of docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.config import ModelConfig
+from minikv_jax.rotary import rotary_tables, rotate
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k come normalised and rotated.
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, reduced in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, features: int, epsilon: float, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return normal.astype(x.dtype) * scale
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention around the caller's `attend`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        d, h, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.q_proj = linear(d, config.num_attention_heads * h, use_bias=bias)
+        self.k_proj = linear(d, config.num_key_value_heads * h, use_bias=bias)
+        self.v_proj = linear(d, config.num_key_value_heads * h, use_bias=bias)
+        self.o_proj = linear(config.num_attention_heads * h, d, use_bias=config.attention_bias)
+        self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.head_dim = h
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos: Float[Array, "B T H2"],
+        sin: Float[Array, "B T H2"],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> Float[Array, "B T D"]:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).reshape(heads)  # [B, T, N, H]
+        k = self.k_proj(x).reshape(heads)  # [B, T, K, H]
+        v = self.v_proj(x).reshape(heads)  # [B, T, K, H]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, T, N, H]
+        return self.o_proj(out.reshape(*x.shape[:2], -1))  # [B, T, D]
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward block: `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos: Float[Array, "B T H2"],
+        sin: Float[Array, "B T H2"],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> Float[Array, "B T D"]:
+        with jax.named_scope("attention"):
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nnx.Module):
+    """A decoder of the Llama family. Parameters and activations have `dtype`; norms, rotary and logits are float32.
+
+    Linear kernels are stored `[in, out]` and embeddings `[V, D]`, so that no matmul needs a transposed copy. Layers are
+    separate modules, not one stacked array: per-layer caches then update in place (docs/architecture.md).
+    Raises ValueError for a dtype other than float32, bfloat16 and float16.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = resolve_dtype(dtype)
+        build = functools.partial(Layer, config, dtype=self.dtype, rngs=rngs)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs
+        )
+        self.layers = nnx.List([build() for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=self.dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.dtype,
+                rngs=rngs,
+            )
+        )
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None where it sees all."""
+        return self.config.window(layer)
+
+    def forward(self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend) -> Float[Array, "B T D"]:
+        """Runs all layers and the final norm.
+
+        `attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]` is called once per layer, in order,
+        with q and k already normalised and rotated to `positions`. An id outside the vocabulary embeds to NaN.
+        Raises ValueError where T exceeds the model's positions.
+        """
+        if ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{ids.shape[1]} tokens do not fit max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        cos, sin = rotary_tables(self.config, positions)  # [B, T, H/2]
+        with jax.named_scope("embed"):
+            x = jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill")  # [B, T, D]
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x = layer(x, cos, sin, functools.partial(attend, index))
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
+        """Scores of every token after `hidden` (from `forward`), accumulated and returned in float32."""
+        with jax.named_scope("logits"):
+            if self.lm_head is None:
+                embedding = self.embed_tokens.embedding[...]
+                return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+            kernel = self.lm_head.kernel[...]
+            return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def __call__(self, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
+        """One-shot causal forward: float32 logits [B, T, V] of right-padded rows with `lengths` tokens each (None: all T).
+
+        Logits at and beyond a row's length mean nothing. Raises ValueError where T exceeds the model's positions.
+        """
+        from minikv_jax.attention import prefill_attention
+
+        batch, tokens = ids.shape
+        known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
+        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return prefill_attention(q, k, v, known, window=self.window(layer), with_scores=False)[0]
+
+        return self.logits(self.forward(ids, positions, attend))
+
+
+def resolve_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """A model dtype from its name or type. Raises ValueError naming the accepted ones."""
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}") from error
+    if resolved.name not in DTYPES:
+        raise ValueError(f"dtype={resolved.name!r}: expected one of {', '.join(DTYPES)}")
+    return resolved

@@ -1,0 +1,49 @@
+"""How the next token is drawn from the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy; otherwise top-k, then nucleus (top-p, arXiv 1904.09751), then a draw."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature!r}: expected a number >= 0 (0 is greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k!r}: expected at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p need temperature > 0: temperature 0 is greedy")
+
+
+def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int[Array, "B"]:
+    """One token id per row. Ties at temperature 0 go to the lower id."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if sampling.top_p is not None:
+        logits = _nucleus(logits, sampling.top_p)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _nucleus(logits: Array, top_p: float) -> Array:
+    """Keeps the smallest set of most likely tokens whose probability reaches `top_p`."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
