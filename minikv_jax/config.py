@@ -172,8 +172,8 @@ class RopeScaling:
 class ModelConfig:
     """The shape of a Llama-family model, under the field names of a Hugging Face config.json.
 
-    `model_type` is the family: "llama" (Llama 2 and 3, SmolLM2), "mistral", "qwen2" (q/k/v biases), "qwen3" (q/k norms).
-    `layer_types` says per layer whether the sliding window holds; None means in all layers, if there is a window at all.
+    `model_type` is the family: "llama" (Llama 2, 3, SmolLM2), "mistral", "qwen2" (q/k/v biases), "qwen3" (q/k norms).
+    `layer_types` says per layer whether the sliding window holds; None: in all layers, if there is a window at all.
     """
 
     model_type: str = "llama"
@@ -228,12 +228,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs of channels")
-        if self.rope_scaling is not None and self.rope_scaling.rope_type == "factors":
-            if len(self.rope_scaling.factors) != self.head_dim // 2:
-                raise ValueError(
-                    f"rope scaling has {len(self.rope_scaling.factors)} factors, head_dim={self.head_dim} needs "
-                    f"{self.head_dim // 2}"
-                )
+        per_pair = self.rope_scaling is not None and self.rope_scaling.rope_type == "factors"
+        if self.rope_scaling is not None and len(self.rope_scaling.factors) != per_pair * self.head_dim // 2:
+            raise ValueError(
+                f"rope_scaling of type {self.rope_scaling.rope_type!r} has {len(self.rope_scaling.factors)} factors, "
+                f"head_dim={self.head_dim} needs {per_pair * self.head_dim // 2}"
+            )
         if any(token < 0 or token >= self.vocab_size for token in self.eos_token_ids):
             raise ValueError(f"eos_token_ids={self.eos_token_ids} must lie in 0..{self.vocab_size - 1} (vocab_size)")
         _check_windows(self)
@@ -243,7 +243,7 @@ class ModelConfig:
         """Reads a Hugging Face config: a dict, a config.json, or the directory that holds one.
 
         From a directory the stop tokens of generation_config.json win over those of config.json, as in transformers.
-        Raises ValueError for a missing field or a value this library does not implement, FileNotFoundError without file.
+        Raises ValueError for a missing field or a value this library does not implement, FileNotFoundError if absent.
         """
         if isinstance(source, Mapping):
             return _from_hf_dict(source)
@@ -335,7 +335,7 @@ def _from_hf_dict(raw: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"the config of a {model_type} model lacks {', '.join(missing)}")
     if raw.get("quantization_config") is not None:
         raise ValueError(
-            f"quantization_config={raw['quantization_config']!r} is not supported: use an unquantised checkpoint or GGUF"
+            f"quantization_config={raw['quantization_config']!r} is not supported: use plain safetensors or GGUF"
         )
     for name in _REQUIRED_HF_FIELDS:
         _require_positive_int(name, raw[name])

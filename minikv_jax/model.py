@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.attention import prefill_attention
 from minikv_jax.config import ModelConfig
 from minikv_jax.rotary import rotary_tables, rotate
 
@@ -175,12 +176,10 @@ class Llama(nnx.Module):
             return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
     def __call__(self, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
-        """One-shot causal forward: float32 logits [B, T, V] of right-padded rows with `lengths` tokens each (None: all T).
+        """One-shot causal forward: float32 logits [B, T, V] of right-padded rows of `lengths` tokens (None: all T).
 
         Logits at and beyond a row's length mean nothing. Raises ValueError where T exceeds the model's positions.
         """
-        from minikv_jax.attention import prefill_attention
-
         batch, tokens = ids.shape
         known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
