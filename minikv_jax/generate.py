@@ -34,6 +34,11 @@ class GenerateResult(NamedTuple):
     cache: KVCache
 
 
+def resolve_method(method: str | CacheConfig) -> CacheConfig:
+    """A preset by name, or the config itself."""
+    return presets.get(method) if isinstance(method, str) else method
+
+
 def bucket_length(tokens: int) -> int:
     """The padded length a prompt is run at: multiples of 1/8 of the next power of two, so few programs are compiled."""
     if tokens <= 64:
@@ -46,7 +51,7 @@ def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     *,
-    method: str | CacheConfig = "minikv",
+    method: str | CacheConfig | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling = Sampling(),
     key: Array | None = None,
@@ -58,8 +63,7 @@ def generate(
 
     Args:
       prompts: token ids, one sequence per row; rows may differ in length.
-      method: a preset's name (`presets.names()`) or a config. Ignored choices are not allowed: with `cache` it must be the
-        config that made the cache, or be left at its default.
+      method: a preset's name (`presets.names()`) or a config; None is "minikv", or what made `cache`.
       max_new_tokens: a row ends earlier after an end-of-sequence token.
       sampling: greedy by default.
       key: PRNG key for sampling; needed when `sampling.temperature > 0`.
@@ -81,11 +85,11 @@ def generate(
     static = (max_new_tokens, sampling, eos, implementation)
     graphdef, params = nnx.split(model)
     if cache is None:
-        config = presets.get(method) if isinstance(method, str) else method
+        config = resolve_method(method or "minikv")
         memory.check_model(model.config, config)
         _check_positions(model, int(lengths.max()), max_new_tokens)
         return _generate(graphdef, params, ids, lengths, key, config, *static)
-    _check_cache(model, cache, method, len(prompts))
+    _check_cache(model, cache, None if method is None else resolve_method(method), len(prompts))
     _check_positions(model, int((np.asarray(cache.length) + lengths).max()), max_new_tokens)
     missing = ids.shape[1] + max_new_tokens - cache.room()
     if missing > 0:
@@ -210,7 +214,7 @@ def _check_positions(model: Llama, prompt: int, new: int) -> None:
         raise ValueError(f"{prompt} prompt tokens + {new} new ones exceed the model's {most} positions")
 
 
-def _check_cache(model: Llama, cache: KVCache, method: str | CacheConfig, batch: int) -> None:
+def _check_cache(model: Llama, cache: KVCache, method: CacheConfig | None, batch: int) -> None:
     layers, (rows, kv_heads, _, dim) = len(cache.layers), cache.layers[0].tail_k.shape
     config = model.config
     expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
@@ -218,5 +222,6 @@ def _check_cache(model: Llama, cache: KVCache, method: str | CacheConfig, batch:
         raise ValueError(f"cache has (layers, KV heads, head dim) {(layers, kv_heads, dim)}, the model {expected}")
     if rows != batch:
         raise ValueError(f"cache has {rows} rows, prompts {batch}: expected the same")
-    if method != "minikv" and cache.layers[0].config != (presets.get(method) if isinstance(method, str) else method):
-        raise ValueError(f"method={method!r} is not what made the cache ({cache.layers[0].config.name!r})")
+    made_by = cache.layers[0].config
+    if method not in (None, made_by):
+        raise ValueError(f"method={method.name!r} is not what made the cache: {made_by}")

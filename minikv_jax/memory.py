@@ -50,10 +50,9 @@ def capacities(
 ) -> tuple[LayerCapacity, ...]:
     """Each layer's capacities for prompts of at most `prompt_length` tokens."""
     heavy = layer_budgets(config, model.num_hidden_layers)
-    windows = model.windows()
     return tuple(
-        layer_capacity(config, share, prompt_length, max_new_tokens, window)
-        for share, window in zip(heavy, windows, strict=True)
+        layer_capacity(config, share, prompt_length, max_new_tokens, model.window(layer))
+        for layer, share in enumerate(heavy)
     )
 
 
@@ -83,9 +82,9 @@ def report(
     layers = capacities(model, config, prompt_length, max_new_tokens)
     heads, dim, size = model.num_key_value_heads, model.head_dim, _BYTES[dtype]
     index = 4 * batch  # the sequence lengths
-    for layer, window in zip(layers, model.windows(), strict=True):
+    for number, layer in enumerate(layers):
         index += 2 * 4 * batch
-        if window is not None:
+        if model.window(number) is not None:
             index += 4 * batch * heads * (layer.packed + layer.tail)
     return MemoryReport(
         packed_bytes=batch * heads * sum(_packed_bytes(layer.packed, dim, config) for layer in layers),
