@@ -1,0 +1,65 @@
+# Needs python3 (3.11 or newer) with pip. Everything else is installed into VENV on first use and again only when
+# pyproject.toml changes. `make VENV= ...` uses PYTHON as it is and installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+# A GPU build of JAX where the driver lists a GPU.
+CUDA_EXTRA := $(if $(findstring GPU ,$(shell nvidia-smi -L 2>/dev/null)),cuda13,)
+comma := ,
+BASE_EXTRAS := $(if $(CUDA_EXTRA),[$(CUDA_EXTRA)],)
+TEST_EXTRAS := [test,dev$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA),)]
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+BIN :=
+BASE :=
+TEST :=
+else
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin/
+BASE := $(VENV)/.installed
+TEST := $(VENV)/.installed-test
+endif
+
+# Shapes and dtypes are checked at run time under the tests.
+PYTEST := $(PY) -m pytest --jaxtyping-packages=minikv_jax,beartype.beartype
+CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
+
+.PHONY: demo test test-gpu lint format clean
+
+demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what the cache saved.
+	$(PY) -m minikv_jax.cli demo
+
+test: $(TEST)  ## The suite, without the tests that need a GPU.
+	$(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)
+
+test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
+	$(PYTEST) -m gpu $(PYTEST_ARGS)
+
+lint: $(TEST)  ## Formatting, lint and types.
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright $(if $(VENV),--pythonpath $(PY))
+	$(if $(CUDA_SOURCES),$(BIN)clang-format --dry-run -Werror $(CUDA_SOURCES))
+
+format: $(TEST)  ## Rewrite the sources as `make lint` wants them.
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+	$(if $(CUDA_SOURCES),$(BIN)clang-format -i $(CUDA_SOURCES))
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install -q -e ".$(BASE_EXTRAS)"
+	touch $@
+
+# torch is pinned and goes first, by itself: whichever build of it pip is given (a CPU wheel will do) is then kept.
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -e ".$(TEST_EXTRAS)"
+	touch $(VENV)/.installed $@
