@@ -7,7 +7,9 @@ nothing to hide behind. Shape legend as in the document; B, K are loops here, `n
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -106,8 +108,8 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | N
 
 
 def tokens_of(budget: float | int, length: int) -> int:
-    """A token count stands for itself; a share is resolved to 1/10000 and rounded down, in integers."""
-    return budget if isinstance(budget, int) else length * round(budget * 10000) // 10000
+    """As many as there are, at most; a share is resolved to 1/10000 and rounded down, in integers."""
+    return min(budget, length) if isinstance(budget, int) else length * round(budget * 10000) // 10000
 
 
 def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, recent: int) -> list[int]:
@@ -118,6 +120,59 @@ def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, r
     middle = range(sinks, length - recent)
     top = sorted(middle, key=lambda position: (-scores[position], position))[:heavy]
     return [*range(sinks), *sorted(top), *range(length - recent, length)]
+
+
+def layer_shares(config: CacheConfig, layers: int) -> list[int]:
+    """Each layer's heavy budget, in 1/10000 of the prompt or in tokens, in exact rational arithmetic."""
+    counted = isinstance(config.heavy, int)
+    mean = config.heavy if counted else round(config.heavy * 10000)
+    if config.budget == "uniform" or layers == 1:
+        return [mean] * layers
+    assert config.budget == "pyramid"
+    last = Fraction(mean) / Fraction(config.pyramid_beta)
+    first = 2 * mean - last
+    wanted = [first + (last - first) * layer / (layers - 1) for layer in range(layers)]
+    recent = round(config.recent * 10000) if isinstance(config.recent, float) else 0
+    exact = share_out(wanted, mean * layers, mean * layers if counted else 10000 - recent)
+    shares = [math.floor(value) for value in exact]
+    by_remainder = sorted(range(layers), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: round(sum(exact)) - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def share_out(weights: Sequence, total, most) -> list:
+    """`total` in proportion to `weights`, no one over `most`: what is cut off goes to the others in proportion."""
+    capped: set[int] = set()
+    while len(capped) < len(weights):
+        free = sum(weight for i, weight in enumerate(weights) if i not in capped)
+        left = total - most * len(capped)
+        over = {i for i, weight in enumerate(weights) if i not in capped and left * weight > most * free}
+        if not over:
+            return [most if i in capped else left * weight / free for i, weight in enumerate(weights)]
+        capped |= over
+    return [most] * len(weights)
+
+
+def heavy_tokens(config: CacheConfig, scores: Sequence[np.ndarray], lengths: Sequence[int]) -> list[list[int]]:
+    """How many top-scored tokens each layer and row is granted; scores[B, K, T] of each layer."""
+    if config.budget != "variance":
+        shares = layer_shares(config, len(scores))
+        if isinstance(config.heavy, int):
+            return [[share] * len(lengths) for share in shares]
+        return [[n * share // 10000 for n in lengths] for share in shares]
+    counts = [[0] * len(lengths) for _ in scores]
+    for b, n in enumerate(lengths):
+        weights = [np.mean([1 / (1 + np.var(head[:n] / head[:n].mean())) for head in layer[b]]) for layer in scores]
+        most = config.heavy * config.variance_cap
+        if isinstance(config.heavy, int):
+            most = int(most)
+        elif isinstance(config.recent, float):
+            most = min(most, 1 - config.recent)
+        granted = share_out(weights, len(scores) * tokens_of(config.heavy, n), tokens_of(most, n))
+        for layer, value in enumerate(granted):
+            counts[layer][b] = math.floor(value + 1e-6)
+    return counts
 
 
 def prompt_scores(
