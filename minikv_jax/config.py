@@ -294,6 +294,13 @@ def _require_positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be a positive integer")
 
 
+def _number(name: str, value: object) -> float:
+    """A JSON number as a float: files write 10000 as well as 10000.0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a number")
+    return float(value)
+
+
 def _check_windows(config: ModelConfig) -> None:
     """Raises ValueError where the window and the layers that should use it disagree."""
     if config.sliding_window is not None:
@@ -349,7 +356,7 @@ def _from_hf_dict(raw: Mapping[str, Any]) -> ModelConfig:
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         hidden_act=raw.get("hidden_act", "silu"),
         max_position_embeddings=raw["max_position_embeddings"],
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         # Mistral and Qwen2 have no such switches: transformers never reads them there, so neither do we.
@@ -372,13 +379,13 @@ def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor={partial!r} is not supported: use 1.0")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    theta = _number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
     if rope_type == "default":
         return theta, None
     names = ["factor"] if rope_type == "linear" else ["factor", "low_freq_factor", "high_freq_factor"]
     if missing := [name for name in names if rope.get(name) is None]:
         raise ValueError(f"rope_type={rope_type!r} needs {', '.join(missing)} in the rope parameters")
-    values = {name: rope[name] for name in names}
+    values: dict[str, Any] = {name: _number(name, rope[name]) for name in names}
     if rope_type == "llama3":
         original = rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
         values["original_max_position_embeddings"] = original or raw["max_position_embeddings"]
