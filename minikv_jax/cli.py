@@ -1,0 +1,459 @@
+"""The `minikv` command. Results go to stdout, the rest to stderr; a user's error is one line and exit code 2.
+
+What needs JAX is imported inside the commands, so that `minikv --help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from minikv_jax.cache import KVCache
+    from minikv_jax.config import CacheConfig
+    from minikv_jax.model import Llama
+    from minikv_jax.sampling import Sampling
+
+DTYPES = ("float32", "bfloat16", "float16")
+_REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "transformers")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:2] == ["bench", "kernels"]:
+            return _bench_kernels(argv[2:])
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except (ValueError, NotImplementedError, OSError) as error:
+        if "--verbose" in argv:
+            raise
+        print(f"minikv: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a usage error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"minikv: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="minikv", description="Text generation with a compressed KV cache.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="generate text, and report what the cache saved"))
+    _add_memory(commands.add_parser("memory", help="bytes of a cache, from the model's config alone"))
+    methods = commands.add_parser("methods", help="list the compression methods and their fields")
+    methods.set_defaults(run=_methods)
+    bench = commands.add_parser("bench", help="measure this machine")
+    suites = bench.add_subparsers(required=True, metavar="SUITE")
+    suites.add_parser("kernels", help="the attention and quantisation kernels")  # reads its own options: see `main`
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_generate)
+    parser.add_argument("--model", required=True, help="a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt-file", type=pathlib.Path, metavar="FILE", help="a UTF-8 text")
+    source.add_argument("--tokens-file", type=pathlib.Path, metavar="FILE", help="a JSON list of token ids")
+    source.add_argument("--chat", action="store_true", help="a conversation: one message per line of stdin")
+    _add_method(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely tokens that sum up to P")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument("--implementation", metavar="NAME", help="xla, pallas or cuda; default: the best there is")
+    parser.add_argument(
+        "--no-chat-template", "--raw", action="store_true", help="give the prompt to the model as it is"
+    )
+    parser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write the result as JSON")
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_memory)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
+    source.add_argument("--config", type=pathlib.Path, metavar="FILE", help="a Hugging Face config.json")
+    _add_method(parser)
+    parser.add_argument("--prompt-len", "--prompt", type=int, required=True, metavar="N", help="prompt tokens")
+    parser.add_argument("--max-new-tokens", "--new", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows; default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write the result as JSON")
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="minikv", metavar="NAME", help="see `minikv methods`; default: %(default)s")
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="change a field of the method"
+    )
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    return key, value
+
+
+def _method(arguments: argparse.Namespace) -> CacheConfig:
+    from minikv_jax import presets
+
+    return presets.override(presets.get(arguments.method), dict(arguments.set))
+
+
+# generate -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """One reply, with what it took. `compile_s` is the time to trace and compile, or to fetch the compiled program."""
+
+    prompt_tokens: int
+    tokens: list[int]
+    text: str
+    cache: KVCache
+    compile_s: float
+    run_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens by the seconds of prefill and decode together."""
+        return len(self.tokens) / self.run_s
+
+
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """A loaded model and the options that hold for every turn."""
+
+    model: Llama
+    tokenizer: PreTrainedTokenizerBase | None
+    method: CacheConfig
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int
+    implementation: str | None
+
+    def turn(self, ids: list[int], number: int = 0, cache: KVCache | None = None) -> _Turn:
+        """Generates one reply to `ids`; `cache` holds what came before and is used up."""
+        import jax
+
+        from minikv_jax.generate import generate
+
+        start = time.perf_counter()
+        result = generate(
+            self.model,
+            [ids],
+            method=self.method,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            key=jax.random.fold_in(jax.random.key(self.seed), number),
+            implementation=self.implementation,
+            cache=cache,
+        )
+        compiled = time.perf_counter()  # the program is on its way, not done
+        jax.block_until_ready(result.tokens)
+        done = time.perf_counter()
+        tokens = result.tokens[0, : int(result.lengths[0])].tolist()
+        return _Turn(len(ids), tokens, self._text(tokens), result.cache, compiled - start, done - compiled)
+
+    def _text(self, tokens: list[int]) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from minikv_jax import attention
+    from minikv_jax.sampling import Sampling
+
+    method = _method(arguments)
+    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    attention.check_implementation(arguments.implementation)
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={arguments.max_new_tokens}: expected at least 1")
+    if arguments.chat and arguments.json:
+        raise ValueError("--json holds one result: not with --chat")
+    prompt = None if arguments.chat else _read_prompt(arguments)
+    model, tokenizer = _load(arguments, method)
+    session = _Session(
+        model, tokenizer, method, sampling, arguments.max_new_tokens, arguments.seed, arguments.implementation
+    )
+    if prompt is None:
+        return _chat(session)
+    ids = prompt if isinstance(prompt, list) else _encode(tokenizer, prompt, raw=arguments.no_chat_template)
+    with _progress("compiling and generating"):
+        turn = session.turn(ids)
+    report = _report(arguments, session, turn)
+    print(turn.text)
+    print()
+    _print_report(report)
+    _write_json(arguments.json, report)
+    return 0
+
+
+def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
+    """The prompt as text, or as the token ids of a --tokens-file."""
+    if arguments.tokens_file is not None:
+        try:
+            ids = json.loads(arguments.tokens_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{arguments.tokens_file} is not valid JSON: {error}") from error
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise ValueError(f"{arguments.tokens_file}: expected a JSON list of token ids")
+        if not ids:
+            raise ValueError(f"{arguments.tokens_file} is empty: expected at least one token id")
+        return ids
+    if arguments.prompt_file is None:
+        text = arguments.prompt
+    else:
+        try:
+            text = arguments.prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{arguments.prompt_file} is not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _load(arguments: argparse.Namespace, method: CacheConfig) -> tuple[Llama, PreTrainedTokenizerBase | None]:
+    """The model, once its config is known to suit the method."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import jax
+
+    from minikv_jax import hub, memory
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "compiled"))
+    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with _progress(f"loading {arguments.model}"):
+        memory.check_model(hub.load_config(arguments.model), method)
+        return hub.load(arguments.model, dtype=dtype)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase | None, text: str, *, raw: bool) -> list[int]:
+    from minikv_jax import chat
+
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer: pass token ids with --tokens-file")
+    if raw or tokenizer.chat_template is None:
+        return list(tokenizer.encode(text))
+    return chat.first_turn(tokenizer, text)
+
+
+def _chat(session: _Session) -> int:
+    """Answers each line of stdin; the cache goes from turn to turn."""
+    from minikv_jax import chat
+
+    if session.tokenizer is None:
+        raise ValueError("the model has no tokenizer: --chat needs one")
+    cache, last_token = None, -1
+    for number, line in enumerate(_messages()):
+        if cache is None:
+            ids = chat.first_turn(session.tokenizer, line)
+        else:
+            ids = chat.next_turn(session.tokenizer, line, last_token)
+        turn = session.turn(ids, number, cache)
+        cache, last_token = turn.cache, turn.tokens[-1]
+        print(turn.text, flush=True)
+        kept = cache.kept_tokens
+        held = f"{_span([int(kept.min()), int(kept.max())])} of {int(cache.length[0])} tokens kept per layer"
+        print(f"[{held}, {cache.nbytes:,} bytes]", file=sys.stderr)
+    return 0
+
+
+def _messages() -> Iterator[str]:
+    """The lines of stdin that are not blank."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _report(arguments: argparse.Namespace, session: _Session, turn: _Turn) -> dict[str, Any]:
+    """The result of `minikv generate` as JSON values.
+
+    `full_bytes` is what `--method full` allocates for the same padded prompt and number of new tokens.
+    """
+    from minikv_jax import memory
+    from minikv_jax.generate import bucket_length
+
+    dtype = str(turn.cache.layers[0].tail_k.dtype)
+    full_bytes = memory.report(
+        session.model.config,
+        session.method,
+        prompt_length=bucket_length(turn.prompt_tokens),
+        max_new_tokens=session.max_new_tokens,
+        dtype=dtype,
+    ).full_bytes
+    return {
+        "model": arguments.model,
+        "method": session.method.name,
+        "settings": dict(arguments.set),
+        "implementation": session.implementation,
+        "dtype": dtype,
+        "prompt_tokens": turn.prompt_tokens,
+        "generated_tokens": len(turn.tokens),
+        "tokens": turn.tokens,
+        "text": turn.text,
+        "cache": {
+            "bytes": turn.cache.nbytes,
+            "packed_bytes": turn.cache.packed_bytes,
+            "full_bytes": full_bytes,
+            "ratio": turn.cache.nbytes / full_bytes,
+            "per_layer": turn.cache.kept_tokens[:, 0].tolist(),
+        },
+        "timing": {"compile_s": turn.compile_s, "run_s": turn.run_s, "tokens_per_s": turn.tokens_per_s},
+        "versions": {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
+    }
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    cache, timing = report["cache"], report["timing"]
+    seen = report["prompt_tokens"] + report["generated_tokens"]
+    _print_rows(
+        [
+            ("prompt tokens", f"{report['prompt_tokens']:,}"),
+            ("generated tokens", f"{report['generated_tokens']:,}"),
+            ("kept per layer", f"{_span(cache['per_layer'])} of {seen:,} tokens"),
+            ("cache", f"{cache['bytes']:,} bytes ({report['method']}, {report['dtype']} tail)"),
+            ("full cache", f"{cache['full_bytes']:,} bytes ({report['dtype']})"),
+            ("saved", f"{1 - cache['ratio']:.1%}"),
+            ("compile", f"{timing['compile_s']:.2f} s"),
+            ("prefill + decode", f"{timing['run_s']:.2f} s, {timing['tokens_per_s']:.1f} generated tokens/s"),
+        ]
+    )
+
+
+# memory, methods, bench -----------------------------------------------------------------------------------------------
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    from minikv_jax import hub, memory
+    from minikv_jax.config import ModelConfig
+
+    method = _method(arguments)
+    source = arguments.model or str(arguments.config)
+    model = ModelConfig.from_hf(arguments.config) if arguments.model is None else hub.load_config(arguments.model)
+    report = memory.report(
+        model,
+        method,
+        prompt_length=arguments.prompt_len,
+        max_new_tokens=arguments.max_new_tokens,
+        batch=arguments.batch,
+        dtype=arguments.dtype,
+    )
+    _print_rows(
+        [
+            ("packed", f"{report.packed_bytes:,} bytes ({report.packed_saved:.1%} below full)"),
+            ("full-precision tail", f"{report.tail_bytes:,} bytes"),
+            ("lengths, positions", f"{report.index_bytes:,} bytes"),
+            ("allocated in all", f"{report.bytes:,} bytes ({report.saved:.1%} below full)"),
+            ("full cache", f"{report.full_bytes:,} bytes ({arguments.dtype})"),
+            ("kept per layer", f"{_span([layer.kept for layer in report.layers])} of {arguments.prompt_len:,} tokens"),
+        ]
+    )
+    _write_json(
+        arguments.json,
+        {
+            "model": source,
+            "method": method.name,
+            "settings": dict(arguments.set),
+            "dtype": arguments.dtype,
+            "batch": arguments.batch,
+            "prompt_tokens": arguments.prompt_len,
+            "max_new_tokens": arguments.max_new_tokens,
+            "packed_bytes": report.packed_bytes,
+            "tail_bytes": report.tail_bytes,
+            "index_bytes": report.index_bytes,
+            "bytes": report.bytes,
+            "full_bytes": report.full_bytes,
+            "per_layer": [layer._asdict() for layer in report.layers],
+        },
+    )
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    del arguments
+    from minikv_jax import presets
+    from minikv_jax.config import CacheConfig
+
+    defaults = _fields(CacheConfig())
+    for preset in presets.names():
+        config = presets.get(preset)
+        changed = {name: value for name, value in _fields(config).items() if value != defaults[name]}
+        print(f"{preset}\n    {config.citation}")
+        if changed:
+            print("    " + " ".join(f"{name}={value}" for name, value in changed.items()))
+    print("\nFields and their defaults, for --set:")
+    for name, value in defaults.items():
+        print(f"    {name}={str(value).lower() if value is None else value}")
+    return 0
+
+
+def _fields(config: CacheConfig) -> dict[str, Any]:
+    """A method's fields, its name and citation left out."""
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in ("name", "citation")}
+
+
+def _bench_kernels(arguments: Sequence[str]) -> int:
+    return importlib.import_module("minikv_jax.bench.kernels").main(arguments) or 0
+
+
+# output ---------------------------------------------------------------------------------------------------------------
+
+
+def _progress(message: str) -> AbstractContextManager[Any]:
+    """A line on stderr while something lasts; nothing where stderr is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(message)
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def _write_json(path: pathlib.Path | None, values: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
