@@ -1,0 +1,21 @@
+"""KV-cache compression for JAX: MiniKV's 2-bit, layer-discriminative cache and its neighbours, jit-compiled end to end."""
+
+from minikv_jax import memory as memory
+from minikv_jax import presets as presets
+from minikv_jax.attention import decode_attention as decode_attention
+from minikv_jax.attention import extend_attention as extend_attention
+from minikv_jax.attention import prefill_attention as prefill_attention
+from minikv_jax.attention import quantize as quantize
+from minikv_jax.cache import KVCache as KVCache
+from minikv_jax.cache import LayerCache as LayerCache
+from minikv_jax.cache_file import restore_cache as restore_cache
+from minikv_jax.cache_file import save_cache as save_cache
+from minikv_jax.config import CacheConfig as CacheConfig
+from minikv_jax.config import ModelConfig as ModelConfig
+from minikv_jax.generate import GenerateResult as GenerateResult
+from minikv_jax.generate import generate as generate
+from minikv_jax.hub import load as load
+from minikv_jax.model import Llama as Llama
+from minikv_jax.quantization import QuantizedArray as QuantizedArray
+from minikv_jax.quantization import dequantize as dequantize
+from minikv_jax.sampling import Sampling as Sampling

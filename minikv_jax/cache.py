@@ -9,6 +9,7 @@ the bytes of a cache are known before it exists.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -245,14 +246,8 @@ def append(
 
 def _write_tail(layer: LayerCache, k: Array, v: Array, positions: Array, first: Array, count: Array) -> LayerCache:
     """Writes tokens `first[b] .. first[b] + count[b] - 1` of each row behind its tail."""
-    offset = jnp.arange(k.shape[2]) - first[:, None]
-    chosen = (offset >= 0) & (offset < count[:, None])
-    slots = jnp.where(chosen, layer.tail_length[:, None] + offset, layer.tail_capacity)  # out of range: dropped
-    rows = jnp.arange(k.shape[0])[:, None]
-
-    def put(tail: Array, new: Array) -> Array:
-        return tail.at[rows, :, slots].set(new.swapaxes(1, 2), mode="drop")
-
+    put = _put_token if k.shape[2] == 1 else _put_tokens
+    put = functools.partial(put, slot=layer.tail_length, first=first, count=count)
     tail_positions = layer.tail_positions
     if tail_positions is not None:
         tail_positions = put(tail_positions, jnp.broadcast_to(positions[:, None], k.shape[:3]))
@@ -265,9 +260,28 @@ def _write_tail(layer: LayerCache, k: Array, v: Array, positions: Array, first: 
     )
 
 
+def _put_token(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:
+    """`[B, K, C, ...]` tails, each with its row's one new token in `slot[b]`, or as it was where `count[b]` is 0."""
+    del first
+    # Writing back what stands there, rather than selecting between two tails, lets XLA update in place.
+    slot = jnp.minimum(slot, tail.shape[2] - 1)
+    rows = jnp.arange(tail.shape[0])
+    old = tail.at[rows, :, slot].get(mode="promise_in_bounds")
+    chosen = jnp.where((count > 0).reshape(-1, *[1] * (old.ndim - 1)), new[:, :, 0], old)
+    return tail.at[rows, :, slot].set(chosen, mode="promise_in_bounds")
+
+
+def _put_tokens(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:
+    """Tails with `count[b]` of the row's new tokens, from `first[b]` on, in `slot[b]` and after."""
+    offset = jnp.arange(new.shape[2]) - first[:, None]
+    chosen = (offset >= 0) & (offset < count[:, None])
+    slots = jnp.where(chosen, slot[:, None] + offset, tail.shape[2])  # out of range: dropped
+    return tail.at[jnp.arange(tail.shape[0])[:, None], :, slots].set(new.swapaxes(1, 2), mode="drop")
+
+
 def _flush(layer: LayerCache, implementation: str | None) -> LayerCache:
     """Packs the oldest block of every tail that is full (MiniKV section 3.3, KIVI algorithm 1)."""
-    if layer.k is None:
+    if layer.packed_capacity < layer.config.flush_block:  # not quantised, or made for too few tokens to fill a tail
         return layer
     full = layer.tail_length == layer.tail_capacity
     # A loop of zero or one turns, not a `cond`: XLA updates a loop's carry in place.

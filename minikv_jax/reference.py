@@ -6,19 +6,23 @@ are handled together; keys and values are never repeated.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.quantization import QuantizedArray, dequantize
+from minikv_jax.quantization import dequantize
 
 if TYPE_CHECKING:
     from minikv_jax.cache import LayerCache
 
 BLOCK = 256  # tokens of a prefill block
-DECODE_BLOCK = 1024  # packed tokens dequantised at a time
+DECODE_BLOCK = 1024  # cached tokens read at a time; a multiple of every packing block
+
+_Load = Callable[[jnp.ndarray, int], tuple[jnp.ndarray, jnp.ndarray]]  # (first token, count) -> keys, values
 
 
 class Partial(NamedTuple):
@@ -225,32 +229,35 @@ def attend_cache(
     if layer.window is not None:
         oldest = jnp.tile(positions - layer.window, (1, group))[:, None, :, None]  # seen keys lie after it
 
-    def seen(first: Array | int, size: int, length: Array, key_positions: Array | None) -> Array:
-        valid = (first + jnp.arange(size) < length[:, None])[:, None, None]  # [B, 1, 1, S]
-        if oldest is None or key_positions is None:
-            return valid
-        return valid & (lax.dynamic_slice_in_dim(key_positions, first, size, axis=2)[:, :, None] > oldest)
+    def region(part: Partial, load: _Load, capacity: int, length: Array, key_positions: Array | None) -> Partial:
+        """Adds a region's tokens block by block, reading no block past the longest row."""
+        size = min(DECODE_BLOCK, capacity)
 
-    tail_seen = seen(0, layer.tail_capacity, layer.tail_length, layer.tail_positions)
-    part = attend(q, layer.tail_k, layer.tail_v, tail_seen, scale)
-    if layer.k is None or layer.v is None:
-        return part
+        def block(i: Array | int, part: Partial) -> Partial:
+            # The last block is moved back to end with the region; what it repeats is masked.
+            first = jnp.minimum(i * size, capacity - size)
+            slots = first + jnp.arange(size)
+            seen = ((slots >= i * size) & (slots < length[:, None]))[:, None, None]  # [B, 1, 1, S]
+            if oldest is not None and key_positions is not None:
+                seen &= lax.dynamic_slice_in_dim(key_positions, first, size, axis=2)[:, :, None] > oldest
+            return merge(part, attend(q, *load(first, size), seen, scale))
 
-    def packed_block(k: QuantizedArray, v: QuantizedArray, first: Array | int, part: Partial) -> Partial:
-        mask = seen(first, k.num_tokens, layer.packed_length, layer.packed_positions)
-        return merge(part, attend(q, dequantize(k, q.dtype), dequantize(v, q.dtype), mask, scale))
+        if size == capacity:
+            return block(0, part)
+        return lax.fori_loop(0, (jnp.max(length) + size - 1) // size, block, part)
 
-    # Whole blocks in a loop, then what is left of the capacity: a slice past the end would be clamped.
-    size = DECODE_BLOCK
-    whole, rest = divmod(layer.packed_capacity, size)
-    if whole:
-        used = jnp.minimum((jnp.max(layer.packed_length) + size - 1) // size, whole)
-        body = lambda i, part: packed_block(  # noqa: E731
-            layer.k.tokens(i * size, size), layer.v.tokens(i * size, size), i * size, part
-        )
-        part = lax.fori_loop(0, used, body, part)
-    if rest:
-        part = packed_block(layer.k.tokens(whole * size, rest), layer.v.tokens(whole * size, rest), whole * size, part)
+    def tail(first: Array, size: int) -> tuple[Array, Array]:
+        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=2)
+        return cut(layer.tail_k), cut(layer.tail_v)
+
+    def packed(first: Array, size: int) -> tuple[Array, Array]:
+        assert layer.k is not None and layer.v is not None
+        return dequantize(layer.k.tokens(first, size), q.dtype), dequantize(layer.v.tokens(first, size), q.dtype)
+
+    part = empty(batch, kv_heads, q.shape[2], dim)
+    part = region(part, tail, layer.tail_capacity, layer.tail_length, layer.tail_positions)
+    if layer.k is not None:
+        part = region(part, packed, layer.packed_capacity, layer.packed_length, layer.packed_positions)
     return part
 
 
