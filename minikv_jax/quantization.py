@@ -150,16 +150,16 @@ def quantize(
     reduced = -2 if axis == "tokens" else -1
     low, high = groups.min(axis=reduced), groups.max(axis=reduced)
     levels = (1 << bits) - 1
-    # Times the reciprocal: compiled, XLA would make that of a division by a constant, and jit would change the bits.
+    # Reciprocals, here and below: XLA turns a division by a constant or a broadcast into one, so that `/` would give
+    # bits that depend on what is compiled together.
     steps = (high - low) * (1 / levels)
     scale, scale_factor = _store(_finite(steps, metadata_dtype), metadata_dtype, x.shape[-2], block)
     zero, zero_factor = _store(_finite(low, metadata_dtype), metadata_dtype, x.shape[-2], block)
 
     stored_scale = jnp.expand_dims(_restore(scale, scale_factor), reduced)
     stored_zero = jnp.expand_dims(_restore(zero, zero_factor), reduced)
-    code = jnp.round((groups - stored_zero) / jnp.where(stored_scale == 0, 1.0, stored_scale))
-    codes = jnp.where(stored_scale == 0, 0.0, jnp.clip(code, 0, levels)).astype(jnp.uint32)
-    planes = pack(codes.reshape(x.shape), bits)
+    codes = jnp.clip(jnp.round((groups - stored_zero) * _reciprocal(stored_scale)), 0, levels)
+    planes = pack(codes.astype(jnp.uint32).reshape(x.shape), bits)
     return QuantizedArray(planes, scale, zero, scale_factor, zero_factor, bits, group_size, axis)
 
 
@@ -196,8 +196,13 @@ def _store(x: Array, metadata_dtype: str, tokens: int, block: int) -> tuple[Arra
     *lead, rows, width = x.shape
     blocks = x.reshape(*lead, tokens // block, rows * block // tokens * width)
     factor = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) * (1 / _FLOAT8_MAX)
-    scaled = blocks / jnp.where(factor == 0, 1.0, factor)
-    return scaled.astype(jnp.float8_e4m3fn).reshape(x.shape), factor
+    return (blocks * _reciprocal(factor)).astype(jnp.float8_e4m3fn).reshape(x.shape), factor
+
+
+def _reciprocal(x: Array) -> Array:
+    """`1 / x`, and 0 where `x` is 0 or so small (subnormal) that its reciprocal overflows."""
+    normal = x >= jnp.finfo(jnp.float32).tiny
+    return jnp.where(normal, 1 / jnp.where(normal, x, 1.0), 0.0)
 
 
 def _restore(x: Array, factor: Array | None) -> Array:
