@@ -117,7 +117,7 @@ def _add_template(backend: Tokenizer, values: dict[str, Any], *, bos: bool, eos:
         return
     named = {name: (values["tokens"][values[f"{name}_token_id"]], values[f"{name}_token_id"]) for name in first + last}
     single = [*(named[name][0] for name in first), "$A", *(named[name][0] for name in last)]
-    pair = [*single, *(f"{part}:1" for part in single)]
+    pair = [*single, *(f"{part}:1".replace("$A", "$B") for part in single)]
     backend.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=list(dict.fromkeys(named.values()))
     )
