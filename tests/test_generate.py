@@ -1,0 +1,294 @@
+"""The compiled loop: what it must equal, what it must refuse, and what it must not allocate."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import minikv_jax as mk
+from minikv_jax import inference, memory, presets
+from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax.generate import _continue, _generate, bucket_length, last_valid
+from tests.tiny import tiny_model
+
+VOCABULARY = 96
+MINIKV16 = dataclasses.replace(presets.get("minikv"), residual_length=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> mk.Llama:
+    return tiny_model(max_position_embeddings=512)
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCABULARY, length).tolist() for length in lengths]
+
+
+def tokens(model: mk.Llama, rows: list[list[int]], **settings: Any) -> np.ndarray:
+    return np.asarray(mk.generate(model, rows, eos_token_ids=(), **settings).tokens)
+
+
+def test_full_equals_one_shot_forward(model: mk.Llama):
+    """Stepwise decode under `full` gives the logits of one pass over the whole sequence."""
+    (row,) = prompts(37)
+    generated = tokens(model, [row], method="full", max_new_tokens=40)[0].tolist()
+    one_shot = model(jnp.asarray([row + generated]))
+    hidden, cache = inference.prefill(model, jnp.asarray([row]), jnp.asarray([37]), presets.get("full"), 40)
+    steps = [model.logits(hidden[:, -1])]
+    for token in generated[:-1]:
+        hidden, cache = inference.decode(model, cache, jnp.asarray([token]), jnp.ones(1, jnp.int32))
+        steps.append(model.logits(hidden))
+    # The two sum in another order; logits here are of size 1, float32 rounds at 1e-7 of that per operation.
+    np.testing.assert_allclose(jnp.stack(steps, axis=1), one_shot[:, 36:-1], atol=2e-5)
+    assert generated == jnp.argmax(one_shot[0, 36:-1], axis=-1).tolist()
+
+
+def test_extend_equals_one_shot_forward(model: mk.Llama):
+    first, second = prompts(70, 31)
+    hidden, cache = inference.prefill(model, jnp.asarray([first]), jnp.asarray([70]), presets.get("full"), 31)
+    extended, cache = inference.extend(model, cache, jnp.asarray([second]), jnp.asarray([31]))
+    one_shot = model(jnp.asarray([first + second]))
+    np.testing.assert_allclose(model.logits(extended), one_shot[:, 70:], atol=2e-5)
+    assert int(cache.length[0]) == 101
+
+
+@pytest.mark.parametrize("method", ["full", "minikv", "kivi"])
+def test_ragged_batch_equals_single_runs(model: mk.Llama, method: str):
+    """Rows of a batch roll their tails over at different steps and still agree with single runs."""
+    kivi = CacheConfig(k_bits=4, v_bits=2, residual="kivi", residual_length=32)
+    config = {"full": presets.get("full"), "minikv": MINIKV16, "kivi": kivi}[method]
+    rows = prompts(3, 61, 64, 40)
+    together = tokens(model, rows, method=config, max_new_tokens=70)
+    for row, expected in zip(rows, together, strict=True):
+        np.testing.assert_array_equal(tokens(model, [row], method=config, max_new_tokens=70)[0], expected)
+
+
+@pytest.mark.parametrize("method", [presets.get("full"), MINIKV16])
+def test_another_bucket_gives_the_same_tokens(model: mk.Llama, method: CacheConfig):
+    short, long = prompts(50, 150)
+    alone = tokens(model, [short], method=method, max_new_tokens=40)
+    beside = tokens(model, [short, long], method=method, max_new_tokens=40)
+    assert bucket_length(50) != bucket_length(150)
+    np.testing.assert_array_equal(alone[0], beside[0])
+
+
+def test_second_call_does_not_retrace(model: mk.Llama):
+    settings = {"method": MINIKV16, "max_new_tokens": 21}
+    mk.generate(model, prompts(33), **settings)
+    before = _generate._cache_size()
+    mk.generate(model, prompts(64, seed=1), **settings)
+    assert _generate._cache_size() == before
+
+
+@pytest.mark.parametrize("method", [presets.get("full"), MINIKV16])
+def test_continuing_a_cache(model: mk.Llama, method: CacheConfig):
+    """A cache that `generate` returned holds all it generated; under `full` going on equals one long run."""
+    rows = prompts(50, 20)
+    first = mk.generate(model, rows, method=method, max_new_tokens=20, eos_token_ids=())
+    assert first.cache.length.tolist() == [70, 40]
+    turn = prompts(5, 9, seed=2)
+    before = _continue._cache_size()
+    second = mk.generate(model, turn, cache=first.cache, max_new_tokens=30, eos_token_ids=())
+    assert _continue._cache_size() == before + 1
+    assert second.cache.length.tolist() == [105, 79]
+    if not method.quantized:
+        history = [row + new.tolist() + more for row, new, more in zip(rows, first.tokens, turn, strict=True)]
+        np.testing.assert_array_equal(second.tokens, tokens(model, history, method=method, max_new_tokens=30))
+
+
+def test_stops_at_end_of_sequence(model: mk.Llama):
+    (row,) = prompts(30)
+    free = tokens(model, [row], method="full", max_new_tokens=30)[0]
+    stop = int(free[11])
+    expected = free.tolist().index(stop) + 1
+    result = mk.generate(model, [row], method="full", max_new_tokens=30, eos_token_ids=(stop,))
+    assert result.lengths.tolist() == [expected]
+    assert result.tokens[0, :expected].tolist() == free[:expected].tolist()
+    assert not np.any(result.tokens[0, expected:])
+    assert result.cache.length.tolist() == [30 + expected]
+
+
+def test_sampling_is_seeded_and_obeys_its_limits(model: mk.Llama):
+    (row,) = prompts(30)
+
+    def draw(seed: int, **limits: Any) -> list[int]:
+        sampling = mk.Sampling(temperature=1.5, **limits)
+        return tokens(model, [row], max_new_tokens=32, sampling=sampling, key=jax.random.key(seed))[0].tolist()
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    greedy = tokens(model, [row], max_new_tokens=32)[0].tolist()
+    assert draw(0) != greedy
+    assert draw(0, top_k=1) == greedy
+    assert draw(0, top_p=1e-6) == greedy
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_predicted_bytes_are_allocated(model: mk.Llama, name: str):
+    config = dataclasses.replace(presets.get(name), group_size=16)
+    result = mk.generate(model, prompts(130, 20), method=config, max_new_tokens=9)
+    report = memory.report(
+        model.config, config, prompt_length=bucket_length(130), max_new_tokens=9, batch=2, dtype="float32"
+    )
+    assert report.bytes == result.cache.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(result.cache))
+    assert report.packed_bytes == result.cache.packed_bytes
+
+
+def test_paper_bytes():
+    """MiniKV on LLaMA2-7B, prompt 4096 + 512 new: the paper's 86 % counts packed bytes; all that is allocated is 83 %."""
+    report = memory.report(
+        ModelConfig(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            head_dim=128,
+            max_position_embeddings=4608,
+        ),
+        presets.get("minikv"),
+        prompt_length=4096,
+        max_new_tokens=512,
+    )
+    # (2048 kept + 512 new) tokens x 262,144 values x 4 bits (2 and the 16-bit scale and zero of 16 values).
+    assert report.packed_bytes == 2560 * 262144 * 4 // 8
+    assert report.full_bytes == 4608 * 262144 * 2
+    assert report.packed_saved >= 0.86
+    assert 0.83 <= report.saved < 0.84
+
+
+def test_grouped_queries_store_kv_heads(model: mk.Llama):
+    report = memory.report(model.config, presets.get("full"), prompt_length=64, max_new_tokens=64)
+    heads = model.config.num_key_value_heads
+    assert heads < model.config.num_attention_heads
+    assert report.tail_bytes == 2 * model.config.num_hidden_layers * 128 * heads * model.config.head_dim * 2
+
+
+SMOLLM2 = ModelConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=3,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_position_embeddings=8448,
+    tie_word_embeddings=True,
+)
+
+
+def compiled_program(config: CacheConfig, tokens: int, batch: int = 1) -> Any:
+    """Generate on SmolLM2's shape: its layers are alike, so three stand for thirty."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: mk.Llama(SMOLLM2, rngs=nnx.Rngs(0))))
+    ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return _generate.lower(graphdef, params, ids, lengths, key, config, 128, mk.Sampling(), (), None).compile()
+
+
+@pytest.mark.parametrize(("name", "batch"), [("minikv", 1), ("full", 1), ("full", 2)])
+def test_memory_of_a_long_prompt(name: str, batch: int):
+    """At 8192 tokens: no S x S buffer, and the decode loop updates one cache in place."""
+    size, config = 8192, presets.get(name)
+    program = compiled_program(config, size, batch)
+    shapes = re.findall(r"= (\w+)\[([\d,]+)\]", program.as_text())
+    assert max(np.prod([int(n) for n in dims.split(",")]) for _, dims in shapes) < size * size
+    cache = jax.eval_shape(
+        lambda: inference.prefill(
+            mk.Llama(SMOLLM2, rngs=nnx.Rngs(0)),
+            jnp.zeros((batch, size), jnp.int32),
+            jnp.full((batch,), size, jnp.int32),
+            config,
+            128,
+        )[1]
+    )
+    # Whatever is allocated beside arguments and result is the prompt's activations: linear in the prompt.
+    half = compiled_program(config, size // 2, batch).memory_analysis().temp_size_in_bytes
+    assert program.memory_analysis().temp_size_in_bytes < 2.2 * half
+    big = {leaf.shape for leaf in jax.tree.leaves(cache) if leaf.ndim == 4 and leaf.shape[2] > 128}
+    assert big
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", program.as_text())
+    assert not big & {tuple(map(int, dims.split(","))) for dims in copied}
+
+
+WRONG = {
+    "method": ({"method": "h3o"}, "'h3o'.*minikv"),
+    "implementation": ({"implementation": "triton"}, "'triton'.*xla"),
+    "empty prompt": ({"prompts": [[1], []]}, r"prompt 1 has shape \(0,\)"),
+    "no prompts": ({"prompts": []}, "prompts is empty"),
+    "token id": ({"prompts": [[1, VOCABULARY]]}, r"token id 96: expected 0\.\.95"),
+    "negative id": ({"prompts": [[-1]]}, "token id -1"),
+    "float ids": ({"prompts": [[1.5]]}, "float64"),
+    "positions": ({"prompts": [[1] * 500]}, "500 prompt tokens . 13 new ones exceed the model's 512 positions"),
+    "new tokens": ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    "no key": ({"sampling": mk.Sampling(temperature=1.0)}, "key=None"),
+    "group": ({"method": presets.get("kivi-2")}, "head_dim 16 is not divisible by group_size 32"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named(model: mk.Llama, case: str):
+    changes, message = WRONG[case]
+    arguments: dict[str, Any] = {"prompts": [[1, 2, 3]], "max_new_tokens": 13, **changes}
+    with pytest.raises(ValueError, match=message):
+        mk.generate(model, arguments.pop("prompts"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["pallas", "cuda"])
+def test_a_kernel_by_name_runs_or_raises(model: mk.Llama, name: str):
+    with pytest.raises(NotImplementedError, match=name):
+        mk.generate(model, prompts(20), implementation=name)
+
+
+def test_a_foreign_cache_is_refused(model: mk.Llama):
+    cache = mk.generate(model, prompts(20), method="full", max_new_tokens=4).cache
+    with pytest.raises(ValueError, match="cache has 1 rows, prompts 2"):
+        mk.generate(model, prompts(3, 3), cache=cache)
+    with pytest.raises(ValueError, match="method='minikv' is not what made the cache"):
+        mk.generate(model, prompts(3), cache=cache, method="minikv")
+    with pytest.raises(ValueError, match="layers, KV heads, head dim"):
+        mk.generate(tiny_model(num_hidden_layers=3), prompts(3), cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": 3}, "temperature > 0"),
+    ],
+)
+def test_wrong_sampling_is_named(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        mk.Sampling(**fields)
+
+
+def test_nucleus_keeps_the_smallest_set():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    drawn = {
+        int(mk.sampling.sample(logits, mk.Sampling(temperature=1.0, top_p=0.75), jax.random.key(seed))[0])
+        for seed in range(100)
+    }
+    assert drawn == {0, 1}
+
+
+def test_variance_budgets_follow_the_spread(model: mk.Llama):
+    """Under "variance" rows and layers keep different counts, never more than the capacity."""
+    config = dataclasses.replace(presets.get("minikv-variance"), residual_length=32)
+    result = mk.generate(model, prompts(200, 90), method=config, max_new_tokens=1)
+    kept = np.asarray(result.cache.kept_tokens) - 1
+    mean = np.array([2 * (200 // 4), 2 * (90 // 4)])
+    assert np.all(np.abs(kept.mean(axis=0) - mean) <= 1)  # counts are rounded down
+    assert np.all(kept >= mean // 2)
+
+
+def test_last_valid():
+    hidden = jnp.arange(24.0).reshape(2, 4, 3)
+    np.testing.assert_array_equal(last_valid(hidden, jnp.asarray([1, 4])), [[0, 1, 2], [21, 22, 23]])
