@@ -22,17 +22,19 @@ BASE := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 endif
 
-# Shapes and dtypes are checked at run time under the tests.
-PYTEST := $(PY) -m pytest --jaxtyping-packages=minikv_jax,beartype.beartype
+# Under the tests shapes, dtypes and types are checked at run time; as for pyright, an int passes for a float.
+BEARTYPE := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+PYTEST := $(PY) -m pytest "--jaxtyping-packages=minikv_jax,$(BEARTYPE)"
 CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
 
 .PHONY: demo test test-gpu lint format clean
 
 demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what the cache saved.
-	$(PY) -m minikv_jax.cli demo
+	$(PY) -m minikv_jax.cli generate --model smollm2-135m-instruct --method minikv \
+		--prompt-file examples/log.txt --max-new-tokens 64
 
-test: $(TEST)  ## The suite, without the tests that need a GPU.
-	$(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)
+test: $(TEST)  ## The suite on the CPU; what needs a GPU is skipped, and counted in the summary.
+	JAX_PLATFORMS=cpu $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)
 
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
 	$(PYTEST) -m gpu $(PYTEST_ARGS)

@@ -1,10 +1,24 @@
 """Fixtures that several test files use."""
 
+import pathlib
+
+import jax
 import pytest
+from model_directory import write_model
 from transformers import PreTrainedTokenizerBase
 
 from minikv_jax import hub
 from minikv_jax.model import Llama
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips, rather than leaves out, what needs a GPU: the summary then counts it."""
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU (make test-gpu)")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +27,11 @@ def smollm2() -> tuple[Llama, PreTrainedTokenizerBase]:
     model, tokenizer = hub.load(hub.DEMO_MODEL)
     assert tokenizer is not None
     return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tiny random chat model that `minikv_jax.load` reads."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    write_model(directory)
+    return directory
