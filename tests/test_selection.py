@@ -73,7 +73,7 @@ def test_select_tokens_matches_naive(config: CacheConfig):
                 heavy=naive.tokens_of(config.heavy, length),
                 recent=naive.tokens_of(config.recent, length),
             )
-            assert kept.count[b] == len(want)
+            assert kept.tokens[b] == len(want)
             filler = [TOKENS] * (capacity - len(want))
             np.testing.assert_array_equal(kept.positions[b, head], want + filler)
     # What lies in the padding, and a longer padding, change nothing.
@@ -95,7 +95,7 @@ def test_select_tokens_in_a_sliding_window():
             sinks = max(config.sinks - first, 0)
             want = naive.kept_positions(scores[b, head, first:], length - first, sinks=sinks, heavy=3, recent=4)
             got = np.asarray(kept.positions[b, head])
-            assert [first + position for position in want] == got[: kept.count[b]].tolist()
+            assert [first + position for position in want] == got[: kept.tokens[b]].tolist()
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
