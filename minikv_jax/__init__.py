@@ -1,4 +1,4 @@
-"""KV-cache compression for JAX: MiniKV's 2-bit, layer-discriminative cache and its neighbours, jit-compiled end to end."""
+"""KV-cache compression for JAX: MiniKV's 2-bit, layer-discriminative cache and its neighbours, compiled as one."""
 
 from minikv_jax import memory as memory
 from minikv_jax import presets as presets

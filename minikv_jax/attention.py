@@ -1,7 +1,8 @@
 """The three ops, their contracts, their validation, and the choice of implementation.
 
-Shapes use one legend throughout the project: `B` batch, `T` queries, `S` keys, `N` query heads, `K` KV heads, `G = N / K`
-query heads per KV head, `H` head dim; query head `n` reads KV head `n // G`. Rows are right-padded; RoPE is applied.
+Shapes use one legend throughout the project: `B` batch, `T` queries, `S` keys, `N` query heads, `K` KV heads,
+`G = N / K` query heads per KV head, `H` head dim; query head `n` reads KV head `n // G`. Rows are right-padded; RoPE is
+applied.
 
 Each op runs as "xla" (plain JAX, anywhere) or as a kernel ("pallas", "cuda"). `implementation=None` takes the best that
 supports the case; an implementation asked for by name runs or raises `NotImplementedError` with the reason.
@@ -41,8 +42,8 @@ def prefill_attention(
       lengths: valid tokens per row; what lies beyond may be anything, NaN too.
       scale: of the logits; `H ** -0.5` by default.
       window: query `t` sees the keys `t - window < s <= t`.
-      with_scores: also return the column sums of the softmax map over the row's queries and the `G` heads of each KV head,
-        in float32. Memory stays linear in `T`.
+      with_scores: also return the column sums of the softmax map over the row's queries and the `G` heads of each KV
+        head, in float32. Memory stays linear in `T`.
 
     Returns:
       The output in `q`'s dtype, zero in the padding, and the scores (zero in the padding) or None.
@@ -55,7 +56,7 @@ def prefill_attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected at least 1")
     _resolve(implementation, "prefill_attention")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(scale, q.shape[-1])
     return reference.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
 
 
@@ -100,7 +101,7 @@ def decode_attention(
     """
     _check_cache(q.shape[0], q.shape[1], q.shape[2], layer)
     _resolve(implementation, "decode_attention")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(scale, q.shape[-1])
     return reference.decode_attention(q, layer, _positions(positions, layer, q.shape[:1]), scale=scale)
 
 
@@ -126,7 +127,7 @@ def extend_attention(
     _check_lengths(lengths, q.shape[0])
     _check_cache(q.shape[0], q.shape[2], q.shape[3], layer)
     _resolve(implementation, "extend_attention")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(scale, q.shape[-1])
     positions = _positions(positions, layer, q.shape[:2])
     return reference.extend_attention(q, k, v, layer, lengths, positions, scale=scale)
 
@@ -141,6 +142,10 @@ def _resolve(implementation: str | None, op: str) -> None:
     check_implementation(implementation)
     if implementation not in (None, "xla"):
         raise NotImplementedError(f"{op}: no {implementation!r} kernel; implementation='xla' runs everywhere")
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return float(head_dim**-0.5) if scale is None else scale
 
 
 def _positions(positions: Array | None, layer: LayerCache, shape: tuple[int, ...]) -> Array:

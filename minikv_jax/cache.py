@@ -1,16 +1,16 @@
 """The KV cache as a value: frozen pytrees with static capacities and true lengths per row.
 
-A layer keeps two regions (`docs/architecture.md`, "A layer's cache"): packed codes, and a full-precision tail whose first
-slots are the sinks. `compress` makes a layer from a prompt, `append` adds tokens and packs a full tail; both are pure and
-update in place inside a compiled loop. Capacities are functions of the method and the sizes (`layer_capacity`), so that
-the bytes of a cache are known before it exists.
+A layer keeps two regions (`docs/architecture.md`, "A layer's cache"): packed codes, and a full-precision tail whose
+first slots are the sinks. `compress` makes a layer from a prompt, `append` adds tokens and packs a full tail; both
+are pure and update in place inside a compiled loop. Capacities are functions of the method and the sizes
+(`layer_capacity`), so that the bytes of a cache are known before it exists.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int, Num
 
 from minikv_jax import attention
 from minikv_jax.config import CacheConfig
-from minikv_jax.quantization import QuantizedArray
+from minikv_jax.quantization import Axis, QuantizedArray
 from minikv_jax.selection import Kept, kept_capacity
 
 
-def _static() -> dataclasses.Field:
+def _static() -> Any:
     return dataclasses.field(metadata={"static": True})
 
 
@@ -149,8 +149,8 @@ def compress(
 ) -> LayerCache:
     """A layer's cache of the kept prompt tokens (MiniKV section 3.3).
 
-    The oldest tokens after the sinks are packed, as many as fill whole packing blocks (and, under the "kivi" rule, leave
-    the newest `residual_length` out); the rest is the tail.
+    The oldest tokens after the sinks are packed, as many as fill whole packing blocks (and, under the "kivi" rule,
+    leave the newest `residual_length` out); the rest is the tail.
 
     Args:
       k, v: the prompt's keys (after RoPE) and values.
@@ -166,12 +166,12 @@ def compress(
     if not config.quantized:
         room = capacity.tail - positions.shape[-1]
         pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, room)] + [(0, 0)] * (x.ndim - 3))  # noqa: E731
-        zero = jnp.zeros_like(kept.count)
+        zero = jnp.zeros_like(kept.tokens)
         tail_positions = None if window is None else pad(positions)
-        return LayerCache(None, None, pad(kept_k), pad(kept_v), zero, kept.count, None, tail_positions, config, window)
+        return LayerCache(None, None, pad(kept_k), pad(kept_v), zero, kept.tokens, None, tail_positions, config, window)
 
     block = config.packing_block
-    beyond = jnp.maximum(kept.count - config.sinks - config.tail_keep, 0)
+    beyond = jnp.maximum(kept.tokens - config.sinks - config.tail_keep, 0)
     packed_length = beyond // block * block
     slots = jnp.arange(capacity.tail)
     slots = slots + jnp.where(slots < config.sinks, 0, packed_length[:, None])  # [B, C]
@@ -185,7 +185,7 @@ def compress(
         tail(kept_k),
         tail(kept_v),
         packed_length,
-        kept.count - packed_length,
+        kept.tokens - packed_length,
         None if window is None else _pad_to(_packed_part(positions, config, capacity), capacity.packed),
         None if window is None else jnp.take_along_axis(positions, slots, axis=2),
         config,
@@ -206,7 +206,7 @@ def _pad_to(x: Array, size: int) -> Array:
     return jnp.pad(x, widths, mode="edge" if x.shape[2] else "constant")
 
 
-def _quantize(x: Array, config: CacheConfig, axis: str, implementation: str | None) -> QuantizedArray:
+def _quantize(x: Array, config: CacheConfig, axis: Axis, implementation: str | None) -> QuantizedArray:
     return attention.quantize(
         x,
         bits=config.k_bits if axis == "tokens" else config.v_bits,

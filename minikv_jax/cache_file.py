@@ -92,7 +92,7 @@ def _blank(description: dict) -> KVCache:
         k = v = None
         if config.k_bits is not None and config.v_bits is not None:
             x = jnp.zeros((batch, kv_heads, packed, dim))
-            common = dict(group_size=config.group_size, metadata_dtype=config.metadata_dtype)
+            common = {"group_size": config.group_size, "metadata_dtype": config.metadata_dtype}
             k = quantize(x, bits=config.k_bits, axis="tokens", factor_block=config.packing_block, **common)
             v = quantize(x, bits=config.v_bits, axis="channels", factor_block=config.packing_block, **common)
         places = lambda size: None if window is None else jnp.zeros((batch, kv_heads, size), jnp.int32)  # noqa: E731

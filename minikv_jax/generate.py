@@ -26,7 +26,8 @@ class GenerateResult(NamedTuple):
     Attributes:
       tokens: int32 `[B, max_new_tokens]`; row `b` is valid up to `lengths[b]`, its end-of-sequence token included.
       lengths: int32 `[B]`.
-      cache: holds the prompt as the method keeps it and every generated token; `generate(..., cache=cache)` goes on from it.
+      cache: holds the prompt as the method keeps it and every generated token; `generate(..., cache=cache)` goes on
+        from it.
     """
 
     tokens: Int[Array, "B M"]
@@ -72,8 +73,8 @@ def generate(
       cache: continue a conversation: the prompts are appended to it. It is donated, so use the returned one afterwards.
 
     Raises:
-      ValueError: an empty prompt, a token id outside the vocabulary, more tokens than the model has positions, a method that
-        does not fit the model, a cache of another model or batch.
+      ValueError: an empty prompt, a token id outside the vocabulary, more tokens than the model has positions, a
+        method that does not fit the model, a cache of another model or batch.
     """
     max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
     attention.check_implementation(implementation)

@@ -16,7 +16,8 @@ class MemoryReport:
     """Bytes of a cache over all layers and rows.
 
     Attributes:
-      packed_bytes: codes, scales and zero points at their capacity: kept and generated tokens. MiniKV's paper counts this.
+      packed_bytes: codes, scales and zero points at their capacity: kept and generated tokens. MiniKV's paper counts
+        this.
       tail_bytes: the full-precision tail, sinks included.
       index_bytes: lengths, and positions where a layer has a sliding window.
       bytes: everything allocated, `KVCache.nbytes`.
@@ -99,7 +100,8 @@ def check_model(model: ModelConfig, config: CacheConfig) -> None:
     """Raises ValueError where the method does not fit the model."""
     if config.quantized and model.head_dim % config.group_size:
         raise ValueError(
-            f"head_dim {model.head_dim} is not divisible by group_size {config.group_size}: values are grouped along channels"
+            f"head_dim {model.head_dim} is not divisible by group_size {config.group_size}: "
+            "values are grouped along channels"
         )
 
 

@@ -50,13 +50,15 @@ _PRESETS: dict[str, CacheConfig] = {
     for config in (
         CacheConfig(name="full", citation="every token, in the model's dtype"),
         _KIVI,
-        dataclasses.replace(_KIVI, name="kivi-4", k_bits=4, v_bits=4, citation=_KIVI.citation.replace("2 bits", "4 bits")),
+        dataclasses.replace(
+            _KIVI, name="kivi-4", k_bits=4, v_bits=4, citation=_KIVI.citation.replace("2 bits", "4 bits")
+        ),
         _H2O,
         _SNAPKV,
         dataclasses.replace(
             _SNAPKV,
             name="pyramidkv",
-            citation="PyramidKV, arXiv 2406.02069: SnapKV's votes of the last 8 queries, budgets falling linearly, beta 20",
+            citation="PyramidKV, arXiv 2406.02069: the votes of the last 8 queries, budgets falling linearly, beta 20",
             budget="pyramid",
             pyramid_beta=20.0,
             heavy=1016,
@@ -138,4 +140,6 @@ def _parse(key: str, text: str, kind: object) -> object:
                 return option(text)
             except ValueError:
                 continue
-    raise ValueError(f"{key}={text!r}: expected {' or '.join(getattr(option, '__name__', str(option)) for option in options)}")
+    raise ValueError(
+        f"{key}={text!r}: expected {' or '.join(getattr(option, '__name__', str(option)) for option in options)}"
+    )

@@ -1,8 +1,8 @@
 """Group-wise asymmetric quantisation and true bit packing (MiniKV section 3.2, KIVI section 3).
 
-Keys are quantised per channel in groups of consecutive tokens ("sub-channel"), values per token in groups of consecutive
-channels. The packed layout, one for keys and values and for every number of bits, is `docs/architecture.md`,
-"Packed layout": a 32-bit word holds consecutive tokens of one channel.
+Keys are quantised per channel in groups of consecutive tokens ("sub-channel"), values per token in groups of
+consecutive channels. The packed layout, one for keys and values and for every number of bits, is
+`docs/architecture.md`, "Packed layout": a 32-bit word holds consecutive tokens of one channel.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def quantize(
     Args:
       x: float32, bfloat16 or float16.
       bits: 1, 2, 3, 4 or 8.
-      axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token (values).
+      axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token
+        (values).
       metadata_dtype: dtype of scale and zero. 8-bit metadata carries a float32 factor per `factor_block` tokens.
       factor_block: defaults to the smallest count of tokens that fills whole groups and words.
 

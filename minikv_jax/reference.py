@@ -1,7 +1,7 @@
 """The three ops in plain jax.numpy: the meaning of every kernel, and the "xla" implementation.
 
-All of them work block by block with an online softmax, so memory is linear in the number of tokens. Queries of one KV head
-are handled together; keys and values are never repeated.
+All of them work block by block with an online softmax, so memory is linear in the number of tokens. Queries of one KV
+head are handled together; keys and values are never repeated.
 """
 
 from __future__ import annotations
@@ -90,14 +90,13 @@ def finish(part: Partial, group: int, dtype: jnp.dtype) -> Float[Array, "B T N H
 
 
 class _Blocks(NamedTuple):
-    """A prompt cut into `count` blocks of `size` tokens, padded at the end; only `used` blocks hold valid tokens."""
+    """A prompt cut into blocks of `size` tokens, padded at the end; the first `used` of them hold valid tokens."""
 
     q: Float[Array, "B K G T H"]
     k: Float[Array, "B K T H"]
     v: Float[Array, "B K T H"]
     lengths: Int[Array, "B"]
     size: int
-    count: int
     used: Array
     window: int | None
 
@@ -121,7 +120,9 @@ class _Blocks(NamedTuple):
 
     def first(self, i: Array) -> Array:
         """The first key block that query block `i` can see."""
-        return jnp.zeros_like(i) if self.window is None else jnp.maximum(i * self.size - self.window + 1, 0) // self.size
+        return (
+            jnp.zeros_like(i) if self.window is None else jnp.maximum(i * self.size - self.window + 1, 0) // self.size
+        )
 
 
 def _blocks(q: Array, k: Array, v: Array, lengths: Array, window: int | None) -> _Blocks:
@@ -131,7 +132,7 @@ def _blocks(q: Array, k: Array, v: Array, lengths: Array, window: int | None) ->
     pad = lambda x: jnp.pad(x, [(0, 0), (0, count * size - tokens), (0, 0), (0, 0)])  # noqa: E731
     used = (jnp.max(lengths, initial=0) + size - 1) // size
     q, k, v = _split(pad(q), k.shape[2]), pad(k).swapaxes(1, 2), pad(v).swapaxes(1, 2)
-    return _Blocks(q, k, v, lengths, size, count, used, window)
+    return _Blocks(q, k, v, lengths, size, used, window)
 
 
 def causal_attention(
@@ -154,9 +155,12 @@ def causal_attention(
             return merge(part, attend(q_i, blocks.keys(blocks.k, j), blocks.keys(blocks.v, j), seen, scale))
 
         part = lax.fori_loop(blocks.first(i), i + 1, key_block, empty(batch, kv_heads, q_i.shape[2], dim))
-        put = lambda whole, x: lax.dynamic_update_slice_in_dim(  # noqa: E731
-            whole, x.reshape(batch, kv_heads, group, blocks.size, *x.shape[3:]), i * blocks.size, axis=3
-        )
+
+        def put(whole, x):
+            return lax.dynamic_update_slice_in_dim(
+                whole, x.reshape(batch, kv_heads, group, blocks.size, *x.shape[3:]), i * blocks.size, axis=3
+            )
+
         return Partial(*map(put, out, part))
 
     shape = (batch, kv_heads, group, padded)
@@ -215,9 +219,7 @@ def prefill_attention(
     return out, column_sums(q, k, lengths, part, scale, window) if with_scores else None
 
 
-def attend_cache(
-    q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[Array, "B T"], scale: float
-) -> Partial:
+def attend_cache(q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[Array, "B T"], scale: float) -> Partial:
     """Attention of new queries over everything in a layer's cache, queries group-major (`Q = G * T`).
 
     `positions` are the queries' own; they matter only under a sliding window.

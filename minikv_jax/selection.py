@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -95,10 +95,13 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def budget_tokens(budget: float | int, length):
-    """Tokens that a budget grants a row of `length` (int or int array): `floor(length * share)`, or the count itself."""
+Length = TypeVar("Length", int, Array)
+
+
+def budget_tokens(budget: float | int, length: Length) -> Length:
+    """Tokens that a budget grants a row of `length`: `floor(length * share)`, or the count itself if the row has it."""
     if isinstance(budget, int):
-        return jnp.minimum(budget, length) if isinstance(length, Array) else min(budget, length)
+        return min(budget, length) if isinstance(length, int) else jnp.minimum(budget, length)
     share = round(budget * _UNIT)
     return length // _UNIT * share + length % _UNIT * share // _UNIT  # exact without overflowing 32 bits
 
@@ -108,8 +111,8 @@ def layer_budgets(config: CacheConfig, num_layers: int) -> tuple[float | int, ..
 
     "uniform" gives each layer the same. "pyramid" falls linearly from the first layer to the last, which gets
     `heavy / beta`; a layer's share is at most `1 - recent`, and what that cuts off goes to the layers with room
-    (MiniKV section 3.1, PyramidKV section 3.2). "variance" decides at run time (`variance_budgets`); here it returns what
-    each layer can get at most.
+    (MiniKV section 3.1, PyramidKV section 3.2). "variance" decides at run time (`variance_budgets`); here it returns
+    what each layer can get at most.
     """
     unit = 1 if isinstance(config.heavy, int) else _UNIT
     mean = config.heavy if isinstance(config.heavy, int) else round(config.heavy * _UNIT)
@@ -126,14 +129,14 @@ def layer_budgets(config: CacheConfig, num_layers: int) -> tuple[float | int, ..
     return tuple(units) if unit == 1 else tuple(value / unit for value in units)
 
 
-def _most(config: CacheConfig) -> float:
+def _most(config: CacheConfig) -> float | int:
     """The largest heavy budget a layer can use, in shares of 1/10000 or tokens."""
     if isinstance(config.heavy, int):
         return float("inf")
     return _UNIT - (round(config.recent * _UNIT) if isinstance(config.recent, float) else 0)
 
 
-def _clamp_to_sum(wanted: Sequence[float], most: float) -> list[float]:
+def _clamp_to_sum(wanted: Sequence[float], most: float | int) -> list[float]:
     """Clamps to `most` and gives the excess, in proportion, to those below it."""
     values = list(wanted)
     for _ in values:
@@ -164,10 +167,10 @@ def variance_budgets(
     """Heavy tokens per layer and row where layers whose scores are spread out get more (MiniKV section 3.1).
 
     The paper names the rule, not its formula. Here the weight of a layer is the mean over KV heads of
-    `1 / (1 + Var[s / mean(s)])` over the row's valid tokens, which is the share of tokens that an even spread would need
-    to carry the same second moment: near 1 for flat scores, near `1 / tokens` for a spike. A layer gets
-    `heavy * L * weight / sum(weights)`, at most `variance_cap * heavy` (and `1 - recent`); the excess goes to the others in
-    proportion. Token counts are rounded down.
+    `1 / (1 + Var[s / mean(s)])` over the row's valid tokens, which is the share of tokens that an even spread would
+    need to carry the same second moment: near 1 for flat scores, near `1 / tokens` for a spike. A layer gets
+    `heavy * L * weight / sum(weights)`, at most `variance_cap * heavy` (and `1 - recent`); the excess goes to the
+    others in proportion. Token counts are rounded down.
     """
     counts = jnp.stack([_spread(layer, lengths) for layer in scores])  # [L, B]
     mean = budget_tokens(config.heavy, lengths).astype(jnp.float32)  # [B]
@@ -189,10 +192,10 @@ def _spread(scores: Array, lengths: Array) -> Array:
 
 
 class Kept(NamedTuple):
-    """The chosen tokens: `positions[b, k, :count[b]]` ascending, then `T` (one past the end) as filler."""
+    """The chosen tokens: `positions[b, k, :tokens[b]]` ascending, then `T` (one past the end) as filler."""
 
     positions: Int[Array, "B K M"]
-    count: Int[Array, "B"]
+    tokens: Int[Array, "B"]
 
 
 def select_tokens(

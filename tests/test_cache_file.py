@@ -34,7 +34,7 @@ def test_round_trip(name: str, window: int | None, tmp_path: pathlib.Path):
         np.asarray(mk.generate(model, [[5], [6]], cache=cache, max_new_tokens=8).tokens)
         for cache in (result.cache, restored)
     ]
-    np.testing.assert_array_equal(*goes_on)
+    np.testing.assert_array_equal(goes_on[0], goes_on[1])
 
 
 def test_mismatch_and_absence_are_named(tmp_path: pathlib.Path):

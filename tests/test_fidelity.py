@@ -9,6 +9,7 @@ import pytest
 
 from minikv_jax import presets
 from minikv_jax.evaluation import book_windows, compare
+from minikv_jax.evaluation.command import parse_method
 from tests.tiny import tiny_model
 
 
@@ -23,6 +24,7 @@ def test_full_is_the_models_own_likelihood():
     expected = -float(np.mean([logits[89 + i, token] for i, token in enumerate(continuation)]))
     full, other = results["full"], results["coarse"]
     assert full.nll == pytest.approx(expected, abs=1e-5)
+    assert full.full_nll == other.full_nll == full.nll
     assert full.kl_to_full == 0
     assert full.top1_agreement == 1
     assert full.cache_bytes == full.full_cache_bytes == other.full_cache_bytes
@@ -45,5 +47,14 @@ def test_wrong_sizes_are_named():
     model = tiny_model()
     with pytest.raises(ValueError, match="0 prompt and 1 continuation"):
         compare(model, [], [1], {})
-    with pytest.raises(ValueError, match="60 . 10 tokens exceed the model's 64 positions"):
+    with pytest.raises(ValueError, match=r"60 . 10 tokens exceed the model's 64 positions"):
         compare(model, [1] * 60, [1] * 10, {})
+
+
+def test_methods_are_parsed():
+    config = parse_method("h2o:heavy=0.25,recent=512")
+    assert (config.name, config.heavy, config.recent) == ("h2o", 0.25, 512)
+    with pytest.raises(ValueError, match=r"NAME:KEY=VALUE.*'heavy'"):
+        parse_method("h2o:heavy")
+    with pytest.raises(ValueError, match="method 'h3o'"):
+        parse_method("h3o:heavy=1")

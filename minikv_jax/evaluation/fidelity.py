@@ -1,8 +1,8 @@
 """Fidelity of a method, without a benchmark's metric: what the model says of a known continuation.
 
 A prompt is prefilled and compressed, then the true continuation is fed token by token through the compressed cache
-("teacher forcing"), exactly as generation would, and the logits are compared with the continuation and with those of the
-full cache.
+("teacher forcing"), exactly as generation would, and the logits are compared with the continuation and with those of
+the full cache.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ class Fidelity:
     """Means over a window's continuation of one method.
 
     Attributes:
-      nll: negative log-likelihood of the true continuation, nats per token.
+      nll, full_nll: negative log-likelihood of the true continuation under the method and under the full cache, nats
+        per token.
       kl_to_full: KL divergence from the full cache's next-token distribution to the method's, nats per token.
       top1_agreement: share of positions where both have the same most likely token.
       cache_bytes, full_cache_bytes: allocated, for the same prompt and continuation.
     """
 
     nll: float
+    full_nll: float
     kl_to_full: float
     top1_agreement: float
     cache_bytes: int
@@ -70,8 +72,8 @@ def compare(
     """The fidelity of each method on one prompt and its true continuation.
 
     Raises:
-      ValueError: an empty prompt or continuation, more tokens than the model has positions, or a method that does not fit
-        the model.
+      ValueError: an empty prompt or continuation, more tokens than the model has positions, or a method that does not
+        fit the model.
     """
     if not prompt or not continuation:
         raise ValueError(f"{len(prompt)} prompt and {len(continuation)} continuation tokens: expected at least 1 each")
@@ -94,13 +96,18 @@ def compare(
     for name, config in methods.items():
         other, cache_bytes = run(config)
         results[name] = Fidelity(
-            nll=-float(jnp.mean(jnp.take_along_axis(other, truth[0][:, None], axis=-1))),
+            nll=_nll(other, truth[0]),
+            full_nll=_nll(full, truth[0]),
             kl_to_full=float(jnp.mean(jnp.sum(jnp.exp(full) * (full - other), axis=-1))),
             top1_agreement=float(jnp.mean(full.argmax(-1) == other.argmax(-1))),
             cache_bytes=cache_bytes,
             full_cache_bytes=full_bytes,
         )
     return results
+
+
+def _nll(log_probabilities: Array, tokens: np.ndarray) -> float:
+    return -float(jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
