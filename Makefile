@@ -23,11 +23,13 @@ TEST := $(VENV)/.installed-test
 endif
 
 # Under the tests shapes, dtypes and types are checked at run time; as for pyright, an int passes for a float.
-BEARTYPE := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True)# Shapes and dtypes are checked at run time under the tests, in the modules that compute. Pytree containers (cache,
+
+# Shapes and dtypes are checked at run time under the tests, in the modules that compute. Pytree containers (cache,
 # quantization) are left out: JAX rebuilds them with abstract leaves.
-CHECKED := minikv_jax.attention,minikv_jax.inference,minikv_jax.model,minikv_jax.reference,minikv_jax.rotary,minikv_jax.selection
+CHECKED := minikv_jax.attention,minikv_jax.inference,minikv_jax.model,minikv_jax.reference,minikv_jax.rotary
+CHECKED := $(CHECKED),minikv_jax.selection
 TYPECHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest "--jaxtyping-packages=$(CHECKED),$(TYPECHECKER)"
+PYTEST := $(PY) -m pytest "--jaxtyping-packages=$(CHECKED),$(TYPECHECKER)"
 CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
 
 .PHONY: demo test test-gpu lint format clean
