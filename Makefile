@@ -22,14 +22,12 @@ BASE := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 endif
 
-# Under the tests shapes, dtypes and types are checked at run time; as for pyright, an int passes for a float.
-
-# Shapes and dtypes are checked at run time under the tests, in the modules that compute. Pytree containers (cache,
-# quantization) are left out: JAX rebuilds them with abstract leaves.
+# Shapes, dtypes and types are checked at run time under the tests, in the modules that compute; as for pyright, an int
+# passes for a float. Pytree containers (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
 CHECKED := minikv_jax.attention,minikv_jax.inference,minikv_jax.model,minikv_jax.reference,minikv_jax.rotary
 CHECKED := $(CHECKED),minikv_jax.selection
 TYPECHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-PYTEST := $(PY) -m pytest "--jaxtyping-packages=$(CHECKED),$(TYPECHECKER)"
+CHECKS := "--jaxtyping-packages=$(CHECKED),$(TYPECHECKER)"
 CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
 
 .PHONY: demo test test-gpu lint format clean
@@ -39,10 +37,10 @@ demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what t
 		--prompt-file examples/log.txt --max-new-tokens 64
 
 test: $(TEST)  ## The suite on the CPU; what needs a GPU is skipped, and counted in the summary.
-	JAX_PLATFORMS=cpu $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -n $(WORKERS) $(PYTEST_ARGS)
 
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
-	$(PYTEST) -m gpu $(PYTEST_ARGS)
+	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(TEST)  ## Formatting, lint and types.
 	$(PY) -m ruff format --check .
