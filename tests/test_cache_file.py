@@ -7,10 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tiny import tiny_config, tiny_model
 
 import minikv_jax as mk
 from minikv_jax import presets
-from tests.tiny import tiny_config, tiny_model
 
 CONFIGS = {
     "full": presets.get("full"),

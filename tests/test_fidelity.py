@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_model
 
 from minikv_jax import presets
 from minikv_jax.evaluation import book_windows, compare
 from minikv_jax.evaluation.command import parse_method
-from tests.tiny import tiny_model
 
 
 def test_full_is_the_models_own_likelihood():

@@ -1,6 +1,7 @@
 """The compiled loop: what it must equal, what it must refuse, and what it must not allocate."""
 
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import tiny_model
 
 import minikv_jax as mk
 from minikv_jax import inference, memory, presets
 from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.generate import _generate, bucket_length, last_valid
 from minikv_jax.sampling import sample
-from tests.tiny import tiny_model
 
 VOCABULARY = 96
 MINIKV16 = dataclasses.replace(presets.get("minikv"), residual_length=32)
@@ -229,6 +230,47 @@ def test_memory_of_a_long_prompt(name: str, batch: int):
     assert big
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", program.as_text())
     assert not big & {tuple(map(int, dims.split(","))) for dims in copied}
+
+
+BASE = CacheConfig(scorer="window", heavy=0.25, recent=0.125, sinks=2, k_bits=2, v_bits=2, residual_length=32)
+FIELDS: dict[str, tuple[dict[str, Any], Any]] = {  # field: (what the base has besides, the other value)
+    "scorer": ({}, "cumulative"),
+    "heavy": ({}, 0.125),
+    "recent": ({}, 0.25),
+    "sinks": ({}, 0),
+    "budget": ({}, "pyramid"),
+    "pyramid_beta": ({"budget": "pyramid"}, 20.0),
+    "variance_cap": ({"budget": "variance"}, 1.0),
+    "observation_window": ({}, 8),
+    "pooling": ({}, "mean"),
+    "pooling_kernel": ({}, 3),
+    "k_bits": ({}, 4),
+    "v_bits": ({}, 3),
+    "group_size": ({"residual_length": 64}, 32),
+    "metadata_dtype": ({}, "bfloat16"),
+    "residual": ({}, "kivi"),
+    "residual_length": ({}, 64),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CacheConfig)])
+def test_every_method_field_is_read(field: str):
+    """Changing a field changes the cache that a prompt leaves, in its shapes or in its numbers."""
+    if field in ("name", "citation"):  # words about the method, not part of it
+        return
+    besides, other = FIELDS[field]
+    base = dataclasses.replace(BASE, **besides)
+    model = tiny_model(head_dim=64, max_position_embeddings=256)
+    ids, lengths = jnp.asarray(prompts(200)), jnp.asarray([200])
+
+    def leaves(config: CacheConfig) -> list[np.ndarray]:
+        return list(map(np.asarray, jax.tree.leaves(inference.prefill(model, ids, lengths, config, 64)[1])))
+
+    before, after = leaves(base), leaves(dataclasses.replace(base, **{field: other}))
+    assert not all(
+        a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b)
+        for a, b in itertools.zip_longest(before, after, fillvalue=np.zeros(0))
+    )
 
 
 WRONG = {

@@ -15,6 +15,7 @@ from tiny import random_ids
 
 from minikv_jax import hub, weights
 from minikv_jax.attention import prefill_attention
+from minikv_jax.generate import generate
 from minikv_jax.model import Llama
 from minikv_jax.rotary import rotary_tables
 
@@ -232,9 +233,27 @@ def transformers_smollm2(path: pathlib.Path) -> Any:
     return model.eval()
 
 
-def test_smollm2_logits_of_real_prompts(smollm2: tuple[Llama, Any]):
+@pytest.fixture(scope="module")
+def their_smollm2() -> Any:
+    return transformers_smollm2(hub.demo_model_path())
+
+
+def test_smollm2_greedy_tokens_of_real_prompts(smollm2: tuple[Llama, Any], their_smollm2: Any):
+    """The compiled loop under `full`, a ragged batch, draws what transformers draws prompt by prompt."""
     ours, tokenizer = smollm2
-    theirs = transformers_smollm2(hub.demo_model_path())
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    found = generate(ours, prompts, method="full", max_new_tokens=64, eos_token_ids=()).tokens
+    for tokens, prompt in zip(np.asarray(found), prompts, strict=True):
+        with torch.no_grad():
+            expected = their_smollm2.generate(
+                torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
+            )
+        np.testing.assert_array_equal(tokens, expected[0, len(prompt) :].numpy())
+
+
+def test_smollm2_logits_of_real_prompts(smollm2: tuple[Llama, Any], their_smollm2: Any):
+    ours, tokenizer = smollm2
+    theirs = their_smollm2
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     ids = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
