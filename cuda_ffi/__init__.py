@@ -1,0 +1,26 @@
+"""CUDA C++ kernels for compressed KV caches behind the XLA FFI, for sm_80, sm_86, sm_89 and sm_90a.
+
+Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/architecture.md`.
+"""
+
+from cuda_ffi import registration
+from cuda_ffi.append import append
+from cuda_ffi.decode_attention import decode_attention
+from cuda_ffi.quantize import quantize
+
+
+def why_unavailable() -> str | None:
+    """Why the kernels cannot run here (no GPU, not built, stale, other architecture), or None where they can."""
+    try:
+        registration.load()
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def available() -> bool:
+    """Whether the kernels can run here."""
+    return why_unavailable() is None
+
+
+__all__ = ["append", "available", "decode_attention", "quantize", "why_unavailable"]

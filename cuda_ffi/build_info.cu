@@ -1,0 +1,6 @@
+// What the library was built from, for the check against the sources at load time.
+#ifndef MINIKV_BUILD_INFO
+#define MINIKV_BUILD_INFO "unknown"
+#endif
+
+extern "C" const char* minikv_build_info() { return MINIKV_BUILD_INFO; }

@@ -1,0 +1,374 @@
+// Decode attention: merge of the partial outputs, and the XLA FFI handler. The main kernel is in decode_attention.cuh.
+#include <cmath>
+
+#include "decode_attention.cuh"
+#include "ffi_checks.h"
+
+namespace minikv {
+
+constexpr const char* kOp = "decode_attention";
+constexpr int kMergeThreads = 512;
+constexpr int kMaxEntries = 1024;
+
+// Joins the partial outputs of one row and query. A row has a packed and a tail segment, each a run of the tile list;
+// which warps hold parts of it follows from the lengths alone.
+template <int H>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_partials_kernel(const DecodeParams p, int blocks, int warps_per_block) {
+  constexpr int kLanes = H < kMergeThreads ? H : kMergeThreads;
+  constexpr int kGroups = kMergeThreads / kLanes;
+  __shared__ float weight[kMaxEntries];
+  __shared__ int slot_of[kMaxEntries];
+  __shared__ float reduced[2][kMergeThreads / kWarpSize];
+  __shared__ float sums[kGroups][kLanes];
+  const int queries = p.partial_queries(), slot_floats = queries * (H + 2);
+  const int row = blockIdx.x / queries, query = blockIdx.x % queries;
+  const int batch = row / p.rows_per_batch(), row_in_batch = row % p.rows_per_batch();
+  const int head_in_group = row_in_batch % p.query_blocks * kQueries + query;
+  if (head_in_group >= p.group) return;
+  const int lane = threadIdx.x % kWarpSize, warps = blocks * warps_per_block;
+
+  const int total = tiles_before(p, p.batch, lane);
+  const int packed_tiles = (p.packed_length[batch] + kTileTokens - 1) / kTileTokens;
+  const int tail_tiles = (p.tail_length[batch] + kTailTokens - 1) / kTailTokens;
+  int begin = tiles_before(p, batch, lane) + row_in_batch * (packed_tiles + tail_tiles);
+
+  int entries = 0;
+  for (int part = 0; part < 2; ++part) {
+    const int end = begin + (part == 0 ? packed_tiles : tail_tiles);
+    if (end > begin) {
+      const int first_block = static_cast<int>((static_cast<int64_t>(begin + 1) * warps - 1) / total) / warps_per_block;
+      const int last_block = static_cast<int>((static_cast<int64_t>(end) * warps - 1) / total) / warps_per_block;
+      // All warps of the first block, one entry for each block between, all warps of the last block.
+      const int between = max(0, last_block - first_block - 1);
+      const int count = warps_per_block + (last_block > first_block ? between + warps_per_block : 0);
+      for (int e = threadIdx.x; e < count; e += kMergeThreads) {
+        int block = first_block, warp = e;
+        if (e >= warps_per_block + between) {
+          block = last_block, warp = e - warps_per_block - between;
+        } else if (e >= warps_per_block) {
+          block = first_block + 1 + e - warps_per_block, warp = 0;
+        }
+        const int block_first = first_tile(total, warps, block * warps_per_block);
+        const int block_last = first_tile(total, warps, (block + 1) * warps_per_block);
+        const bool joined = block_first < block_last && block_first >= begin && block_last <= end;
+        const int w = block * warps_per_block + warp;
+        const bool valid =
+            joined ? warp == 0 : max(first_tile(total, warps, w), begin) < min(first_tile(total, warps, w + 1), end);
+        slot_of[entries + e] = valid ? w + segment_number(row, part == 0) : -1;
+      }
+      entries += count;
+    }
+    begin = end;
+  }
+  __syncthreads();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  float highest = kMasked;
+  for (int e = threadIdx.x; e < entries; e += kMergeThreads) {
+    const int slot = slot_of[e];
+    weight[e] = slot < 0 ? kMasked : p.partial[static_cast<int64_t>(slot) * slot_floats + queries * H + query];
+    highest = fmaxf(highest, weight[e]);
+  }
+  for (int d = 16; d; d >>= 1) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, d));
+  if (lane == 0) reduced[0][threadIdx.x / kWarpSize] = highest;
+  __syncthreads();
+  for (int i = 0; i < kMergeThreads / kWarpSize; ++i) highest = fmaxf(highest, reduced[0][i]);
+
+  float denominator = 0.0f;
+  for (int e = threadIdx.x; e < entries; e += kMergeThreads) {
+    const int slot = slot_of[e];
+    const float w = slot < 0 ? 0.0f : exp2_approx(weight[e] - highest);
+    weight[e] = w;
+    if (slot >= 0) denominator += w * p.partial[static_cast<int64_t>(slot) * slot_floats + queries * (H + 1) + query];
+  }
+  for (int d = 16; d; d >>= 1) denominator += __shfl_xor_sync(kAllLanes, denominator, d);
+  if (lane == 0) reduced[1][threadIdx.x / kWarpSize] = denominator;
+  __syncthreads();
+  denominator = 0.0f;
+  for (int i = 0; i < kMergeThreads / kWarpSize; ++i) denominator += reduced[1][i];
+
+  const int channel = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  float sum = 0.0f;
+  if (group < kGroups) {
+#pragma unroll 8
+    for (int e = group; e < entries; e += kGroups) {
+      const int slot = slot_of[e];
+      if (slot >= 0) sum += weight[e] * p.partial[static_cast<int64_t>(slot) * slot_floats + query * H + channel];
+    }
+    sums[group][channel] = sum;
+  }
+  __syncthreads();
+  if (group == 0) {
+    sum = 0.0f;
+    for (int g = 0; g < kGroups; ++g) sum += sums[g][channel];
+    const float value = denominator > 0.0f ? sum / denominator : 0.0f;  // a row without tokens gives zeros
+    const int head = row_in_batch / p.query_blocks * p.group + head_in_group;
+    const int64_t at = (static_cast<int64_t>(batch) * p.kv_heads * p.group + head) * H + channel;
+    if (p.bfloat16) {
+      static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(value);
+    } else {
+      static_cast<__half*>(p.out)[at] = __float2half(value);
+    }
+  }
+}
+
+namespace {
+
+int integer_log2(int x) { return x <= 1 ? 0 : 1 + integer_log2(x / 2); }
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's tensor-map encoder, looked up at run time so that the library does not link the driver.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &symbol, cudaEnableDefault, &found);
+#endif
+    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(symbol) : nullptr;
+  }();
+  return function;
+}
+
+// `rows` rows of `row_bytes`, read in boxes of `box_rows` rows that land as `SwizzledTile` says; `all_spans` false
+// reads one span of each row at a time.
+bool encode_rows(CUtensorMap* map, const void* base, int64_t rows, int row_bytes, int box_rows, bool all_spans) {
+  if (rows == 0) return true;
+  const int span = row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : row_bytes % 32 == 0 ? 32 : 16;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(span), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(row_bytes / span)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(span)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(span), static_cast<cuuint32_t>(box_rows),
+                             static_cast<cuuint32_t>(all_spans ? row_bytes / span : 1)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUtensorMapSwizzle swizzle = span == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : span == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : span == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                  : CU_TENSOR_MAP_SWIZZLE_NONE;
+  return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(base), sizes, strides, box, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <int KBits>
+DecodeInstance find_instance(int64_t head_dim, int v_bits, Metadata metadata, bool vector_metadata) {
+  switch (head_dim) {
+    case 64:
+      return decode_instance<64, KBits>(v_bits, metadata, vector_metadata);
+    case 96:
+      return decode_instance<96, KBits>(v_bits, metadata, vector_metadata);
+    case 128:
+      return decode_instance<128, KBits>(v_bits, metadata, vector_metadata);
+    case 256:
+      return decode_instance<256, KBits>(v_bits, metadata, vector_metadata);
+    default:
+      return {nullptr, 0};
+  }
+}
+
+using MergeKernel = void (*)(DecodeParams, int, int);
+
+MergeKernel find_merge(int64_t head_dim) {
+  switch (head_dim) {
+    case 64:
+      return merge_partials_kernel<64>;
+    case 96:
+      return merge_partials_kernel<96>;
+    case 128:
+      return merge_partials_kernel<128>;
+    default:
+      return merge_partials_kernel<256>;
+  }
+}
+
+}  // namespace
+
+ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_words, ffi::AnyBuffer k_scale,
+                            ffi::AnyBuffer k_zero, ffi::AnyBuffer v_words, ffi::AnyBuffer v_scale,
+                            ffi::AnyBuffer v_zero, ffi::AnyBuffer k_scale_factor, ffi::AnyBuffer k_zero_factor,
+                            ffi::AnyBuffer v_scale_factor, ffi::AnyBuffer v_zero_factor, ffi::AnyBuffer tail_k,
+                            ffi::AnyBuffer tail_v, ffi::AnyBuffer packed_length, ffi::AnyBuffer tail_length,
+                            ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> partial, int32_t k_bits,
+                            int32_t v_bits, int32_t group_size, int32_t factor_block, float scale,
+                            int32_t requested_warps, int32_t requested_stages) {
+  Checker check(kOp);
+  check.rank("q", q, 3);
+  check.rank("k_words", k_words, 4);
+  check.rank("tail_k", tail_k, 4);
+  if (!check.ok()) return check.error();
+  const int64_t B = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2];
+  const int64_t K = tail_k.dimensions()[1], C = tail_k.dimensions()[2];
+  check.require(k_bits == 2 || k_bits == 4, "k_bits=" + std::to_string(k_bits) + ", supported: 2, 4");
+  check.require(v_bits == 2 || v_bits == 4, "v_bits=" + std::to_string(v_bits) + ", supported: 2, 4");
+  check.require(group_size >= 16 && group_size <= kTileTokens && (group_size & (group_size - 1)) == 0,
+                "group_size=" + std::to_string(group_size) + ", supported: 16, 32, 64, 128");
+  check.require(K > 0 && N % K == 0, "N=" + std::to_string(N) + " is not a multiple of K=" + std::to_string(K));
+  check.require(H % group_size == 0,
+                "head_dim " + std::to_string(H) + " is not a multiple of group_size " + std::to_string(group_size));
+  if (!check.ok()) return check.error();
+  const int64_t P = k_words.dimensions()[2] * (32 / k_bits);
+  check.dtype("q", q, {ffi::BF16, ffi::F16});
+  check.shape("k_words", k_words, {B, K, P * k_bits / 32, H});
+  check.shape("v_words", v_words, {B, K, P * v_bits / 32, H});
+  check.dtype("k_words", k_words, {ffi::U32});
+  check.dtype("v_words", v_words, {ffi::U32});
+  check.dtype("k_scale", k_scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
+  for (auto& [name, buffer] : {std::pair{"k_scale", k_scale}, {"k_zero", k_zero}}) {
+    check.shape(name, buffer, {B, K, P / group_size, H});
+    check.dtype(name, buffer, {k_scale.element_type()});
+  }
+  for (auto& [name, buffer] : {std::pair{"v_scale", v_scale}, {"v_zero", v_zero}}) {
+    check.shape(name, buffer, {B, K, P, H / group_size});
+    check.dtype(name, buffer, {k_scale.element_type()});
+  }
+  const Metadata metadata = k_scale.element_type() == ffi::F16    ? kFloat16
+                            : k_scale.element_type() == ffi::BF16 ? kBFloat16
+                                                                  : kFloat8;
+  check.require(factor_block >= 16 && (factor_block & (factor_block - 1)) == 0 && P % factor_block == 0,
+                "packed capacity " + std::to_string(P) +
+                    " is not a multiple of a packing block that is a power of 2: " + std::to_string(factor_block));
+  for (auto& [name, buffer] : {std::pair{"k_scale_factor", k_scale_factor},
+                               {"k_zero_factor", k_zero_factor},
+                               {"v_scale_factor", v_scale_factor},
+                               {"v_zero_factor", v_zero_factor}}) {
+    if (metadata == kFloat8) check.shape(name, buffer, {B, K, P / factor_block, 1});
+    check.dtype(name, buffer, {ffi::F32});
+  }
+  check.shape("tail_k", tail_k, {B, K, C, H});
+  check.shape("tail_v", tail_v, {B, K, C, H});
+  check.dtype("tail_k", tail_k, {q.element_type()});
+  check.dtype("tail_v", tail_v, {q.element_type()});
+  check.shape("packed_length", packed_length, {B});
+  check.shape("tail_length", tail_length, {B});
+  check.dtype("packed_length", packed_length, {ffi::S32});
+  check.dtype("tail_length", tail_length, {ffi::S32});
+  check.shape("out", *out, {B, N, H});
+  check.dtype("out", *out, {q.element_type()});
+  check.dtype("partial", *partial, {ffi::F32});
+  if (!check.ok()) return check.error();
+
+  const bool vector_metadata = H == 128 && group_size == 16 && metadata != kFloat8;
+  const DecodeInstance instance = k_bits == 2 ? find_instance<2>(H, v_bits, metadata, vector_metadata)
+                                              : find_instance<4>(H, v_bits, metadata, vector_metadata);
+  check.require(instance.kernel != nullptr, "head_dim=" + std::to_string(H) + ", supported: 64, 96, 128, 256");
+  if (!check.ok()) return check.error();
+
+  DecodeParams p{};
+  p.q = q.untyped_data();
+  const ffi::AnyBuffer sources[kSources] = {k_words, k_scale, k_zero, v_words, v_scale, v_zero, tail_k, tail_v};
+  for (int i = 0; i < kSources; ++i) p.base[i] = static_cast<const uint8_t*>(sources[i].untyped_data());
+  const ffi::AnyBuffer factors[4] = {k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor};
+  for (int i = 0; i < 4; ++i) p.factor[i] = static_cast<const float*>(factors[i].untyped_data());
+  p.packed_length = static_cast<const int32_t*>(packed_length.untyped_data());
+  p.tail_length = static_cast<const int32_t*>(tail_length.untyped_data());
+  p.partial = static_cast<float*>(partial->untyped_data());
+  p.out = out->untyped_data();
+  p.batch = static_cast<int>(B);
+  p.kv_heads = static_cast<int>(K);
+  p.group = static_cast<int>(N / K);
+  p.query_blocks = (p.group + kQueries - 1) / kQueries;
+  p.packed_capacity = static_cast<int>(P);
+  p.tail_capacity = static_cast<int>(C);
+  p.group_log2 = integer_log2(group_size);
+  p.factor_log2 = integer_log2(factor_block);
+  p.bfloat16 = q.element_type() == ffi::BF16;
+  p.scale_log2 = scale * kLog2E;
+
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  p.stages = requested_stages;
+  const int warp_bytes = p.stages * (instance.stage_bytes + 8) + kQueries * 2 * static_cast<int>(H);
+  const int warps = std::min({max_warps(static_cast<int>(H)), requested_warps, shared_limit / warp_bytes});
+  const int rows = p.batch * p.rows_per_batch();
+  const int64_t slots = static_cast<int64_t>(blocks) * warps + 2 * rows;
+  check.require(warps >= 1, "stages=" + std::to_string(p.stages) + " do not fit into shared memory");
+  check.require(static_cast<int64_t>(partial->element_count()) >= slots * p.partial_queries() * (H + 2),
+                "scratch of " + std::to_string(partial->element_count()) + " floats is too small for " +
+                    std::to_string(slots) + " slots");
+  check.require(2 * (2 * warps + blocks) <= kMaxEntries, "device has more multiprocessors than the merge can join");
+  if (!check.ok()) return check.error();
+
+  const int shared_bytes = warps * warp_bytes;
+  DecodeMaps maps{};
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    const int meta_bytes = metadata == kFloat8 ? 1 : 2, h = static_cast<int>(H);
+    const int64_t kv_rows = B * K;
+    check.require(encode_tiled() != nullptr, "the driver has no cuTensorMapEncodeTiled");
+    if (!check.ok()) return check.error();
+    bool encoded = true;
+    for (int i : {kKeyWords, kValueWords}) {
+      const int bits = i == kKeyWords ? k_bits : v_bits;
+      encoded &= encode_rows(&maps.map[i], p.base[i], kv_rows * P * bits / 32, 4 * h, kTileTokens * bits / 32, true);
+    }
+    const int key_rows = kTileTokens / group_size;
+    for (int i : {kKeyScale, kKeyZero}) {
+      encoded &=
+          encode_rows(&maps.map[i], p.base[i], kv_rows * P / group_size, meta_bytes * h, key_rows, group_size == 16);
+    }
+    for (int i : {kValueScale, kValueZero}) {
+      if (vector_metadata) encoded &= encode_rows(&maps.map[i], p.base[i], kv_rows * P / 16, meta_bytes * h, 8, true);
+    }
+    for (int i : {kTailKeys, kTailValues}) {
+      encoded &= encode_rows(&maps.map[i], p.base[i], kv_rows * C, 2 * h, kTailTokens, true);
+    }
+    check.require(encoded, "the driver refused a tensor map");
+    if (!check.ok()) return check.error();
+  }
+
+  cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  void* arguments[] = {&maps, &p};
+  cudaLaunchKernel(instance.kernel, dim3(blocks), dim3(warps * kWarpSize), arguments, shared_bytes, stream);
+  if (cudaError_t status = cudaGetLastError(); status != cudaSuccess) return cuda_status(kOp, status);
+
+  // The merge may start while the last blocks of the main kernel finish: it waits for them itself.
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(rows * p.partial_queries());
+  config.blockDim = dim3(kMergeThreads);
+  config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, find_merge(H), p, blocks, warps);
+  return cuda_status(kOp, cudaGetLastError());
+}
+
+}  // namespace minikv
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MinikvDecodeAttention, minikv::decode_attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // q
+                                  .Arg<xla::ffi::AnyBuffer>()  // k_words
+                                  .Arg<xla::ffi::AnyBuffer>()  // k_scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // k_zero
+                                  .Arg<xla::ffi::AnyBuffer>()  // v_words
+                                  .Arg<xla::ffi::AnyBuffer>()  // v_scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // v_zero
+                                  .Arg<xla::ffi::AnyBuffer>()  // k_scale_factor
+                                  .Arg<xla::ffi::AnyBuffer>()  // k_zero_factor
+                                  .Arg<xla::ffi::AnyBuffer>()  // v_scale_factor
+                                  .Arg<xla::ffi::AnyBuffer>()  // v_zero_factor
+                                  .Arg<xla::ffi::AnyBuffer>()  // tail_k
+                                  .Arg<xla::ffi::AnyBuffer>()  // tail_v
+                                  .Arg<xla::ffi::AnyBuffer>()  // packed_length
+                                  .Arg<xla::ffi::AnyBuffer>()  // tail_length
+                                  .Ret<xla::ffi::AnyBuffer>()  // out
+                                  .Ret<xla::ffi::AnyBuffer>()  // partial (scratch)
+                                  .Attr<int32_t>("k_bits")
+                                  .Attr<int32_t>("v_bits")
+                                  .Attr<int32_t>("group_size")
+                                  .Attr<int32_t>("factor_block")
+                                  .Attr<float>("scale")
+                                  .Attr<int32_t>("warps")
+                                  .Attr<int32_t>("stages"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

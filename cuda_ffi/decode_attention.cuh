@@ -1,0 +1,815 @@
+// Decode attention over packed keys and values plus a full-precision tail: the kernel.
+//
+// Operands are swapped, S^T = K Q^T and O^T = V^T P^T, so that the large operand (codes, dequantised in registers) is
+// the row operand of the tensor cores and the few queries of a KV head are the 8 columns.
+//
+// Work is cut into tiles of equal bytes: 128 packed tokens, or 32 tokens of the tail. The tiles of all rows (a row is
+// one batch entry, KV head and block of 8 queries) form one list, split evenly over every warp of a grid that fills the
+// device once. A warp feeds itself through a private ring of shared-memory stages (keys of a tile, values of a tile,
+// keys of the next, ...), so nothing in the loop waits for another warp. A run of tiles of one kind in one row is a
+// segment; each segment leaves an unnormalised partial output with its softmax maximum and denominator, and
+// `merge_partials_kernel` joins those of a row.
+#pragma once
+
+#include "device.cuh"
+
+namespace minikv {
+
+enum Metadata { kFloat16, kBFloat16, kFloat8 };
+
+constexpr int kTileTokens = 128;
+constexpr int kTailTokens = 32;
+constexpr int kQueries = 8;  // columns of one tensor-core product
+constexpr int kWarpSize = 32;
+// Warps of a block: as many as the registers allow, since one warp alone cannot hide the latency of its own chain
+// (copy, unpack, product, softmax, product).
+#ifndef MINIKV_W128
+#define MINIKV_W128 8
+#endif
+constexpr int max_warps(int head_dim) { return head_dim <= 64 ? 16 : head_dim <= 128 ? MINIKV_W128 : 8; }
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// The eight arrays a tile is read from.
+enum Source { kKeyWords, kKeyScale, kKeyZero, kValueWords, kValueScale, kValueZero, kTailKeys, kTailValues, kSources };
+
+struct DecodeMaps {
+  CUtensorMap map[kSources];
+};
+
+struct DecodeParams {
+  const void* q;  // [B, N, H]
+  const uint8_t* base[kSources];
+  const float* factor[4];        // second level of 8-bit metadata: key scale, key zero, value scale, value zero
+  const int32_t* packed_length;  // [B]
+  const int32_t* tail_length;    // [B]
+  float* partial;                // [slots][G'] x (H + 2), G' = min(G, 8)
+  void* out;                     // [B, N, H]
+  int batch, kv_heads, group, query_blocks;  // group: query heads of one KV head
+  int packed_capacity, tail_capacity;
+  int group_log2, factor_log2;  // of the group size and of the packing block
+  int stages;
+  bool bfloat16;  // dtype of q, tail and out; float16 otherwise
+  float scale_log2;
+
+  __host__ __device__ int rows_per_batch() const { return kv_heads * query_blocks; }
+  __host__ __device__ int partial_queries() const { return group < kQueries ? group : kQueries; }
+  __host__ __device__ int tiles(int packed, int tail) const {
+    return (packed + kTileTokens - 1) / kTileTokens + (tail + kTailTokens - 1) / kTailTokens;
+  }
+};
+
+// Shared-memory geometry of one instance of the kernel.
+template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
+struct DecodeLayout {
+  static constexpr int kMetaBytes = kMetadata == kFloat8 ? 1 : 2;
+  static constexpr int kKeyRows = kTileTokens * KBits / 32;
+  static constexpr int kValueRows = kTileTokens * VBits / 32;
+  using KeyWords = SwizzledTile<4 * H, kKeyRows>;
+  using KeyMeta = SwizzledTile<kMetaBytes * H, kTileTokens / 16>;  // rows for the smallest group; larger ones use fewer
+  using ValueWords = SwizzledTile<4 * H, kValueRows>;
+  using ValueMeta = SwizzledTile<kMetaBytes * H, kTileTokens / 16>;  // rows of 16 tokens x 8 groups (vector path only)
+  using Tail = SwizzledTile<2 * H, kTailTokens>;
+  static constexpr int kMetaStride = round_up(KeyMeta::kBytes, 1024);
+  static constexpr int kKeyBytes = KeyWords::kBytes + 2 * kMetaStride;
+  static constexpr int kValueBytes = ValueWords::kBytes + 2 * kMetaStride;
+  static constexpr int kPackedBytes = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
+  static constexpr int kStageBytes = round_up(kPackedBytes > Tail::kBytes ? kPackedBytes : Tail::kBytes, 1024);
+  static_assert(kQueries * H * 4 <= kStageBytes, "a warp's partial output is staged in its ring");
+
+  // Output channels are taken in blocks; inside a block, lane row r owns a run of consecutive channels, so that one
+  // scale and zero a token serve the whole run.
+  static constexpr int kBlockChannels = H == 96 ? 32 : (H < 128 ? H : 128);
+  static constexpr int kBlocks = H / kBlockChannels;
+  static constexpr int kRun = kBlockChannels / 8;
+  static_assert(!kVectorMetadata || (H == 128 && kMetaBytes == 2));
+};
+
+// Which tokens of a tile each lane holds. A lane (row, quad) computes logits for the words `key_word(half, row)`, and,
+// after P has been transposed, multiplies values of the words `value_word(quad, i)`: the maps make these the same
+// tokens, and neighbouring lanes read different shared-memory banks.
+template <int KBits, int VBits>
+struct TokenMap {
+  static constexpr int kKeySlots = 16 / KBits;         // tokens in half a word
+  static constexpr int kHalves = KBits == 2 ? 1 : 2;   // groups of 8 key words in a tile
+  static constexpr int kValueWordTokens = 32 / VBits;  // tokens in a value word
+  static constexpr int kValueWordsPerLane = VBits == 2 ? 2 : 4;
+  static constexpr int kTiles = kHalves * kKeySlots;  // tensor-core row tiles: always 8, of 16 tokens
+
+  __device__ __forceinline__ static int key_word(int half, int row) {
+    const int quad = row >> 1, odd = row & 1;
+    if constexpr (KBits == 2) return quad + 4 * odd;
+    if constexpr (VBits == 4) return quad + 4 * odd + 8 * half;
+    return half + 2 * (quad & 1) + 4 * odd + 8 * (quad >> 1);
+  }
+
+  __device__ __forceinline__ static int value_word(int quad, int i) {
+    if constexpr (KBits == 2 && VBits == 4) return 2 * (quad + 4 * (i >> 1)) + (i & 1);
+    if constexpr (KBits == 4 && VBits == 2) return (quad & 1) + 2 * i + 4 * (quad >> 1);
+    return quad + 4 * i;
+  }
+
+  // Local token u (0..31) of a lane after the transposition: register and half-register that hold its probability.
+  __host__ __device__ static constexpr int p_register(int u) {
+    if (KBits == 2) return 2 * (u % 8) + (u / 8) % 2;
+    const int half = VBits == 4 ? u / 16 : (u / 8) % 2;
+    return 2 * (4 * half + u % 4) + (u / 4) % 2;
+  }
+  __host__ __device__ static constexpr int p_high(int u) { return KBits == 4 && VBits == 4 ? (u / 8) % 2 : u / 16; }
+};
+
+// A place in the list of tiles.
+struct TileCursor {
+  int batch = 0, tile = 0;
+  int kv_row = 0, query_block = 0;  // batch * K + KV head, and which 8 of its queries
+  int packed_length = 0, tail_length = 0, packed_tiles = 0, tiles = 0;
+
+  __device__ void load_lengths(const DecodeParams& p) {
+    packed_length = p.packed_length[batch];
+    tail_length = p.tail_length[batch];
+    packed_tiles = (packed_length + kTileTokens - 1) / kTileTokens;
+    tiles = packed_tiles + (tail_length + kTailTokens - 1) / kTailTokens;
+  }
+
+  __device__ void skip(const DecodeParams& p, int count) {
+    tile += count;
+    if (tile < tiles) return;
+    tile = 0;
+    if (++query_block < p.query_blocks) return;
+    query_block = 0;
+    if (++kv_row < (batch + 1) * p.kv_heads) return;
+    do {
+      if (++batch >= p.batch) return;
+      kv_row = batch * p.kv_heads;
+      load_lengths(p);
+    } while (tiles == 0);
+  }
+
+  __device__ int row(const DecodeParams& p) const { return kv_row * p.query_blocks + query_block; }
+  __device__ bool packed() const { return tile < packed_tiles; }
+};
+
+// Tiles before batch entry `batch` (all of them for batch == p.batch). Every lane gets the sum.
+__device__ inline int tiles_before(const DecodeParams& p, int batch, int lane) {
+  int sum = 0;
+  for (int b = lane; b < batch; b += kWarpSize) sum += p.tiles(p.packed_length[b], p.tail_length[b]);
+  for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, d);
+  return sum * p.rows_per_batch();
+}
+
+__device__ inline TileCursor locate(const DecodeParams& p, int target, int lane) {
+  TileCursor c;
+  int start = 0;
+  for (int first = 0; first < p.batch; first += kWarpSize) {
+    const int b = first + lane;
+    int inclusive = b < p.batch ? p.tiles(p.packed_length[b], p.tail_length[b]) * p.rows_per_batch() : 0;
+    const int own = inclusive;
+    for (int d = 1; d < kWarpSize; d <<= 1) {
+      const int other = __shfl_up_sync(kAllLanes, inclusive, d);
+      if (lane >= d) inclusive += other;
+    }
+    const unsigned found = __ballot_sync(kAllLanes, start + inclusive > target);
+    if (found) {
+      const int source = __ffs(found) - 1;
+      const int rest = target - start - __shfl_sync(kAllLanes, inclusive - own, source);
+      c.batch = first + source;
+      c.load_lengths(p);
+      const int row = rest / c.tiles;
+      c.tile = rest % c.tiles;
+      c.kv_row = c.batch * p.kv_heads + row / p.query_blocks;
+      c.query_block = row % p.query_blocks;
+      return c;
+    }
+    start += __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
+  }
+  return c;
+}
+
+// First tile of a warp when `total` tiles are split evenly over `warps`.
+__device__ __forceinline__ int first_tile(int total, int warps, int warp) {
+  return static_cast<int>(static_cast<int64_t>(total) * warp / warps);
+}
+
+// Where a segment's partial output goes: unique, because along the list of tiles each next segment has a larger warp or
+// a larger segment number. A row has two segments: packed and tail.
+__device__ __forceinline__ int segment_number(int row, bool packed) { return 2 * row + (packed ? 0 : 1); }
+
+template <typename T>
+__device__ __forceinline__ T uniform(T x) {
+  return __shfl_sync(kAllLanes, x, 0);
+}
+
+template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
+struct DecodeWarp {
+  using Layout = DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>;
+  using Map = TokenMap<KBits, VBits>;
+  static constexpr int kSteps = H / 16;  // 16-channel steps of a product
+  static constexpr int kMetaBytes = Layout::kMetaBytes;
+
+  const DecodeParams& p;
+  const DecodeMaps& maps;
+  uint8_t* ring;
+  uint32_t barriers;
+  uint2* queries;  // the lane's query pairs, one a step; in shared memory to leave registers for the accumulators
+  int lane, row, quad;
+
+  // Producer.
+  TileCursor load;
+  int loads_left = 0;  // stages still to be asked for
+  bool load_keys = true;
+  int load_slot = 0;
+  // Consumer.
+  int slot = 0;
+  uint32_t parity = 0;
+
+  // Softmax state and accumulators. Lane columns are queries 2 * quad and 2 * quad + 1.
+  float maximum[2], denominator[2];
+  float out[kSteps][4];
+  float out_zero[Layout::kBlocks][4];
+
+  __device__ DecodeWarp(const DecodeParams& params, const DecodeMaps& tensor_maps) : p(params), maps(tensor_maps) {}
+
+  // ---- Producer: asks for the next stage. One lane with the copy engine, all lanes with cp.async.
+
+  // Copies `rows` rows from row `first` of a source of `total` rows into a swizzled tile.
+  template <typename Tile>
+  __device__ __forceinline__ void copy_rows(Source source, uint32_t stage, int first, int total, int rows,
+                                            uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    if (rows == Tile::kRows) {
+      tensor_copy(stage, &maps.map[source], first, 0, barrier);
+    } else {  // a box of fewer rows: one copy a span keeps the distance between spans
+      for (int s = 0; s < Tile::kSpans; ++s) {
+        tensor_copy(stage + s * Tile::kRows * Tile::kSpan, &maps.map[source], first, s, barrier);
+      }
+    }
+#else
+    constexpr int kChunks = Tile::kRowBytes / 16;
+    for (int i = lane; i < rows * kChunks; i += kWarpSize) {
+      const int r = i / kChunks, byte = i % kChunks * 16;
+      const bool valid = first + r < total;
+      async_copy_16(stage + Tile::offset(r, byte),
+                    p.base[source] + static_cast<int64_t>(valid ? first + r : 0) * Tile::kRowBytes + byte, valid);
+    }
+#endif
+  }
+
+  // Copies `bytes` consecutive bytes.
+  __device__ __forceinline__ void copy_bytes(Source source, uint32_t stage, int64_t first, int bytes,
+                                             uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    bulk_copy(stage, p.base[source] + first, bytes, barrier);
+#else
+    for (int i = lane * 16; i < bytes; i += 16 * kWarpSize) async_copy_16(stage + i, p.base[source] + first + i, true);
+#endif
+  }
+
+  __device__ void request_stage() {
+    if (loads_left == 0) return;
+    --loads_left;
+    // Operands of the copy engine sit in uniform registers: without the broadcasts the compiler loops over the lanes.
+    const uint32_t stage = uniform(shared_address(ring) + load_slot * Layout::kStageBytes);
+    const uint32_t barrier = uniform(barriers + 8 * load_slot);
+    const int kv_row = uniform(load.kv_row), tile = uniform(load.tile), packed_tiles = uniform(load.packed_tiles);
+    const bool issuer = !kBulkCopies || lane == 0;
+    if (issuer) {
+      const int kv_rows = p.batch * p.kv_heads;
+      if (tile < packed_tiles) {
+        const int meta_log2 = load_keys ? p.group_log2 : 4;
+        const int meta_rows = kTileTokens >> meta_log2;
+        const int word_rows = load_keys ? Layout::kKeyRows : Layout::kValueRows;
+        const int words = load_keys ? p.packed_capacity / (32 / KBits) : p.packed_capacity / (32 / VBits);
+        const int metas = p.packed_capacity >> meta_log2;
+        const int meta_bytes = (H >> p.group_log2) * kMetaBytes;  // of a token's values, without the vector path
+        const int copied = min(kTileTokens, p.packed_capacity - tile * kTileTokens) * meta_bytes;
+#if __CUDA_ARCH__ >= 900
+        const int meta_total = load_keys || kVectorMetadata ? meta_rows * H * kMetaBytes : copied;
+        barrier_expect(barrier, word_rows * H * 4 + 2 * meta_total);
+#endif
+        const int word_first = kv_row * words + tile * word_rows;
+        const int meta_first = kv_row * metas + tile * meta_rows;
+        if (load_keys) {
+          using Words = typename Layout::KeyWords;
+          using Meta = typename Layout::KeyMeta;
+          const uint32_t meta = stage + Words::kBytes;
+          copy_rows<Words>(kKeyWords, stage, word_first, kv_rows * words, word_rows, barrier);
+          copy_rows<Meta>(kKeyScale, meta, meta_first, kv_rows * metas, meta_rows, barrier);
+          copy_rows<Meta>(kKeyZero, meta + Layout::kMetaStride, meta_first, kv_rows * metas, meta_rows, barrier);
+        } else {
+          using Words = typename Layout::ValueWords;
+          using Meta = typename Layout::ValueMeta;
+          const uint32_t meta = stage + Words::kBytes;
+          copy_rows<Words>(kValueWords, stage, word_first, kv_rows * words, word_rows, barrier);
+          if constexpr (kVectorMetadata) {
+            copy_rows<Meta>(kValueScale, meta, meta_first, kv_rows * metas, meta_rows, barrier);
+            copy_rows<Meta>(kValueZero, meta + Layout::kMetaStride, meta_first, kv_rows * metas, meta_rows, barrier);
+          } else {
+            const int64_t token = static_cast<int64_t>(kv_row) * p.packed_capacity + tile * kTileTokens;
+            const int64_t first = token * meta_bytes;
+            copy_bytes(kValueScale, meta, first, copied, barrier);
+            copy_bytes(kValueZero, meta + Layout::kMetaStride, first, copied, barrier);
+          }
+        }
+      } else {
+        using Tail = typename Layout::Tail;
+#if __CUDA_ARCH__ >= 900
+        barrier_expect(barrier, Tail::kBytes);
+#endif
+        const int first = kv_row * p.tail_capacity + (tile - packed_tiles) * kTailTokens;
+        copy_rows<Tail>(load_keys ? kTailKeys : kTailValues, stage, first, kv_rows * p.tail_capacity, kTailTokens,
+                        barrier);
+      }
+    }
+    if constexpr (!kBulkCopies) async_copies_arrive(barrier);
+    if (!load_keys) load.skip(p, 1);
+    load_keys = !load_keys;
+    load_slot = load_slot + 1 == p.stages ? 0 : load_slot + 1;
+  }
+
+  __device__ __forceinline__ const uint8_t* wait_stage() {
+    barrier_wait(barriers + 8 * slot, parity);
+    return ring + slot * Layout::kStageBytes;
+  }
+
+  // All lanes have read the current stage: hand it to the copies.
+  __device__ __forceinline__ void release_stage() {
+    __syncwarp();
+    request_stage();
+    if (++slot == p.stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+
+  // ---- Queries.
+
+  __device__ __forceinline__ uint32_t query_pair(uint32_t x) const { return p.bfloat16 ? bfloat2_to_half2(x) : x; }
+
+  // Packed keys take channels 16 s + 4 quad .. + 3 in step s (four words of one load), the tail the plain order.
+  __device__ void load_queries(const TileCursor& at) {
+    const int query = at.query_block * kQueries + row;
+    const bool valid = query < p.group;
+    const uint16_t* q =
+        static_cast<const uint16_t*>(p.q) + (static_cast<int64_t>(at.kv_row) * p.group + (valid ? query : 0)) * H;
+    const int first = at.packed() ? 4 * quad : 2 * quad, second = at.packed() ? first + 2 : first + 8;
+    uint2 pairs[kSteps];  // all loads first: one latency, not one a step
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      pairs[s].x = *reinterpret_cast<const uint32_t*>(q + 16 * s + first);
+      pairs[s].y = *reinterpret_cast<const uint32_t*>(q + 16 * s + second);
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      queries[s * kWarpSize] = valid ? make_uint2(query_pair(pairs[s].x), query_pair(pairs[s].y)) : make_uint2(0, 0);
+    }
+    __syncwarp();
+  }
+
+  // ---- Softmax over `kCount` row tiles of logits [16 tokens x 8 queries]; turns them into transposed half pairs.
+  template <int kCount>
+  __device__ __forceinline__ void softmax(float (&s)[kCount][4], uint32_t (&probability)[2 * kCount]) {
+    float highest[2] = {kMasked, kMasked};
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) highest[i & 1] = fmaxf(highest[i & 1], s[t][i]);
+    }
+    float rescale[2], shift[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int d = 4; d < kWarpSize; d <<= 1) highest[c] = fmaxf(highest[c], __shfl_xor_sync(kAllLanes, highest[c], d));
+      const float next = fmaxf(maximum[c], highest[c]);
+      rescale[c] = exp2_approx((maximum[c] - next) * p.scale_log2);
+      maximum[c] = next;
+      shift[c] = next * p.scale_log2;
+      denominator[c] *= rescale[c];
+    }
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[t][i] = exp2_approx(fmaf(s[t][i], p.scale_log2, -shift[i & 1]));
+        denominator[i & 1] += s[t][i];
+      }
+      probability[2 * t] = transpose_8x8(pack_half2(s[t][0], s[t][1]));
+      probability[2 * t + 1] = transpose_8x8(pack_half2(s[t][2], s[t][3]));
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[s][i] *= rescale[i & 1];
+    }
+#pragma unroll
+    for (int b = 0; b < Layout::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_zero[b][i] *= rescale[i & 1];
+    }
+  }
+
+  // ---- Packed tiles.
+
+  // 2**8 * factor as a half pair, for 8-bit metadata (float8x2_to_half2_scaled leaves 2**-8 of the value).
+  __device__ __forceinline__ uint32_t factor_pair(int which, int64_t kv_row, int token) const {
+    if constexpr (kMetadata != kFloat8) return 0;
+    const int blocks = p.packed_capacity >> p.factor_log2;
+    const float f = 256.0f * p.factor[which][kv_row * blocks + min(token >> p.factor_log2, blocks - 1)];
+    return pack_half2(f, f);
+  }
+
+  // Scale or zero of the lane's four key channels in step s, as two half pairs.
+  __device__ __forceinline__ void key_metadata(uint32_t (&d)[2], const uint8_t* tile, int meta_row, int s,
+                                               uint32_t factor) const {
+    if constexpr (kMetadata == kFloat8) {
+      const uint32_t x =
+          *reinterpret_cast<const uint32_t*>(tile + Layout::KeyMeta::offset(meta_row, 16 * s + 4 * quad));
+      d[0] = half2_mul(float8x2_to_half2_scaled(__byte_perm(x, 0, 0x1404)), factor);
+      d[1] = half2_mul(float8x2_to_half2_scaled(__byte_perm(x, 0, 0x3424)), factor);
+    } else {
+      const uint2 x = *reinterpret_cast<const uint2*>(tile + Layout::KeyMeta::offset(meta_row, 32 * s + 8 * quad));
+      d[0] = kMetadata == kBFloat16 ? bfloat2_to_half2(x.x) : x.x;
+      d[1] = kMetadata == kBFloat16 ? bfloat2_to_half2(x.y) : x.y;
+    }
+  }
+
+  template <int kSlot>
+  __device__ __forceinline__ void key_slots(float (*s)[4], uint32_t (&halves)[4], const uint32_t (&scale)[2],
+                                            uint2 query) {
+    if constexpr (kSlot < Map::kKeySlots) {
+      using Slot = CodeSlot<KBits, kSlot>;
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kSlot == 0) halves[i] = rotate_left(halves[i], 2);
+        if constexpr (kSlot == Map::kKeySlots / 2) halves[i] = rotate_left(halves[i], 24);
+        a[i] =
+            half2_fma(offset_code<KBits, kSlot>(halves[i]), scale[i / 2], half2_mul(scale[i / 2], Slot::kMinusOffset));
+      }
+      mma_f16(s[kSlot], a[0], a[1], a[2], a[3], query.x, query.y);
+      key_slots<kSlot + 1>(s, halves, scale, query);
+    }
+  }
+
+  // Logits of a tile. `valid` is how many of its tokens exist.
+  __device__ __forceinline__ void packed_logits(float (&s)[Map::kTiles][4], const uint8_t* stage, int64_t kv_row,
+                                                int first_token, int valid) {
+    const uint8_t* scales = stage + Layout::KeyWords::kBytes;
+    const uint8_t* zeros = scales + Layout::kMetaStride;
+#pragma unroll
+    for (int h = 0; h < Map::kHalves; ++h) {
+      const int word = Map::key_word(h, row), token = word * (32 / KBits);
+      const int meta_row = token >> p.group_log2;
+      const uint32_t scale_factor = factor_pair(0, kv_row, first_token + token);
+      const uint32_t zero_factor = factor_pair(1, kv_row, first_token + token);
+      float zero_part[4] = {};
+      float (*part)[4] = s + h * Map::kKeySlots;
+#pragma unroll
+      for (int t = 0; t < Map::kKeySlots; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) part[t][i] = 0.0f;
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const uint4 w = *reinterpret_cast<const uint4*>(stage + Layout::KeyWords::offset(word, 64 * step + 16 * quad));
+        uint32_t scale[2], zero[2];
+        key_metadata(scale, scales, meta_row, step, scale_factor);
+        key_metadata(zero, zeros, meta_row, step, zero_factor);
+        const uint2 query = queries[step * kWarpSize];
+        mma_f16(zero_part, zero[0], 0, zero[1], 0, query.x, query.y);
+        // Halves of two channels side by side: tokens of the low half of the word are row r, of the high half row r
+        // + 8.
+        uint32_t halves[4] = {__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
+                              __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632)};
+        key_slots<0>(part, halves, scale, query);
+      }
+      const bool exists = token < valid;  // words are never half valid
+#pragma unroll
+      for (int t = 0; t < Map::kKeySlots; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) part[t][i] = exists ? part[t][i] + zero_part[i & 1] : kMasked;
+      }
+    }
+  }
+
+  template <int kSlot>
+  __device__ __forceinline__ void value_slot(float (*o)[4], float (&o_zero)[4], uint32_t (&words)[2][Layout::kRun],
+                                             const uint32_t (&scale)[2], const uint32_t (&zero)[2], uint32_t b0,
+                                             uint32_t b1) {
+    using Slot = CodeSlot<VBits, kSlot>;
+    mma_f16(o_zero, zero[0], 0, zero[1], 0, b0, b1);
+    uint32_t offset[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) offset[w] = half2_mul(scale[w], Slot::kMinusOffset);
+#pragma unroll
+    for (int c = 0; c < Layout::kRun / 2; ++c) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t& word = words[i / 2][2 * c + i % 2];
+        if constexpr (kSlot == 0) word = rotate_left(word, 2);
+        if constexpr (kSlot == Map::kValueWordTokens / 4) word = rotate_left(word, 24);
+        a[i] = half2_fma(offset_code<VBits, kSlot>(word), scale[i / 2], offset[i / 2]);
+      }
+      mma_f16(o[c], a[0], a[1], a[2], a[3], b0, b1);
+    }
+  }
+
+  // Metadata of local word `i`: the pair of tokens (slot, slot + half a word), for the lane's run of channels.
+  __device__ __forceinline__ uint32_t value_metadata(const uint8_t* tile, int word, int slot, int channel,
+                                                     uint32_t factor) const {
+    const int groups = H >> p.group_log2, group = channel >> p.group_log2;
+    const int low = (word * Map::kValueWordTokens + slot) * groups + group;
+    const int high = low + Map::kValueWordTokens / 2 * groups;
+    if constexpr (kMetadata == kFloat8) {
+      const uint32_t x = (static_cast<uint32_t>(tile[low]) << 8) | (static_cast<uint32_t>(tile[high]) << 24);
+      return half2_mul(float8x2_to_half2_scaled(x), factor);
+    } else {
+      const uint16_t* values = reinterpret_cast<const uint16_t*>(tile);
+      const uint32_t x = __byte_perm(values[low], values[high], 0x5410);
+      return kMetadata == kBFloat16 ? bfloat2_to_half2(x) : x;
+    }
+  }
+
+  template <int kSlot>
+  __device__ __forceinline__ void value_slots(int block, int pair, const uint8_t* stage,
+                                              uint32_t (&words)[2][Layout::kRun], const int (&word)[2],
+                                              const bool (&exists)[2], const uint32_t (&factors)[2][2],
+                                              const uint32_t (&probability)[2 * Map::kTiles]) {
+    constexpr int kSlots = Map::kValueWordTokens / 2;
+    if constexpr (kSlot < kSlots) {
+      const uint8_t* scales = stage + Layout::ValueWords::kBytes;
+      const uint8_t* zeros = scales + Layout::kMetaStride;
+      uint32_t scale[2][2], zero[2][2];  // [slot, slot + 1][word]
+      if constexpr (kVectorMetadata) {
+        // 8x8 matrix whose rows are tokens and columns are groups: transposed, a lane gets the token pair of group
+        // `row`.
+        const int matrix = lane >> 3, target = lane & 7;
+        const int local = 2 * pair + (matrix & 1);
+        const int token = Map::value_word(target >> 1, local) * Map::kValueWordTokens + (target & 1) * kSlots;
+        const int line = token / 16;
+        const int byte = (token % 16 + (matrix >> 1)) * 16 ^ (kSlot * 16);  // slots are even here: xor adds
+        const int at = Layout::ValueMeta::offset(line, byte);
+        uint32_t d[4];
+        load_matrices_transposed(d, shared_address(scales) + at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scale[i >> 1][i & 1] = kMetadata == kBFloat16 ? bfloat2_to_half2(d[i]) : d[i];
+        load_matrices_transposed(d, shared_address(zeros) + at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) zero[i >> 1][i & 1] = kMetadata == kBFloat16 ? bfloat2_to_half2(d[i]) : d[i];
+      } else {
+        const int channel = block * Layout::kBlockChannels + row * Layout::kRun;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scale[i >> 1][i & 1] = value_metadata(scales, word[i & 1], kSlot + (i >> 1), channel, factors[0][i & 1]);
+          zero[i >> 1][i & 1] = value_metadata(zeros, word[i & 1], kSlot + (i >> 1), channel, factors[1][i & 1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // what lies beyond the length may be NaN, and NaN times probability 0 is NaN
+        scale[i >> 1][i & 1] = exists[i & 1] ? scale[i >> 1][i & 1] : 0;
+        zero[i >> 1][i & 1] = exists[i & 1] ? zero[i >> 1][i & 1] : 0;
+      }
+      float (*o)[4] = out + block * (Layout::kRun / 2);
+      const auto probability_pair = [&](int i, int slot) {
+        const int u = (2 * pair + i) * Map::kValueWordTokens + slot, v = u + kSlots;
+        const uint32_t select = (Map::p_high(u) ? 0x32u : 0x10u) | (Map::p_high(v) ? 0x7600u : 0x5400u);
+        return __byte_perm(probability[Map::p_register(u)], probability[Map::p_register(v)], select);
+      };
+      value_slot<kSlot>(o, out_zero[block], words, scale[0], zero[0], probability_pair(0, kSlot),
+                        probability_pair(1, kSlot));
+      value_slot<kSlot + 1>(o, out_zero[block], words, scale[1], zero[1], probability_pair(0, kSlot + 1),
+                            probability_pair(1, kSlot + 1));
+      value_slots<kSlot + 2>(block, pair, stage, words, word, exists, factors, probability);
+    }
+  }
+
+  __device__ __forceinline__ void packed_tile(int64_t kv_row, int first_token, int valid) {
+    float s[Map::kTiles][4];
+    packed_logits(s, wait_stage(), kv_row, first_token, valid);
+    release_stage();
+    uint32_t probability[2 * Map::kTiles];
+    softmax<Map::kTiles>(s, probability);
+    const uint8_t* stage = wait_stage();
+#pragma unroll
+    for (int block = 0; block < Layout::kBlocks; ++block) {
+#pragma unroll
+      for (int pair = 0; pair < Map::kValueWordsPerLane / 2; ++pair) {
+        uint32_t words[2][Layout::kRun];
+        int word[2];
+        bool exists[2];
+        uint32_t factors[2][2];  // [scale, zero][word]
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          word[i] = Map::value_word(quad, 2 * pair + i);
+          const int token = word[i] * Map::kValueWordTokens;
+          exists[i] = token < valid;
+          factors[0][i] = factor_pair(2, kv_row, first_token + token);
+          factors[1][i] = factor_pair(3, kv_row, first_token + token);
+          const int byte = 4 * (block * Layout::kBlockChannels + row * Layout::kRun);
+#pragma unroll
+          for (int c = 0; c < Layout::kRun; c += 4) {
+            const uint4 x = *reinterpret_cast<const uint4*>(stage + Layout::ValueWords::offset(word[i], byte + 4 * c));
+            words[i][c] = x.x, words[i][c + 1] = x.y, words[i][c + 2] = x.z, words[i][c + 3] = x.w;
+          }
+        }
+        value_slots<0>(block, pair, stage, words, word, exists, factors, probability);
+      }
+    }
+    release_stage();
+  }
+
+  // ---- Tail tiles: 32 full-precision tokens.
+
+  __device__ __forceinline__ void tail_tile(int valid) {
+    using Tail = typename Layout::Tail;
+    constexpr int kTiles = kTailTokens / 16;
+    float s[kTiles][4] = {};
+    uint32_t stage = shared_address(wait_stage());
+    const int matrix = lane >> 3, line = lane & 7;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[4];
+        load_matrices(a, stage + Tail::offset(16 * t + 8 * (matrix & 1) + line, 32 * step + 16 * (matrix >> 1)));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = query_pair(a[i]);
+        const uint2 query = queries[step * kWarpSize];
+        mma_f16(s[t], a[0], a[1], a[2], a[3], query.x, query.y);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[t][i] = 16 * t + row + 8 * (i >> 1) < valid ? s[t][i] : kMasked;
+    }
+    release_stage();
+    uint32_t probability[2 * kTiles];
+    softmax<kTiles>(s, probability);
+    stage = shared_address(wait_stage());
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      uint32_t keep[2];  // clears values of tokens that do not exist: they may be NaN
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = 16 * t + 8 * i + 2 * quad;
+        keep[i] = (token < valid ? 0xFFFFu : 0u) | (token + 1 < valid ? 0xFFFF0000u : 0u);
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[4];
+        load_matrices_transposed(
+            a, stage + Tail::offset(16 * t + 8 * (matrix >> 1) + line, 32 * step + 16 * (matrix & 1)));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = query_pair(a[i] & keep[i >> 1]);
+        mma_f16(out[step], a[0], a[1], a[2], a[3], probability[2 * t], probability[2 * t + 1]);
+      }
+    }
+    release_stage();
+  }
+
+  // ---- Segments.
+
+  __device__ void reset() {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) maximum[c] = kMasked, denominator[c] = 0.0f;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[s][i] = 0.0f;
+    }
+#pragma unroll
+    for (int b = 0; b < Layout::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_zero[b][i] = 0.0f;
+    }
+  }
+
+  // Writes output [G'][H], maxima [G'] (log2 units) and denominators [G'].
+  __device__ void store(float* destination, bool packed) {
+    const int queries = p.partial_queries();
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int d = 4; d < kWarpSize; d <<= 1) denominator[c] += __shfl_xor_sync(kAllLanes, denominator[c], d);
+      const int query = 2 * quad + c;
+      if (query < queries) {
+        if (row == 0) {
+          destination[queries * H + query] = maximum[c] * p.scale_log2;
+          destination[queries * (H + 1) + query] = denominator[c];
+        }
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          const int block = s / (Layout::kRun / 2), in_block = s % (Layout::kRun / 2);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int channel =
+                packed ? block * Layout::kBlockChannels + row * Layout::kRun + 2 * in_block + i : 16 * s + row + 8 * i;
+            destination[query * H + channel] = out[s][c + 2 * i] + (packed ? out_zero[block][c] : 0.0f);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
+__global__ void __launch_bounds__(max_warps(H) * kWarpSize, 1)
+    decode_kernel(const __grid_constant__ DecodeMaps maps, const __grid_constant__ DecodeParams p) {
+  using Warp = DecodeWarp<H, KBits, VBits, kMetadata, kVectorMetadata>;
+  using Layout = typename Warp::Layout;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const int warps_per_block = blockDim.x / kWarpSize, warp = uniform(static_cast<int>(threadIdx.x / kWarpSize));
+  const int warps = gridDim.x * warps_per_block, block_warp = blockIdx.x * warps_per_block;
+  const int ring_bytes = p.stages * Layout::kStageBytes;
+
+  Warp w(p, maps);
+  w.lane = threadIdx.x % kWarpSize;
+  w.row = w.lane >> 2;
+  w.quad = w.lane & 3;
+  w.ring = shared + warp * ring_bytes;
+  uint8_t* after_rings = shared + warps_per_block * ring_bytes;
+  w.queries = reinterpret_cast<uint2*>(after_rings) + warp * Warp::kSteps * kWarpSize + w.lane;
+  w.barriers = shared_address(after_rings + warps_per_block * kQueries * 2 * H) + warp * p.stages * 8;
+  if (w.lane < p.stages) barrier_init(w.barriers + 8 * w.lane, kBulkCopies ? 1 : kWarpSize);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  __syncwarp();
+
+  const int total = tiles_before(p, p.batch, w.lane);
+  const int first = first_tile(total, warps, block_warp + warp), last = first_tile(total, warps, block_warp + warp + 1);
+  const int block_first = first_tile(total, warps, block_warp);
+  const int block_last = first_tile(total, warps, block_warp + warps_per_block);
+
+  TileCursor at = locate(p, first, w.lane);
+  w.load = at;
+  w.loads_left = 2 * (last - first);
+  for (int i = 0; i < p.stages; ++i) w.request_stage();
+
+  // A block whose tiles all lie in one segment joins its warps' results itself.
+  const TileCursor block_at = locate(p, block_first, w.lane);
+  const int segment_end = block_first - block_at.tile + (block_at.packed() ? block_at.packed_tiles : block_at.tiles);
+  const bool joined = block_first < block_last && block_last <= segment_end;
+  const int queries = p.partial_queries(), slot_floats = queries * (H + 2);
+  float* own = reinterpret_cast<float*>(w.ring);
+
+  for (int left = last - first; left > 0;) {
+    const bool packed = at.packed();
+    const int count = min(left, (packed ? at.packed_tiles : at.tiles) - at.tile);
+    const int64_t kv_row = at.kv_row;
+    w.reset();
+    w.load_queries(at);
+    if (packed) {
+      for (int i = 0; i < count; ++i) {
+        const int token = (at.tile + i) * kTileTokens;
+        w.packed_tile(kv_row, token, at.packed_length - token);
+      }
+    } else {
+      for (int i = 0; i < count; ++i) w.tail_tile(at.tail_length - (at.tile + i - at.packed_tiles) * kTailTokens);
+    }
+    const int slot = block_warp + warp + segment_number(at.row(p), packed);
+    w.store(joined ? own : p.partial + static_cast<int64_t>(slot) * slot_floats, packed);
+    left -= count;
+    at.skip(p, count);
+  }
+
+  if (joined) {
+    if (first == last) {
+      for (int i = w.lane; i < slot_floats; i += kWarpSize) {
+        own[i] = i / queries == H ? kMasked : 0.0f;  // the maxima follow the outputs
+      }
+    }
+    __syncthreads();
+    const int slot = block_warp + segment_number(block_at.row(p), block_at.packed());
+    float* destination = p.partial + static_cast<int64_t>(slot) * slot_floats;
+    const int stride = ring_bytes / 4;
+    const float* parts = reinterpret_cast<const float*>(shared);
+    for (int i = threadIdx.x; i < queries * H; i += blockDim.x) {
+      const int query = i / H;
+      float highest = kMasked, sum = 0.0f, denominator = 0.0f;
+      for (int k = 0; k < warps_per_block; ++k) highest = fmaxf(highest, parts[k * stride + queries * H + query]);
+      for (int k = 0; k < warps_per_block; ++k) {
+        const float weight = exp2_approx(parts[k * stride + queries * H + query] - highest);
+        sum += weight * parts[k * stride + i];
+        denominator += weight * parts[k * stride + queries * (H + 1) + query];
+      }
+      destination[i] = sum;
+      if (i % H == 0) {
+        destination[queries * H + query] = highest;
+        destination[queries * (H + 1) + query] = denominator;
+      }
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// What the host needs to launch one instance.
+struct DecodeInstance {
+  const void* kernel;
+  int stage_bytes;
+};
+
+// Null kernel where there is no such instance.
+template <int H, int KBits>
+DecodeInstance decode_instance(int v_bits, Metadata metadata, bool vector_metadata);
+
+}  // namespace minikv

@@ -1,0 +1,62 @@
+"""Group-wise quantisation and packing of keys and values in one pass over memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cuda_ffi import registration
+
+BITS = (2, 4)
+GROUP_SIZES = (16, 32, 64, 128)
+METADATA_DTYPES = ("float16", "bfloat16")
+MAX_HEAD_DIM = 256
+
+
+def quantize(
+    x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype: str = "float16"
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """Codes, scales and zeros of `x`, bit for bit as `docs/architecture.md` defines them.
+
+    Args:
+      x: `[B, K, S, H]`, float32, bfloat16 or float16; `S` fills whole groups and words.
+      bits: 2 or 4.
+      axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token.
+      metadata_dtype: "float16" or "bfloat16".
+
+    Returns:
+      `(planes, scale, zero)`: uint32 `[B, K, S * bits / 32, H]`, and twice `[B, K, S / g, H]` or `[B, K, S, H / g]`.
+
+    Raises:
+      ValueError: for a wrong axis or sizes that do not divide.
+      NotImplementedError: for a case the kernels do not cover, or where they cannot run.
+    """
+    for name, value, supported in (
+        ("bits", bits, BITS),
+        ("group_size", group_size, GROUP_SIZES),
+        ("metadata_dtype", metadata_dtype, METADATA_DTYPES),
+        ("x.dtype", x.dtype.name, ("float32", "bfloat16", "float16")),
+    ):
+        if value not in supported:
+            raise NotImplementedError(
+                f"{name}={value}: the CUDA quantisation kernel supports {', '.join(map(str, supported))}"
+            )
+    if axis not in ("tokens", "channels"):
+        raise ValueError(f"axis={axis!r}: expected 'tokens' or 'channels'")
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {x.shape}: expected [B, K, S, H]")
+    batch, kv_heads, tokens, head_dim = x.shape
+    if head_dim % 32 or head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(f"head_dim={head_dim}: the CUDA quantisation kernel supports multiples of 32 to 256")
+    grouped = tokens if axis == "tokens" else head_dim
+    if tokens % 16 or grouped % group_size:
+        raise ValueError(f"x has shape {x.shape}: expected a multiple of 16 tokens and whole groups of {group_size}")
+    registration.load()
+    rows, columns = (tokens // group_size, head_dim) if axis == "tokens" else (tokens, head_dim // group_size)
+    metadata = jax.ShapeDtypeStruct((batch, kv_heads, rows, columns), jnp.dtype(metadata_dtype))
+    words = jax.ShapeDtypeStruct((batch, kv_heads, tokens * bits // 32, head_dim), jnp.uint32)
+    planes, scale, zero = jax.ffi.ffi_call("minikv_quantize", (words, metadata, metadata))(
+        x, bits=np.int32(bits), group_size=np.int32(group_size), by_tokens=np.bool_(axis == "tokens")
+    )
+    return (planes,), scale, zero

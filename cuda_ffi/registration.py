@@ -1,0 +1,72 @@
+"""Loads the library of CUDA kernels once and registers its handlers with XLA."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+
+import jax
+
+from cuda_ffi import build
+
+# FFI target -> exported symbol. The one table of what the library holds.
+HANDLERS = {
+    "minikv_append": "MinikvAppend",
+    "minikv_decode_attention": "MinikvDecodeAttention",
+    "minikv_quantize": "MinikvQuantize",
+    "minikv_read_checksum": "MinikvReadChecksum",
+}
+
+
+def check_library(library: pathlib.Path) -> tuple[str, ...]:
+    """The architectures of a library built from the present sources.
+
+    Raises:
+      NotImplementedError: where the library is missing or stale, with how to build it.
+    """
+    how = "build it with `python -m cuda_ffi.build` (needs nvcc)"
+    if not library.exists():
+        raise NotImplementedError(f"the CUDA kernels are not built ({library} is missing): {how}")
+    handle = ctypes.CDLL(str(library))
+    try:
+        handle.minikv_build_info.restype = ctypes.c_char_p
+        info = handle.minikv_build_info().decode()
+    except AttributeError:
+        raise NotImplementedError(f"{library} is not a library of this package: {how}") from None
+    fields = dict(field.split("=", 1) for field in info.split() if "=" in field)
+    if fields.get("sources") != build.source_digest():
+        raise NotImplementedError(f"{library} is stale, its sources have changed since: {how}")
+    return tuple(fields["architectures"].split(","))
+
+
+def check_architecture(architectures: tuple[str, ...], compute_capability: str, library: pathlib.Path) -> None:
+    """Raises NotImplementedError unless code for `architectures` runs on a device of `compute_capability`."""
+    needed = build.architecture_of(compute_capability)
+    # Within one generation, code for a smaller minor version runs; sm_90a code runs on 9.0 alone.
+    if needed in architectures or (
+        needed.startswith("8") and any(a.startswith("8") and a <= needed for a in architectures)
+    ):
+        return
+    raise NotImplementedError(
+        f"{library} holds code for {', '.join(architectures)}, this device is sm_{needed}: "
+        f"build it with `python -m cuda_ffi.build --arch {needed}`"
+    )
+
+
+@functools.cache
+def load() -> None:
+    """Registers every handler, on first use.
+
+    Raises:
+      NotImplementedError: where there is no GPU, no library, or one that is stale or for another architecture.
+    """
+    architectures = check_library(build.LIBRARY)
+    try:
+        devices = jax.devices("gpu")
+    except RuntimeError:
+        raise NotImplementedError("platform=cpu: the CUDA kernels need an NVIDIA GPU") from None
+    check_architecture(architectures, devices[0].compute_capability, build.LIBRARY)
+    library = ctypes.CDLL(str(build.LIBRARY))
+    for target, symbol in HANDLERS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="CUDA")

@@ -1,0 +1,128 @@
+"""Quantisation and append on the GPU: bit-equal to the definition."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda_ffi_reference import DTYPES, Packed, quantize
+
+import cuda_ffi
+
+
+def inputs(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    x = rng.normal(size=shape) * np.exp(2 * rng.normal(size=(*shape[:-2], 1, shape[-1])))
+    x[..., : shape[-2] // 2, 1] = 3.25  # groups without range
+    x[:, 0, 0, :] = 0.0
+    return x.astype(DTYPES[dtype])
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["tokens", "channels"])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128])
+def test_quantize_is_the_definition_bit_for_bit(axis: str, bits: int, group_size: int) -> None:
+    rng = np.random.default_rng(bits + group_size)
+    for head_dim in (64, 96, 128, 256):
+        if head_dim % group_size:
+            continue
+        for dtype in ("float32", "bfloat16", "float16"):
+            for metadata in ("float16", "bfloat16"):
+                x = inputs(rng, (2, 3, 256, head_dim), dtype)
+                expected = quantize(x, bits, group_size, axis, metadata)
+                planes, scale, zero = cuda_ffi.quantize(
+                    jnp.asarray(x), bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata
+                )
+                for got, want in zip((planes[0], scale, zero), expected.arrays, strict=True):
+                    assert same_bits(np.asarray(got), want), (head_dim, dtype, metadata)
+
+
+def pack_block(cache: dict, row: int, start: int, part: Packed, name: str) -> None:
+    for key, new in ((f"{name}_planes", part.planes[0]), (f"{name}_scale", part.scale), (f"{name}_zero", part.zero)):
+        old = cache[key][0] if key.endswith("planes") else cache[key]
+        ratio = cache["capacity"] // old.shape[2]
+        old[row, :, start // ratio : start // ratio + new.shape[1]] = new
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("capacity", "sinks", "block", "group_size", "k_bits", "v_bits", "dtype", "head_dim"),
+    [
+        (36, 4, 32, 16, 2, 2, "bfloat16", 128),
+        (32, 0, 32, 32, 4, 4, "float16", 64),
+        (90, 2, 64, 64, 2, 4, "float32", 128),
+        (64, 0, 16, 16, 4, 2, "bfloat16", 96),
+        (160, 4, 128, 128, 2, 2, "bfloat16", 256),
+    ],
+)
+def test_append_writes_and_flushes_in_place(
+    capacity: int, sinks: int, block: int, group_size: int, k_bits: int, v_bits: int, dtype: str, head_dim: int
+) -> None:
+    rng = np.random.default_rng(capacity)
+    batch, kv_heads, packed = 3, 2, 3 * block
+    shape = (batch, kv_heads)
+    cache = {
+        "capacity": packed,
+        "k_planes": (np.zeros((*shape, packed * k_bits // 32, head_dim), np.uint32),),
+        "v_planes": (np.zeros((*shape, packed * v_bits // 32, head_dim), np.uint32),),
+        "k_scale": np.zeros((*shape, packed // group_size, head_dim), np.float16),
+        "k_zero": np.zeros((*shape, packed // group_size, head_dim), np.float16),
+        "v_scale": np.zeros((*shape, packed, head_dim // group_size), np.float16),
+        "v_zero": np.zeros((*shape, packed, head_dim // group_size), np.float16),
+        "tail_k": np.zeros((*shape, capacity, head_dim), DTYPES[dtype]),
+        "tail_v": np.zeros((*shape, capacity, head_dim), DTYPES[dtype]),
+        "packed_length": np.zeros(batch, np.int32),
+        "tail_length": np.array([0, 5, capacity - 1], np.int32),
+    }
+    device = {key: jax.tree.map(jnp.array, value) for key, value in cache.items() if key != "capacity"}
+    step = jax.jit(
+        lambda cache, k, v, count: cuda_ffi.append(
+            k, v, count, **cache, k_bits=k_bits, v_bits=v_bits, group_size=group_size, sinks=sinks, block=block
+        ),
+        donate_argnums=0,
+    )
+    for _ in range(2 * block + 3):
+        k, v = (rng.normal(size=(*shape, head_dim)).astype(DTYPES[dtype]) for _ in range(2))
+        count = rng.integers(0, 4, batch).clip(0, 1).astype(np.int32)
+        device = step(device, jnp.asarray(k), jnp.asarray(v), jnp.asarray(count))
+        for b in range(batch):
+            n = cache["tail_length"][b]
+            if count[b]:
+                cache["tail_k"][b, :, n], cache["tail_v"][b, :, n] = k[b], v[b]
+                n += 1
+            if n == capacity:
+                start = int(cache["packed_length"][b])
+                for name, bits, axis in (("k", k_bits, "tokens"), ("v", v_bits, "channels")):
+                    tail = cache[f"tail_{name}"]
+                    part = quantize(tail[b, :, sinks : sinks + block], bits, group_size, axis, "float16")
+                    pack_block(cache, b, start, part, name)
+                    tail[b, :, sinks : capacity - block] = tail[b, :, sinks + block :].copy()
+                cache["packed_length"][b] += block
+                n -= block
+            cache["tail_length"][b] = n
+    for name, value in device.items():
+        for got, want in zip(jax.tree.leaves(value), jax.tree.leaves(cache[name]), strict=True):
+            assert same_bits(np.asarray(got), want), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 3}, "bits=3"),
+        ({"group_size": 8}, "group_size=8"),
+        ({"metadata_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+    ],
+)
+def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> None:
+    x = jax.ShapeDtypeStruct((1, 1, 128, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=message):
+        cuda_ffi.quantize(x, **({"bits": 2, "group_size": 16, "axis": "tokens"} | change))
