@@ -1,5 +1,7 @@
 """KV-cache compression for JAX: MiniKV's 2-bit, layer-discriminative cache and its neighbours, compiled as one."""
 
+from typing import TYPE_CHECKING, Any
+
 from minikv_jax import memory as memory
 from minikv_jax import presets as presets
 from minikv_jax.attention import decode_attention as decode_attention
@@ -14,8 +16,23 @@ from minikv_jax.config import CacheConfig as CacheConfig
 from minikv_jax.config import ModelConfig as ModelConfig
 from minikv_jax.generate import GenerateResult as GenerateResult
 from minikv_jax.generate import generate as generate
-from minikv_jax.hub import load as load
+from minikv_jax.generate import stream as stream
+from minikv_jax.inference import decode as decode
+from minikv_jax.inference import extend as extend
+from minikv_jax.inference import prefill as prefill
 from minikv_jax.model import Llama as Llama
 from minikv_jax.quantization import QuantizedArray as QuantizedArray
 from minikv_jax.quantization import dequantize as dequantize
 from minikv_jax.sampling import Sampling as Sampling
+
+if TYPE_CHECKING:
+    from minikv_jax.hub import load as load
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `load` on first use: what it needs (transformers, Orbax) is slow to import."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from minikv_jax.hub import load
+
+    return load
