@@ -155,6 +155,7 @@ def _unit_digest(unit: Unit, architectures: tuple[str, ...]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Builds the CUDA kernels.")
     parser.add_argument("--arch", default="native", help="some of 80,86,89,90a; or native (default), all")
     parser.add_argument("--jobs", type=int, default=None, help="parallel compilations (default: the number of cores)")

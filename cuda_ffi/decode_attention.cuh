@@ -408,22 +408,21 @@ struct DecodeWarp {
 
   // ---- Packed tiles.
 
-  // 2**8 * factor as a half pair, for 8-bit metadata (float8x2_to_half2_scaled leaves 2**-8 of the value).
-  __device__ __forceinline__ uint32_t factor_pair(int which, int64_t kv_row, int token) const {
-    if constexpr (kMetadata != kFloat8) return 0;
+  // 2**8 * factor, for 8-bit metadata (float8x2_to_half2_scaled leaves 2**-8 of the value).
+  __device__ __forceinline__ float factor_of(int which, int64_t kv_row, int token) const {
+    if constexpr (kMetadata != kFloat8) return 0.0f;
     const int blocks = p.packed_capacity >> p.factor_log2;
-    const float f = 256.0f * p.factor[which][kv_row * blocks + min(token >> p.factor_log2, blocks - 1)];
-    return pack_half2(f, f);
+    return 256.0f * p.factor[which][kv_row * blocks + min(token >> p.factor_log2, blocks - 1)];
   }
 
   // Scale or zero of the lane's four key channels in step s, as two half pairs.
   __device__ __forceinline__ void key_metadata(uint32_t (&d)[2], const uint8_t* tile, int meta_row, int s,
-                                               uint32_t factor) const {
+                                               float factor) const {
     if constexpr (kMetadata == kFloat8) {
       const uint32_t x =
           *reinterpret_cast<const uint32_t*>(tile + Layout::KeyMeta::offset(meta_row, 16 * s + 4 * quad));
-      d[0] = half2_mul(float8x2_to_half2_scaled(__byte_perm(x, 0, 0x1404)), factor);
-      d[1] = half2_mul(float8x2_to_half2_scaled(__byte_perm(x, 0, 0x3424)), factor);
+      d[0] = scaled_float8(__byte_perm(x, 0, 0x1404), factor);
+      d[1] = scaled_float8(__byte_perm(x, 0, 0x3424), factor);
     } else {
       const uint2 x = *reinterpret_cast<const uint2*>(tile + Layout::KeyMeta::offset(meta_row, 32 * s + 8 * quad));
       d[0] = kMetadata == kBFloat16 ? bfloat2_to_half2(x.x) : x.x;
@@ -458,8 +457,8 @@ struct DecodeWarp {
     for (int h = 0; h < Map::kHalves; ++h) {
       const int word = Map::key_word(h, row), token = word * (32 / KBits);
       const int meta_row = token >> p.group_log2;
-      const uint32_t scale_factor = factor_pair(0, kv_row, first_token + token);
-      const uint32_t zero_factor = factor_pair(1, kv_row, first_token + token);
+      const float scale_factor = factor_of(0, kv_row, first_token + token);
+      const float zero_factor = factor_of(1, kv_row, first_token + token);
       float zero_part[4] = {};
       float (*part)[4] = s + h * Map::kKeySlots;
 #pragma unroll
@@ -515,13 +514,13 @@ struct DecodeWarp {
 
   // Metadata of local word `i`: the pair of tokens (slot, slot + half a word), for the lane's run of channels.
   __device__ __forceinline__ uint32_t value_metadata(const uint8_t* tile, int word, int slot, int channel,
-                                                     uint32_t factor) const {
+                                                     float factor) const {
     const int groups = H >> p.group_log2, group = channel >> p.group_log2;
     const int low = (word * Map::kValueWordTokens + slot) * groups + group;
     const int high = low + Map::kValueWordTokens / 2 * groups;
     if constexpr (kMetadata == kFloat8) {
       const uint32_t x = (static_cast<uint32_t>(tile[low]) << 8) | (static_cast<uint32_t>(tile[high]) << 24);
-      return half2_mul(float8x2_to_half2_scaled(x), factor);
+      return scaled_float8(x, factor);
     } else {
       const uint16_t* values = reinterpret_cast<const uint16_t*>(tile);
       const uint32_t x = __byte_perm(values[low], values[high], 0x5410);
@@ -532,7 +531,7 @@ struct DecodeWarp {
   template <int kSlot>
   __device__ __forceinline__ void value_slots(int block, int pair, const uint8_t* stage,
                                               uint32_t (&words)[2][Layout::kRun], const int (&word)[2],
-                                              const bool (&exists)[2], const uint32_t (&factors)[2][2],
+                                              const bool (&exists)[2], const float (&factors)[2][2],
                                               const uint32_t (&probability)[2 * Map::kTiles]) {
     constexpr int kSlots = Map::kValueWordTokens / 2;
     if constexpr (kSlot < kSlots) {
@@ -596,14 +595,14 @@ struct DecodeWarp {
         uint32_t words[2][Layout::kRun];
         int word[2];
         bool exists[2];
-        uint32_t factors[2][2];  // [scale, zero][word]
+        float factors[2][2];  // [scale, zero][word]
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           word[i] = Map::value_word(quad, 2 * pair + i);
           const int token = word[i] * Map::kValueWordTokens;
           exists[i] = token < valid;
-          factors[0][i] = factor_pair(2, kv_row, first_token + token);
-          factors[1][i] = factor_pair(3, kv_row, first_token + token);
+          factors[0][i] = factor_of(2, kv_row, first_token + token);
+          factors[1][i] = factor_of(3, kv_row, first_token + token);
           const int byte = 4 * (block * Layout::kBlockChannels + row * Layout::kRun);
 #pragma unroll
           for (int c = 0; c < Layout::kRun; c += 4) {

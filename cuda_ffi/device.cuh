@@ -92,6 +92,14 @@ __device__ __forceinline__ uint32_t float8x2_to_half2_scaled(uint32_t x) {
   return (x & 0x80008000u) | ((x & 0x7F007F00u) >> 1);
 }
 
+// The same times `factor`, which carries the missing 2**8, through float32: a factor rounded to half would shift a
+// block.
+__device__ __forceinline__ uint32_t scaled_float8(uint32_t x, float factor) {
+  const uint32_t pair = float8x2_to_half2_scaled(x);
+  const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  return pack_half2(v.x * factor, v.y * factor);
+}
+
 __device__ __forceinline__ uint32_t rotate_left(uint32_t x, int bits) { return __funnelshift_l(x, x, bits); }
 
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -93,44 +93,46 @@ __device__ __forceinline__ void quantize_channels_rows(const X* x, int64_t strid
   float v[16], low[16], high[16];
 #pragma unroll
   for (int t = 0; t < 16; ++t) v[t] = low[t] = high[t] = active ? to_float(x[t * stride]) : 0.0f;
+  // Reduce over 16 lanes and scatter: each step halves the tokens a lane holds, until lane i has those of token i % 16.
 #pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    if (d < group) {
+  for (int d = 8; d; d >>= 1) {
+    const bool upper = lane & d;
 #pragma unroll
-      for (int t = 0; t < 16; ++t) {
-        low[t] = fminf(low[t], __shfl_xor_sync(0xFFFFFFFFu, low[t], d));
-        high[t] = fmaxf(high[t], __shfl_xor_sync(0xFFFFFFFFu, high[t], d));
-      }
+    for (int t = 0; t < d; ++t) {
+      const float other_low = __shfl_xor_sync(0xFFFFFFFFu, upper ? low[t] : low[t + d], d);
+      const float other_high = __shfl_xor_sync(0xFFFFFFFFu, upper ? high[t] : high[t + d], d);
+      low[t] = fminf(upper ? low[t + d] : low[t], other_low);
+      high[t] = fmaxf(upper ? high[t + d] : high[t], other_high);
     }
   }
+  if (group > 16) {
+    low[0] = fminf(low[0], __shfl_xor_sync(0xFFFFFFFFu, low[0], 16));
+    high[0] = fmaxf(high[0], __shfl_xor_sync(0xFFFFFFFFu, high[0], 16));
+  }
+  const int token = lane % 16;
   if (group > 32) {
-    if (lane == 0) {
-#pragma unroll
-      for (int t = 0; t < 16; ++t) {
-        shared[warp * 16 + t] = low[t];
-        shared[(warps + warp) * 16 + t] = high[t];
-      }
-    }
+    if (lane < 16) shared[warp * 16 + token] = low[0], shared[(warps + warp) * 16 + token] = high[0];
     __syncthreads();
     const int first = warp / (group / 32) * (group / 32);
     for (int w = first; w < first + group / 32; ++w) {
-#pragma unroll
-      for (int t = 0; t < 16; ++t) {
-        low[t] = fminf(low[t], shared[w * 16 + t]);
-        high[t] = fmaxf(high[t], shared[(warps + w) * 16 + t]);
-      }
+      low[0] = fminf(low[0], shared[w * 16 + token]);
+      high[0] = fmaxf(high[0], shared[(warps + w) * 16 + token]);
     }
     __syncthreads();
   }
-  const bool leader = active && threadIdx.x % group == 0;
+  M stored_scale, stored_zero;
+  const float reciprocal = safe_reciprocal(store_metadata(&stored_scale, __fmul_rn(high[0] - low[0], 1.0f / kLevels)));
+  const float base = store_metadata(&stored_zero, low[0]);
+  if (active && threadIdx.x % group < 16) {
+    scale[token * meta_stride] = stored_scale;
+    zero[token * meta_stride] = stored_zero;
+  }
   uint32_t word = 0;
 #pragma unroll
   for (int t = 0; t < 16; ++t) {
-    M s, z;
-    const float step = store_metadata(&s, __fmul_rn(high[t] - low[t], 1.0f / kLevels));
-    const float base = store_metadata(&z, low[t]);
-    if (leader) scale[t * meta_stride] = s, zero[t * meta_stride] = z;
-    word |= code_of(v[t], base, safe_reciprocal(step), kLevels) << (t % kWord * Bits);
+    const int source = (lane & 16) | t;
+    const float z = __shfl_sync(0xFFFFFFFFu, base, source), r = __shfl_sync(0xFFFFFFFFu, reciprocal, source);
+    word |= code_of(v[t], z, r, kLevels) << (t % kWord * Bits);
     if (t % kWord == kWord - 1) {
       if (active) words[t / kWord * word_stride] = word;
       word = 0;
