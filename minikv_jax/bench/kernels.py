@@ -2,9 +2,9 @@
 
 `python -m minikv_jax.bench.kernels --output results.json`.
 
-Times are medians of warm runs on random data, the sum of a
 Times are medians of warm runs on random data, the sum of a call's kernels as the profiler sees them; "per call" is the
 time of one call inside a long `fori_loop`, launches included.
+"""
 
 from __future__ import annotations
 
