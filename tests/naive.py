@@ -55,7 +55,7 @@ def prefill_attention(
     """q[B,T,N,H], k and v[B,T,K,H] -> out[B,T,N,H], column sums[B,K,T] ("cumulative" scores); zero in the padding."""
     B, T, N, H = q.shape
     K = k.shape[2]
-    scale = H**-0.5 if scale is None else scale
+    scale = float(H**-0.5) if scale is None else scale
     out, scores = np.zeros((B, T, N, H)), np.zeros((B, K, T))
     for b, n in enumerate(lengths):
         for head in range(N):
@@ -101,7 +101,7 @@ def pool(votes: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
 
 def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | None = None) -> np.ndarray:
     """One query q[H] over keys and values[S, H], every one of which is seen; float64."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(len(q) ** -0.5) if scale is None else scale
     return softmax(keys.astype(np.float64) @ q.astype(np.float64) * scale) @ values.astype(np.float64)
 
 
@@ -126,7 +126,7 @@ def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, r
 def layer_shares(config: CacheConfig, layers: int) -> list[int]:
     """Each layer's heavy budget, in 1/10000 of the prompt or in tokens, in exact rational arithmetic."""
     counted = isinstance(config.heavy, int)
-    mean = config.heavy if counted else round(config.heavy * 10000)
+    mean = round(config.heavy if counted else config.heavy * 10000)
     if config.budget == "uniform" or layers == 1:
         return [mean] * layers
     assert config.budget == "pyramid"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from layers import Rows, assert_same, naive_append, normal
+from layers import Rows, assert_close, assert_same, naive_append, normal
 
 from minikv_jax import inference, memory, presets
 from minikv_jax.config import CacheConfig, ModelConfig
@@ -116,8 +116,7 @@ def test_method_matches_naive(name: str, heads: tuple[int, int]):
     hidden, cache = prefill(ids, np.array(LENGTHS))
     want, caches = naive_prefill(model, config, ids)
     valid = np.arange(BUCKET) < np.array(LENGTHS)[:, None]
-    # Float32 error, see test_attention.py; the sharpest layer's logits are twice as large here.
-    np.testing.assert_allclose(np.asarray(hidden)[valid], want[valid], rtol=2e-5, atol=2e-5)
+    assert_close(np.asarray(hidden)[valid], want[valid], 2e-5)  # the sharpest layer's logits are twice as large
     for layer, rows in zip(cache.layers, caches, strict=True):
         assert_same(layer, rows)
     again = prefill(ids, np.array(LENGTHS))
@@ -144,7 +143,7 @@ def test_method_matches_naive(name: str, heads: tuple[int, int]):
                 stored = [(head.keys(), head.values()) for head in row]
                 for n in range(N):
                     out = naive.attend(model.q[layer, new_ids[b, t], n], *stored[n // (N // K)])
-                    np.testing.assert_allclose(hidden[b, layer, n], out, rtol=2e-5, atol=2e-5)
+                    assert_close(hidden[b, layer, n], out, 2e-5)
     for layer, rows in zip(cache.layers, caches, strict=True):
         assert_same(layer, rows)
     assert cache.length.tolist() == [n + STEPS for n in LENGTHS]
