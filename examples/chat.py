@@ -18,7 +18,7 @@ for message in ("Name a city by the sea.", "What can I see there?"):
         turn = chat.first_turn(tokenizer, message)
     else:
         turn = chat.next_turn(tokenizer, message, last_token)
-    result = minikv_jax.generate(model, [turn], cache=cache, max_new_tokens=arguments.max_new_tokens)
+    result = minikv_jax.generate(model, [turn], cache=cache or "minikv", max_new_tokens=arguments.max_new_tokens)
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     cache, last_token = result.cache, tokens[-1]
     print(f"> {message}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")

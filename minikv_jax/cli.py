@@ -82,6 +82,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely tokens that sum up to P")
+    parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--implementation", metavar="NAME", help="xla, pallas or cuda; default: the best there is")
@@ -150,19 +151,20 @@ def _method(arguments: argparse.Namespace) -> CacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Turn:
-    """One reply, with what it took. `compile_s` is the time to trace and compile, or to fetch the compiled program."""
+    """One reply, with what it took. `compile_s` is the time to trace and compile, or to fetch the compiled programs."""
 
     prompt_tokens: int
     tokens: list[int]
     text: str
     cache: KVCache
     compile_s: float
-    run_s: float
+    prefill_s: float
+    decode_s: float
 
     @property
-    def tokens_per_s(self) -> float:
-        """Generated tokens by the seconds of prefill and decode together."""
-        return len(self.tokens) / self.run_s
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens only, by the seconds of the decode loop."""
+        return len(self.tokens) / self.decode_s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,32 +180,46 @@ class _Session:
     implementation: str | None
 
     def turn(self, ids: list[int], number: int = 0, cache: KVCache | None = None) -> _Turn:
-        """Generates one reply to `ids`; `cache` holds what came before and is used up."""
+        """Generates one reply to `ids` and prints it as it comes; `cache` holds what came before and is used up."""
         import jax
 
-        from minikv_jax.generate import generate
+        from minikv_jax.generate import stream
 
-        start = time.perf_counter()
-        result = generate(
+        results = stream(
             self.model,
             [ids],
-            method=self.method,
+            cache=self.method if cache is None else cache,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
             key=jax.random.fold_in(jax.random.key(self.seed), number),
             implementation=self.implementation,
-            cache=cache,
         )
-        compiled = time.perf_counter()  # the program is on its way, not done
-        jax.block_until_ready(result.tokens)
-        done = time.perf_counter()
-        tokens = result.tokens[0, : int(result.lengths[0])].tolist()
-        return _Turn(len(ids), tokens, self._text(tokens), result.cache, compiled - start, done - compiled)
+        tokens, text = [], ""
+        compiling, running = [], []  # seconds of each step until its program was on its way, and until it was done
+        start = time.perf_counter()
+        for result in results:
+            compiling.append(time.perf_counter() - start)
+            jax.block_until_ready(result.tokens)
+            running.append(time.perf_counter() - start - compiling[-1])
+            tokens = result.tokens[0, : int(result.lengths[0])].tolist()
+            text = self._show(tokens, text)
+            cache = result.cache
+            start = time.perf_counter()
+        print(flush=True)
+        assert cache is not None
+        # The prefill and the first chunk of the loop compile; later chunks only start.
+        return _Turn(
+            len(ids), tokens, text, cache, sum(compiling[:2]), running[0], sum(running[1:]) + sum(compiling[2:])
+        )
 
-    def _text(self, tokens: list[int]) -> str:
+    def _show(self, tokens: list[int], shown: str) -> str:
+        """Prints what `tokens` add to the text shown so far. An unfinished character or space at the end waits."""
         if self.tokenizer is None:
-            return " ".join(map(str, tokens))
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            text = " ".join(map(str, tokens))
+        else:
+            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd").strip()
+        print(text[len(shown) :], end="", flush=True)
+        return text
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -211,7 +227,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     from minikv_jax.sampling import Sampling
 
     method = _method(arguments)
-    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    sampling = Sampling(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p
+    )
     attention.check_implementation(arguments.implementation)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={arguments.max_new_tokens}: expected at least 1")
@@ -225,10 +243,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     if prompt is None:
         return _chat(session)
     ids = prompt if isinstance(prompt, list) else _encode(tokenizer, prompt, raw=arguments.no_chat_template)
-    with _progress("compiling and generating"):
-        turn = session.turn(ids)
+    turn = session.turn(ids)
     report = _report(arguments, session, turn)
-    print(turn.text)
     print()
     _print_report(report)
     _write_json(arguments.json, report)
@@ -298,7 +314,6 @@ def _chat(session: _Session) -> int:
             ids = chat.next_turn(session.tokenizer, line, last_token)
         turn = session.turn(ids, number, cache)
         cache, last_token = turn.cache, turn.tokens[-1]
-        print(turn.text, flush=True)
         kept = cache.kept_tokens
         held = f"{_span([int(kept.min()), int(kept.max())])} of {int(cache.length[0])} tokens kept per layer"
         print(f"[{held}, {cache.nbytes:,} bytes]", file=sys.stderr)
@@ -350,7 +365,12 @@ def _report(arguments: argparse.Namespace, session: _Session, turn: _Turn) -> di
             "ratio": turn.cache.nbytes / full_bytes,
             "per_layer": turn.cache.kept_tokens[:, 0].tolist(),
         },
-        "timing": {"compile_s": turn.compile_s, "run_s": turn.run_s, "tokens_per_s": turn.tokens_per_s},
+        "timing": {
+            "compile_s": turn.compile_s,
+            "prefill_s": turn.prefill_s,
+            "decode_s": turn.decode_s,
+            "decode_tokens_per_s": turn.decode_tokens_per_s,
+        },
         "versions": {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
     }
 
@@ -367,7 +387,8 @@ def _print_report(report: dict[str, Any]) -> None:
             ("full cache", f"{cache['full_bytes']:,} bytes ({report['dtype']})"),
             ("saved", f"{1 - cache['ratio']:.1%}"),
             ("compile", f"{timing['compile_s']:.2f} s"),
-            ("prefill + decode", f"{timing['run_s']:.2f} s, {timing['tokens_per_s']:.1f} generated tokens/s"),
+            ("prefill", f"{timing['prefill_s']:.2f} s"),
+            ("decode", f"{timing['decode_s']:.2f} s, {timing['decode_tokens_per_s']:.1f} generated tokens/s"),
         ]
     )
 
@@ -398,6 +419,7 @@ def _memory(arguments: argparse.Namespace) -> int:
             ("allocated in all", f"{report.bytes:,} bytes ({report.saved:.1%} below full)"),
             ("full cache", f"{report.full_bytes:,} bytes ({arguments.dtype})"),
             ("kept per layer", f"{_span([layer.kept for layer in report.layers])} of {arguments.prompt_len:,} tokens"),
+            ("bytes per layer", _span(report.layer_bytes)),
         ]
     )
     _write_json(
@@ -415,7 +437,10 @@ def _memory(arguments: argparse.Namespace) -> int:
             "index_bytes": report.index_bytes,
             "bytes": report.bytes,
             "full_bytes": report.full_bytes,
-            "per_layer": [layer._asdict() for layer in report.layers],
+            "per_layer": [
+                {**layer._asdict(), "bytes": size}
+                for layer, size in zip(report.layers, report.layer_bytes, strict=True)
+            ],
         },
     )
     return 0

@@ -1,9 +1,13 @@
-"""Text generation: one jit-compiled program per shape runs prefill, compression and the whole decode loop."""
+"""Text generation: one jit-compiled program per shape runs prefill, compression and the whole decode loop.
+
+`generate` is that program; `stream` cuts the loop into compiled chunks, so that a terminal can show text as it comes.
+Both run the same steps and draw the same tokens.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from minikv_jax import attention, inference, memory, presets
 from minikv_jax.cache import KVCache
@@ -21,18 +25,215 @@ from minikv_jax.sampling import Sampling, sample
 
 
 class GenerateResult(NamedTuple):
-    """What `generate` returns.
+    """What `generate` returns, and `stream` yields.
 
     Attributes:
       tokens: int32 `[B, max_new_tokens]`; row `b` is valid up to `lengths[b]`, its end-of-sequence token included.
       lengths: int32 `[B]`.
       cache: holds the prompt as the method keeps it and every generated token; `generate(..., cache=cache)` goes on
         from it.
+      log_probabilities: float32 `[B, max_new_tokens]` of the drawn tokens under the model (temperature 1), if asked
+        for.
     """
 
     tokens: Int[Array, "B M"]
     lengths: Int[Array, "B"]
     cache: KVCache
+    log_probabilities: Float[Array, "B M"] | None = None
+
+
+class _Settings(NamedTuple):
+    """What is compiled into a program."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    eos: tuple[int, ...]
+    implementation: str | None
+    log_probabilities: bool
+
+
+class _State(NamedTuple):
+    """The decode loop's carry."""
+
+    step: Array
+    logits: Array  # of the token to be drawn next, [B, V]
+    tokens: Array  # [B, max_new_tokens]
+    log_probabilities: Array | None
+    active: Array  # bool [B]
+    lengths: Array  # [B]
+    key: Array
+    cache: KVCache
+
+    def result(self) -> GenerateResult:
+        return GenerateResult(self.tokens, self.lengths, self.cache, self.log_probabilities)
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]] | Int[Array, "B T"],
+    *,
+    cache: str | CacheConfig | KVCache = "minikv",
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    key: Array | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    implementation: str | None = None,
+    log_probabilities: bool = False,
+) -> GenerateResult:
+    """Generates from prompts of any lengths with a compressed cache.
+
+    Args:
+      prompts: token ids, one sequence per row; rows may differ in length. Lengths are padded up to a bucket
+        (`bucket_length`), so that a new length rarely compiles; the result does not depend on it.
+      cache: a method for new prompts, by name (`presets.names()`) or as a config; or the cache of an earlier call, to
+        which the prompts are appended. A cache is donated: use the returned one afterwards.
+      max_new_tokens: a row ends earlier after an end-of-sequence token.
+      sampling: greedy by default.
+      key: PRNG key for sampling; needed when `sampling.temperature > 0`.
+      eos_token_ids: defaults to the model's; an empty sequence never stops.
+      implementation: of the attention ops (`attention.IMPLEMENTATIONS`); None takes the best there is.
+      log_probabilities: also return those of the drawn tokens.
+
+    Raises:
+      ValueError: an empty prompt, a token id outside the vocabulary, more tokens than the model has positions, a method
+        that does not fit the model, a cache of another model or batch.
+    """
+    settings = _settings(model, max_new_tokens, sampling, key, eos_token_ids, implementation, log_probabilities)
+    ids, lengths, cache = _prepare(model, prompts, cache, settings)
+    key = jax.random.key(0) if key is None else key
+    graphdef, params = nnx.split(model)
+    if isinstance(cache, KVCache):
+        return _continue(graphdef, settings, params, cache, ids, lengths, key)
+    return _generate(graphdef, settings, cache, params, ids, lengths, key)
+
+
+def stream(
+    model: Llama,
+    prompts: Sequence[Sequence[int]] | Int[Array, "B T"],
+    *,
+    cache: str | CacheConfig | KVCache = "minikv",
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    key: Array | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    implementation: str | None = None,
+    log_probabilities: bool = False,
+    chunk: int = 16,
+) -> Iterator[GenerateResult]:
+    """`generate` in steps: yields after the prefill (no tokens yet) and then after every `chunk` tokens.
+
+    Each result holds all that has been generated so far. Its cache is donated to the next step: only the last one's
+    may be kept. Arguments and errors are those of `generate`; errors are raised before the iterator is returned.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1")
+    settings = _settings(model, max_new_tokens, sampling, key, eos_token_ids, implementation, log_probabilities)
+    ids, lengths, cache = _prepare(model, prompts, cache, settings)
+    key = jax.random.key(0) if key is None else key
+    graphdef, params = nnx.split(model)
+
+    def steps(cache: CacheConfig | KVCache) -> Iterator[GenerateResult]:
+        if isinstance(cache, KVCache):
+            state = _extend_only(graphdef, settings, params, cache, ids, lengths, key)
+        else:
+            state = _prefill_only(graphdef, settings, cache, params, ids, lengths, key)
+        yield state.result()
+        for last in range(chunk, max_new_tokens + chunk, chunk):
+            if not bool(jnp.any(state.active)):
+                return
+            state = _decode_chunk(graphdef, settings, params, state, np.int32(min(last, max_new_tokens)))
+            yield state.result()
+
+    return steps(cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(graphdef, settings: _Settings, config: CacheConfig, params, ids, lengths, key) -> GenerateResult:
+    model = nnx.merge(graphdef, params)
+    state = _prefill(model, settings, config, ids, lengths, key)
+    return _decode_until(model, settings, state, settings.max_new_tokens).result()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _continue(graphdef, settings: _Settings, params, cache: KVCache, ids, lengths, key) -> GenerateResult:
+    model = nnx.merge(graphdef, params)
+    state = _extend(model, settings, cache, ids, lengths, key)
+    return _decode_until(model, settings, state, settings.max_new_tokens).result()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill_only(graphdef, settings: _Settings, config: CacheConfig, params, ids, lengths, key) -> _State:
+    return _prefill(nnx.merge(graphdef, params), settings, config, ids, lengths, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _extend_only(graphdef, settings: _Settings, params, cache: KVCache, ids, lengths, key) -> _State:
+    return _extend(nnx.merge(graphdef, params), settings, cache, ids, lengths, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _decode_chunk(graphdef, settings: _Settings, params, state: _State, last: Array) -> _State:
+    return _decode_until(nnx.merge(graphdef, params), settings, state, last)
+
+
+def _prefill(model: Llama, settings: _Settings, config: CacheConfig, ids: Array, lengths: Array, key: Array) -> _State:
+    hidden, cache = inference.prefill(model, ids, lengths, config, settings.max_new_tokens, settings.implementation)
+    return _start(model, settings, hidden, lengths, cache, key)
+
+
+def _extend(model: Llama, settings: _Settings, cache: KVCache, ids: Array, lengths: Array, key: Array) -> _State:
+    hidden, cache = inference.extend(model, cache, ids, lengths, settings.implementation)
+    return _start(model, settings, hidden, lengths, cache, key)
+
+
+def _start(model: Llama, settings: _Settings, hidden: Array, lengths: Array, cache: KVCache, key: Array) -> _State:
+    batch, size = hidden.shape[0], settings.max_new_tokens
+    return _State(
+        step=jnp.int32(0),
+        logits=model.logits(last_valid(hidden, lengths)),
+        tokens=jnp.zeros((batch, size), jnp.int32),
+        log_probabilities=jnp.zeros((batch, size), jnp.float32) if settings.log_probabilities else None,
+        active=jnp.ones(batch, bool),
+        lengths=jnp.zeros(batch, jnp.int32),
+        key=key,
+        cache=cache,
+    )
+
+
+def _decode_until(model: Llama, settings: _Settings, state: _State, last: Array | int) -> _State:
+    """Draws a token and runs it through the model, until step `last` or until every row has ended.
+
+    Every drawn token enters the cache, so that a cache is always complete.
+    """
+
+    def body(state: _State) -> _State:
+        key, draw = jax.random.split(state.key)
+        active = state.active.astype(jnp.int32)
+        token = sample(state.logits, settings.sampling, draw) * active
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
+        log_probabilities = state.log_probabilities
+        if log_probabilities is not None:
+            drawn = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)
+            log_probabilities = put(log_probabilities, drawn * active[:, None])
+        hidden, cache = inference.decode(model, state.cache, token, active, settings.implementation)
+        ended = jnp.isin(token, jnp.asarray(settings.eos, jnp.int32))
+        return _State(
+            step=state.step + 1,
+            logits=model.logits(hidden),
+            tokens=put(state.tokens, token[:, None]),
+            log_probabilities=log_probabilities,
+            active=state.active & ~ended,
+            lengths=state.lengths + active,
+            key=key,
+            cache=cache,
+        )
+
+    return lax.while_loop(lambda state: (state.step < last) & jnp.any(state.active), body, state)
+
+
+def last_valid(hidden: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """The hidden state of each row's last valid token."""
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
 
 def resolve_method(method: str | CacheConfig) -> CacheConfig:
@@ -48,142 +249,42 @@ def bucket_length(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def generate(
+def _settings(
     model: Llama,
-    prompts: Sequence[Sequence[int]],
-    *,
-    method: str | CacheConfig | None = None,
-    max_new_tokens: int = 128,
-    sampling: Sampling = Sampling(),
-    key: Array | None = None,
-    eos_token_ids: Sequence[int] | None = None,
-    implementation: str | None = None,
-    cache: KVCache | None = None,
-) -> GenerateResult:
-    """Generates from prompts of any lengths under a cache compression method.
-
-    Args:
-      prompts: token ids, one sequence per row; rows may differ in length.
-      method: a preset's name (`presets.names()`) or a config; None is "minikv", or what made `cache`.
-      max_new_tokens: a row ends earlier after an end-of-sequence token.
-      sampling: greedy by default.
-      key: PRNG key for sampling; needed when `sampling.temperature > 0`.
-      eos_token_ids: defaults to the model's; an empty sequence never stops.
-      implementation: of the attention ops (`attention.IMPLEMENTATIONS`); None takes the best there is.
-      cache: continue a conversation: the prompts are appended to it. It is donated, so use the returned one afterwards.
-
-    Raises:
-      ValueError: an empty prompt, a token id outside the vocabulary, more tokens than the model has positions, a
-        method that does not fit the model, a cache of another model or batch.
-    """
-    max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: Array | None,
+    eos_token_ids: Sequence[int] | None,
+    implementation: str | None,
+    log_probabilities: bool,
+) -> _Settings:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     attention.check_implementation(implementation)
-    ids, lengths = _pad_prompts(prompts, model.config.vocab_size)
     if sampling.temperature > 0 and key is None:
         raise ValueError("key=None: sampling with a temperature needs a PRNG key")
-    key = jax.random.key(0) if key is None else key
     eos = tuple(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    static = (max_new_tokens, sampling, eos, implementation)
-    graphdef, params = nnx.split(model)
-    if cache is None:
-        config = resolve_method(method or "minikv")
+    return _Settings(max_new_tokens, sampling, eos, implementation, log_probabilities)
+
+
+def _prepare(
+    model: Llama, prompts: Any, cache: str | CacheConfig | KVCache, settings: _Settings
+) -> tuple[np.ndarray, np.ndarray, CacheConfig | KVCache]:
+    """Padded ids, lengths, and the config or the cache with enough room: all that can be wrong is found here."""
+    ids, lengths = _pad_prompts(prompts, model.config.vocab_size)
+    new = settings.max_new_tokens
+    if not isinstance(cache, KVCache):
+        config = resolve_method(cache)
         memory.check_model(model.config, config)
-        _check_positions(model, int(lengths.max()), max_new_tokens)
-        return _generate(graphdef, params, ids, lengths, key, config, *static)
-    _check_cache(model, cache, None if method is None else resolve_method(method), len(prompts))
-    _check_positions(model, int((np.asarray(cache.length) + lengths).max()), max_new_tokens)
-    missing = ids.shape[1] + max_new_tokens - cache.room()
-    if missing > 0:
-        cache = cache.grow(bucket_length(missing))
-    return _continue(graphdef, params, cache, ids, lengths, key, *static)
+        _check_positions(model, int(lengths.max()), new)
+        return ids, lengths, config
+    _check_cache(model, cache, len(lengths))
+    _check_positions(model, int((np.asarray(cache.length) + lengths).max()), new)
+    missing = ids.shape[1] + new - cache.room()
+    return ids, lengths, cache.grow(bucket_length(missing)) if missing > 0 else cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
-def _generate(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    ids: Array,
-    lengths: Array,
-    key: Array,
-    config: CacheConfig,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos: tuple[int, ...],
-    implementation: str | None,
-) -> GenerateResult:
-    model = nnx.merge(graphdef, params)
-    hidden, cache = inference.prefill(model, ids, lengths, config, max_new_tokens, implementation)
-    logits = model.logits(last_valid(hidden, lengths))
-    return _decode_loop(model, cache, logits, key, max_new_tokens, sampling, eos, implementation)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9), donate_argnums=(2,))
-def _continue(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    cache: KVCache,
-    ids: Array,
-    lengths: Array,
-    key: Array,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos: tuple[int, ...],
-    implementation: str | None,
-) -> GenerateResult:
-    model = nnx.merge(graphdef, params)
-    hidden, cache = inference.extend(model, cache, ids, lengths, implementation)
-    logits = model.logits(last_valid(hidden, lengths))
-    return _decode_loop(model, cache, logits, key, max_new_tokens, sampling, eos, implementation)
-
-
-def last_valid(hidden: Array, lengths: Array) -> Array:
-    """The hidden state of each row's last valid token: `[B, T, D]` -> `[B, D]`."""
-    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-
-
-class _State(NamedTuple):
-    step: Array
-    logits: Array  # of the token to be drawn next, [B, V]
-    tokens: Array  # [B, max_new_tokens]
-    active: Array  # bool [B]
-    lengths: Array  # [B]
-    key: Array
-    cache: KVCache
-
-
-def _decode_loop(
-    model: Llama,
-    cache: KVCache,
-    logits: Array,
-    key: Array,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos: tuple[int, ...],
-    implementation: str | None,
-) -> GenerateResult:
-    """Draws a token, runs it through the model, until every row has ended. Every drawn token enters the cache."""
-    batch = logits.shape[0]
-
-    def body(state: _State) -> _State:
-        key, draw = jax.random.split(state.key)
-        active = state.active.astype(jnp.int32)
-        token = sample(state.logits, sampling, draw) * active
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
-        hidden, cache = inference.decode(model, state.cache, token, active, implementation)
-        ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(state.active)
-        going = state.active & ~ended
-        return _State(state.step + 1, model.logits(hidden), tokens, going, state.lengths + active, key, cache)
-
-    def unfinished(state: _State) -> Array:
-        return (state.step < max_new_tokens) & jnp.any(state.active)
-
-    tokens = jnp.zeros((batch, max_new_tokens), jnp.int32)
-    start = _State(jnp.int32(0), logits, tokens, jnp.ones(batch, bool), jnp.zeros(batch, jnp.int32), key, cache)
-    end = lax.while_loop(unfinished, body, start)
-    return GenerateResult(end.tokens, end.lengths, end.cache)
-
-
-def _pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _pad_prompts(prompts: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded int32 ids `[B, bucket]` and lengths `[B]`."""
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one sequence of token ids")
@@ -203,19 +304,13 @@ def _pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.
     return ids, lengths
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}={value}: expected at least 1")
-    return value
-
-
 def _check_positions(model: Llama, prompt: int, new: int) -> None:
     most = model.config.max_position_embeddings
     if prompt + new > most:
         raise ValueError(f"{prompt} prompt tokens + {new} new ones exceed the model's {most} positions")
 
 
-def _check_cache(model: Llama, cache: KVCache, method: CacheConfig | None, batch: int) -> None:
+def _check_cache(model: Llama, cache: KVCache, batch: int) -> None:
     layers, (rows, kv_heads, _, dim) = len(cache.layers), cache.layers[0].tail_k.shape
     config = model.config
     expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
@@ -223,6 +318,3 @@ def _check_cache(model: Llama, cache: KVCache, method: CacheConfig | None, batch
         raise ValueError(f"cache has (layers, KV heads, head dim) {(layers, kv_heads, dim)}, the model {expected}")
     if rows != batch:
         raise ValueError(f"cache has {rows} rows, prompts {batch}: expected the same")
-    made_by = cache.layers[0].config
-    if method not in (None, made_by):
-        raise ValueError(f"method={method.name!r} is not what made the cache: {made_by}")

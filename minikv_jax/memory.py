@@ -23,6 +23,7 @@ class MemoryReport:
       bytes: everything allocated, `KVCache.nbytes`.
       full_bytes: the same tokens, all of them, in the model's dtype: what an uncompressed cache holds.
       layers: tokens per layer (`kept` of the prompt; capacities of the packed region and of the tail).
+      layer_bytes: everything allocated, per layer.
     """
 
     packed_bytes: int
@@ -30,6 +31,7 @@ class MemoryReport:
     index_bytes: int
     full_bytes: int
     layers: tuple[LayerCapacity, ...]
+    layer_bytes: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
@@ -82,18 +84,22 @@ def report(
     check_model(model, config)
     layers = capacities(model, config, prompt_length, max_new_tokens)
     heads, dim, size = model.num_key_value_heads, model.head_dim, _BYTES[dtype]
-    index = 4 * batch  # the sequence lengths
-    for number, layer in enumerate(layers):
-        index += 2 * 4 * batch
-        if model.window(number) is not None:
-            index += 4 * batch * heads * (layer.packed + layer.tail)
+    packed = [batch * heads * _packed_bytes(layer.packed, dim, config) for layer in layers]
+    tail = [batch * heads * 2 * layer.tail * dim * size for layer in layers]
+    index = [_index_bytes(layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
     return MemoryReport(
-        packed_bytes=batch * heads * sum(_packed_bytes(layer.packed, dim, config) for layer in layers),
-        tail_bytes=batch * heads * sum(2 * layer.tail * dim * size for layer in layers),
-        index_bytes=index,
+        packed_bytes=sum(packed),
+        tail_bytes=sum(tail),
+        index_bytes=sum(index) + 4 * batch,  # and the sequence lengths
         full_bytes=batch * heads * len(layers) * 2 * (prompt_length + max_new_tokens) * dim * size,
         layers=layers,
+        layer_bytes=tuple(map(sum, zip(packed, tail, index, strict=True))),
     )
+
+
+def _index_bytes(layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
+    """Two lengths per row, and every token's position where the layer has a window."""
+    return 2 * 4 * batch + (0 if window is None else 4 * batch * heads * (layer.packed + layer.tail))
 
 
 def check_model(model: ModelConfig, config: CacheConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,15 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy; otherwise top-k, then nucleus (top-p, arXiv 1904.09751), then a draw."""
+    """Temperature 0 is greedy; otherwise top-k, then nucleus (top-p, arXiv 1904.09751), then min-p, then a draw.
+
+    `min_p` drops tokens less likely than `min_p` times the most likely one (arXiv 2407.01082).
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -24,8 +29,10 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k!r}: expected at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p need temperature > 0: temperature 0 is greedy")
+        if self.min_p is not None and not 0 < self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p!r}: expected a number in (0, 1]")
+        if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (None, None, None):
+            raise ValueError("top_k, top_p and min_p need temperature > 0: temperature 0 is greedy")
 
 
 def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int[Array, "B"]:
@@ -38,6 +45,9 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int[A
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if sampling.top_p is not None:
         logits = _nucleus(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(sampling.min_p)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 

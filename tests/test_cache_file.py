@@ -25,7 +25,7 @@ def test_round_trip(name: str, window: int | None, tmp_path: pathlib.Path):
     family = {} if window is None else {"model_type": "mistral", "sliding_window": window}
     model = tiny_model(max_position_embeddings=256, **family)
     rows = [list(range(70)), list(range(90, 60, -1))]
-    result = mk.generate(model, rows, method=CONFIGS[name], max_new_tokens=9, eos_token_ids=())
+    result = mk.generate(model, rows, cache=CONFIGS[name], max_new_tokens=9, eos_token_ids=())
     mk.save_cache(result.cache, tmp_path / "cache")
     restored = mk.restore_cache(tmp_path / "cache", model.config)
     assert jax.tree.structure(restored) == jax.tree.structure(result.cache)

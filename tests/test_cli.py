@@ -41,7 +41,7 @@ def test_generate_reports_what_the_library_returns(run: Run, model_directory: pa
     model, tokenizer = hub.load(model_directory)
     assert tokenizer is not None
     method = presets.override(presets.get("minikv"), {"heavy": "0.3"})
-    result = generate(model, [tokenizer.encode(PROMPT)], method=method, max_new_tokens=40)
+    result = generate(model, [tokenizer.encode(PROMPT)], cache=method, max_new_tokens=40)
     report = json.loads(out.read_text())
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     assert report["tokens"] == tokens
@@ -53,7 +53,7 @@ def test_generate_reports_what_the_library_returns(run: Run, model_directory: pa
     assert cache["bytes"] == result.cache.nbytes
     assert cache["packed_bytes"] == result.cache.packed_bytes
     assert cache["per_layer"] == result.cache.kept_tokens[:, 0].tolist()
-    full = generate(model, [tokenizer.encode(PROMPT)], method="full", max_new_tokens=40).cache
+    full = generate(model, [tokenizer.encode(PROMPT)], cache="full", max_new_tokens=40).cache
     assert cache["full_bytes"] == full.layers[0].tail_k.nbytes * 2 * len(full.layers)
     assert report["text"] in text
     assert f"{result.cache.nbytes:,} bytes" in text
@@ -112,7 +112,7 @@ def test_chat_carries_the_cache_from_turn_to_turn(
     seen = [int(line.split(" of ")[1].split()[0]) for line in log.splitlines() if "kept per layer" in line]
     model, tokenizer = hub.load(model_directory)
     assert tokenizer is not None
-    result = generate(model, [chat.first_turn(tokenizer, "hello")], method="minikv", max_new_tokens=6)
+    result = generate(model, [chat.first_turn(tokenizer, "hello")], cache="minikv", max_new_tokens=6)
     assert seen[0] == int(result.cache.length[0])
     last = int(result.tokens[0, int(result.lengths[0]) - 1])
     turn = chat.next_turn(tokenizer, "and now?", last)
@@ -162,7 +162,7 @@ def test_memory_prints_the_report(run: Run, model_directory: pathlib.Path, tmp_p
 
 def test_memory_of_a_padded_prompt_is_the_cache_that_generate_makes(run: Run, model_directory: pathlib.Path):
     model, _ = hub.load(model_directory)
-    result = generate(model, [[1] * 70], method="minikv", max_new_tokens=20)
+    result = generate(model, [[1] * 70], cache="minikv", max_new_tokens=20)
     sizes = ["--prompt-len", bucket_length(70), "--max-new-tokens", 20, "--dtype", "float32"]
     assert f"{result.cache.nbytes:,} bytes" in run("memory", "--model", model_directory, *sizes)[1]
 

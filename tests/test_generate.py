@@ -15,7 +15,7 @@ from tiny import tiny_model
 import minikv_jax as mk
 from minikv_jax import inference, memory, presets
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.generate import _generate, bucket_length, last_valid
+from minikv_jax.generate import _generate, _Settings, bucket_length, last_valid
 from minikv_jax.sampling import sample
 
 VOCABULARY = 96
@@ -39,7 +39,7 @@ def tokens(model: mk.Llama, rows: list[list[int]], **settings: Any) -> np.ndarra
 def test_full_equals_one_shot_forward(model: mk.Llama):
     """Stepwise decode under `full` gives the logits of one pass over the whole sequence."""
     (row,) = prompts(37)
-    generated = tokens(model, [row], method="full", max_new_tokens=40)[0].tolist()
+    generated = tokens(model, [row], cache="full", max_new_tokens=40)[0].tolist()
     one_shot = model(jnp.asarray([row + generated]))
     hidden, cache = inference.prefill(model, jnp.asarray([row]), jnp.asarray([37]), presets.get("full"), 40)
     steps = [model.logits(hidden[:, -1])]
@@ -66,16 +66,16 @@ def test_ragged_batch_equals_single_runs(model: mk.Llama, method: str):
     kivi = CacheConfig(k_bits=4, v_bits=2, residual="kivi", residual_length=32)
     config = {"full": presets.get("full"), "minikv": MINIKV16, "kivi": kivi}[method]
     rows = prompts(3, 61, 64, 40)
-    together = tokens(model, rows, method=config, max_new_tokens=70)
+    together = tokens(model, rows, cache=config, max_new_tokens=70)
     for row, expected in zip(rows, together, strict=True):
-        np.testing.assert_array_equal(tokens(model, [row], method=config, max_new_tokens=70)[0], expected)
+        np.testing.assert_array_equal(tokens(model, [row], cache=config, max_new_tokens=70)[0], expected)
 
 
 @pytest.mark.parametrize("method", [presets.get("full"), MINIKV16])
 def test_another_bucket_gives_the_same_tokens(model: mk.Llama, method: CacheConfig):
     short, long = prompts(50, 150)
-    alone = tokens(model, [short], method=method, max_new_tokens=40)
-    beside = tokens(model, [short, long], method=method, max_new_tokens=40)
+    alone = tokens(model, [short], cache=method, max_new_tokens=40)
+    beside = tokens(model, [short, long], cache=method, max_new_tokens=40)
     assert bucket_length(50) != bucket_length(150)
     np.testing.assert_array_equal(alone[0], beside[0])
 
@@ -95,7 +95,7 @@ def count_traces(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 
 def test_second_call_does_not_retrace(model: mk.Llama, monkeypatch: pytest.MonkeyPatch):
     traces = count_traces(monkeypatch, "prefill")
-    settings: dict[str, Any] = {"method": MINIKV16, "max_new_tokens": 21}
+    settings: dict[str, Any] = {"cache": MINIKV16, "max_new_tokens": 21}
     for seed, length in enumerate((33, 64, 50)):
         mk.generate(model, prompts(length, seed=seed), **settings)
     assert len(traces) == 1
@@ -105,7 +105,7 @@ def test_second_call_does_not_retrace(model: mk.Llama, monkeypatch: pytest.Monke
 def test_continuing_a_cache(model: mk.Llama, method: CacheConfig, monkeypatch: pytest.MonkeyPatch):
     """A cache that `generate` returned holds all it generated; under `full` going on equals one long run."""
     rows = prompts(50, 20)
-    first = mk.generate(model, rows, method=method, max_new_tokens=20, eos_token_ids=())
+    first = mk.generate(model, rows, cache=method, max_new_tokens=20, eos_token_ids=())
     assert first.cache.length.tolist() == [70, 40]
     turn = prompts(5, 9, seed=2)
     traces = count_traces(monkeypatch, "extend")
@@ -114,15 +114,15 @@ def test_continuing_a_cache(model: mk.Llama, method: CacheConfig, monkeypatch: p
     assert second.cache.length.tolist() == [105, 79]
     if not method.quantized:
         history = [row + new.tolist() + more for row, new, more in zip(rows, first.tokens, turn, strict=True)]
-        np.testing.assert_array_equal(second.tokens, tokens(model, history, method=method, max_new_tokens=30))
+        np.testing.assert_array_equal(second.tokens, tokens(model, history, cache=method, max_new_tokens=30))
 
 
 def test_stops_at_end_of_sequence(model: mk.Llama):
     (row,) = prompts(30)
-    free = tokens(model, [row], method="full", max_new_tokens=30)[0]
+    free = tokens(model, [row], cache="full", max_new_tokens=30)[0]
     stop = int(free[11])
     expected = free.tolist().index(stop) + 1
-    result = mk.generate(model, [row], method="full", max_new_tokens=30, eos_token_ids=(stop,))
+    result = mk.generate(model, [row], cache="full", max_new_tokens=30, eos_token_ids=(stop,))
     assert result.lengths.tolist() == [expected]
     assert result.tokens[0, :expected].tolist() == free[:expected].tolist()
     assert not np.any(result.tokens[0, expected:])
@@ -147,12 +147,13 @@ def test_sampling_is_seeded_and_obeys_its_limits(model: mk.Llama):
 @pytest.mark.parametrize("name", presets.names())
 def test_predicted_bytes_are_allocated(model: mk.Llama, name: str):
     config = dataclasses.replace(presets.get(name), group_size=16)
-    result = mk.generate(model, prompts(130, 20), method=config, max_new_tokens=9)
+    result = mk.generate(model, prompts(130, 20), cache=config, max_new_tokens=9)
     report = memory.report(
         model.config, config, prompt_length=bucket_length(130), max_new_tokens=9, batch=2, dtype="float32"
     )
     assert report.bytes == result.cache.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(result.cache))
     assert report.packed_bytes == result.cache.packed_bytes
+    assert report.layer_bytes == tuple(layer.nbytes for layer in result.cache.layers)
 
 
 def test_paper_bytes():
@@ -204,7 +205,8 @@ def compiled_program(config: CacheConfig, tokens: int, batch: int = 1) -> Any:
     graphdef, params = nnx.split(nnx.eval_shape(lambda: mk.Llama(SMOLLM2, rngs=nnx.Rngs(0))))
     ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return _generate.lower(graphdef, params, ids, lengths, key, config, 128, mk.Sampling(), (), None).compile()
+    settings = _Settings(128, mk.Sampling(), (), None, False)
+    return _generate.lower(graphdef, settings, config, params, ids, lengths, key).compile()
 
 
 @pytest.mark.parametrize(("name", "batch"), [("minikv", 1), ("full", 1), ("full", 2)])
@@ -274,7 +276,7 @@ def test_every_method_field_is_read(field: str):
 
 
 WRONG = {
-    "method": ({"method": "h3o"}, "'h3o'.*minikv"),
+    "method": ({"cache": "h3o"}, "'h3o'.*minikv"),
     "implementation": ({"implementation": "triton"}, "'triton'.*xla"),
     "empty prompt": ({"prompts": [[1], []]}, r"prompt 1 has shape \(0,\)"),
     "no prompts": ({"prompts": []}, "prompts is empty"),
@@ -284,7 +286,7 @@ WRONG = {
     "positions": ({"prompts": [[1] * 500]}, "500 prompt tokens . 13 new ones exceed the model's 512 positions"),
     "new tokens": ({"max_new_tokens": 0}, "max_new_tokens=0"),
     "no key": ({"sampling": mk.Sampling(temperature=1.0)}, "key=None"),
-    "group": ({"method": presets.get("kivi-2")}, "head_dim 16 is not divisible by group_size 32"),
+    "group": ({"cache": presets.get("kivi-2")}, "head_dim 16 is not divisible by group_size 32"),
 }
 
 
@@ -303,13 +305,43 @@ def test_a_kernel_by_name_runs_or_raises(model: mk.Llama, name: str):
 
 
 def test_a_foreign_cache_is_refused(model: mk.Llama):
-    cache = mk.generate(model, prompts(20), method="full", max_new_tokens=4).cache
+    cache = mk.generate(model, prompts(20), cache="full", max_new_tokens=4).cache
     with pytest.raises(ValueError, match="cache has 1 rows, prompts 2"):
         mk.generate(model, prompts(3, 3), cache=cache)
-    with pytest.raises(ValueError, match="method='minikv' is not what made the cache"):
-        mk.generate(model, prompts(3), cache=cache, method="minikv")
     with pytest.raises(ValueError, match="layers, KV heads, head dim"):
         mk.generate(tiny_model(num_hidden_layers=3), prompts(3), cache=cache)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sampling": mk.Sampling(temperature=1.0), "key": jax.random.key(3)}])
+def test_stream_draws_what_generate_draws(model: mk.Llama, settings: dict[str, Any]):
+    rows = prompts(50, 20)
+    whole = mk.generate(model, rows, max_new_tokens=25, log_probabilities=True, **settings)
+    seen, last = [], whole
+    for last in mk.stream(model, rows, max_new_tokens=25, log_probabilities=True, chunk=10, **settings):
+        seen.append(last.lengths.tolist())
+    assert seen == [[0, 0], [10, 10], [20, 20], [25, 25]]
+    jax.tree.map(np.testing.assert_array_equal, last, whole)
+    with pytest.raises(ValueError, match="chunk=0"):
+        mk.stream(model, rows, chunk=0)
+    with pytest.raises(ValueError, match="prompts is empty"):
+        mk.stream(model, [])
+
+
+def test_log_probabilities_are_the_models(model: mk.Llama):
+    (row,) = prompts(40)
+    result = mk.generate(model, [row], cache="full", max_new_tokens=12, eos_token_ids=(), log_probabilities=True)
+    generated = result.tokens[0].tolist()
+    expected = jax.nn.log_softmax(model(jnp.asarray([row + generated]))[0, 39:-1])
+    assert result.log_probabilities is not None
+    found = np.asarray(result.log_probabilities[0])
+    np.testing.assert_allclose(found, [line[token] for line, token in zip(expected, generated, strict=True)], atol=2e-5)
+    assert mk.generate(model, [row], max_new_tokens=1).log_probabilities is None
+
+
+def test_prompts_can_be_an_array(model: mk.Llama):
+    rows = prompts(30, 30)
+    as_array = mk.generate(model, jnp.asarray(rows), max_new_tokens=5).tokens
+    np.testing.assert_array_equal(as_array, mk.generate(model, rows, max_new_tokens=5).tokens)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +350,7 @@ def test_a_foreign_cache_is_refused(model: mk.Llama):
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),
+        ({"temperature": 1.0, "min_p": 0.0}, "min_p=0.0"),
         ({"top_k": 3}, "temperature > 0"),
     ],
 )
@@ -326,18 +359,19 @@ def test_wrong_sampling_is_named(fields: dict[str, Any], message: str):
         mk.Sampling(**fields)
 
 
-def test_nucleus_keeps_the_smallest_set():
+@pytest.mark.parametrize(
+    ("limit", "kept"), [({"top_p": 0.75}, {0, 1}), ({"min_p": 0.25}, {0, 1, 2}), ({"top_k": 1}, {0})]
+)
+def test_limits_keep_the_likely_tokens(limit: dict[str, Any], kept: set[int]):
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-    drawn = {
-        int(sample(logits, mk.Sampling(temperature=1.0, top_p=0.75), jax.random.key(seed))[0]) for seed in range(100)
-    }
-    assert drawn == {0, 1}
+    sampling = mk.Sampling(temperature=1.0, **limit)
+    assert {int(sample(logits, sampling, jax.random.key(seed))[0]) for seed in range(100)} == kept
 
 
 def test_variance_budgets_follow_the_spread(model: mk.Llama):
     """Under "variance" rows and layers keep different counts, never more than the capacity."""
     config = dataclasses.replace(presets.get("minikv-variance"), residual_length=32)
-    result = mk.generate(model, prompts(200, 90), method=config, max_new_tokens=1)
+    result = mk.generate(model, prompts(200, 90), cache=config, max_new_tokens=1)
     kept = np.asarray(result.cache.kept_tokens) - 1
     mean = np.array([2 * (200 // 4), 2 * (90 // 4)])
     assert np.all(np.abs(kept.mean(axis=0) - mean) <= 1)  # counts are rounded down

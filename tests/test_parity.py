@@ -242,7 +242,7 @@ def test_smollm2_greedy_tokens_of_real_prompts(smollm2: tuple[Llama, Any], their
     """The compiled loop under `full`, a ragged batch, draws what transformers draws prompt by prompt."""
     ours, tokenizer = smollm2
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    found = generate(ours, prompts, method="full", max_new_tokens=64, eos_token_ids=()).tokens
+    found = generate(ours, prompts, cache="full", max_new_tokens=64, eos_token_ids=()).tokens
     for tokens, prompt in zip(np.asarray(found), prompts, strict=True):
         with torch.no_grad():
             expected = their_smollm2.generate(
