@@ -123,6 +123,6 @@ def test_append_writes_and_flushes_in_place(
     ],
 )
 def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> None:
-    x = jax.ShapeDtypeStruct((1, 1, 128, 128), jnp.bfloat16)
+    x = jnp.zeros((1, 1, 128, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=message):
         cuda_ffi.quantize(x, **({"bits": 2, "group_size": 16, "axis": "tokens"} | change))

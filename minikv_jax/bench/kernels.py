@@ -68,7 +68,7 @@ def kernel_ms(function: Callable[..., Any], *arguments: Any) -> float:
     for _ in range(2):
         jax.block_until_ready(compiled(*arguments))
     _, times = profiler.measure(compiled, iterations=_ITERATIONS)(*arguments)
-    return statistics.median(float(t) for t in times)
+    return statistics.median(float(t) for t in times or ())
 
 
 def per_call_ms(step: Callable[[jax.Array], jax.Array], start: jax.Array) -> float:
