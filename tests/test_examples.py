@@ -1,4 +1,5 @@
 import pathlib
+import re
 import runpy
 import sys
 
@@ -27,3 +28,10 @@ def test_chat_appends_the_second_turn_to_the_first(
     first, second = [int(line.strip("[").split()[0]) for line in lines if "tokens seen" in line]
     assert first >= len("Name a city by the sea.")
     assert second >= first + len("What can I see there?")
+
+
+def test_the_python_of_the_readme_runs(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    exec(code.replace("smollm2-135m-instruct", str(model_directory)), {})
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" bytes")
