@@ -22,12 +22,11 @@ BASE := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 endif
 
-# Shapes, dtypes and types are checked at run time under the tests, in the modules that compute; as for pyright, an int
-# passes for a float. Pytree containers (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
+# Shapes, dtypes and types are checked at run time under the tests, in the modules that compute. Pytree containers
+# (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
 CHECKED := minikv_jax.attention,minikv_jax.inference,minikv_jax.model,minikv_jax.reference,minikv_jax.rotary
 CHECKED := $(CHECKED),minikv_jax.selection
-TYPECHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-CHECKS := "--jaxtyping-packages=$(CHECKED),$(TYPECHECKER)"
+CHECKS := --jaxtyping-packages=$(CHECKED),beartype.beartype
 CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
 
 .PHONY: demo test test-gpu lint format clean

@@ -136,10 +136,10 @@ def _most(config: CacheConfig) -> float | int:
     return _UNIT - (round(config.recent * _UNIT) if isinstance(config.recent, float) else 0)
 
 
-def _clamp_to_sum(wanted: Sequence[float], most: float | int) -> list[float]:
+def _clamp_to_sum(wanted: Sequence[float | int], most: float | int) -> list[float | int]:
     """Clamps to `most` and gives the excess, in proportion, to those below it."""
     values = list(wanted)
-    for _ in values:
+    for _ in wanted:
         excess = sum(max(value - most, 0.0) for value in values)
         room = [i for i, value in enumerate(values) if value < most]
         values = [min(value, most) for value in values]
@@ -151,7 +151,7 @@ def _clamp_to_sum(wanted: Sequence[float], most: float | int) -> list[float]:
     return values
 
 
-def _round_to_sum(values: Sequence[float], total: int) -> list[int]:
+def _round_to_sum(values: Sequence[float | int], total: int) -> list[int]:
     """Rounds down, then hands the missing units to the largest remainders (earlier layers first)."""
     floors = [int(value + 1e-9) for value in values]
     missing = min(total, round(sum(values))) - sum(floors)
