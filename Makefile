@@ -24,8 +24,7 @@ endif
 
 # Shapes, dtypes and types are checked at run time under the tests, in the modules that compute. Pytree containers
 # (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
-CHECKED := minikv_jax.attention,minikv_jax.inference,minikv_jax.model,minikv_jax.reference,minikv_jax.rotary
-CHECKED := $(CHECKED),minikv_jax.selection
+CHECKED := minikv_jax.model,minikv_jax.reference,minikv_jax.rotary,minikv_jax.selection
 CHECKS := --jaxtyping-packages=$(CHECKED),beartype.beartype
 CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
 
