@@ -344,7 +344,7 @@ def _report(arguments: argparse.Namespace, session: _Session, turn: _Turn) -> di
     full_bytes = memory.report(
         session.model.config,
         session.method,
-        prompt_length=bucket_length(turn.prompt_tokens),
+        prompt_length=bucket_length(turn.prompt_tokens, session.model.config.max_position_embeddings),
         max_new_tokens=session.max_new_tokens,
         dtype=dtype,
     ).full_bytes

@@ -241,12 +241,14 @@ def resolve_method(method: str | CacheConfig) -> CacheConfig:
     return presets.get(method) if isinstance(method, str) else method
 
 
-def bucket_length(tokens: int) -> int:
-    """The padded length a prompt is run at: multiples of 1/8 of the next power of two, so few programs are compiled."""
-    if tokens <= 64:
-        return 64
-    step = 1 << ((tokens - 1).bit_length() - 3)
-    return -(-tokens // step) * step
+def bucket_length(tokens: int, most: int | None = None) -> int:
+    """The padded length a prompt is run at: multiples of 1/8 of the next power of two, so few programs are compiled.
+
+    `most`, the model's positions, caps it: a prompt that fits is never padded beyond them.
+    """
+    step = 64 if tokens <= 64 else 1 << ((tokens - 1).bit_length() - 3)
+    bucket = -(-tokens // step) * step
+    return bucket if most is None else max(min(bucket, most), tokens)
 
 
 def _settings(
@@ -271,7 +273,7 @@ def _prepare(
     model: Llama, prompts: Any, cache: str | CacheConfig | KVCache, settings: _Settings
 ) -> tuple[np.ndarray, np.ndarray, CacheConfig | KVCache]:
     """Padded ids, lengths, and the config or the cache with enough room: all that can be wrong is found here."""
-    ids, lengths = _pad_prompts(prompts, model.config.vocab_size)
+    ids, lengths = _pad_prompts(prompts, model.config.vocab_size, model.config.max_position_embeddings)
     new = settings.max_new_tokens
     if not isinstance(cache, KVCache):
         config = resolve_method(cache)
@@ -284,7 +286,7 @@ def _prepare(
     return ids, lengths, cache.grow(bucket_length(missing)) if missing > 0 else cache
 
 
-def _pad_prompts(prompts: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _pad_prompts(prompts: Any, vocab_size: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded int32 ids `[B, bucket]` and lengths `[B]`."""
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one sequence of token ids")
@@ -298,7 +300,7 @@ def _pad_prompts(prompts: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]
         if outside.size:
             raise ValueError(f"prompt {index} has token id {outside[0]}: expected 0..{vocab_size - 1}")
     lengths = np.array([row.size for row in rows], np.int32)
-    ids = np.zeros((len(rows), bucket_length(int(lengths.max()))), np.int32)
+    ids = np.zeros((len(rows), bucket_length(int(lengths.max()), most)), np.int32)
     for index, row in enumerate(rows):
         ids[index, : row.size] = row
     return ids, lengths

@@ -93,6 +93,14 @@ def count_traces(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     return traces
 
 
+def test_padding_stays_within_the_models_positions():
+    model = tiny_model(max_position_embeddings=300)
+    (row,) = prompts(290)
+    assert bucket_length(290) == 320
+    whole = tokens(tiny_model(max_position_embeddings=512), [row], cache="full", max_new_tokens=10)
+    np.testing.assert_array_equal(tokens(model, [row], cache="full", max_new_tokens=10), whole)
+
+
 def test_second_call_does_not_retrace(model: mk.Llama, monkeypatch: pytest.MonkeyPatch):
     traces = count_traces(monkeypatch, "prefill")
     settings: dict[str, Any] = {"cache": MINIKV16, "max_new_tokens": 21}

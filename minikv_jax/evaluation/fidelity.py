@@ -83,7 +83,7 @@ def compare(
     for config in methods.values():
         memory.check_model(model.config, config)
     graphdef, params = nnx.split(model)
-    ids = np.zeros((1, bucket_length(len(prompt))), np.int32)
+    ids = np.zeros((1, bucket_length(len(prompt), most)), np.int32)
     ids[0, : len(prompt)] = prompt
     length, truth = np.array([len(prompt)], np.int32), np.asarray([continuation], np.int32)
 
