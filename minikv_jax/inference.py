@@ -6,12 +6,14 @@ Each function takes a cache value and returns a new one, and can stand inside `j
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import attention, memory
 from minikv_jax.cache import KVCache, LayerCache, LayerCapacity, append, compress
-from minikv_jax.config import CacheConfig
+from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.model import Llama
 from minikv_jax.selection import (
     SCORERS,
@@ -40,39 +42,87 @@ def prefill(
     Returns:
       The final hidden states (garbage in the padding) and a cache with room for `max_new_tokens`.
     """
-    batch, tokens = ids.shape
-    heavy = layer_budgets(config, model.config.num_hidden_layers)
-    capacities = memory.capacities(model.config, config, tokens, max_new_tokens)
-    pending: list[tuple[Array, Array, Array]] = []
-    layers: list[LayerCache] = []
+    compressor = Compressor(model.config, config, ids.shape[1], max_new_tokens, implementation)
+    hidden = run_prompt(model, ids, lengths, compressor.add, compressor.needs_column_sums, implementation)
+    return hidden, compressor.cache(lengths)
+
+
+def run_prompt(
+    model: Llama,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    visit: Callable[[ScorerInputs], None],
+    column_sums: bool,
+    implementation: str | None = None,
+) -> Float[Array, "B T D"]:
+    """Final hidden states of right-padded prompts in full attention; `visit` sees each layer's inputs, in order."""
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         window = model.window(layer)
-        scorer = SCORERS[config.scorer]
         out, sums = attention.prefill_attention(
-            q, k, v, lengths, window=window, with_scores=scorer.needs_column_sums, implementation=implementation
+            q, k, v, lengths, window=window, with_scores=column_sums, implementation=implementation
         )
-        if config.keeps_all and window is None:
-            scores = jnp.zeros((batch, k.shape[2], tokens), jnp.float32)
-        else:
-            scores = scorer.score(ScorerInputs(q, k, v, lengths, sums, window), config)
-        if config.budget == "variance":
-            pending.append((k, v, scores))
-        else:
-            count = budget_tokens(heavy[layer], lengths)
-            kept = choose(scores, lengths, count, config, capacities[layer], window)
-            layers.append(compress(k, v, kept, config, capacities[layer], window, implementation))
+        visit(ScorerInputs(q, k, v, lengths, sums, window))
         return out
 
-    positions = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
-    hidden = model.forward(ids, positions, attend)
-    if pending:
-        counts = variance_budgets([scores for _, _, scores in pending], lengths, config)
-        for layer, (k, v, scores) in enumerate(pending):
-            window = model.window(layer)
-            kept = choose(scores, lengths, counts[layer], config, capacities[layer], window)
-            layers.append(compress(k, v, kept, config, capacities[layer], window, implementation))
-    return hidden, KVCache(tuple(layers), lengths)
+    return model.forward(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), attend)
+
+
+class Compressor:
+    """Makes the cache that `config` keeps of a prompt, from one layer's keys and values after the other.
+
+    Prefill attention does not depend on the method, so several compressors may see the same layers.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: CacheConfig,
+        tokens: int,
+        max_new_tokens: int,
+        implementation: str | None = None,
+    ):
+        self.config = config
+        self._implementation = implementation
+        self._heavy = layer_budgets(config, model.num_hidden_layers)
+        self._capacities = memory.capacities(model, config, tokens, max_new_tokens)
+        self._pending: list[tuple[ScorerInputs, Array]] = []
+        self._layers: list[LayerCache] = []
+
+    @property
+    def needs_column_sums(self) -> bool:
+        """Whether `add` reads `ScorerInputs.column_sums`."""
+        return SCORERS[self.config.scorer].needs_column_sums
+
+    def add(self, inputs: ScorerInputs) -> None:
+        """Takes the next layer."""
+        scores = _scores(inputs, self.config)
+        if self.config.budget == "variance":
+            self._pending.append((inputs, scores))
+        else:
+            self._compress(inputs, scores, budget_tokens(self._heavy[len(self._layers)], inputs.lengths))
+
+    def cache(self, lengths: Int[Array, "B"]) -> KVCache:
+        """The cache, once every layer has been added."""
+        if self._pending:
+            counts = variance_budgets([scores for _, scores in self._pending], lengths, self.config)
+            for (inputs, scores), count in zip(self._pending, counts, strict=True):
+                self._compress(inputs, scores, count)
+        return KVCache(tuple(self._layers), lengths)
+
+    def _compress(self, inputs: ScorerInputs, scores: Array, heavy: Array) -> None:
+        capacity = self._capacities[len(self._layers)]
+        kept = choose(scores, inputs.lengths, heavy, self.config, capacity, inputs.window)
+        layer = compress(inputs.k, inputs.v, kept, self.config, capacity, inputs.window, self._implementation)
+        self._layers.append(layer)
+
+
+def _scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
+    """Every token's score; zero where nothing is evicted."""
+    batch, tokens, kv_heads, _ = inputs.k.shape
+    if config.keeps_all and inputs.window is None:
+        return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
+    return SCORERS[config.scorer].score(inputs, config)
 
 
 def choose(
