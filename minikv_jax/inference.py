@@ -62,10 +62,17 @@ def run_prompt(
         out, sums = attention.prefill_attention(
             q, k, v, lengths, window=window, with_scores=column_sums, implementation=implementation
         )
-        visit(ScorerInputs(q, k, v, lengths, sums, window))
+        visit(scorer_inputs(model.config, layer, q, k, v, lengths, sums))
         return out
 
     return model.forward(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), attend)
+
+
+def scorer_inputs(
+    model: ModelConfig, layer: int, q: Array, k: Array, v: Array, lengths: Array, column_sums: Array | None
+) -> ScorerInputs:
+    """One layer's arrays with what the model's config says of the layer."""
+    return ScorerInputs(q, k, v, lengths, column_sums, model.window(layer))
 
 
 class Compressor:
