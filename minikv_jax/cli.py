@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from minikv_jax.evaluation.command import add_evaluate
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_memory(commands.add_parser("memory", help="bytes of a cache, from the model's config alone"))
     methods = commands.add_parser("methods", help="list the compression methods and their fields")
     methods.set_defaults(run=_methods)
-    _add_evaluate(commands.add_parser("evaluate", help="what a method costs in quality"))
+    add_evaluate(commands.add_parser("evaluate", help="what methods cost in quality"))
     bench = commands.add_parser("bench", help="measure this machine")
     suites = bench.add_subparsers(required=True, metavar="SUITE")
     suites.add_parser("kernels", help="the attention and quantisation kernels")  # reads its own options: see `main`
@@ -105,25 +107,6 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    tasks = parser.add_subparsers(required=True, metavar="TASK")
-    task = tasks.add_parser("perplexity", help="likelihood of a text's continuation under a compressed cache")
-    task.set_defaults(
-        run=lambda arguments: importlib.import_module("minikv_jax.evaluation.command").perplexity(arguments)
-    )
-    task.add_argument("--model", required=True, help="a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
-    task.add_argument("--text", type=pathlib.Path, required=True, metavar="FILE", help="a UTF-8 text, a book say")
-    task.add_argument(
-        "--method", action="append", required=True, metavar="NAME[:KEY=VALUE,...]", help="may be given several times"
-    )
-    task.add_argument("--context", type=int, default=2048, metavar="N", help="prompt tokens; default: %(default)s")
-    task.add_argument("--continuation", type=int, default=120, metavar="N", help="default: %(default)s tokens")
-    task.add_argument("--limit", type=int, default=4, metavar="N", help="windows of the text; default: %(default)s")
-    task.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    task.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write every window's numbers as JSON")
-    task.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:

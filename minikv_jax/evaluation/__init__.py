@@ -1,5 +1,10 @@
-"""How much of the model's behaviour survives a compressed cache."""
+"""How much of the model's behaviour survives a compressed cache: tasks, measurements, sweeps (docs/evaluation.md)."""
 
-from minikv_jax.evaluation.fidelity import Fidelity as Fidelity
-from minikv_jax.evaluation.fidelity import book_windows as book_windows
-from minikv_jax.evaluation.fidelity import compare as compare
+from minikv_jax.evaluation.measure import Measurement as Measurement
+from minikv_jax.evaluation.measure import measure as measure
+from minikv_jax.evaluation.method import Method as Method
+from minikv_jax.evaluation.run import Evaluator as Evaluator
+from minikv_jax.evaluation.run import evaluate as evaluate
+from minikv_jax.evaluation.task import Case as Case
+from minikv_jax.evaluation.task import Task as Task
+from minikv_jax.evaluation.tasks.perplexity import book_windows as book_windows

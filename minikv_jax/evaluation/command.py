@@ -1,92 +1,217 @@
-"""`minikv evaluate`: the tasks as a command. Prints a Markdown table of means and can write every window as JSON."""
+"""`minikv evaluate`: arguments, tables, JSON. Importing this imports no JAX beyond what the package itself does."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
-import math
-from collections.abc import Sequence
-from typing import Any
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-from minikv_jax import presets
-from minikv_jax.config import CacheConfig
-from minikv_jax.evaluation.fidelity import Fidelity, book_windows, compare
+from minikv_jax.evaluation.task import Task
+from minikv_jax.evaluation.tasks import TASKS
 
-_PACKAGES = ("jax", "jaxlib", "flax")
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
+    from minikv_jax.evaluation.method import Method
+    from minikv_jax.evaluation.run import Evaluator
 
-def parse_method(text: str) -> CacheConfig:
-    """A method and changes to it: `h2o`, or `h2o:heavy=0.25,recent=0.25`.
-
-    Raises:
-      ValueError: an unknown method, field or value.
-    """
-    name, _, settings = text.partition(":")
-    changes = {}
-    for setting in filter(None, settings.split(",")):
-        key, separator, value = setting.partition("=")
-        if not separator:
-            raise ValueError(f"method {text!r}: expected NAME or NAME:KEY=VALUE,KEY=VALUE, got {setting!r}")
-        changes[key] = value
-    return presets.override(presets.get(name), changes)
+_COLUMNS = {
+    "nll": ("NLL", "{:.4f}"),
+    "kl_to_full": ("KL to full", "{:.4f}"),
+    "top1_agreement": ("top-1 agreement", "{:.3f}"),
+    "exact_match": ("exact match", "{:.3f}"),
+    "score": ("score", "{:.3f}"),
+    "cache_bytes": ("cache bytes", "{:,.0f}"),
+}
 
 
-def perplexity(arguments: argparse.Namespace) -> int:
-    """Negative log-likelihood of a text's continuation, window by window, method by method."""
-    from minikv_jax import hub
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Fills in `minikv evaluate`: a subcommand per task, an argument per option of the task."""
+    tasks = parser.add_subparsers(required=True, metavar="TASK", dest="task")
+    for name, task in TASKS.items():
+        subparser = tasks.add_parser(name, help=task.summary, description=task.__doc__)
+        subparser.set_defaults(run=_evaluate)
+        add_model(subparser)
+        add_methods(subparser)
+        add_task(subparser, task)
+        subparser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write every case's numbers")
 
-    methods = {text: parse_method(text) for text in arguments.method}
-    text = arguments.text.read_text(encoding="utf-8")
-    model, tokenizer = hub.load(arguments.model, dtype=arguments.dtype)
-    if tokenizer is None:
-        raise ValueError(f"model {arguments.model!r} has no tokenizer: perplexity of a text needs one")
-    windows = book_windows(
-        tokenizer.encode(text, add_special_tokens=False), arguments.context, arguments.continuation, arguments.limit
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say what runs where."""
+    parser.add_argument("--model", required=True, help="a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="default: float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument("--implementation", metavar="NAME", help="xla, pallas or cuda; default: the best there is")
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say which methods run."""
+    parser.add_argument(
+        "--method", action="append", required=True, metavar="NAME[:KEY=VALUE,...]", help="may be given several times"
     )
-    results = []
-    for number, (prompt, continuation) in enumerate(windows):
-        print(f"window {number + 1} of {len(windows)}", flush=True)
-        results.append(compare(model, prompt, continuation, methods))
-    print(_table(results))
+    parser.add_argument(
+        "--set", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="change a field of every method"
+    )
+    parser.add_argument(
+        "--budget-bytes",
+        type=_shares,
+        default=(),
+        metavar="SHARE[,SHARE...]",
+        help="fit every method's token budget to these shares of the full cache's bytes",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="cases at a time; default: %(default)s")
+
+
+def add_task(parser: argparse.ArgumentParser, task: type[Task]) -> None:
+    """An argument per option of the task."""
+    for field in dataclasses.fields(typing.cast(Any, task)):
+        parse, text = field.metadata["parse"], field.metadata["help"]
+        flag = f"--{field.name.replace('_', '-')}"
+        if parse is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        elif field.default is dataclasses.MISSING:
+            parser.add_argument(flag, type=parse, required=True, metavar="...", help=text)
+        else:
+            shown = "" if field.default is None else f"; default: {_shown(field.default)}"
+            parser.add_argument(flag, type=parse, default=field.default, metavar="...", help=text + shown)
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """`KEY=VALUE` as a pair."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    return key, value
+
+
+def make_task(arguments: argparse.Namespace) -> Task:
+    """The task with its options as given."""
+    task = TASKS[arguments.task]
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, task))]
+    return task(**{name: getattr(arguments, name) for name in names})
+
+
+def make_methods(arguments: argparse.Namespace) -> dict[str, Method]:
+    """The methods by label: as they were given, with the share of bytes behind where there is one."""
+    from minikv_jax.evaluation.method import Method, parse_method
+
+    methods: dict[str, Method] = {}
+    for text in arguments.method:
+        config = parse_method(text, arguments.set)
+        for share in arguments.budget_bytes or (None,):
+            label = text if share is None else f"{text} @ {share:.4g}"
+            if label in methods:
+                raise ValueError(f"method {label!r} is given twice")
+            methods[label] = Method(config, share)
+    return methods
+
+
+def make_evaluator(arguments: argparse.Namespace) -> Evaluator:
+    """The task's cases and the loaded model; the task's options are looked at first."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import jax
+
+    from minikv_jax import attention, hub
+    from minikv_jax.evaluation.run import Evaluator
+
+    attention.check_implementation(arguments.implementation)
+    task = make_task(arguments)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "compiled"))
+    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    model, tokenizer = hub.load(arguments.model, dtype=dtype)
+    return Evaluator.create(model, tokenizer, task, arguments.implementation)
+
+
+def progress(description: str, total: int) -> AbstractContextManager[_Bar]:
+    """A progress bar on stderr, if that is a terminal; `advance_to(done)` moves it."""
+    return _Bar(description, total)
+
+
+class _Bar:
+    def __init__(self, description: str, total: int):
+        self._description, self._total = description, total
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> _Bar:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task(self._description, total=self._total)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._progress is not None
+        self._progress.stop()
+
+    def advance_to(self, done: int) -> None:
+        assert self._progress is not None
+        self._progress.update(self._task, completed=done)
+
+
+def table(means: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of means, a row per method; columns that no method has are left out."""
+    shown = [key for key in _COLUMNS if any(key in values for values in means.values())]
+    rows = [
+        ["method", *(_COLUMNS[key][0] for key in shown), "of full"],
+        ["---"] + ["--:"] * (len(shown) + 1),
+    ]
+    for name, values in means.items():
+        cells = [_COLUMNS[key][1].format(values[key]) if key in values else "" for key in shown]
+        share = f"{values['cache_bytes'] / values['full_cache_bytes']:.1%}" if "cache_bytes" in values else ""
+        rows.append([name, *cells, share])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def warn_not_finite(means: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names on stderr the methods that gave NaN or infinite logits, and in how many cases."""
+    for name, values in means.items():
+        if values["not_finite"]:
+            print(
+                f"minikv: {name}: NaN or infinite logits in {values['not_finite']} of {values['cases']} cases; they "
+                "are left out of the means",
+                file=sys.stderr,
+            )
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from minikv_jax.evaluation.run import evaluate
+    from minikv_jax.evaluation.task import at_least
+
+    at_least(1, batch=arguments.batch)
+    methods = make_methods(arguments)
+    evaluator = make_evaluator(arguments)
+    with progress(arguments.task, len(evaluator.cases)) as bar:
+        report = evaluate(evaluator, methods, model_source=arguments.model, batch=arguments.batch, done=bar.advance_to)
+    print(table(report["means"]))
+    warn_not_finite(report["means"])
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(_record(arguments, methods, results), indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def _table(results: Sequence[dict[str, Fidelity]]) -> str:
-    rows = [
-        "| method | NLL | perplexity change | KL to full | top-1 agreement | cache bytes | of full |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for name in results[0]:
-        values = [window[name] for window in results]
-        mean = {
-            field.name: sum(getattr(value, field.name) for value in values) / len(values)
-            for field in dataclasses.fields(Fidelity)
-        }
-        change = math.exp(mean["nll"] - mean["full_nll"]) - 1
-        share = mean["cache_bytes"] / mean["full_cache_bytes"]
-        rows.append(
-            f"| {name} | {mean['nll']:.4f} | {change:+.1%} | {mean['kl_to_full']:.4f} | {mean['top1_agreement']:.3f} "
-            f"| {mean['cache_bytes']:,.0f} | {share:.1%} |"
-        )
-    return "\n".join(rows)
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected shares such as 0.125,0.25") from error
+    if not all(0 < share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected shares above 0 and up to 1")
+    return shares
 
 
-def _record(
-    arguments: argparse.Namespace, methods: dict[str, CacheConfig], results: Sequence[dict[str, Fidelity]]
-) -> dict[str, Any]:
-    return {
-        "task": "perplexity",
-        "model": arguments.model,
-        "dtype": arguments.dtype,
-        "text": {"name": arguments.text.name, "sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest()},
-        "context": arguments.context,
-        "continuation": arguments.continuation,
-        "methods": {name: dataclasses.asdict(config) for name, config in methods.items()},
-        "windows": [{name: dataclasses.asdict(value) for name, value in window.items()} for window in results],
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -1,0 +1,230 @@
+"""A task's cases through every method, in batches of one padded length; means; the record of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from minikv_jax import memory
+from minikv_jax.config import CacheConfig
+from minikv_jax.evaluation.measure import Measurement, check_case, measure, padded_length
+from minikv_jax.evaluation.method import Method
+from minikv_jax.evaluation.task import Case, Task
+from minikv_jax.model import Llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PACKAGES = ("minikv_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
+
+# The numbers of a case and method that are averaged, in the order they are shown.
+METRICS = ("nll", "full_nll", "kl_to_full", "top1_agreement", "exact_match", "score", "cache_bytes", "full_cache_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """A model, a task and its cases: what stays the same while methods change.
+
+    Attributes:
+      room: new tokens that a case's caches hold: the most of any case of its group, so that a group shares programs.
+    """
+
+    model: Llama
+    tokenizer: PreTrainedTokenizerBase | None
+    task: Task
+    cases: tuple[Case, ...]
+    room: Mapping[str, int]
+    implementation: str | None = None
+
+    @classmethod
+    def create(
+        cls,
+        model: Llama,
+        tokenizer: PreTrainedTokenizerBase | None,
+        task: Task,
+        implementation: str | None = None,
+    ) -> Evaluator:
+        """Makes the task's cases. Raises ValueError for one that does not fit the model, before anything runs."""
+        cases = tuple(task.cases(tokenizer, model.config.max_position_embeddings))
+        room: dict[str, int] = {}
+        for case in cases:
+            room[case.group] = max(room.get(case.group, 0), case.new_tokens)
+        for case in cases:
+            check_case(model.config, case, room[case.group])
+        return cls(model, tokenizer, task, cases, room, implementation)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(padded prompt length, new tokens) of the cases, each once."""
+        return sorted({self._shape(case) for case in self.cases})
+
+    def fit(self, methods: Mapping[str, Method], shape: tuple[int, int]) -> dict[str, CacheConfig]:
+        """The methods' configs for a shape (`Method.fit`), each checked against the model."""
+        for method in methods.values():
+            memory.check_model(self.model.config, method.config)
+        return {
+            name: method.fit(
+                self.model.config, prompt_length=shape[0], max_new_tokens=shape[1], dtype=self.model.dtype.name
+            )
+            for name, method in methods.items()
+        }
+
+    def run(
+        self, methods: Mapping[str, Method], batch: int = 1, cases: Iterable[Case] | None = None
+    ) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
+        """Yields each case with every method's row, cases of the same shape together.
+
+        A row holds `METRICS` as far as the case has them, `text` and `budget` where there are any, and `finite`;
+        where that is false, a logit was NaN or infinite and the row's numbers are None, its bytes excepted.
+        """
+        ordered = sorted(self.cases if cases is None else cases, key=self._shape)
+        for shape, group in itertools.groupby(ordered, key=self._shape):
+            configs = self.fit(methods, shape)
+            alike = list(group)
+            for start in range(0, len(alike), batch):
+                chunk = alike[start : start + batch]
+                filled = [*chunk, *[chunk[-1]] * (batch - len(chunk))]  # a smaller batch would compile anew
+                results = measure(self.model, filled, configs, shape[1], self.implementation)
+                for case, result in zip(chunk, results, strict=False):
+                    yield case, {name: self._row(case, configs[name], value) for name, value in result.items()}
+
+    def _shape(self, case: Case) -> tuple[int, int]:
+        return padded_length(self.model.config, case), self.room[case.group]
+
+    def _row(self, case: Case, config: CacheConfig, value: Measurement) -> dict[str, Any]:
+        row = dataclasses.asdict(value)
+        generated = row.pop("generated")
+        if generated is not None:
+            text = self._text(generated)
+            row |= {"text": text, "score": self.task.score(case, text) if value.finite else None}
+        return row | {"heavy": config.heavy, "recent": config.recent}
+
+    def _text(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of every metric over the rows that are finite, with the number of rows and of those left out.
+
+    `perplexity` is exp of the mean NLL.
+    """
+    counted = [row for row in rows if row["finite"]]
+    found: dict[str, Any] = {"cases": len(rows), "not_finite": len(rows) - len(counted)}
+    for name in METRICS:
+        values = [row[name] for row in counted if row.get(name) is not None]
+        if values:
+            found[name] = math.fsum(values) / len(values)
+    if "nll" in found:
+        found["perplexity"] = math.exp(min(found["nll"], 700.0))
+    return found
+
+
+def summary(results: Sequence[tuple[Case, Mapping[str, Mapping[str, Any]]]]) -> dict[str, dict[str, Any]]:
+    """`means` per method, overall and, where there are several, per group of cases."""
+    groups = sorted({case.group for case, _ in results})
+    found = {}
+    for name in results[0][1]:
+        found[name] = means([rows[name] for _, rows in results])
+        if len(groups) > 1:
+            found[name]["groups"] = {
+                group: means([rows[name] for case, rows in results if case.group == group]) for group in groups
+            }
+    return found
+
+
+def describe(evaluator: Evaluator, model_source: str) -> dict[str, Any]:
+    """What a run's numbers depend on, methods excepted: task, options, data, model, versions, device."""
+    model = evaluator.model
+    return {
+        "task": evaluator.task.name,
+        "options": _options(evaluator.task),
+        "model": {"source": pathlib.Path(model_source).name, "sha256": parameters_sha256(model)},
+        "dtype": model.dtype.name,
+        "implementation": evaluator.implementation,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def parameters_sha256(model: Llama) -> str:
+    """A hash of every parameter's path, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(nnx.state(model)):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _options(task: Any) -> dict[str, Any]:
+    """The task's options as JSON; a file is named and hashed, a directory with every file the task could read."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(task):
+        value = getattr(task, field.name)
+        values[field.name] = _file_record(value) if isinstance(value, pathlib.Path) else value
+    return values
+
+
+def _file_record(path: pathlib.Path) -> dict[str, Any]:
+    def sha256(file: pathlib.Path) -> str:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    if path.is_file():
+        return {"name": path.name, "sha256": sha256(path)}
+    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+    return {"name": path.name, "files": {file.name: sha256(file) for file in files}}
+
+
+Report = dict[str, Any]
+
+
+def evaluate(
+    evaluator: Evaluator,
+    methods: Mapping[str, Method],
+    *,
+    model_source: str = "",
+    batch: int = 1,
+    done: Callable[[int], None] = lambda cases: None,
+) -> Report:
+    """Runs every case and method; the report is plain JSON, and the same for the same arguments.
+
+    Raises:
+      ValueError: a method that does not fit the model, or its bytes: before anything runs.
+    """
+    for shape in evaluator.shapes:
+        evaluator.fit(methods, shape)
+    results = []
+    for result in evaluator.run(methods, batch):
+        results.append(result)
+        done(len(results))
+    order = {case.name: index for index, case in enumerate(evaluator.cases)}
+    results.sort(key=lambda result: order[result[0].name])
+    return describe(evaluator, model_source) | {
+        "methods": {name: dataclasses.asdict(method.config) for name, method in methods.items()},
+        "byte_share": {name: method.byte_share for name, method in methods.items() if method.byte_share is not None},
+        "means": summary(results),
+        "cases": [case_record(case) | {"methods": rows} for case, rows in results],
+    }
+
+
+def case_record(case: Case) -> dict[str, Any]:
+    """What is said of a case in a report: its sizes and tags, not its text."""
+    return {
+        "name": case.name,
+        "group": case.group,
+        **case.tags,
+        "prompt_tokens": len(case.prompt),
+        "continuation_tokens": len(case.continuation),
+    }

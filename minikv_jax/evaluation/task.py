@@ -1,0 +1,138 @@
+"""What a task is: options, cases, and a score for generated text. No JAX here: `minikv --help` reads this.
+
+A task is a frozen dataclass whose fields are its options, made with `option`; they become the command's arguments. It
+turns itself into `Case`s for a tokenizer. A case with a `continuation` measures fidelity; a case with `max_new_tokens`
+is also answered by greedy generation, and the task scores the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One prompt, and what is known of its continuation.
+
+    Attributes:
+      name: unique within a run.
+      prompt: token ids.
+      continuation: token ids of the true continuation; empty where there is none.
+      answers: references for `Task.score`.
+      max_new_tokens: tokens to generate; 0 where the text of an answer is not asked for.
+      stop: token ids that end the answer beside the model's own.
+      group: a data set's name, say: means are also given per group.
+      tags: anything worth recording (a depth, a length).
+    """
+
+    name: str
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+    stop: tuple[int, ...] = ()
+    group: str = ""
+    tags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that the cache needs room for."""
+        return max(len(self.continuation), self.max_new_tokens)
+
+
+class Task(Protocol):
+    """A benchmark. Implementations are frozen dataclasses, one file each in `evaluation/tasks`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # a line of help
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+        """The cases for a tokenizer and a model of `positions` positions; the same every time.
+
+        Raises:
+          ValueError: options or data that make no cases, naming the file and line where there is one.
+          FileNotFoundError: missing data, naming the files wanted.
+        """
+        ...
+
+    def score(self, case: Case, text: str) -> dict[str, float]:
+        """Metrics in 0..1 of the text generated for `case`; higher is better."""
+        ...
+
+
+def option(help: str, default: Any = dataclasses.MISSING, *, parse: Callable[[str], Any] = str) -> Any:
+    """A dataclass field that is also a command-line option; without a default it must be given."""
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse})
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Raises ValueError naming the first value below `least`; None passes."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: expected at least {least}")
+
+
+def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer; ValueError where the model came without one."""
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer, and this task is made of text: only `cases` takes token ids")
+    return tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, reply: str = "") -> tuple[int, ...]:
+    """Token ids of a user's message and the opening of the reply; of plain text where there is no chat template.
+
+    `reply` is put into the model's mouth: the beginning of its answer, or of the text after the prompt.
+    """
+    if not chat or tokenizer.chat_template is None:
+        return tuple(tokenizer.encode(text + reply))
+    from minikv_jax.chat import first_turn
+
+    return (*first_turn(tokenizer, text), *tokenizer.encode(reply, add_special_tokens=False))
+
+
+def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """Line number and object of the first `limit` lines of a JSON Lines file that are not blank.
+
+    Raises:
+      ValueError: a line that is not a JSON object, or no lines at all, naming the file and the line.
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(rows) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got a {type(row).__name__}")
+        rows.append((number, row))
+    if not rows:
+        raise ValueError(f"{path} is empty: expected one JSON object a line")
+    return rows
+
+
+def need_fields(where: str, row: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises ValueError naming the fields that `row` lacks."""
+    if missing := [name for name in names if name not in row]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: it has {', '.join(row) or 'no fields'}")
+
+
+def need_files(directory: pathlib.Path, names: Sequence[str], source: str) -> None:
+    """Raises FileNotFoundError naming the files that `directory` lacks and where they come from."""
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}: {source}")

@@ -1,0 +1,58 @@
+"""`perplexity`: windows of a text, a prompt and its true continuation each."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from minikv_jax.evaluation.task import Case, at_least, need_tokenizer, option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """`limit` windows of a text, evenly spaced and not overlapping."""
+
+    name: ClassVar[str] = "perplexity"
+    summary: ClassVar[str] = "likelihood of a text's continuation, in windows of the text"
+
+    text: pathlib.Path = option("a UTF-8 text, a book say", parse=pathlib.Path)
+    context: int = option("prompt tokens", 2048, parse=int)
+    continuation: int = option("tokens after the prompt", 120, parse=int)
+    limit: int = option("windows", 4, parse=int)
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+        size = self.context + self.continuation
+        if size > positions:
+            raise ValueError(
+                f"context={self.context} + continuation={self.continuation} exceed the model's {positions} positions"
+            )
+        text = self.text.read_text(encoding="utf-8")
+        ids = need_tokenizer(tokenizer).encode(text, add_special_tokens=False)
+        windows = book_windows(ids, self.context, self.continuation, self.limit)
+        return [
+            Case(f"window {index}", tuple(prompt), tuple(continuation))
+            for index, (prompt, continuation) in enumerate(windows)
+        ]
+
+    def score(self, case: Case, text: str) -> dict[str, float]:
+        del case, text
+        return {}
+
+
+def book_windows(ids: Sequence[int], prompt: int, continuation: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """`count` windows of a text, evenly spaced and not overlapping: (prompt ids, continuation ids).
+
+    Raises:
+      ValueError: sizes below 1, or a text too short for them.
+    """
+    at_least(1, prompt=prompt, continuation=continuation, count=count)
+    size = prompt + continuation
+    if len(ids) < size * count:
+        raise ValueError(f"the text has {len(ids)} tokens: {count} windows of {size} need {size * count}")
+    starts = [index * (len(ids) // count) for index in range(count)]
+    return [(list(ids[s : s + prompt]), list(ids[s + prompt : s + size])) for s in starts]
