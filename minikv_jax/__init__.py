@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from minikv_jax import memory as memory
 from minikv_jax import presets as presets
+from minikv_jax import schemes as schemes
 from minikv_jax.attention import decode_attention as decode_attention
 from minikv_jax.attention import extend_attention as extend_attention
 from minikv_jax.attention import prefill_attention as prefill_attention
@@ -24,6 +25,14 @@ from minikv_jax.model import Llama as Llama
 from minikv_jax.quantization import QuantizedArray as QuantizedArray
 from minikv_jax.quantization import dequantize as dequantize
 from minikv_jax.sampling import Sampling as Sampling
+from minikv_jax.schemes import Operand as Operand
+from minikv_jax.schemes import Quantizer as Quantizer
+from minikv_jax.schemes import ScorerInputs as ScorerInputs
+from minikv_jax.schemes import load_plugin as load_plugin
+from minikv_jax.schemes import register_budget as register_budget
+from minikv_jax.schemes import register_method as register_method
+from minikv_jax.schemes import register_quantizer as register_quantizer
+from minikv_jax.schemes import register_scorer as register_scorer
 
 if TYPE_CHECKING:
     from minikv_jax.hub import load as load
@@ -36,3 +45,6 @@ def __getattr__(name: str) -> Any:
     from minikv_jax.hub import load
 
     return load
+
+
+schemes.seal()

@@ -102,7 +102,9 @@ def decode_attention(
     _check_cache(q.shape[0], q.shape[1], q.shape[2], layer)
     _resolve(implementation, "decode_attention")
     scale = _scale(scale, q.shape[-1])
-    return reference.decode_attention(q, layer, _positions(positions, layer, q.shape[:1]), scale=scale)
+    q = layer.rotate(q, "keys")
+    out = reference.decode_attention(q, layer, _positions(positions, layer, q.shape[:1]), scale=scale)
+    return layer.rotate(out, "values", back=True)
 
 
 def extend_attention(
@@ -129,7 +131,9 @@ def extend_attention(
     _resolve(implementation, "extend_attention")
     scale = _scale(scale, q.shape[-1])
     positions = _positions(positions, layer, q.shape[:2])
-    return reference.extend_attention(q, k, v, layer, lengths, positions, scale=scale)
+    q, k, v = layer.rotate(q, "keys"), layer.rotate(k, "keys"), layer.rotate(v, "values")
+    out = reference.extend_attention(q, k, v, layer, lengths, positions, scale=scale)
+    return layer.rotate(out, "values", back=True)
 
 
 def check_implementation(implementation: str | None) -> None:

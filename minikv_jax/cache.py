@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from minikv_jax import attention
+from minikv_jax import quantizers
 from minikv_jax.config import CacheConfig
-from minikv_jax.quantization import Axis, QuantizedArray
+from minikv_jax.quantizers import Packed
+from minikv_jax.schemes import Kind, Operand
 from minikv_jax.selection import Kept, kept_capacity
 
 
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
+def _static(**default: Any) -> Any:
+    return dataclasses.field(metadata={"static": True}, **default)
 
 
 @jax.tree_util.register_dataclass
@@ -34,13 +36,15 @@ class LayerCache:
 
     Attributes:
       k, v: packed tokens, leading axes `[B, K]`; None where the method does not quantise.
-      tail_k, tail_v: full-precision tokens in the model's dtype: sinks first, then the newest.
+      tail_k, tail_v: full-precision tokens in the model's dtype: sinks first, then the newest. Under a quantiser that
+        rotates, these too are rotated.
       packed_length, tail_length: valid tokens per row. What lies beyond them is garbage.
       packed_positions, tail_positions: original positions, kept only for layers with a sliding window.
+      number: the layer's number in the model.
     """
 
-    k: QuantizedArray | None
-    v: QuantizedArray | None
+    k: Packed | None
+    v: Packed | None
     tail_k: Float[Array, "B K C H"]
     tail_v: Float[Array, "B K C H"]
     packed_length: Int[Array, "B"]
@@ -49,6 +53,21 @@ class LayerCache:
     tail_positions: Int[Array, "B K C"] | None
     config: CacheConfig = _static()
     window: int | None = _static()
+    number: int = _static(default=0)
+
+    def operand(self, kind: Kind) -> Operand:
+        """What its quantiser is told about the keys or the values."""
+        return Operand(kind, self.number, self.config)
+
+    def rotate(self, x: Float[Array, "*lead H"], kind: Kind, *, back: bool = False) -> Float[Array, "*lead H"]:
+        """Turns keys or queries ("keys"), or values ("values"), into the basis of the cache; outputs go `back`."""
+        return quantizers.rotate(x, self.operand(kind), back=back)
+
+    def packed_tokens(self, start: Array | int, size: int, dtype: DTypeLike) -> tuple[Array, Array]:
+        """Keys and values `[B, K, size, H]` of packed tokens, dequantised."""
+        assert self.k is not None and self.v is not None
+        k = quantizers.dequantize(self.k.tokens(start, size), self.operand("keys"), dtype)
+        return k, quantizers.dequantize(self.v.tokens(start, size), self.operand("values"), dtype)
 
     @property
     def nbytes(self) -> int:
@@ -146,6 +165,7 @@ def compress(
     capacity: LayerCapacity,
     window: int | None = None,
     implementation: str | None = None,
+    number: int = 0,
 ) -> LayerCache:
     """A layer's cache of the kept prompt tokens (MiniKV section 3.3).
 
@@ -156,6 +176,7 @@ def compress(
       k, v: the prompt's keys (after RoPE) and values.
       kept: which tokens stay, at most `capacity.kept` per row.
       window: the layer's sliding window.
+      number: the layer's number.
     """
     tokens = k.shape[1]
     positions = kept.positions
@@ -168,8 +189,11 @@ def compress(
         pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, room)] + [(0, 0)] * (x.ndim - 3))  # noqa: E731
         zero = jnp.zeros_like(kept.tokens)
         tail_positions = None if window is None else pad(positions)
-        return LayerCache(None, None, pad(kept_k), pad(kept_v), zero, kept.tokens, None, tail_positions, config, window)
+        tails = pad(kept_k), pad(kept_v)
+        return LayerCache(None, None, *tails, zero, kept.tokens, None, tail_positions, config, window, number)
 
+    of_keys, of_values = Operand("keys", number, config), Operand("values", number, config)
+    kept_k, kept_v = quantizers.rotate(kept_k, of_keys), quantizers.rotate(kept_v, of_values)
     block = config.packing_block
     beyond = jnp.maximum(kept.tokens - config.sinks - config.tail_keep, 0)
     packed_length = beyond // block * block
@@ -180,8 +204,8 @@ def compress(
     packed_k = _packed_part(kept_k, config, capacity)
     packed_v = _packed_part(kept_v, config, capacity)
     return LayerCache(
-        _quantize(packed_k, config, "tokens", implementation).pad_tokens(capacity.packed),
-        _quantize(packed_v, config, "channels", implementation).pad_tokens(capacity.packed),
+        quantizers.quantize(packed_k, of_keys, implementation).pad_tokens(capacity.packed),
+        quantizers.quantize(packed_v, of_values, implementation).pad_tokens(capacity.packed),
         tail(kept_k),
         tail(kept_v),
         packed_length,
@@ -190,6 +214,7 @@ def compress(
         None if window is None else jnp.take_along_axis(positions, slots, axis=2),
         config,
         window,
+        number,
     )
 
 
@@ -206,18 +231,6 @@ def _pad_to(x: Array, size: int) -> Array:
     return jnp.pad(x, widths, mode="edge" if x.shape[2] else "constant")
 
 
-def _quantize(x: Array, config: CacheConfig, axis: Axis, implementation: str | None) -> QuantizedArray:
-    return attention.quantize(
-        x,
-        bits=config.k_bits if axis == "tokens" else config.v_bits,
-        group_size=config.group_size,
-        axis=axis,
-        metadata_dtype=config.metadata_dtype,
-        factor_block=config.packing_block,
-        implementation=implementation,
-    )
-
-
 def append(
     layer: LayerCache,
     k: Float[Array, "B T K H"],
@@ -230,6 +243,7 @@ def append(
 
     There must be room (`KVCache.room`): under `jit` an overflow cannot be reported.
     """
+    k, v = layer.rotate(k, "keys"), layer.rotate(v, "values")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     if k.shape[2] == 1 or not layer.config.quantized:
         layer = _write_tail(layer, k, v, positions, jnp.zeros_like(lengths), lengths)
@@ -293,8 +307,8 @@ def _pack_block(layer: LayerCache, full: Array, implementation: str | None) -> L
     config, sinks, block = layer.config, layer.config.sinks, layer.config.flush_block
     assert layer.k is not None and layer.v is not None
     oldest = slice(sinks, sinks + block)
-    k = _quantize(layer.tail_k[:, :, oldest], config, "tokens", implementation)
-    v = _quantize(layer.tail_v[:, :, oldest], config, "channels", implementation)
+    k = quantizers.quantize(layer.tail_k[:, :, oldest], layer.operand("keys"), implementation)
+    v = quantizers.quantize(layer.tail_v[:, :, oldest], layer.operand("values"), implementation)
 
     def shift(tail: Array) -> Array:
         if not config.tail_keep:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from minikv_jax import quantizers
 from minikv_jax.cache import KVCache, LayerCache
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.quantization import quantize
+from minikv_jax.schemes import Operand
 
 _DESCRIPTION = "cache.json"
 _ARRAYS = "arrays"
@@ -88,16 +89,15 @@ def _blank(description: dict) -> KVCache:
     batch, kv_heads, dim = (description[name] for name in ("batch", "kv_heads", "head_dim"))
     zero = jnp.zeros((batch,), jnp.int32)
 
-    def layer(packed: int, tail: int, window: int | None) -> LayerCache:
+    def layer(number: int, packed: int, tail: int, window: int | None) -> LayerCache:
         k = v = None
-        if config.k_bits is not None and config.v_bits is not None:
-            x = jnp.zeros((batch, kv_heads, packed, dim))
-            common = {"group_size": config.group_size, "metadata_dtype": config.metadata_dtype}
-            k = quantize(x, bits=config.k_bits, axis="tokens", factor_block=config.packing_block, **common)
-            v = quantize(x, bits=config.v_bits, axis="channels", factor_block=config.packing_block, **common)
+        if config.quantized:
+            x = jnp.zeros((batch, kv_heads, packed, dim), description["dtype"])
+            k = quantizers.quantize(x, Operand("keys", number, config))
+            v = quantizers.quantize(x, Operand("values", number, config))
         places = lambda size: None if window is None else jnp.zeros((batch, kv_heads, size), jnp.int32)  # noqa: E731
         full = jnp.zeros((batch, kv_heads, tail, dim), description["dtype"])
         packed_positions = places(packed) if config.quantized else None
-        return LayerCache(k, v, full, full, zero, zero, packed_positions, places(tail), config, window)
+        return LayerCache(k, v, full, full, zero, zero, packed_positions, places(tail), config, window, number)
 
-    return KVCache(tuple(layer(**sizes) for sizes in description["layers"]), zero)
+    return KVCache(tuple(layer(number, **sizes) for number, sizes in enumerate(description["layers"])), zero)

@@ -9,11 +9,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from minikv_jax.schemes import BUDGETS, MAX_BLOCK, QUANTIZERS, SCORERS, Option
+
 BITS = (1, 2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128)
 METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
-SCORERS = ("none", "cumulative", "window")
-BUDGETS = ("uniform", "pyramid", "variance")
 RESIDUAL_RULES = ("minikv", "kivi")
 POOLINGS = ("max", "mean")
 
@@ -27,6 +27,9 @@ class CacheConfig:
 
     Budgets are shares of the prompt (a float in 0..1, resolved to 1/10000) or token counts (an int). They are chosen
     once, at prefill, per layer and KV head; every generated token is kept.
+
+    `scorer`, `budget` and `quantizer` are names (`minikv_jax.schemes`), of the library's schemes or of a user's.
+    `options` are settings of these schemes' own, given as a mapping, kept as sorted pairs: `option` reads one.
     """
 
     name: str = "custom"
@@ -39,12 +42,13 @@ class CacheConfig:
     sinks: int = 0  # leading tokens always kept, in full precision, beside the budgets (StreamingLLM)
     budget: str = "uniform"  # how `heavy` is spread over layers
     pyramid_beta: float = 7.0  # last layer's heavy share = mean / beta (MiniKV 7, PyramidKV 20)
-    variance_cap: float = 2.0  # under "variance" no layer gets more than this multiple of `heavy`
+    variance_cap: float = 2.0  # under a rule that reads scores ("variance") no layer gets over this multiple of `heavy`
     observation_window: int = 32  # "window" scorer: the last queries that vote (SnapKV)
     pooling: str = "max"  # "window" scorer: pooling of the votes along tokens
     pooling_kernel: int = 7
 
-    # Storage. None keeps the model's dtype.
+    # Storage. Bits of None keep the model's dtype, and then nothing is quantised.
+    quantizer: str = "minmax"
     k_bits: int | None = None
     v_bits: int | None = None
     group_size: int = 16
@@ -52,15 +56,21 @@ class CacheConfig:
     residual: str = "minikv"  # "minikv": the tail is packed whole when full; "kivi": the newest stay in full precision
     residual_length: int = 128
 
+    options: Mapping[str, Option] | tuple[tuple[str, Option], ...] = ()
+
     def __post_init__(self) -> None:
-        _require_choice("scorer", self.scorer, SCORERS)
-        _require_choice("budget", self.budget, BUDGETS)
+        SCORERS.require(self.scorer)
+        BUDGETS.require(self.budget)
+        QUANTIZERS.require(self.quantizer)
         _require_choice("pooling", self.pooling, POOLINGS)
         _require_choice("metadata_dtype", self.metadata_dtype, METADATA_DTYPES)
         _require_choice("residual", self.residual, RESIDUAL_RULES)
         _require_choice("group_size", self.group_size, GROUP_SIZES)
+        bits = QUANTIZERS[self.quantizer].bits
         for name in ("k_bits", "v_bits"):
-            _require_choice(name, getattr(self, name), (None, *BITS))
+            _require_choice(f"quantizer={self.quantizer!r}: {name}", getattr(self, name), (None, *bits))
+        if self.k_bits is None and self.quantizer != "minmax":
+            raise ValueError(f"quantizer={self.quantizer!r} needs k_bits and v_bits, of {', '.join(map(str, bits))}")
         if (self.k_bits is None) != (self.v_bits is None):
             raise ValueError(f"k_bits={self.k_bits}, v_bits={self.v_bits}: quantise both K and V or neither")
         for name in ("heavy", "recent"):
@@ -70,7 +80,7 @@ class CacheConfig:
                 f"heavy={self.heavy} + recent={self.recent} is over 1: shares of the prompt may not sum over 1"
             )
         if self.heavy > 0 and self.scorer == "none":
-            raise ValueError(f"heavy={self.heavy} needs a scorer: one of {', '.join(SCORERS[1:])}, not 'none'")
+            raise ValueError(f"heavy={self.heavy} needs a scorer: one of {', '.join(SCORERS)}, not 'none'")
         for name, least in (("sinks", 0), ("observation_window", 1), ("pooling_kernel", 1), ("residual_length", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -80,6 +90,11 @@ class CacheConfig:
         for name in ("pyramid_beta", "variance_cap"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number >= 1")
+        object.__setattr__(self, "options", _sorted_options(self))
+        if self.quantized and MAX_BLOCK % self.packing_block:
+            raise ValueError(
+                f"quantizer={self.quantizer!r} has block={self.packing_block}: expected a divisor of {MAX_BLOCK}"
+            )
         if self.quantized and self.residual_length % self.packing_block:
             raise ValueError(
                 f"residual_length={self.residual_length}: expected a multiple of the packing block {self.packing_block}"
@@ -97,9 +112,18 @@ class CacheConfig:
 
     @property
     def packing_block(self) -> int:
-        """Tokens that enter the packed region together: the smallest count that fills whole groups and whole words."""
-        assert self.k_bits is not None and self.v_bits is not None
-        return max(self.group_size, 32 // min(PLANES[self.k_bits] + PLANES[self.v_bits]))
+        """Tokens that enter the packed region together; the method must quantise."""
+        return QUANTIZERS[self.quantizer].block(self)
+
+    @property
+    def option_defaults(self) -> dict[str, Option]:
+        """The settings of its schemes' own, with their defaults."""
+        schemes = (SCORERS[self.scorer], BUDGETS[self.budget], QUANTIZERS[self.quantizer])
+        return {name: value for scheme in schemes for name, value in scheme.options.items()}
+
+    def option(self, name: str) -> Any:
+        """The value of a scheme's own setting: what `options` says, or its default."""
+        return dict(self.options).get(name, self.option_defaults[name])
 
     @property
     def flush_block(self) -> int:
@@ -110,6 +134,22 @@ class CacheConfig:
     def tail_keep(self) -> int:
         """Newest tokens that stay in full precision after a flush."""
         return 0 if self.residual == "minikv" else self.residual_length
+
+
+def _sorted_options(config: CacheConfig) -> tuple[tuple[str, Option], ...]:
+    """`config.options`, a mapping or pairs, as sorted pairs. Raises ValueError naming what is unknown or mistyped."""
+    defaults, given = config.option_defaults, dict(config.options)
+    for name, value in given.items():
+        if name not in defaults:
+            known = ", ".join(sorted(defaults)) or "none"
+            raise ValueError(
+                f"option {name}={value!r}: scorer={config.scorer!r}, budget={config.budget!r} and "
+                f"quantizer={config.quantizer!r} have {known}"
+            )
+        kind = type(defaults[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"option {name}={value!r}: expected {kind.__name__}, as its default {defaults[name]!r}")
+    return tuple(sorted(given.items()))
 
 
 def _require_choice(name: str, value: object, choices: tuple) -> None:

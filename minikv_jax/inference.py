@@ -15,15 +15,9 @@ from minikv_jax import attention, memory
 from minikv_jax.cache import KVCache, LayerCache, LayerCapacity, append, compress
 from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.model import Llama
-from minikv_jax.selection import (
-    SCORERS,
-    Kept,
-    ScorerInputs,
-    budget_tokens,
-    layer_budgets,
-    select_tokens,
-    variance_budgets,
-)
+from minikv_jax.rotary import inverse_frequencies
+from minikv_jax.schemes import BUDGETS, SCORERS, ScorerInputs
+from minikv_jax.selection import Kept, budget_tokens, budgets_from_scores, layer_budgets, select_tokens
 
 
 def prefill(
@@ -37,7 +31,7 @@ def prefill(
     """Runs right-padded prompts and makes the cache that `config` keeps of them (MiniKV algorithm 1).
 
     Each layer is compressed as soon as its attention is done, so that one layer's full K and V live at a time; only
-    `budget="variance"` has to see all layers' scores first.
+    a budget rule that reads scores ("variance") has to see all layers' first.
 
     Returns:
       The final hidden states (garbage in the padding) and a cache with room for `max_new_tokens`.
@@ -72,7 +66,8 @@ def scorer_inputs(
     model: ModelConfig, layer: int, q: Array, k: Array, v: Array, lengths: Array, column_sums: Array | None
 ) -> ScorerInputs:
     """One layer's arrays with what the model's config says of the layer."""
-    return ScorerInputs(q, k, v, lengths, column_sums, model.window(layer))
+    frequencies = jnp.asarray(inverse_frequencies(model))
+    return ScorerInputs(q, k, v, lengths, column_sums, model.window(layer), layer, frequencies)
 
 
 class Compressor:
@@ -104,7 +99,7 @@ class Compressor:
     def add(self, inputs: ScorerInputs) -> None:
         """Takes the next layer."""
         scores = _scores(inputs, self.config)
-        if self.config.budget == "variance":
+        if BUDGETS[self.config.budget].needs_scores:
             self._pending.append((inputs, scores))
         else:
             self._compress(inputs, scores, budget_tokens(self._heavy[len(self._layers)], inputs.lengths))
@@ -112,7 +107,7 @@ class Compressor:
     def cache(self, lengths: Int[Array, "B"]) -> KVCache:
         """The cache, once every layer has been added."""
         if self._pending:
-            counts = variance_budgets([scores for _, scores in self._pending], lengths, self.config)
+            counts = budgets_from_scores([scores for _, scores in self._pending], lengths, self.config)
             for (inputs, scores), count in zip(self._pending, counts, strict=True):
                 self._compress(inputs, scores, count)
         return KVCache(tuple(self._layers), lengths)
@@ -120,8 +115,8 @@ class Compressor:
     def _compress(self, inputs: ScorerInputs, scores: Array, heavy: Array) -> None:
         capacity = self._capacities[len(self._layers)]
         kept = choose(scores, inputs.lengths, heavy, self.config, capacity, inputs.window)
-        layer = compress(inputs.k, inputs.v, kept, self.config, capacity, inputs.window, self._implementation)
-        self._layers.append(layer)
+        where = inputs.window, self._implementation, len(self._layers)
+        self._layers.append(compress(inputs.k, inputs.v, kept, self.config, capacity, *where))
 
 
 def _scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
@@ -129,7 +124,7 @@ def _scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
     batch, tokens, kv_heads, _ = inputs.k.shape
     if config.keeps_all and inputs.window is None:
         return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
-    return SCORERS[config.scorer].score(inputs, config)
+    return SCORERS[config.scorer].score(inputs, config).astype(jnp.float32)
 
 
 def choose(

@@ -1,14 +1,16 @@
-"""What a cache costs, by formula: known before anything is allocated, and equal to what is allocated."""
+"""What a cache costs, from shapes alone: known before anything is allocated, and equal to what is allocated."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from minikv_jax import schemes
 from minikv_jax.cache import LayerCapacity, layer_capacity
-from minikv_jax.config import PLANES, CacheConfig, ModelConfig
+from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax.quantizers import packed_bytes
 from minikv_jax.selection import layer_budgets
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int32": 4}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +76,19 @@ def report(
     (`generate.bucket_length`).
 
     Raises:
-      ValueError: a length or batch below 1, an unknown dtype, or a head_dim that `group_size` does not divide.
+      ValueError: a length or batch below 1, an unknown dtype, or a method that does not fit the model.
     """
     for name, value in (("prompt_length", prompt_length), ("max_new_tokens", max_new_tokens), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in _BYTES:
         raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
     check_model(model, config)
     layers = capacities(model, config, prompt_length, max_new_tokens)
     heads, dim, size = model.num_key_value_heads, model.head_dim, _BYTES[dtype]
-    packed = [batch * heads * _packed_bytes(layer.packed, dim, config) for layer in layers]
+    packed = [
+        batch * packed_bytes(config, number, layer.packed, heads, dim, dtype) for number, layer in enumerate(layers)
+    ]
     tail = [batch * heads * 2 * layer.tail * dim * size for layer in layers]
     index = [_index_bytes(layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
     return MemoryReport(
@@ -103,19 +107,5 @@ def _index_bytes(layer: LayerCapacity, batch: int, heads: int, window: int | Non
 
 
 def check_model(model: ModelConfig, config: CacheConfig) -> None:
-    """Raises ValueError where the method does not fit the model."""
-    if config.quantized and model.head_dim % config.group_size:
-        raise ValueError(
-            f"head_dim {model.head_dim} is not divisible by group_size {config.group_size}: "
-            "values are grouped along channels"
-        )
-
-
-def _packed_bytes(tokens: int, dim: int, config: CacheConfig) -> int:
-    """Bytes of K and V of `tokens` packed tokens of one KV head."""
-    if config.k_bits is None or config.v_bits is None:
-        return 0
-    codes = sum(tokens * width // 32 * 4 * dim for bits in (config.k_bits, config.v_bits) for width in PLANES[bits])
-    metadata = 2 * 2 * (tokens * dim // config.group_size) * _BYTES[config.metadata_dtype]
-    factors = 2 * 2 * 4 * (tokens // config.packing_block) if config.metadata_dtype == "float8_e4m3fn" else 0
-    return codes + metadata + factors
+    """Raises ValueError where the method does not fit the model, or one of its schemes breaks its contract."""
+    schemes.check(config, model)

@@ -11,7 +11,9 @@ import types
 import typing
 from collections.abc import Mapping
 
+from minikv_jax import quantizers, scorers, selection  # noqa: F401  (they register the schemes named here)
 from minikv_jax.config import CacheConfig
+from minikv_jax.schemes import METHODS, register_method
 
 _MINIKV = CacheConfig(
     name="minikv",
@@ -45,89 +47,91 @@ _SNAPKV = CacheConfig(
     recent=32,
 )
 
-_PRESETS: dict[str, CacheConfig] = {
-    config.name: config
-    for config in (
-        CacheConfig(name="full", citation="every token, in the model's dtype"),
-        _KIVI,
-        dataclasses.replace(
-            _KIVI, name="kivi-4", k_bits=4, v_bits=4, citation=_KIVI.citation.replace("2 bits", "4 bits")
-        ),
-        _H2O,
+_PRESETS = (
+    CacheConfig(name="full", citation="every token, in the model's dtype"),
+    _KIVI,
+    dataclasses.replace(_KIVI, name="kivi-4", k_bits=4, v_bits=4, citation=_KIVI.citation.replace("2 bits", "4 bits")),
+    _H2O,
+    _SNAPKV,
+    dataclasses.replace(
         _SNAPKV,
-        dataclasses.replace(
-            _SNAPKV,
-            name="pyramidkv",
-            citation="PyramidKV, arXiv 2406.02069: the votes of the last 8 queries, budgets falling linearly, beta 20",
-            budget="pyramid",
-            pyramid_beta=20.0,
-            heavy=1016,
-            recent=8,
-            observation_window=8,
-        ),
-        CacheConfig(
-            name="streaming-llm",
-            citation="StreamingLLM, arXiv 2309.17453: 4 sink tokens + the newest 1020",
-            sinks=4,
-            recent=1020,
-        ),
-        CacheConfig(
-            name="q-hitter",
-            citation="Q-Hitter, MLSys 2024: heavy hitters + recent window (59 % as in MiniKV's table 1), 4 bits",
-            scorer="cumulative",
-            heavy=0.295,
-            recent=0.295,
-            k_bits=4,
-            v_bits=4,
-            group_size=32,
-        ),
+        name="pyramidkv",
+        citation="PyramidKV, arXiv 2406.02069: the votes of the last 8 queries, budgets falling linearly, beta 20",
+        budget="pyramid",
+        pyramid_beta=20.0,
+        heavy=1016,
+        recent=8,
+        observation_window=8,
+    ),
+    CacheConfig(
+        name="streaming-llm",
+        citation="StreamingLLM, arXiv 2309.17453: 4 sink tokens + the newest 1020",
+        sinks=4,
+        recent=1020,
+    ),
+    CacheConfig(
+        name="q-hitter",
+        citation="Q-Hitter, MLSys 2024: heavy hitters + recent window (59 % as in MiniKV's table 1), 4 bits",
+        scorer="cumulative",
+        heavy=0.295,
+        recent=0.295,
+        k_bits=4,
+        v_bits=4,
+        group_size=32,
+    ),
+    _MINIKV,
+    dataclasses.replace(
         _MINIKV,
-        dataclasses.replace(
-            _MINIKV,
-            name="minikv-pyramid",
-            budget="pyramid",
-            citation=_MINIKV.citation + ", heavy budget falling linearly over layers",
-        ),
-        dataclasses.replace(
-            _MINIKV,
-            name="minikv-variance",
-            budget="variance",
-            citation=_MINIKV.citation + ", heavy budget by how spread out each layer's scores are",
-        ),
-        dataclasses.replace(
-            _MINIKV,
-            name="minikv-snap",
-            scorer="window",
-            citation=_MINIKV.citation + ", heavy hitters by SnapKV's observation window",
-        ),
-    )
-}
+        name="minikv-pyramid",
+        budget="pyramid",
+        citation=_MINIKV.citation + ", heavy budget falling linearly over layers",
+    ),
+    dataclasses.replace(
+        _MINIKV,
+        name="minikv-variance",
+        budget="variance",
+        citation=_MINIKV.citation + ", heavy budget by how spread out each layer's scores are",
+    ),
+    dataclasses.replace(
+        _MINIKV,
+        name="minikv-snap",
+        scorer="window",
+        citation=_MINIKV.citation + ", heavy hitters by SnapKV's observation window",
+    ),
+)
+for _preset in _PRESETS:
+    register_method(_preset)
 
 
 def names() -> tuple[str, ...]:
-    """The names that `get` accepts."""
-    return tuple(_PRESETS)
+    """The names that `get` accepts: the library's methods and those registered since."""
+    return tuple(METHODS)
 
 
 def get(name: str) -> CacheConfig:
-    """The preset called `name`; ValueError lists the names there are."""
-    if name not in _PRESETS:
-        raise ValueError(f"method {name!r}: expected one of {', '.join(_PRESETS)}")
-    return _PRESETS[name]
+    """The method called `name`; ValueError lists the names there are."""
+    return METHODS[name]
 
 
 def override(config: CacheConfig, settings: Mapping[str, str]) -> CacheConfig:
     """`config` with fields set from text, as in `--set heavy=0.5`: `0.5` is a share, `512` a count, `none` is None.
 
+    A key may also be an option of the scorer, budget rule or quantiser that the method then has. Options of schemes
+    that it no longer has are dropped.
+
     Raises:
       ValueError: an unknown field or a value of the wrong type or out of range, naming both.
     """
-    kinds = typing.get_type_hints(CacheConfig)
+    kinds = {key: kind for key, kind in typing.get_type_hints(CacheConfig).items() if key != "options"}
+    fields = {key: _parse(key, text, kinds[key]) for key, text in settings.items() if key in kinds}
+    plain = dataclasses.replace(config, **fields, options=())
+    known = plain.option_defaults
     for key in settings:
-        if key not in kinds:
-            raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(kinds)}")
-    changes = {key: _parse(key, text, kinds[key]) for key, text in settings.items()}
-    return dataclasses.replace(config, **changes)
+        if key not in kinds and key not in known:
+            raise ValueError(f"unknown setting {key!r}: expected one of {', '.join([*kinds, *known])}")
+    options = {key: value for key, value in config.options if key in known}
+    options |= {key: _parse(key, text, type(known[key])) for key, text in settings.items() if key not in kinds}
+    return dataclasses.replace(plain, options=options)
 
 
 def _parse(key: str, text: str, kind: object) -> object:

@@ -8,7 +8,7 @@ consecutive channels. The packed layout, one for keys and values and for every n
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,93 @@ Axis = Literal["tokens", "channels"]
 _FLOAT8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
+class TokenRows:
+    """Arrays in which a run of tokens is a run of rows: what the packed region of a cache is made of.
+
+    A subclass is a pytree; in each leaf, one axis holds `num_tokens / r` rows of `r` tokens, `r` being the leaf's own.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """`S`, the token capacity."""
+        raise NotImplementedError
+
+    def _axis(self, leaf: Array) -> int:
+        raise NotImplementedError
+
+    def _resized(self, size: int) -> Self:
+        """The same arrays, whose leaves have come to hold `size` tokens."""
+        del size
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for codes and metadata."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def tokens(self, start: int | Array, size: int) -> Self:
+        """The `size` tokens from `start` on; both must be multiples of the packing block."""
+        total = self.num_tokens
+
+        def rows(leaf: Array) -> Array:
+            axis = self._axis(leaf)
+            ratio = total // leaf.shape[axis]
+            return lax.dynamic_slice_in_dim(leaf, start // ratio, size // ratio, axis)
+
+        return jax.tree.map(rows, self)._resized(size)
+
+    def write(self, block: TokenRows, start: Array, where: Array) -> Self:
+        """Writes `block` at token `start[b]` of each row `b` with `where[b]`; other rows stay as they are.
+
+        Leading axes are `[B, K]`; `start` is int32 `[B]`, a multiple of the packing block; `where` is bool `[B]`.
+        """
+        total = self.num_tokens
+
+        def write_row(old: Array, new: Array, first: Array, chosen: Array) -> Array:
+            # Rows that are not chosen write back what stands there: a whole-array select would copy the cache.
+            kept = lax.dynamic_slice_in_dim(old, first, new.shape[1], axis=1)
+            return lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, new, kept), first, axis=1)
+
+        def write_leaf(old: Array, new: Array) -> Array:
+            return jax.vmap(write_row)(old, new, start // (total // old.shape[2]), where)
+
+        return jax.tree.map(write_leaf, self, block._resized(total))
+
+    def pad_tokens(self, size: int) -> Self:
+        """Extends the token capacity to `size` (a multiple of the packing block) with zeros."""
+        total = self.num_tokens
+
+        def pad(leaf: Array) -> Array:
+            widths = [(0, 0)] * leaf.ndim
+            axis = self._axis(leaf)
+            widths[axis] = (0, size // (total // leaf.shape[axis]) - leaf.shape[axis])
+            return jnp.pad(leaf, widths)
+
+        return jax.tree.map(pad, self)._resized(size)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray:
+class StoredArray(TokenRows):
+    """What a quantiser of its own layout stores (`schemes.Quantizer`): a pytree of arrays `[B, K, S / r, ...]`."""
+
+    arrays: Any
+    size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_tokens(self) -> int:
+        return self.size
+
+    def _axis(self, leaf: Array) -> int:
+        return 2
+
+    def _resized(self, size: int) -> Self:
+        return dataclasses.replace(self, size=size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray(TokenRows):
     """Codes, scales and zero points of `S` tokens x `H` channels: `x ~= code * scale + zero`.
 
     In every array the token axis is the last but one, so a run of tokens is a run of rows in each.
@@ -50,48 +134,8 @@ class QuantizedArray:
         """`S`, the token capacity."""
         return self.planes[0].shape[-2] * 32 // PLANES[self.bits][0]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for codes and metadata."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-    def tokens(self, start: int | Array, size: int) -> QuantizedArray:
-        """The `size` tokens from `start` on; both must be multiples of the packing block."""
-        total = self.num_tokens
-
-        def rows(leaf: Array) -> Array:
-            ratio = total // leaf.shape[-2]
-            return lax.dynamic_slice_in_dim(leaf, start // ratio, size // ratio, axis=leaf.ndim - 2)
-
-        return jax.tree.map(rows, self)
-
-    def write(self, block: QuantizedArray, start: Array, where: Array) -> QuantizedArray:
-        """Writes `block` at token `start[b]` of each row `b` with `where[b]`; other rows stay as they are.
-
-        Leading axes are `[B, K]`; `start` is int32 `[B]`, a multiple of the packing block; `where` is bool `[B]`.
-        """
-        total = self.num_tokens
-
-        def write_row(old: Array, new: Array, first: Array, chosen: Array) -> Array:
-            # Rows that are not chosen write back what stands there: a whole-array select would copy the cache.
-            kept = lax.dynamic_slice_in_dim(old, first, new.shape[-2], axis=1)
-            return lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, new, kept), first, axis=1)
-
-        def write_leaf(old: Array, new: Array) -> Array:
-            return jax.vmap(write_row)(old, new, start // (total // old.shape[-2]), where)
-
-        return jax.tree.map(write_leaf, self, block)
-
-    def pad_tokens(self, size: int) -> QuantizedArray:
-        """Extends the token capacity to `size` (a multiple of the packing block) with zeros."""
-        total = self.num_tokens
-
-        def pad(leaf: Array) -> Array:
-            widths = [(0, 0)] * leaf.ndim
-            widths[-2] = (0, size // (total // leaf.shape[-2]) - leaf.shape[-2])
-            return jnp.pad(leaf, widths)
-
-        return jax.tree.map(pad, self)
+    def _axis(self, leaf: Array) -> int:
+        return leaf.ndim - 2
 
 
 def pack(codes: UInt32[Array, "... S H"], bits: int) -> tuple[UInt32[Array, "... W H"], ...]:

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.quantization import dequantize
+from minikv_jax.schemes import MAX_BLOCK
 
 if TYPE_CHECKING:
     from minikv_jax.cache import LayerCache
 
 BLOCK = 256  # tokens of a prefill block
-DECODE_BLOCK = 1024  # cached tokens read at a time; a multiple of every packing block
+DECODE_BLOCK = MAX_BLOCK  # cached tokens read at a time; a multiple of every packing block
 
 _Load = Callable[[jnp.ndarray, int], tuple[jnp.ndarray, jnp.ndarray]]  # (first token, count) -> keys, values
 
@@ -253,8 +253,7 @@ def attend_cache(q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[A
         return cut(layer.tail_k), cut(layer.tail_v)
 
     def packed(first: Array, size: int) -> tuple[Array, Array]:
-        assert layer.k is not None and layer.v is not None
-        return dequantize(layer.k.tokens(first, size), q.dtype), dequantize(layer.v.tokens(first, size), q.dtype)
+        return layer.packed_tokens(first, size, q.dtype)
 
     part = empty(batch, kv_heads, q.shape[2], dim)
     part = region(part, tail, layer.tail_capacity, layer.tail_length, layer.tail_positions)

@@ -1,4 +1,4 @@
-"""Which prompt tokens a layer keeps: scorers, layer budgets, and the choice itself (MiniKV section 3.1, H2O, SnapKV).
+"""Which prompt tokens a layer keeps, given their scores: layer budgets, and the choice itself (MiniKV section 3.1).
 
 A choice is made once per prompt, per layer, row and KV head. Kept are the first `sinks` tokens, the newest `recent`
 tokens and the `heavy` top-scored tokens of the middle; ties go to the earlier token, and kept tokens stay in order of
@@ -7,8 +7,7 @@ position. Shares of the prompt are integers in 1/10000, so that a static capacit
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -16,83 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.config import CacheConfig
+from minikv_jax.schemes import BUDGETS, register_budget
 
 _UNIT = 10000  # shares are multiples of 1/_UNIT
-
-
-class ScorerInputs(NamedTuple):
-    """What a scorer may read of one layer's prefill. RoPE is already applied; rows are right-padded to `T`."""
-
-    q: Float[Array, "B T N H"]
-    k: Float[Array, "B T K H"]
-    v: Float[Array, "B T K H"]
-    lengths: Int[Array, "B"]
-    column_sums: Float[Array, "B K T"] | None
-    window: int | None  # the layer's sliding window
-
-
-@dataclasses.dataclass(frozen=True)
-class Scorer:
-    """A score per key: `score(inputs, config) -> float32 [B, K, T]`, higher is kept first."""
-
-    score: Callable[[ScorerInputs, CacheConfig], Array]
-    needs_column_sums: bool = False
-
-
-def cumulative_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
-    """Column sums of the causal softmax map over all queries of the KV head's group (H2O eq. 2; MiniKV section 3.1)."""
-    del config
-    assert inputs.column_sums is not None
-    return inputs.column_sums
-
-
-def window_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
-    """Votes of the last `observation_window` queries, pooled along tokens (SnapKV section 4)."""
-    votes = _window_votes(inputs, config.observation_window)
-    positions = jnp.arange(votes.shape[-1])
-    valid = positions < inputs.lengths[:, None, None]
-    reach = config.pooling_kernel // 2
-    dims, padding = (1, 1, config.pooling_kernel), ((0, 0), (0, 0), (reach, reach))
-    if config.pooling == "max":
-        votes = jnp.where(valid, votes, -jnp.inf)
-        pooled = lax.reduce_window(votes, -jnp.inf, lax.max, dims, (1, 1, 1), padding)
-    else:
-        votes = jnp.where(valid, votes, 0.0)
-        pooled = lax.reduce_window(votes, 0.0, lax.add, dims, (1, 1, 1), padding) / config.pooling_kernel
-    return jnp.where(valid, pooled, 0.0)
-
-
-def _window_votes(inputs: ScorerInputs, size: int) -> Array:
-    q, k, _, lengths, _, window = inputs
-    batch, tokens, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    positions = lengths[:, None] - size + jnp.arange(size)  # [B, w], negative where the row is shorter
-    rows = jnp.take_along_axis(q, jnp.maximum(positions, 0)[:, :, None, None], axis=1)
-    rows = rows.reshape(batch, size, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("bwkgh,bskh->bkgws", rows, k, preferred_element_type=jnp.float32, precision="highest")
-    keys = jnp.arange(tokens)
-    seen = keys <= positions[:, :, None]  # [B, w, T]
-    if window is not None:
-        seen &= keys > positions[:, :, None] - window
-    logits = jnp.where(seen[:, None, None], logits * dim**-0.5, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.sum(weights / jnp.where(total == 0, 1.0, total), axis=(2, 3))  # [B, K, T]
-
-
-def no_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
-    """All tokens score alike: position alone decides (StreamingLLM, or no eviction at all)."""
-    del config
-    batch, tokens, kv_heads, _ = inputs.k.shape
-    return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
-
-
-SCORERS: dict[str, Scorer] = {
-    "none": Scorer(no_scores),
-    "cumulative": Scorer(cumulative_scores, needs_column_sums=True),
-    "window": Scorer(window_scores),
-}
 
 
 Length = TypeVar("Length", int, Array)
@@ -106,26 +31,38 @@ def budget_tokens(budget: float | int, length: Length) -> Length:
     return length // _UNIT * share + length % _UNIT * share // _UNIT  # exact without overflowing 32 bits
 
 
+@register_budget("uniform")
+def uniform_weights(config: CacheConfig, num_layers: int) -> list[float]:
+    """Each layer the same."""
+    del config
+    return [1.0] * num_layers
+
+
+@register_budget("pyramid")
+def pyramid_weights(config: CacheConfig, num_layers: int) -> list[float]:
+    """A linear fall from the first layer to the last, which gets `heavy / pyramid_beta` (PyramidKV section 3.2)."""
+    last = 1 / config.pyramid_beta
+    first = 2 - last
+    return [first + (last - first) * layer / max(num_layers - 1, 1) for layer in range(num_layers)]
+
+
 def layer_budgets(config: CacheConfig, num_layers: int) -> tuple[float | int, ...]:
     """The `heavy` budget of each layer; their sum is `num_layers * heavy` as far as the layers have room for it.
 
-    "uniform" gives each layer the same. "pyramid" falls linearly from the first layer to the last, which gets
-    `heavy / beta`; a layer's share is at most `1 - recent`, and what that cuts off goes to the layers with room
-    (MiniKV section 3.1, PyramidKV section 3.2). "variance" decides at run time (`variance_budgets`); here it returns
-    what each layer can get at most.
+    Layers get it in proportion to the weights of the rule `config.budget`. A layer's share is at most `1 - recent`, and
+    what that cuts off goes to the layers with room (MiniKV section 3.1). A rule that reads scores decides at run time
+    (`budgets_from_scores`); here each layer gets what it can have at most.
     """
     unit = 1 if isinstance(config.heavy, int) else _UNIT
     mean = config.heavy if isinstance(config.heavy, int) else round(config.heavy * _UNIT)
     most = _most(config)
-    if config.budget == "pyramid" and num_layers > 1:
-        last = mean / config.pyramid_beta
-        first = 2 * mean - last
-        wanted = [first + (last - first) * layer / (num_layers - 1) for layer in range(num_layers)]
-        units = _round_to_sum(_clamp_to_sum(wanted, most), mean * num_layers)
-    elif config.budget == "variance":
+    rule = BUDGETS[config.budget]
+    if rule.needs_scores:
         units = [int(min(mean * config.variance_cap, most))] * num_layers
     else:
-        units = [mean] * num_layers
+        weights = rule.weights(config, num_layers)
+        wanted = [mean * num_layers * float(weight) / float(sum(weights)) for weight in weights]
+        units = _round_to_sum(_clamp_to_sum(wanted, most), mean * num_layers)
     return tuple(units) if unit == 1 else tuple(value / unit for value in units)
 
 
@@ -161,18 +98,29 @@ def _round_to_sum(values: Sequence[float | int], total: int) -> list[int]:
     return floors
 
 
-def variance_budgets(
-    scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"], config: CacheConfig
-) -> Int[Array, "L B"]:
-    """Heavy tokens per layer and row where layers whose scores are spread out get more (MiniKV section 3.1).
+@register_budget("variance", needs_scores=True)
+def variance_weights(
+    config: CacheConfig, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]
+) -> Float[Array, "L B"]:
+    """Layers whose scores are spread out get more (MiniKV section 3.1).
 
     The paper names the rule, not its formula. Here the weight of a layer is the mean over KV heads of
     `1 / (1 + Var[s / mean(s)])` over the row's valid tokens, which is the share of tokens that an even spread would
-    need to carry the same second moment: near 1 for flat scores, near `1 / tokens` for a spike. A layer gets
-    `heavy * L * weight / sum(weights)`, at most `variance_cap * heavy` (and `1 - recent`); the excess goes to the
-    others in proportion. Token counts are rounded down.
+    need to carry the same second moment: near 1 for flat scores, near `1 / tokens` for a spike.
     """
-    counts = jnp.stack([_spread(layer, lengths) for layer in scores])  # [L, B]
+    del config
+    return jnp.stack([_spread(layer, lengths) for layer in scores])
+
+
+def budgets_from_scores(
+    scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"], config: CacheConfig
+) -> Int[Array, "L B"]:
+    """Heavy tokens per layer and row under a rule that reads scores.
+
+    A layer gets `heavy * L * weight / sum(weights)`, at most `variance_cap * heavy` (and `1 - recent`); the excess goes
+    to the others in proportion. Token counts are rounded down.
+    """
+    counts = BUDGETS[config.budget].weights(config, scores, lengths)  # [L, B]
     mean = budget_tokens(config.heavy, lengths).astype(jnp.float32)  # [B]
     most = budget_tokens(layer_budgets(config, len(scores))[0], lengths).astype(jnp.float32)
     total = mean * len(scores)

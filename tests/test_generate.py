@@ -254,6 +254,8 @@ FIELDS: dict[str, tuple[dict[str, Any], Any]] = {  # field: (what the base has b
     "observation_window": ({}, 8),
     "pooling": ({}, "mean"),
     "pooling_kernel": ({}, 3),
+    "quantizer": ({}, "hadamard"),
+    "options": ({"scorer": "lagkv"}, {"lag": 16}),
     "k_bits": ({}, 4),
     "v_bits": ({}, 3),
     "group_size": ({"residual_length": 64}, 32),

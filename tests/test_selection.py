@@ -11,15 +11,8 @@ import pytest
 
 from minikv_jax import presets
 from minikv_jax.config import CacheConfig
-from minikv_jax.selection import (
-    SCORERS,
-    ScorerInputs,
-    budget_tokens,
-    kept_capacity,
-    layer_budgets,
-    select_tokens,
-    variance_budgets,
-)
+from minikv_jax.schemes import SCORERS, ScorerInputs
+from minikv_jax.selection import budget_tokens, budgets_from_scores, kept_capacity, layer_budgets, select_tokens
 
 LENGTHS = np.array([1, 2, 3, 7, 19, 38, 39, 40])
 TOKENS = 40
@@ -199,7 +192,7 @@ def test_variance_budgets(config: CacheConfig):
     padding = np.broadcast_to(np.arange(TOKENS) >= LENGTHS[:, None, None], shape)
     for layer in scores:
         layer[padding] = np.nan
-    run = jax.jit(functools.partial(variance_budgets, config=config))
+    run = jax.jit(functools.partial(budgets_from_scores, config=config))
     got = np.asarray(run([jnp.asarray(layer) for layer in scores], jnp.asarray(LENGTHS)))
     np.testing.assert_array_equal(got, naive.heavy_tokens(config, scores, LENGTHS.tolist()))
     total = np.array([naive.tokens_of(config.heavy, n) for n in LENGTHS.tolist()]) * len(scores)

@@ -1,0 +1,69 @@
+"""Naive NumPy versions of the scorers and quantisers beyond MiniKV's own (`naive.py`), from their papers' formulas.
+
+One row and one KV head at a time, in float64. q[n, G, H] holds the queries of the head's group, k and v[n, H] its keys
+and values, `n` being the row's length.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from naive import softmax
+
+
+def tova(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """q[n, N, H] and k[n, K, H] of a layer: the last query's weights, averaged over heads, for every KV head."""
+    n, N, H = q.shape
+    K = k.shape[1]
+    weights = [softmax(k[:, head // (N // K)].astype(np.float64) @ q[n - 1, head] / np.sqrt(H)) for head in range(N)]
+    return np.mean(weights, axis=0)
+
+
+def knorm(k: np.ndarray) -> np.ndarray:
+    return np.array([-np.sqrt(np.sum(key.astype(np.float64) ** 2)) for key in k])
+
+
+def keydiff(k: np.ndarray) -> np.ndarray:
+    unit = np.array([key / np.sqrt(np.sum(key.astype(np.float64) ** 2)) for key in k])
+    anchor = unit.mean(axis=0)
+    return np.array([-(key @ anchor) / np.sqrt(anchor @ anchor) for key in unit])
+
+
+def lagkv(k: np.ndarray, v: np.ndarray, *, sinks: int, lag: int, padded: int) -> np.ndarray:
+    """Ranks in 1/lag inside each partition that a whole one follows; all others 1 + position / padded."""
+    n = len(k)
+    scores = 1 + np.arange(n) / padded
+    partitions = max(n - sinks, 0) // lag
+    for p in range(partitions - 1):
+        first = sinks + p * lag
+        own, following = slice(first, first + lag), slice(first + lag, first + 2 * lag)
+        total = np.zeros(lag)
+        for x in (k.astype(np.float64), v.astype(np.float64)):
+            low, high = x[following].min(axis=0), x[following].max(axis=0)
+            total += softmax(((x[own] - low) / (high - low)).std(axis=1, ddof=1))
+        scores[own] = np.array([np.sum(total < value) for value in total]) / lag
+    return scores
+
+
+def expected_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, frequencies: np.ndarray, *, sinks: int, future: int, epsilon: float
+) -> np.ndarray:
+    """Scores of the tokens after the sinks; those of the sinks are left 0. q and k are rotated to their positions."""
+    n, G, H = q.shape
+
+    def rotation(position: int) -> np.ndarray:
+        matrix = np.zeros((H, H))
+        for i, frequency in enumerate(frequencies.astype(np.float64)):
+            j, angle = i + H // 2, position * frequency
+            matrix[i, i] = matrix[j, j] = np.cos(angle)
+            matrix[i, j], matrix[j, i] = -np.sin(angle), np.sin(angle)
+        return matrix
+
+    ahead = np.mean([rotation(n + step) for step in range(future)], axis=0)
+    total = np.zeros(n)
+    for g in range(G):
+        plain = np.array([rotation(t).T @ q[t, g] for t in range(sinks, n)])
+        mean = ahead @ plain.mean(axis=0)
+        covariance = ahead @ np.cov(plain.T, bias=True) @ ahead.T
+        logits = [key @ mean / np.sqrt(H) + key @ covariance @ key / (2 * H) for key in k[sinks:].astype(np.float64)]
+        total[sinks:] += softmax(np.array(logits)) / G
+    return (total + epsilon) * np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=1))
