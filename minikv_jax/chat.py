@@ -7,13 +7,13 @@ from transformers import PreTrainedTokenizerBase
 _REPLY = "<<the assistant's reply>>"
 
 
-def first_turn(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Token ids of a conversation that opens with `message` and waits for the reply.
+def first_turn(tokenizer: PreTrainedTokenizerBase, message: str, reply: str = "") -> list[int]:
+    """Token ids of a conversation that opens with `message` and waits for the reply, or for the rest of `reply`.
 
     Raises:
       ValueError: the tokenizer has no chat template.
     """
-    return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": message}]))
+    return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": message}]) + reply)
 
 
 def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Teacher-forced and greedy runs of several methods over one prefill."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def model() -> Llama:
     return tiny_model(max_position_embeddings=256)
 
 
-def random_case(seed: int, prompt: int, continuation: int, **fields: object) -> Case:
+def random_case(seed: int, prompt: int, continuation: int, **fields: Any) -> Case:
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 96, prompt + continuation).tolist()
     return dataclasses.replace(Case(f"case {seed}", tuple(ids[:prompt]), tuple(ids[prompt:])), **fields)

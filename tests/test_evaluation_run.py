@@ -48,7 +48,7 @@ def test_methods_are_parsed():
     assert (config.name, config.heavy, config.recent, config.sinks) == ("h2o", 0.25, 512, 2)
     with pytest.raises(ValueError, match=r"NAME:KEY=VALUE.*'heavy'"):
         parse_method("h2o:heavy")
-    with pytest.raises(ValueError, match="method 'h3o'"):
+    with pytest.raises(ValueError, match="method='h3o'"):
         parse_method("h3o:heavy=1")
 
 
@@ -138,6 +138,44 @@ def test_budget_bytes_makes_a_method_per_share(run: Run, model_directory: pathli
         assert share - 0.02 < row["cache_bytes"] / row["full_cache_bytes"] <= share
 
 
+PLUGIN = """
+import dataclasses, jax.numpy as jnp, minikv_jax
+from minikv_jax import presets, schemes
+
+@schemes.register_scorer("newest-even")
+def newest_even(inputs, config):
+    batch, tokens, kv_heads, _ = inputs.k.shape
+    positions = jnp.arange(tokens, dtype=jnp.float32)
+    return jnp.broadcast_to(positions * (positions % 2 == 0), (batch, kv_heads, tokens))
+
+@schemes.register_quantizer("broken")
+class Broken(schemes.Quantizer):
+    def quantize(self, x, operand):
+        return x * jnp.nan
+    def dequantize(self, stored, operand):
+        return stored
+
+config = dataclasses.replace(presets.get("h2o"), name="even", scorer="newest-even")
+schemes.register_method(config)
+schemes.register_method(dataclasses.replace(presets.get("minikv"), name="broken", quantizer="broken"))
+"""
+
+
+def test_a_plugins_methods_run_and_nan_is_reported(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
+    plugin, data, out = tmp_path / "mine.py", tmp_path / "cases.jsonl", tmp_path / "out.json"
+    plugin.write_text(PLUGIN)
+    data.write_text(json.dumps({"prompt": TEXT[:150], "continuation": TEXT[150:170]}))
+    command = ["evaluate", "cases", "--data", data, "--model", model_directory, "--json", out, "--plugin", plugin]
+    code, _, log = run(*command, "--method", "h2o", "--method", "even", "--method", "broken")
+    assert code == 0, log
+    means = json.loads(out.read_text())["means"]
+    assert means["even"]["cache_bytes"] == means["h2o"]["cache_bytes"]
+    assert means["even"]["nll"] != means["h2o"]["nll"]
+    assert means["broken"]["not_finite"] == 1
+    assert "nll" not in means["broken"]
+    assert "broken: NaN or infinite logits in 1 of 1 cases" in log
+
+
 CASES = ["evaluate", "cases", "--model", "{model}", "--method", "minikv", "--data"]
 BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/book.txt"]
 
@@ -163,6 +201,8 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
         ([*CASES, "{scratch}/good.jsonl", "--implementation", "nosuch"], "implementation='nosuch'"),
         ([*CASES, "{scratch}/good.jsonl", "--budget-bytes", "2"], "expected shares above 0"),
         ([*CASES, "{scratch}/good.jsonl", "--budget-bytes", "0.01"], "does not fit 1.00%"),
+        ([*CASES, "{scratch}/good.jsonl", "--plugin", "{scratch}/fails.py"], "fails.py (fails.py, line 2)"),
+        ([*CASES, "{scratch}/good.jsonl", "--plugin", "{scratch}/none.py"], "none.py does not exist"),
         (["evaluate", "nosuch"], "invalid choice: 'nosuch'"),
         ([*BOOK, "--method", "full", "--context", "2000"], "context=2000 + continuation=120 exceed"),
         ([*BOOK, "--method", "full", "--context", "99", "--limit", "9"], "9 windows of 219 need 1971"),
@@ -186,6 +226,7 @@ def test_user_error_is_one_line_and_exit_code_2(
     }.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     (tmp_path / "book.txt").write_text(TEXT)
+    (tmp_path / "fails.py").write_text("\nimport nosuch\n")
     code, out, err = run(*(text.format(model=model_directory, scratch=tmp_path) for text in arguments))
     assert code == 2
     assert not out

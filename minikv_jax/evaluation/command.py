@@ -62,6 +62,9 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         "--set", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="change a field of every method"
     )
     parser.add_argument(
+        "--plugin", type=pathlib.Path, action="append", default=[], metavar="FILE", help="a Python file with schemes"
+    )
+    parser.add_argument(
         "--budget-bytes",
         type=_shares,
         default=(),
@@ -103,7 +106,10 @@ def make_task(arguments: argparse.Namespace) -> Task:
 def make_methods(arguments: argparse.Namespace) -> dict[str, Method]:
     """The methods by label: as they were given, with the share of bytes behind where there is one."""
     from minikv_jax.evaluation.method import Method, parse_method
+    from minikv_jax.schemes import load_plugin
 
+    for file in arguments.plugin:
+        load_plugin(file)
     methods: dict[str, Method] = {}
     for text in arguments.method:
         config = parse_method(text, arguments.set)

@@ -26,6 +26,7 @@ from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length, last_valid
 from minikv_jax.model import Llama
+from minikv_jax.schemes import SCORERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _padded(rows: Sequence[Sequence[int]], size: int, filler: int) -> np.ndarray
 
 
 def _needs_column_sums(config: CacheConfig) -> bool:
-    return inference.SCORERS[config.scorer].needs_column_sums
+    return SCORERS[config.scorer].needs_column_sums
 
 
 def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_bytes: int) -> list[Measurement]:

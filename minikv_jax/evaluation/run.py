@@ -36,14 +36,14 @@ class Evaluator:
     """A model, a task and its cases: what stays the same while methods change.
 
     Attributes:
-      room: new tokens that a case's caches hold: the most of any case of its group, so that a group shares programs.
+      room: new tokens that every cache has room for: the most that any case needs, so that cases share programs.
     """
 
     model: Llama
     tokenizer: PreTrainedTokenizerBase | None
     task: Task
     cases: tuple[Case, ...]
-    room: Mapping[str, int]
+    room: int
     implementation: str | None = None
 
     @classmethod
@@ -56,25 +56,23 @@ class Evaluator:
     ) -> Evaluator:
         """Makes the task's cases. Raises ValueError for one that does not fit the model, before anything runs."""
         cases = tuple(task.cases(tokenizer, model.config.max_position_embeddings))
-        room: dict[str, int] = {}
+        room = max(case.new_tokens for case in cases)
         for case in cases:
-            room[case.group] = max(room.get(case.group, 0), case.new_tokens)
-        for case in cases:
-            check_case(model.config, case, room[case.group])
+            check_case(model.config, case, room)
         return cls(model, tokenizer, task, cases, room, implementation)
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(padded prompt length, new tokens) of the cases, each once."""
-        return sorted({self._shape(case) for case in self.cases})
+    def lengths(self) -> list[int]:
+        """Padded prompt lengths of the cases, each once."""
+        return sorted({padded_length(self.model.config, case) for case in self.cases})
 
-    def fit(self, methods: Mapping[str, Method], shape: tuple[int, int]) -> dict[str, CacheConfig]:
-        """The methods' configs for a shape (`Method.fit`), each checked against the model."""
+    def fit(self, methods: Mapping[str, Method], length: int) -> dict[str, CacheConfig]:
+        """The methods' configs for a padded prompt length (`Method.fit`), each checked against the model."""
         for method in methods.values():
             memory.check_model(self.model.config, method.config)
         return {
             name: method.fit(
-                self.model.config, prompt_length=shape[0], max_new_tokens=shape[1], dtype=self.model.dtype.name
+                self.model.config, prompt_length=length, max_new_tokens=self.room, dtype=self.model.dtype.name
             )
             for name, method in methods.items()
         }
@@ -82,24 +80,25 @@ class Evaluator:
     def run(
         self, methods: Mapping[str, Method], batch: int = 1, cases: Iterable[Case] | None = None
     ) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
-        """Yields each case with every method's row, cases of the same shape together.
+        """Yields each case with every method's row, cases of one padded length together.
 
         A row holds `METRICS` as far as the case has them, `text` and `budget` where there are any, and `finite`;
         where that is false, a logit was NaN or infinite and the row's numbers are None, its bytes excepted.
         """
-        ordered = sorted(self.cases if cases is None else cases, key=self._shape)
-        for shape, group in itertools.groupby(ordered, key=self._shape):
-            configs = self.fit(methods, shape)
+
+        def length(case: Case) -> int:
+            return padded_length(self.model.config, case)
+
+        ordered = sorted(self.cases if cases is None else cases, key=length)
+        for padded, group in itertools.groupby(ordered, key=length):
+            configs = self.fit(methods, padded)
             alike = list(group)
             for start in range(0, len(alike), batch):
                 chunk = alike[start : start + batch]
                 filled = [*chunk, *[chunk[-1]] * (batch - len(chunk))]  # a smaller batch would compile anew
-                results = measure(self.model, filled, configs, shape[1], self.implementation)
+                results = measure(self.model, filled, configs, self.room, self.implementation)
                 for case, result in zip(chunk, results, strict=False):
                     yield case, {name: self._row(case, configs[name], value) for name, value in result.items()}
-
-    def _shape(self, case: Case) -> tuple[int, int]:
-        return padded_length(self.model.config, case), self.room[case.group]
 
     def _row(self, case: Case, config: CacheConfig, value: Measurement) -> dict[str, Any]:
         row = dataclasses.asdict(value)
@@ -203,8 +202,8 @@ def evaluate(
     Raises:
       ValueError: a method that does not fit the model, or its bytes: before anything runs.
     """
-    for shape in evaluator.shapes:
-        evaluator.fit(methods, shape)
+    for length in evaluator.lengths:
+        evaluator.fit(methods, length)
     results = []
     for result in evaluator.run(methods, batch):
         results.append(result)

@@ -62,14 +62,23 @@ class Task(Protocol):
         """
         ...
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        """Metrics in 0..1 of the text generated for `case`; higher is better."""
+    def score(self, case: Case, text: str) -> float | None:
+        """How good the text generated for `case` is, 0..1; None where the task generates none."""
         ...
 
 
 def option(help: str, default: Any = dataclasses.MISSING, *, parse: Callable[[str], Any] = str) -> Any:
     """A dataclass field that is also a command-line option; without a default it must be given."""
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse})
+
+
+def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A parser of comma-separated values for `option`."""
+
+    def parse_all(text: str) -> tuple[Any, ...]:
+        return tuple(parse(part) for part in text.split(","))
+
+    return parse_all
 
 
 def at_least(least: int, **values: int | None) -> None:
@@ -86,16 +95,60 @@ def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedToken
     return tokenizer
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, reply: str = "") -> tuple[int, ...]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, reply: str = "") -> list[int]:
     """Token ids of a user's message and the opening of the reply; of plain text where there is no chat template.
 
     `reply` is put into the model's mouth: the beginning of its answer, or of the text after the prompt.
     """
     if not chat or tokenizer.chat_template is None:
-        return tuple(tokenizer.encode(text + reply))
+        return list(tokenizer.encode(text + reply))
     from minikv_jax.chat import first_turn
 
-    return (*first_turn(tokenizer, text), *tokenizer.encode(reply, add_special_tokens=False))
+    return first_turn(tokenizer, text, reply)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, text: str, continuation: str, *, chat: bool, reply: str = ""
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt (`encode_prompt`) and continuation, which opens a chat's reply without a space.
+
+    The prompt is what generation would be given: no token spans both.
+    """
+    if chat and tokenizer.chat_template is not None and not reply:
+        continuation = continuation.removeprefix(" ")
+    prompt = encode_prompt(tokenizer, text, chat=chat, reply=reply)
+    whole = encode_prompt(tokenizer, text, chat=chat, reply=reply + continuation)
+    if whole[: len(prompt)] == prompt:
+        return tuple(prompt), tuple(whole[len(prompt) :])
+    return tuple(prompt), tuple(tokenizer.encode(continuation, add_special_tokens=False))
+
+
+def truncate_middle(
+    tokenizer: PreTrainedTokenizerBase, text: str, context: int | None, most: int, *, chat: bool
+) -> str:
+    """`text` without as much of its middle as keeps the prompt (`encode_prompt`) within `context` and `most` tokens.
+
+    The question stands at the end of a prompt and the instructions at both ends, so these stay (LongBench, pred.py).
+
+    Raises:
+      ValueError: where not even a token of each end fits, or `context` is over `most`.
+    """
+    if context is not None and context > most:
+        raise ValueError(f"context={context}: beside the answer the model's positions leave room for {most} tokens")
+    limit = most if context is None else context
+    excess = len(encode_prompt(tokenizer, text, chat=chat)) - limit
+    if excess <= 0:
+        return text
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    keep = len(ids) - excess
+    while keep >= 2:
+        ends = ids[: keep // 2], ids[len(ids) - (keep - keep // 2) :]
+        shorter = "".join(str(tokenizer.decode(part, skip_special_tokens=True)) for part in ends)
+        excess = len(encode_prompt(tokenizer, shorter, chat=chat)) - limit  # the two ends may meet in other tokens
+        if excess <= 0:
+            return shorter
+        keep -= excess
+    raise ValueError(f"{limit} prompt tokens leave no room for the text within the chat template")
 
 
 def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:

@@ -1,0 +1,65 @@
+"""`needle`: numbers hidden in a long text, as in RULER's needle tasks (arXiv 2404.06654, section 3.1), in our words."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+
+from minikv_jax.evaluation.task import at_least, option
+from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, digits, names, noise
+
+KINDS = ("single", "multikey", "multivalue")
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle(Retrieval):
+    """One number is asked for ("single"), one of `needles` ("multikey"), or all `needles` of one name ("multivalue").
+
+    The one asked for stands at the case's depth, the first of several of one name does; the others stand anywhere.
+    """
+
+    name: ClassVar[str] = "needle"
+    summary: ClassVar[str] = "numbers hidden in noise or in a text, by depth and length"
+
+    kind: str = option(f"one of {', '.join(KINDS)}", "single")
+    needles: int = option("numbers in the text, unless single", 4, parse=int)
+    haystack: pathlib.Path | None = option("a UTF-8 text to hide them in, instead of noise", None, parse=pathlib.Path)
+
+    def episode(self, rng: np.random.Generator, depth: float) -> Episode:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}: expected one of {', '.join(KINDS)}")
+        at_least(1, needles=self.needles)
+        count = 1 if self.kind == "single" else self.needles
+        keys = names(rng, count)
+        if self.kind == "multivalue":
+            keys = keys[:1] * count
+        values = [digits(rng, 7) for _ in range(count)]
+        depths = [depth, *rng.random(count - 1)]
+        facts = [
+            (where, f"The special number of {key} is {value}.")
+            for where, key, value in zip(depths, keys, values, strict=True)
+        ]
+        wanted = values[:1] if self.kind == "multikey" else [values[index] for index in np.argsort(depths)]
+        plural = len(wanted) > 1
+        asked = f"the special number{'s' if plural else ''} of {keys[0]}"
+        return Episode(
+            "A text follows in which special numbers are hidden. Keep them in mind: you will be asked for them.",
+            noise(rng) if self.haystack is None else _sentences(self.haystack, rng),
+            facts,
+            f"What {'are all' if plural else 'is'} {asked} that the text mentions?",
+            f"{asked[0].upper()}{asked[1:]} {'are' if plural else 'is'}",
+            " " + ", ".join(wanted),
+            tuple(wanted),
+        )
+
+
+def _sentences(path: pathlib.Path, rng: np.random.Generator) -> Iterator[str]:
+    """The sentences of a text from a random one in its first half on."""
+    text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8")).strip()
+    sentences = re.split(r"(?<=[.!?])\s", text)
+    yield from sentences[rng.integers(len(sentences) // 2 + 1) :]

@@ -1,0 +1,183 @@
+"""What the generated retrieval tasks share: facts hidden in filler at a depth, over a grid of lengths and depths."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from minikv_jax.evaluation.task import Case, at_least, encode_pair, encode_prompt, need_tokenizer, numbers, option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANSWER_SLACK = 8  # tokens that a greedy answer may add to the true one
+
+
+class Episode(NamedTuple):
+    """One question over a text that is still to be made long enough.
+
+    Attributes:
+      before, after: the text around the filler: what to do, and the question.
+      filler: pieces of text, as many as are needed.
+      facts: pieces with the depth (0 the beginning, 1 the end) at which they go into the filler.
+      reply: the opening of the answer.
+      answer: how the answer goes on.
+      references: what a generated answer should contain.
+    """
+
+    before: str
+    filler: Iterator[str]
+    facts: list[tuple[float, str]]
+    after: str
+    reply: str
+    answer: str
+    references: tuple[str, ...]
+    separator: str = " "
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(abc.ABC):
+    """A grid of prompt lengths and depths; subclasses say what is hidden and asked (`episode`)."""
+
+    context: tuple[int, ...] = option("prompt tokens, one or more lengths", (4096,), parse=numbers(int))
+    depths: tuple[float, ...] = option(
+        "where the fact stands, 0 to 1", (0.0, 0.25, 0.5, 0.75, 1.0), parse=numbers(float)
+    )
+    samples: int = option("cases per length and depth", 1, parse=int)
+    limit: int | None = option("take the first N cases", None, parse=int)
+    seed: int = option("of the generated text", 0, parse=int)
+    chat_template: bool = option("put the prompt into the model's chat template", True, parse=bool)
+
+    @abc.abstractmethod
+    def episode(self, rng: np.random.Generator, depth: float) -> Episode:
+        """A question; every random choice is made with `rng`."""
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+        at_least(1, samples=self.samples, limit=self.limit, context=min(self.context))
+        at_least(0, seed=self.seed)
+        if not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths={self.depths}: expected numbers from 0 to 1")
+        if max(self.context) > positions:
+            raise ValueError(f"context={max(self.context)} exceeds the model's {positions} positions")
+        grid = itertools.product(range(self.samples), self.context, self.depths)
+        tokenizer = need_tokenizer(tokenizer)
+        return [self._case(tokenizer, *point) for point in itertools.islice(grid, self.limit)]
+
+    def score(self, case: Case, text: str) -> float:
+        """The share of the references that the text contains, whatever the case of its letters (RULER)."""
+        return float(np.mean([reference.lower() in text.lower() for reference in case.answers]))
+
+    def _case(self, tokenizer: PreTrainedTokenizerBase, sample: int, context: int, depth: float) -> Case:
+        rng = np.random.default_rng([self.seed, sample, context, round(depth * 10000)])
+        episode = self.episode(rng, depth)
+        text = _fill(tokenizer, episode, context, chat=self.chat_template)
+        prompt, continuation = encode_pair(
+            tokenizer, text, episode.answer, chat=self.chat_template, reply=episode.reply
+        )
+        return Case(
+            f"{context} tokens, depth {depth:g}, sample {sample}",
+            prompt,
+            continuation,
+            episode.references,
+            max_new_tokens=len(continuation) + _ANSWER_SLACK,
+            group=str(context),
+            tags={"context": context, "depth": depth, "sample": sample},
+        )
+
+
+def _fill(tokenizer: PreTrainedTokenizerBase, episode: Episode, tokens: int, *, chat: bool) -> str:
+    """The longest text of whole pieces whose prompt has at most `tokens` tokens."""
+    pieces: list[str] = []
+
+    def text(count: int) -> str:
+        pieces.extend(itertools.islice(episode.filler, max(count - len(pieces), 0)))
+        if len(pieces) < count:
+            raise ValueError(f"the haystack is too short to fill {tokens} tokens")
+        found = pieces[:count]
+        for depth, fact in sorted(episode.facts, reverse=True):
+            found.insert(round(depth * count), fact)
+        return f"{episode.before}\n{episode.separator.join(found)}\n{episode.after}"
+
+    def fits(count: int) -> bool:
+        return len(encode_prompt(tokenizer, text(count), chat=chat, reply=episode.reply)) <= tokens
+
+    if not fits(0):
+        raise ValueError(f"context={tokens}: the question alone has more tokens")
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return text(low)
+
+
+_SUBJECTS = ("the gardener", "a clerk", "the old ferry", "her cousin", "the baker", "a surveyor", "our neighbour")
+_VERBS = ("waited by", "walked past", "wrote about", "returned to", "asked after", "looked over", "slept near")
+_OBJECTS = ("the harbour", "a stone bridge", "the empty market", "two tall pines", "the north road", "the mill")
+_ENDINGS = ("until noon", "in the rain", "without a word", "before the bell rang", "as every year", "at dusk")
+
+
+def noise(rng: np.random.Generator) -> Iterator[str]:
+    """Endless sentences that say little."""
+    while True:
+        parts = [words[rng.integers(len(words))] for words in (_SUBJECTS, _VERBS, _OBJECTS, _ENDINGS)]
+        sentence = " ".join(parts)
+        yield sentence[0].upper() + sentence[1:] + "."
+
+
+_ADJECTIVES = [
+    "amber",
+    "brisk",
+    "calm",
+    "dusty",
+    "early",
+    "faint",
+    "green",
+    "hollow",
+    "idle",
+    "jagged",
+    "keen",
+    "loud",
+    "mellow",
+    "narrow",
+    "oval",
+    "plain",
+]
+_NOUNS = [
+    "anchor",
+    "barrel",
+    "candle",
+    "desk",
+    "engine",
+    "feather",
+    "glove",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "lantern",
+    "mirror",
+    "needle",
+]
+
+
+def names(rng: np.random.Generator, count: int) -> list[str]:
+    """Different names such as "dusty-lantern"; with a number behind where the words do not suffice."""
+    size = len(_ADJECTIVES) * len(_NOUNS)
+    found = []
+    for index in rng.permutation(max(size, count))[:count]:
+        adjective, noun = divmod(int(index) % size, len(_NOUNS))
+        suffix = "" if index < size else f"-{index // size + 1}"
+        found.append(f"{_ADJECTIVES[adjective]}-{_NOUNS[noun]}{suffix}")
+    return found
+
+
+def digits(rng: np.random.Generator, count: int) -> str:
+    """A number of `count` digits that does not begin with 0."""
+    return str(rng.integers(10 ** (count - 1), 10**count))
