@@ -110,6 +110,8 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> CacheConfig:
     """The method called `name`; ValueError lists the names there are."""
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}")
     return METHODS[name]
 
 

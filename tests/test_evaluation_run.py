@@ -48,7 +48,7 @@ def test_methods_are_parsed():
     assert (config.name, config.heavy, config.recent, config.sinks) == ("h2o", 0.25, 512, 2)
     with pytest.raises(ValueError, match=r"NAME:KEY=VALUE.*'heavy'"):
         parse_method("h2o:heavy")
-    with pytest.raises(ValueError, match="method='h3o'"):
+    with pytest.raises(ValueError, match="method 'h3o'"):
         parse_method("h3o:heavy=1")
 
 
