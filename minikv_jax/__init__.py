@@ -11,6 +11,7 @@ from minikv_jax.attention import prefill_attention as prefill_attention
 from minikv_jax.attention import quantize as quantize
 from minikv_jax.cache import KVCache as KVCache
 from minikv_jax.cache import LayerCache as LayerCache
+from minikv_jax.cache import append as append
 from minikv_jax.cache_file import restore_cache as restore_cache
 from minikv_jax.cache_file import save_cache as save_cache
 from minikv_jax.config import CacheConfig as CacheConfig
@@ -21,6 +22,7 @@ from minikv_jax.generate import stream as stream
 from minikv_jax.inference import decode as decode
 from minikv_jax.inference import extend as extend
 from minikv_jax.inference import prefill as prefill
+from minikv_jax.inference import prefill_layer as prefill_layer
 from minikv_jax.model import Llama as Llama
 from minikv_jax.quantization import QuantizedArray as QuantizedArray
 from minikv_jax.quantization import dequantize as dequantize

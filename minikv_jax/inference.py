@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import attention, memory
-from minikv_jax.cache import KVCache, LayerCache, LayerCapacity, append, compress
+from minikv_jax.cache import KVCache, LayerCache, LayerCapacity, append, compress, layer_capacity
 from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.model import Llama
 from minikv_jax.rotary import inverse_frequencies
@@ -39,6 +39,49 @@ def prefill(
     compressor = Compressor(model.config, config, ids.shape[1], max_new_tokens, implementation)
     hidden = run_prompt(model, ids, lengths, compressor.add, compressor.needs_column_sums, implementation)
     return hidden, compressor.cache(lengths)
+
+
+def prefill_layer(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    config: CacheConfig,
+    max_new_tokens: int,
+    *,
+    layer: int = 0,
+    num_layers: int = 1,
+    window: int | None = None,
+    frequencies: Float[Array, "F"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
+    """One layer's causal attention over right-padded prompts, and the cache that `config` keeps of it.
+
+    For a model of one's own. New tokens then go through `append` and `decode_attention` (`examples/flax_linen.py`).
+
+    Args:
+      q, k, v: after the model's own position embedding.
+      layer, num_layers: which layer this is of how many: budgets may depend on it.
+      window: the layer's sliding window.
+      frequencies: RoPE's radians per position, float32 `[H/2]`, which some scorers need.
+
+    Returns:
+      The attention output, zero in the padding, and a cache with room for `max_new_tokens`.
+
+    Raises:
+      ValueError: shapes that disagree, or a budget rule that has to see the scores of all layers.
+    """
+    if BUDGETS[config.budget].needs_scores:
+        raise ValueError(f"budget={config.budget!r} reads the scores of all layers: a layer alone cannot be prefilled")
+    scorer = SCORERS[config.scorer]
+    out, sums = attention.prefill_attention(
+        q, k, v, lengths, window=window, with_scores=scorer.needs_column_sums, implementation=implementation
+    )
+    scores = _scores(ScorerInputs(q, k, v, lengths, sums, window, layer, frequencies), config)
+    share = layer_budgets(config, num_layers)[layer]
+    capacity = layer_capacity(config, share, q.shape[1], max_new_tokens, window)
+    kept = choose(scores, lengths, budget_tokens(share, lengths), config, capacity, window)
+    return out, compress(k, v, kept, config, capacity, window, implementation, layer)
 
 
 def run_prompt(

@@ -3,7 +3,14 @@ import re
 import runpy
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from tiny import tiny_model
+
+import minikv_jax
+from minikv_jax import memory, presets, schemes
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -28,6 +35,46 @@ def test_chat_appends_the_second_turn_to_the_first(
     first, second = [int(line.strip("[").split()[0]) for line in lines if "tokens seen" in line]
     assert first >= len("Name a city by the sea.")
     assert second >= first + len("What can I see there?")
+
+
+@pytest.fixture
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back what a plugin registers."""
+    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS, schemes.METHODS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
+@pytest.mark.usefixtures("_forget")
+@pytest.mark.parametrize("kind", ["scorer", "budget", "quantizer"])
+def test_a_plugin_of_under_40_lines_is_a_method(kind: str):
+    path = EXAMPLES / f"plugin_{kind}.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 40
+    names = minikv_jax.load_plugin(path)
+    assert set(names) == {kind, "method"}
+    (method,) = names["method"]
+    model = tiny_model(head_dim=32, max_position_embeddings=512)
+    row = np.random.default_rng(0).integers(0, 96, 128).tolist()
+    cache = minikv_jax.generate(model, [row], cache=method, max_new_tokens=4, eos_token_ids=()).cache
+    report = memory.report(model.config, presets.get(method), prompt_length=128, max_new_tokens=4, dtype="float32")
+    assert cache.nbytes == report.bytes
+    assert int(cache.kept_tokens.max()) < 128
+    assert int(jnp.stack([layer.packed_length for layer in cache.layers]).max()) > 0
+
+
+def test_a_flax_model_that_is_not_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Under `full`, tokens are those of running the whole text at once; under `minikv`, the cache is smaller."""
+    example = runpy.run_path(str(EXAMPLES / "flax_linen.py"))
+    model = example["Decoder"](presets.get("full"))
+    ids, lengths = np.random.default_rng(0).integers(0, 256, (2, 24)), jnp.array([24, 10])
+    params = model.init(jax.random.key(1), ids[:, :8], jnp.array([8, 8]))
+    tokens, _ = example["generate"](model, params, ids, lengths, 5)
+    for b, length in enumerate([24, 10]):
+        text = np.concatenate([ids[b, :length], tokens[b]])
+        logits, _ = model.apply(params, text[None], jnp.array([length + 5]))
+        np.testing.assert_array_equal(jnp.argmax(logits[0, length - 1 : -1], axis=-1), tokens[b])
+    monkeypatch.setattr(sys, "argv", ["flax_linen.py", "--max-new-tokens", "3"])
+    example["main"]()
+    assert "of the cache saved" in capsys.readouterr().out
 
 
 def test_the_python_of_the_readme_runs(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
