@@ -46,6 +46,23 @@ _SNAPKV = CacheConfig(
     heavy=992,
     recent=32,
 )
+# Eviction to half costs little, two bits cost much, 8-bit metadata and a short tail free bytes: docs/results.md.
+_TWIN = CacheConfig(
+    name="twin-4bit",
+    citation="minikv_jax: 44 % by the votes of a short and a long window + the newest 256, 4 bits, 8-bit metadata; "
+    "no more bytes than minikv",
+    scorer="twin-window",
+    heavy=0.44,
+    recent=256,
+    sinks=4,
+    observation_window=16,
+    pooling_kernel=31,
+    k_bits=4,
+    v_bits=4,
+    group_size=32,
+    metadata_dtype="float8_e4m3fn",
+    residual_length=32,
+)
 
 _PRESETS = (
     CacheConfig(name="full", citation="every token, in the model's dtype"),
@@ -97,6 +114,14 @@ _PRESETS = (
         name="minikv-snap",
         scorer="window",
         citation=_MINIKV.citation + ", heavy hitters by SnapKV's observation window",
+    ),
+    _TWIN,
+    dataclasses.replace(
+        _TWIN,
+        name="twin-4bit-half",
+        citation="minikv_jax: as twin-4bit, 21 % + the newest 32; half of minikv's bytes",
+        heavy=0.21,
+        recent=32,
     ),
 )
 for _preset in _PRESETS:

@@ -31,9 +31,29 @@ def cumulative_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array,
 @register_scorer("window")
 def window_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
     """Votes of the last `observation_window` queries, pooled along tokens (SnapKV section 4)."""
-    votes = _window_votes(inputs, config.observation_window)
-    positions = jnp.arange(votes.shape[-1])
-    valid = positions < inputs.lengths[:, None, None]
+    return _pool(_window_votes(inputs, config.observation_window), inputs.lengths, config)
+
+
+@register_scorer("twin-window", long_window=256)
+def twin_window_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
+    """The better of a token's ranks under two votes, negated: each vote has its first choices kept.
+
+    One is SnapKV's, of the last `observation_window` queries, pooled: whole passages that the end of the prompt, often
+    a question, asks for. The other is of the last `long_window` queries, not pooled: single tokens that the text keeps
+    coming back to, which a few queries do not show. Ranks, unlike a sum, cannot let one vote drown the other.
+    """
+    short = window_scores(inputs, config)
+    long = _window_votes(inputs, config.option("long_window"))
+    return -jnp.minimum(_rank(short), _rank(long)).astype(jnp.float32)
+
+
+def _rank(scores: Float[Array, "B K T"]) -> Array:
+    """0 for the highest score of a row and KV head; equal scores in order of position."""
+    return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+
+
+def _pool(votes: Float[Array, "B K T"], lengths: Array, config: CacheConfig) -> Float[Array, "B K T"]:
+    valid = jnp.arange(votes.shape[-1]) < lengths[:, None, None]
     reach = config.pooling_kernel // 2
     dims, padding = (1, 1, config.pooling_kernel), ((0, 0), (0, 0), (reach, reach))
     if config.pooling == "max":
@@ -45,23 +65,33 @@ def window_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B 
     return jnp.where(valid, pooled, 0.0)
 
 
-def _window_votes(inputs: ScorerInputs, size: int) -> Array:
+_VOTERS = 32  # queries whose weights over all keys are held at a time
+
+
+def _window_votes(inputs: ScorerInputs, size: int) -> Float[Array, "B K T"]:
+    """Column sums of the softmax map over each row's last `size` queries; zero in the padding."""
     q, k, lengths, window = inputs.q, inputs.k, inputs.lengths, inputs.window
     batch, tokens, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    positions = lengths[:, None] - size + jnp.arange(size)  # [B, w], negative where the row is shorter
-    rows = jnp.take_along_axis(q, jnp.maximum(positions, 0)[:, :, None, None], axis=1)
-    rows = rows.reshape(batch, size, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("bwkgh,bskh->bkgws", rows, k, preferred_element_type=jnp.float32, precision="highest")
-    keys = jnp.arange(tokens)
-    seen = keys <= positions[:, :, None]  # [B, w, T]
-    if window is not None:
-        seen &= keys > positions[:, :, None] - window
-    logits = jnp.where(seen[:, None, None], logits * dim**-0.5, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.sum(weights / jnp.where(total == 0, 1.0, total), axis=(2, 3))  # [B, K, T]
+    kv_heads, keys = k.shape[2], jnp.arange(tokens)
+    voters = min(size, _VOTERS)
+
+    def add(block: Array | int, votes: Array) -> Array:
+        back = block * voters + jnp.arange(voters)  # 0 is the row's last query
+        positions = jnp.where(back < size, lengths[:, None] - 1 - back, -1)  # [B, w], -1 and below: no such query
+        rows = jnp.take_along_axis(q, jnp.maximum(positions, 0)[:, :, None, None], axis=1)
+        rows = rows.reshape(batch, voters, kv_heads, heads // kv_heads, dim)
+        logits = jnp.einsum("bwkgh,bskh->bkgws", rows, k, preferred_element_type=jnp.float32, precision="highest")
+        seen = keys <= positions[:, :, None]  # [B, w, T]
+        if window is not None:
+            seen &= keys > positions[:, :, None] - window
+        logits = jnp.where(seen[:, None, None], logits * dim**-0.5, -jnp.inf)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return votes + jnp.sum(weights / jnp.where(total == 0, 1.0, total), axis=(2, 3))
+
+    votes = jnp.zeros((batch, kv_heads, tokens), jnp.float32)
+    return add(0, votes) if size == voters else lax.fori_loop(0, -(-size // voters), add, votes)
 
 
 @register_scorer("tova")

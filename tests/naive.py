@@ -90,6 +90,19 @@ def window_scores(
     return scores
 
 
+def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], config: CacheConfig) -> np.ndarray:
+    """Minus the better of two places: among the short window's pooled votes, and among the long window's plain ones."""
+    pooling, kernel = config.pooling, config.pooling_kernel
+    windows = [(config.observation_window, pooling, kernel), (config.option("long_window"), "max", 1)]
+    places = np.zeros((2, *k.shape[:1], k.shape[2], k.shape[1]))
+    for i, (size, pooling, kernel) in enumerate(windows):
+        votes = window_scores(q, k, lengths, observation_window=size, pooling=pooling, pooling_kernel=kernel)
+        for row, head in np.ndindex(votes.shape[:2]):
+            order = sorted(range(votes.shape[2]), key=lambda token: (-votes[row, head, token], token))
+            places[i, row, head, order] = range(len(order))
+    return -np.minimum(*places)
+
+
 def pool(votes: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
     """Same length, stride 1. "mean" counts what lies outside as zeros, "max" does not see it."""
     result = np.zeros_like(votes)
@@ -191,6 +204,8 @@ def prompt_scores(
             pooling=config.pooling,
             pooling_kernel=config.pooling_kernel,
         )
+    if config.scorer == "twin-window":
+        return twin_window_scores(q, k, lengths, config)
     return np.zeros((k.shape[0], k.shape[2], k.shape[1]))
 
 

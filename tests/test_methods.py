@@ -184,3 +184,22 @@ def test_presets_are_found_and_changed_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             presets.override(presets.get("minikv"), wrong)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("query_heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (32, 32, 128)])
+def test_twin_presets_take_no_more_bytes_than_minikv(dtype: str, query_heads: int, kv_heads: int, head_dim: int):
+    """At any prompt length, and half as many from 512 tokens on with at most 128 new ones; the tail is counted."""
+    config = dataclasses.replace(
+        projections(4, (query_heads, kv_heads)).config, head_dim=head_dim, max_position_embeddings=131072
+    )
+
+    def size(name: str, prompt: int, new: int) -> int:
+        method = presets.get(name)
+        return memory.report(config, method, prompt_length=prompt, max_new_tokens=new, dtype=dtype).bytes
+
+    for prompt in (64, 256, 512, 1000, 2048, 3333, 4096, 8192, 65536):
+        for new in (1, 64, 120, 128, 512):
+            assert size("twin-4bit", prompt, new) <= size("minikv", prompt, new), (prompt, new)
+            if prompt >= 512 and new <= 128:
+                assert 2 * size("twin-4bit-half", prompt, new) <= size("minikv", prompt, new), (prompt, new)

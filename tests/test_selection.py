@@ -94,7 +94,7 @@ def test_select_tokens_in_a_sliding_window():
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 @pytest.mark.parametrize(
     ("observation_window", "pooling_kernel", "heads", "window"),
-    [(4, 7, (6, 2), None), (64, 3, (4, 4), None), (1, 1, (3, 1), None), (8, 5, (4, 2), 6)],
+    [(4, 7, (6, 2), None), (64, 3, (4, 4), None), (1, 1, (3, 1), None), (8, 5, (4, 2), 6), (37, 5, (4, 2), None)],
 )
 def test_window_scores_match_naive(
     pooling: str, observation_window: int, pooling_kernel: int, heads: tuple[int, int], window: int | None
