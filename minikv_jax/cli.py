@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from minikv_jax.evaluation.command import add_evaluate
+from minikv_jax.evaluation.command import add_evaluate, add_sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the compression methods and their fields")
     methods.set_defaults(run=_methods)
     add_evaluate(commands.add_parser("evaluate", help="what methods cost in quality"))
+    add_sweep(commands.add_parser("sweep", help="the same over a grid of methods and fields, with figures"))
     bench = commands.add_parser("bench", help="measure this machine")
     suites = bench.add_subparsers(required=True, metavar="SUITE")
     suites.add_parser("kernels", help="the attention and quantisation kernels")  # reads its own options: see `main`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -42,6 +43,29 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         add_methods(subparser)
         add_task(subparser, task)
         subparser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write every case's numbers")
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """Fills in `minikv sweep`: tasks as in `minikv evaluate`, and a grid of fields."""
+    tasks = parser.add_subparsers(required=True, metavar="TASK", dest="task")
+    for name, task in TASKS.items():
+        subparser = tasks.add_parser(name, help=task.summary, description=task.__doc__)
+        subparser.set_defaults(run=_sweep)
+        add_model(subparser)
+        add_methods(subparser)
+        add_task(subparser, task)
+        subparser.add_argument(
+            "--sweep",
+            type=_axis,
+            action="append",
+            default=[],
+            metavar="KEY=VALUE,VALUE,...",
+            help="values of a field; several fields make a grid",
+        )
+        subparser.add_argument(
+            "--out", type=pathlib.Path, required=True, metavar="DIR", help="where rows, tables and figures go"
+        )
+        subparser.add_argument("--no-figures", action="store_true", help="no pareto.png and report.html")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +231,45 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from minikv_jax.evaluation.sweep import Sweep, grid, write_results
+    from minikv_jax.evaluation.task import at_least
+    from minikv_jax.schemes import load_plugin
+
+    at_least(1, batch=arguments.batch)
+    if not arguments.no_figures:
+        _need_matplotlib()
+    for file in arguments.plugin:
+        load_plugin(file)
+    axes = dict(arguments.sweep)
+    if len(axes) < len(arguments.sweep):
+        raise ValueError("--sweep names a field twice: give all its values at once")
+    points = grid(arguments.method, axes, arguments.budget_bytes)
+    evaluator = make_evaluator(arguments)
+    sweep = Sweep.open(arguments.out, evaluator, points, arguments.set, arguments.model)
+    for label, reason in sweep.skipped.items():
+        print(f"minikv: {label} is skipped: {reason}", file=sys.stderr)
+    with progress(arguments.task, len(evaluator.cases) * len(sweep.methods)) as bar:
+        sweep.run(arguments.batch, bar.advance_to)
+    results = sweep.results()
+    means = {label: point["means"] for label, point in results["points"].items()}
+    print(table(means))
+    warn_not_finite(means)
+    for path in write_results(arguments.out, results, figures=not arguments.no_figures):
+        print(path)
+    return 0
+
+
+def _need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib: pip install minikv_jax[evaluation], or pass --no-figures")
+
+
+def _axis(text: str) -> tuple[str, tuple[str, ...]]:
+    key, values = key_value(text)
+    return key, tuple(values.split(","))
 
 
 def _shares(text: str) -> tuple[float, ...]:
