@@ -14,15 +14,17 @@ namespace {
 
 constexpr const char* kOp = "append";
 constexpr int kMaxHeadDim = 256;
+constexpr int kCacheBuffers = 12;  // tail, words, scale, zero and two factors of the keys, then of the values
 
 struct AppendParams {
   const void *k, *v;  // [B, K, H]
   void *tail_k, *tail_v;
   uint32_t *k_words, *v_words;
   void *k_scale, *k_zero, *v_scale, *v_zero;
+  float *k_scale_factor, *k_zero_factor, *v_scale_factor, *v_zero_factor;  // float8 metadata's
   const int32_t *packed_length, *tail_length, *count;
   int32_t *new_packed_length, *new_tail_length;
-  int kv_heads, head_dim, packed_capacity, tail_capacity, sinks, block, group;
+  int kv_heads, head_dim, packed_capacity, tail_capacity, sinks, block, group, k_bits, v_bits;
 };
 
 // A tail without a free slot takes nothing: its packed region is full too.
@@ -30,43 +32,53 @@ __device__ __forceinline__ int added_tokens(const AppendParams& p, int batch) {
   return p.count[batch] > 0 && p.tail_length[batch] < p.tail_capacity ? 1 : 0;
 }
 
-// blockIdx: (16-token piece of the block, KV head, batch). Thread: channel.
-template <int KBits, int VBits, typename X, typename M>
-__global__ void __launch_bounds__(kMaxHeadDim) append_kernel(AppendParams p) {
-  __shared__ float shared[2 * (kMaxHeadDim / 32) * 16];
-  const int batch = blockIdx.z, channel = threadIdx.x, H = p.head_dim;
+// One team of the block's keys or values. `newest` is the new token's place in the tail, or -1; another block may be
+// writing it, so it is read from where it came.
+template <int Bits, bool ByTokens, typename X, typename M>
+__device__ __forceinline__ void pack_team(Slab<M>& slab, QuantizeScratch& scratch, const X* tail, const X* fresh,
+                                          int newest, int first) {
+  const X* x = tail + static_cast<int64_t>(first) * slab.head_dim + 4 * slab.quad;
+  fresh += 4 * slab.quad;
+  quantize_slab<Bits, ByTokens, X, M>(slab, scratch, [&](int t) {
+    return *reinterpret_cast<const Quad<X>*>(first + t == newest ? fresh : x + t * slab.head_dim);
+  });
+}
+
+// blockIdx: (the block's teams of keys, then of values; KV head; batch).
+template <typename X, typename M>
+__global__ void __launch_bounds__(kQuantizeMaxThreads) append_kernel(AppendParams p) {
+  __shared__ QuantizeScratch scratch;
+  const int batch = blockIdx.z, H = p.head_dim, teams = p.block / p.group;
+  const bool keys = static_cast<int>(blockIdx.x) < teams;
+  const int team = blockIdx.x - (keys ? 0 : teams);
   const int64_t row = static_cast<int64_t>(batch) * p.kv_heads + blockIdx.y;
-  const bool active = channel < H;
   const int length = p.tail_length[batch], added = added_tokens(p, batch);
-  X* tail_k = static_cast<X*>(p.tail_k) + row * p.tail_capacity * H;
-  X* tail_v = static_cast<X*>(p.tail_v) + row * p.tail_capacity * H;
-  const bool full = length + added == p.tail_capacity;
-  const int first = 16 * blockIdx.x;  // of the block's tokens
-  // The piece that quantises the new token's slot writes it; without a flush the first piece does.
-  const int newest = length - p.sinks;
-  const int writer = full && newest >= 0 && newest < p.block ? newest / 16 : 0;
-  if (active && added && static_cast<int>(blockIdx.x) == writer) {
-    tail_k[static_cast<int64_t>(length) * H + channel] = static_cast<const X*>(p.k)[row * H + channel];
-    tail_v[static_cast<int64_t>(length) * H + channel] = static_cast<const X*>(p.v)[row * H + channel];
+  X* tail = static_cast<X*>(keys ? p.tail_k : p.tail_v) + row * p.tail_capacity * H;
+  const X* fresh = static_cast<const X*>(keys ? p.k : p.v) + row * H;
+  if (added && team == 0) {
+    for (int c = threadIdx.x; c < H; c += blockDim.x) tail[static_cast<int64_t>(length) * H + c] = fresh[c];
   }
   const int start = p.packed_length[batch];
-  if (!full || start + p.block > p.packed_capacity) return;
-  const int64_t at = row * p.packed_capacity + start + first;  // packed token
-  const int64_t source = static_cast<int64_t>(p.sinks + first) * H + channel;
-  if (active && first % p.group == 0) {
-    // A group of keys spans several pieces of 16 tokens: the first of them takes all. The new token may be another
-    // piece's to write, so it is read from where it came from.
-    const X* x = tail_k + source;
-    const int64_t meta = at / p.group * H + channel;
-    const int fresh = added ? newest - first : -1;
-    quantize_tokens_group<KBits>(x, H, p.group, p.k_words + at * KBits / 32 * H + channel, H,
-                                 static_cast<M*>(p.k_scale) + meta, static_cast<M*>(p.k_zero) + meta, fresh,
-                                 static_cast<const X*>(p.k) + row * H + channel);
+  if (length + added < p.tail_capacity || start + p.block > p.packed_capacity) return;
+
+  Slab<M> slab(p.group, H, p.group / kSlabTokens);
+  const int64_t at = row * p.packed_capacity + start + team * p.group, packing_block = at / p.group;
+  const int64_t token = at + slab.index * kSlabTokens;
+  const int64_t metadata = keys ? packing_block * H : token * (H / p.group);
+  const int bits = keys ? p.k_bits : p.v_bits;
+  slab.words = (keys ? p.k_words : p.v_words) + token * bits / 32 * H;
+  slab.scale = static_cast<M*>(keys ? p.k_scale : p.v_scale) + metadata;
+  slab.zero = static_cast<M*>(keys ? p.k_zero : p.v_zero) + metadata;
+  slab.scale_factor = (keys ? p.k_scale_factor : p.v_scale_factor) + packing_block;
+  slab.zero_factor = (keys ? p.k_zero_factor : p.v_zero_factor) + packing_block;
+  const int first = p.sinks + team * p.group + slab.index * kSlabTokens, newest = added ? length : -1;
+  if (keys) {
+    bits == 2 ? pack_team<2, true>(slab, scratch, tail, fresh, newest, first)
+              : pack_team<4, true>(slab, scratch, tail, fresh, newest, first);
+  } else {
+    bits == 2 ? pack_team<2, false>(slab, scratch, tail, fresh, newest, first)
+              : pack_team<4, false>(slab, scratch, tail, fresh, newest, first);
   }
-  const int groups = H / p.group;
-  const int64_t meta = at * groups + channel / p.group;
-  quantize_channels_rows<VBits>(tail_v + source, H, p.group, active, p.v_words + at * VBits / 32 * H + channel, H,
-                                static_cast<M*>(p.v_scale) + meta, static_cast<M*>(p.v_zero) + meta, groups, shared);
 }
 
 // blockIdx: (KV head, batch). Moves the tokens behind the packed block down and writes the lengths.
@@ -89,90 +101,108 @@ __global__ void __launch_bounds__(kMaxHeadDim) settle_kernel(AppendParams p) {
   }
 }
 
-template <int KBits, int VBits, typename X, typename M>
+template <typename X, typename M>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {
-  const int threads = round_up(p.head_dim, 32);
-  append_kernel<KBits, VBits, X, M><<<dim3(p.block / 16, p.kv_heads, batch), threads, 0, stream>>>(p);
-  settle_kernel<X><<<dim3(p.kv_heads, batch), threads, 0, stream>>>(p);
+  const int team_threads = p.group / kSlabTokens * p.head_dim / 4;
+  append_kernel<X, M><<<dim3(2 * p.block / p.group, p.kv_heads, batch), round_up(team_threads, 32), 0, stream>>>(p);
+  settle_kernel<X><<<dim3(p.kv_heads, batch), p.head_dim, 0, stream>>>(p);
 }
 
-template <typename X, typename M>
-void launch_bits(const AppendParams& p, int k_bits, int v_bits, int batch, cudaStream_t stream) {
-  if (k_bits == 2) return v_bits == 2 ? launch<2, 2, X, M>(p, batch, stream) : launch<2, 4, X, M>(p, batch, stream);
-  v_bits == 2 ? launch<4, 2, X, M>(p, batch, stream) : launch<4, 4, X, M>(p, batch, stream);
+template <typename X>
+void launch_metadata(const AppendParams& p, ffi::DataType metadata, int batch, cudaStream_t stream) {
+  if (metadata == ffi::F16) return launch<X, __half>(p, batch, stream);
+  if (metadata == ffi::BF16) return launch<X, __nv_bfloat16>(p, batch, stream);
+  launch<X, __nv_fp8_e4m3>(p, batch, stream);
 }
 
 }  // namespace
 
-// The tails, words, scales and zeros are updated in place: each argument is its result's buffer.
+// One side's cache buffers, keys' or values'.
+struct Side {
+  const char* name;
+  ffi::AnyBuffer token, tail, words, scale, zero, scale_factor, zero_factor;
+};
+
+static void check_side(Checker& check, const Side& side, std::initializer_list<int64_t> token,
+                       std::initializer_list<int64_t> tail, std::initializer_list<int64_t> words,
+                       std::initializer_list<int64_t> metadata, std::initializer_list<int64_t> factor,
+                       ffi::DataType input, ffi::DataType metadata_type) {
+  const auto one = [&](const char* what, ffi::AnyBuffer buffer, std::initializer_list<int64_t> shape,
+                       ffi::DataType type) {
+    const std::string name = std::string(side.name) + what;
+    check.shape(name.c_str(), buffer, shape);
+    check.dtype(name.c_str(), buffer, {type});
+  };
+  one(" token", side.token, token, input);
+  one(" tail", side.tail, tail, input);
+  one(" words", side.words, words, ffi::U32);
+  one(" scale", side.scale, metadata, metadata_type);
+  one(" zero", side.zero, metadata, metadata_type);
+  one(" scale factor", side.scale_factor, factor, ffi::F32);
+  one(" zero factor", side.zero_factor, factor, ffi::F32);
+}
+
+// The tails, words, scales, zeros and factors are updated in place: each argument is its result's buffer.
 ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer count,
-                  ffi::AnyBuffer packed_length, ffi::AnyBuffer tail_length, ffi::AnyBuffer tail_k,
-                  ffi::AnyBuffer tail_v, ffi::AnyBuffer k_words, ffi::AnyBuffer k_scale, ffi::AnyBuffer k_zero,
-                  ffi::AnyBuffer v_words, ffi::AnyBuffer v_scale, ffi::AnyBuffer v_zero,
-                  ffi::Result<ffi::AnyBuffer> tail_k_out, ffi::Result<ffi::AnyBuffer> tail_v_out,
-                  ffi::Result<ffi::AnyBuffer> k_words_out, ffi::Result<ffi::AnyBuffer> k_scale_out,
-                  ffi::Result<ffi::AnyBuffer> k_zero_out, ffi::Result<ffi::AnyBuffer> v_words_out,
-                  ffi::Result<ffi::AnyBuffer> v_scale_out, ffi::Result<ffi::AnyBuffer> v_zero_out,
+                  ffi::AnyBuffer packed_length, ffi::AnyBuffer tail_length, ffi::RemainingArgs cache,
                   ffi::Result<ffi::AnyBuffer> packed_length_out, ffi::Result<ffi::AnyBuffer> tail_length_out,
-                  int32_t k_bits, int32_t v_bits, int32_t group_size, int32_t sinks, int32_t block) {
+                  ffi::RemainingRets cache_out, int32_t k_bits, int32_t v_bits, int32_t group_size, int32_t sinks,
+                  int32_t block) {
   Checker check(kOp);
-  check.rank("tail_k", tail_k, 4);
-  check.rank("k_words", k_words, 4);
+  check.require(cache.size() == kCacheBuffers && cache_out.size() == kCacheBuffers,
+                std::to_string(cache.size()) + " cache buffers, expected " + std::to_string(kCacheBuffers));
+  if (!check.ok()) return check.error();
+  const auto buffer = [&](int i) { return *cache.get<ffi::AnyBuffer>(i); };
+  for (int i = 0; i < kCacheBuffers; ++i) {
+    const ffi::AnyBuffer out = **cache_out.get<ffi::AnyBuffer>(i);
+    check.require(buffer(i).element_count() == 0 || buffer(i).untyped_data() == out.untyped_data(),
+                  "cache buffer " + std::to_string(i) + " is not updated in place");
+  }
+  const Side keys{"key", k, buffer(0), buffer(1), buffer(2), buffer(3), buffer(4), buffer(5)};
+  const Side values{"value", v, buffer(6), buffer(7), buffer(8), buffer(9), buffer(10), buffer(11)};
+  check.rank("key tail", keys.tail, 4);
+  check.rank("key words", keys.words, 4);
   check.require((k_bits == 2 || k_bits == 4) && (v_bits == 2 || v_bits == 4),
                 "k_bits=" + std::to_string(k_bits) + ", v_bits=" + std::to_string(v_bits) + ", supported: 2, 4");
-  check.require(group_size >= 16 && group_size <= 128, "group_size=" + std::to_string(group_size));
+  check.require(group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128,
+                "group_size=" + std::to_string(group_size) + ", supported: 16, 32, 64, 128");
+  check.dtype("key tail", keys.tail, {ffi::F32, ffi::BF16, ffi::F16});
+  check.dtype("key scale", keys.scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
   if (!check.ok()) return check.error();
-  const int64_t B = tail_k.dimensions()[0], K = tail_k.dimensions()[1], C = tail_k.dimensions()[2];
-  const int64_t H = tail_k.dimensions()[3], P = k_words.dimensions()[2] * (32 / k_bits);
-  check.require(H <= kMaxHeadDim && H % 32 == 0 && H % group_size == 0, "head_dim=" + std::to_string(H));
+  const ffi::DataType input = keys.tail.element_type(), metadata = keys.scale.element_type();
+  const int64_t B = keys.tail.dimensions()[0], K = keys.tail.dimensions()[1], C = keys.tail.dimensions()[2];
+  const int64_t H = keys.tail.dimensions()[3], P = keys.words.dimensions()[2] * (32 / k_bits), g = group_size;
+  check.require(H <= 256 && H % 32 == 0 && H % g == 0, "head_dim=" + std::to_string(H));
   check.require(
-      block % group_size == 0 && sinks + block <= C,
+      block > 0 && block % g == 0 && sinks >= 0 && sinks + block <= C,
       "block=" + std::to_string(block) + ", sinks=" + std::to_string(sinks) + " in a tail of " + std::to_string(C));
-  if (!check.ok()) return check.error();
-  check.dtype("tail_k", tail_k, {ffi::F32, ffi::BF16, ffi::F16});
-  check.dtype("k_scale", k_scale, {ffi::F16, ffi::BF16});
-  for (auto& [name, buffer] : {std::pair{"k", k}, {"v", v}}) check.shape(name, buffer, {B, K, H});
-  for (auto& [name, buffer] : {std::pair{"k", k}, {"v", v}, {"tail_v", tail_v}}) {
-    check.dtype(name, buffer, {tail_k.element_type()});
+  const int64_t factors = metadata == ffi::F8E4M3FN ? P / g : 0;
+  check_side(check, keys, {B, K, H}, {B, K, C, H}, {B, K, P * k_bits / 32, H}, {B, K, P / g, H}, {B, K, factors, 1},
+             input, metadata);
+  check_side(check, values, {B, K, H}, {B, K, C, H}, {B, K, P * v_bits / 32, H}, {B, K, P, H / g}, {B, K, factors, 1},
+             input, metadata);
+  const std::array<std::pair<const char*, ffi::AnyBuffer>, 5> lengths = {{{"count", count},
+                                                                          {"packed_length", packed_length},
+                                                                          {"tail_length", tail_length},
+                                                                          {"packed_length_out", *packed_length_out},
+                                                                          {"tail_length_out", *tail_length_out}}};
+  for (const auto& [name, length] : lengths) {
+    check.shape(name, length, {B});
+    check.dtype(name, length, {ffi::S32});
   }
-  check.shape("tail_v", tail_v, {B, K, C, H});
-  check.shape("v_words", v_words, {B, K, P * v_bits / 32, H});
-  for (auto& [name, buffer] : {std::pair{"k_words", k_words}, {"v_words", v_words}})
-    check.dtype(name, buffer, {ffi::U32});
-  for (auto& [name, buffer] : {std::pair{"k_scale", k_scale}, {"k_zero", k_zero}}) {
-    check.shape(name, buffer, {B, K, P / group_size, H});
-  }
-  for (auto& [name, buffer] : {std::pair{"v_scale", v_scale}, {"v_zero", v_zero}}) {
-    check.shape(name, buffer, {B, K, P, H / group_size});
-  }
-  for (auto& [name, buffer] : {std::pair{"k_zero", k_zero}, {"v_scale", v_scale}, {"v_zero", v_zero}}) {
-    check.dtype(name, buffer, {k_scale.element_type()});
-  }
-  for (auto& [name, buffer] :
-       {std::pair{"count", count}, {"packed_length", packed_length}, {"tail_length", tail_length}}) {
-    check.shape(name, buffer, {B});
-    check.dtype(name, buffer, {ffi::S32});
-  }
-  const std::array<std::pair<void*, void*>, 8> aliases = {{{tail_k.untyped_data(), tail_k_out->untyped_data()},
-                                                           {tail_v.untyped_data(), tail_v_out->untyped_data()},
-                                                           {k_words.untyped_data(), k_words_out->untyped_data()},
-                                                           {k_scale.untyped_data(), k_scale_out->untyped_data()},
-                                                           {k_zero.untyped_data(), k_zero_out->untyped_data()},
-                                                           {v_words.untyped_data(), v_words_out->untyped_data()},
-                                                           {v_scale.untyped_data(), v_scale_out->untyped_data()},
-                                                           {v_zero.untyped_data(), v_zero_out->untyped_data()}}};
-  for (const auto& [in, out] : aliases) check.require(in == out, "a cache buffer is not updated in place");
-  check.shape("packed_length_out", *packed_length_out, {B});
-  check.shape("tail_length_out", *tail_length_out, {B});
   if (!check.ok()) return check.error();
 
   AppendParams p{};
   p.k = k.untyped_data(), p.v = v.untyped_data();
-  p.tail_k = tail_k.untyped_data(), p.tail_v = tail_v.untyped_data();
-  p.k_words = static_cast<uint32_t*>(k_words.untyped_data());
-  p.v_words = static_cast<uint32_t*>(v_words.untyped_data());
-  p.k_scale = k_scale.untyped_data(), p.k_zero = k_zero.untyped_data();
-  p.v_scale = v_scale.untyped_data(), p.v_zero = v_zero.untyped_data();
+  p.tail_k = keys.tail.untyped_data(), p.tail_v = values.tail.untyped_data();
+  p.k_words = static_cast<uint32_t*>(keys.words.untyped_data());
+  p.v_words = static_cast<uint32_t*>(values.words.untyped_data());
+  p.k_scale = keys.scale.untyped_data(), p.k_zero = keys.zero.untyped_data();
+  p.v_scale = values.scale.untyped_data(), p.v_zero = values.zero.untyped_data();
+  p.k_scale_factor = static_cast<float*>(keys.scale_factor.untyped_data());
+  p.k_zero_factor = static_cast<float*>(keys.zero_factor.untyped_data());
+  p.v_scale_factor = static_cast<float*>(values.scale_factor.untyped_data());
+  p.v_zero_factor = static_cast<float*>(values.zero_factor.untyped_data());
   p.packed_length = static_cast<const int32_t*>(packed_length.untyped_data());
   p.tail_length = static_cast<const int32_t*>(tail_length.untyped_data());
   p.count = static_cast<const int32_t*>(count.untyped_data());
@@ -180,22 +210,15 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   p.new_tail_length = static_cast<int32_t*>(tail_length_out->untyped_data());
   p.kv_heads = static_cast<int>(K), p.head_dim = static_cast<int>(H);
   p.packed_capacity = static_cast<int>(P), p.tail_capacity = static_cast<int>(C);
-  p.sinks = sinks, p.block = block, p.group = group_size;
+  p.sinks = sinks, p.block = block, p.group = group_size, p.k_bits = k_bits, p.v_bits = v_bits;
 
-  const bool half_metadata = k_scale.element_type() == ffi::F16;
   const int batch = static_cast<int>(B);
-  switch (tail_k.element_type()) {
-    case ffi::F32:
-      half_metadata ? launch_bits<float, __half>(p, k_bits, v_bits, batch, stream)
-                    : launch_bits<float, __nv_bfloat16>(p, k_bits, v_bits, batch, stream);
-      break;
-    case ffi::F16:
-      half_metadata ? launch_bits<__half, __half>(p, k_bits, v_bits, batch, stream)
-                    : launch_bits<__half, __nv_bfloat16>(p, k_bits, v_bits, batch, stream);
-      break;
-    default:
-      half_metadata ? launch_bits<__nv_bfloat16, __half>(p, k_bits, v_bits, batch, stream)
-                    : launch_bits<__nv_bfloat16, __nv_bfloat16>(p, k_bits, v_bits, batch, stream);
+  if (input == ffi::F32) {
+    launch_metadata<float>(p, metadata, batch, stream);
+  } else if (input == ffi::F16) {
+    launch_metadata<__half>(p, metadata, batch, stream);
+  } else {
+    launch_metadata<__nv_bfloat16>(p, metadata, batch, stream);
   }
   return cuda_status(kOp, cudaGetLastError());
 }
@@ -210,24 +233,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MinikvAppend, minikv::append,
                                   .Arg<xla::ffi::AnyBuffer>()  // count
                                   .Arg<xla::ffi::AnyBuffer>()  // packed_length
                                   .Arg<xla::ffi::AnyBuffer>()  // tail_length
-                                  .Arg<xla::ffi::AnyBuffer>()  // tail_k
-                                  .Arg<xla::ffi::AnyBuffer>()  // tail_v
-                                  .Arg<xla::ffi::AnyBuffer>()  // k_words
-                                  .Arg<xla::ffi::AnyBuffer>()  // k_scale
-                                  .Arg<xla::ffi::AnyBuffer>()  // k_zero
-                                  .Arg<xla::ffi::AnyBuffer>()  // v_words
-                                  .Arg<xla::ffi::AnyBuffer>()  // v_scale
-                                  .Arg<xla::ffi::AnyBuffer>()  // v_zero
-                                  .Ret<xla::ffi::AnyBuffer>()  // tail_k
-                                  .Ret<xla::ffi::AnyBuffer>()  // tail_v
-                                  .Ret<xla::ffi::AnyBuffer>()  // k_words
-                                  .Ret<xla::ffi::AnyBuffer>()  // k_scale
-                                  .Ret<xla::ffi::AnyBuffer>()  // k_zero
-                                  .Ret<xla::ffi::AnyBuffer>()  // v_words
-                                  .Ret<xla::ffi::AnyBuffer>()  // v_scale
-                                  .Ret<xla::ffi::AnyBuffer>()  // v_zero
+                                  .RemainingArgs()             // the cache
                                   .Ret<xla::ffi::AnyBuffer>()  // packed_length
                                   .Ret<xla::ffi::AnyBuffer>()  // tail_length
+                                  .RemainingRets()             // the cache, updated
                                   .Attr<int32_t>("k_bits")
                                   .Attr<int32_t>("v_bits")
                                   .Attr<int32_t>("group_size")

@@ -9,8 +9,8 @@ import numpy as np
 from cuda_ffi import registration
 from cuda_ffi.quantize import BITS, GROUP_SIZES, MAX_HEAD_DIM, METADATA_DTYPES
 
-# Operands 5 to 12 (tails, words, scales and zeros) are results 0 to 7.
-_ALIASES = {5 + i: i for i in range(8)}
+# Operands 5 to 16, the cache, are results 2 to 13.
+_ALIASES = {5 + i: 2 + i for i in range(12)}
 
 
 def append(
@@ -33,6 +33,8 @@ def append(
     group_size: int,
     sinks: int,
     block: int,
+    k_factors: tuple[jax.Array, jax.Array] | None = None,
+    v_factors: tuple[jax.Array, jax.Array] | None = None,
 ) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
     """Writes each row's token behind its tail; a tail that is then full packs its oldest `block` non-sink tokens.
 
@@ -43,14 +45,16 @@ def append(
       k, v: `[B, K, H]` in the tail's dtype.
       count: int32 `[B]`, 0 where a row gets no token.
       k_planes, v_planes: one uint32 array `[B, K, P * bits / 32, H]` each.
-      k_scale, k_zero: `[B, K, P / g, H]`, float16 or bfloat16; v_scale, v_zero: `[B, K, P, H / g]`, the same dtype.
+      k_scale, k_zero: `[B, K, P / g, H]`, float16, bfloat16 or float8_e4m3fn; v_scale, v_zero: `[B, K, P, H / g]`,
+        the same dtype.
       tail_k, tail_v: `[B, K, C, H]`, float32, bfloat16 or float16.
       packed_length, tail_length: int32 `[B]`.
       sinks: leading tail slots that never leave.
       block: tokens packed at once, a multiple of the group size; `sinks + block <= C`.
+      k_factors, v_factors: (scale factor, zero factor), float32 `[B, K, P / g, 1]`, for float8 metadata.
 
     Returns:
-      The cache arguments by name, updated.
+      The cache arguments by name, updated; factors where there are some.
 
     Raises:
       ValueError: for sizes that do not belong together.
@@ -74,32 +78,37 @@ def append(
         raise ValueError(
             f"block={block}, sinks={sinks}: expected whole groups of {group_size} within a tail of {tail_k.shape[2]}"
         )
+    has_factors = k_scale.dtype == jnp.float8_e4m3fn
+    if has_factors != (k_factors is not None) or has_factors != (v_factors is not None):
+        raise ValueError(
+            f"metadata dtype {k_scale.dtype}: k_factors and v_factors go with float8_e4m3fn, and only with it"
+        )
     registration.load()
-    operands = (
-        k,
-        v,
-        count,
-        packed_length,
-        tail_length,
-        tail_k,
-        tail_v,
-        k_planes[0],
-        k_scale,
-        k_zero,
-        v_planes[0],
-        v_scale,
-        v_zero,
+    none = jnp.zeros((*tail_k.shape[:2], 0, 1), jnp.float32)
+    cache = (
+        *(tail_k, k_planes[0], k_scale, k_zero, *(k_factors or (none, none))),
+        *(tail_v, v_planes[0], v_scale, v_zero, *(v_factors or (none, none))),
     )
     lengths = jax.ShapeDtypeStruct(packed_length.shape, jnp.int32)
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[5:]] + [lengths, lengths]
-    new = jax.ffi.ffi_call("minikv_append", results, input_output_aliases=_ALIASES)(
-        *operands,
+    results = [lengths, lengths, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)]
+    new_packed_length, new_tail_length, *new = jax.ffi.ffi_call(
+        "minikv_append", results, input_output_aliases=_ALIASES
+    )(
+        *(k, v, count, packed_length, tail_length, *cache),
         k_bits=np.int32(k_bits),
         v_bits=np.int32(v_bits),
         group_size=np.int32(group_size),
         sinks=np.int32(sinks),
         block=np.int32(block),
     )
-    names = ("tail_k", "tail_v", "k_planes", "k_scale", "k_zero", "v_planes", "v_scale", "v_zero")
-    out = dict(zip((*names, "packed_length", "tail_length"), new, strict=True))
-    return out | {"k_planes": (out["k_planes"],), "v_planes": (out["v_planes"],)}
+    out = {"packed_length": new_packed_length, "tail_length": new_tail_length}
+    for name, side in (("k", new[:6]), ("v", new[6:])):
+        out |= {
+            f"tail_{name}": side[0],
+            f"{name}_planes": (side[1],),
+            f"{name}_scale": side[2],
+            f"{name}_zero": side[3],
+        }
+        if has_factors:
+            out[f"{name}_factors"] = (side[4], side[5])
+    return out

@@ -1,14 +1,12 @@
-"""Builds the CUDA kernels with nvcc: `python -m cuda_ffi.build [--arch 80,86,89,90a | all | native]`.
+"""Builds the CUDA kernels: `python -m cuda_ffi.build [--arch 80,86,89,90a | all | native]`.
 
-Objects and the library go to `cuda_ffi/build/`. The library carries the digest of the sources and the list of
-architectures it was built from, so that `cuda_ffi.registration` can tell a stale or foreign one.
+Drives `CMakeLists.txt` beside this file; needs nvcc and CMake. The library carries the digest of the sources and the
+list of architectures it was built from, so that `cuda_ffi.registration` can tell a stale or foreign one.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import dataclasses
 import hashlib
 import os
 import pathlib
@@ -16,50 +14,17 @@ import shutil
 import subprocess
 import sys
 
-import jax
-
 SOURCE_DIR = pathlib.Path(__file__).parent
 BUILD_DIR = SOURCE_DIR / "build"
 LIBRARY = BUILD_DIR / "libminikv_cuda.so"
 ARCHITECTURES = ("80", "86", "89", "90a")
-HEAD_DIMS = (64, 96, 128, 256)
-KEY_BITS = (2, 4)
-_FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC", "--diag-suppress=940,2473")
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """One compilation: a source and its macros. Big templates are cut into several units to compile in parallel."""
-
-    source: str
-    macros: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return "-".join([self.source.removesuffix(".cu"), *(m.split("=")[1] for m in self.macros)])
-
-
-def units() -> tuple[Unit, ...]:
-    """Every compilation the library is linked from, the slowest first."""
-    decode = [
-        Unit("decode_instances.cu", (f"MINIKV_HEAD_DIM={h}", f"MINIKV_KEY_BITS={b}"))
-        for h in HEAD_DIMS
-        for b in KEY_BITS
-    ]
-    decode.sort(key=lambda unit: "256" not in unit.macros[0])
-    others = [source.name for source in sorted(SOURCE_DIR.glob("*.cu"))]
-    plain = [Unit(name) for name in others if name not in ("decode_instances.cu", "build_info.cu")]
-    return (*decode, *plain)
 
 
 def source_digest() -> str:
-    """Digest of everything the library is compiled from."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCE_DIR.iterdir()):
-        if path.suffix in (".cu", ".cuh", ".h"):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    """Digest of everything the library is compiled from; `CMakeLists.txt` computes the same."""
+    names = (path for suffix in ("*.cu", "*.cuh", "*.h", "CMakeLists.txt") for path in SOURCE_DIR.glob(suffix))
+    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(names))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def find_nvcc() -> str:
@@ -72,7 +37,19 @@ def find_nvcc() -> str:
     for candidate in candidates:
         if candidate and os.path.exists(candidate):
             return candidate
-    raise FileNotFoundError("nvcc is neither on the path nor under CUDA_HOME: install the CUDA toolkit, 12.4 or newer")
+    raise FileNotFoundError("nvcc is neither on the path nor under CUDA_HOME: install the CUDA toolkit, 12.5 or newer")
+
+
+def find_cmake() -> str:
+    """The cmake on the path.
+
+    Raises:
+      FileNotFoundError: where there is none.
+    """
+    found = shutil.which("cmake")
+    if found is None:
+        raise FileNotFoundError("cmake is not on the path: `pip install cmake ninja`, 3.25 or newer")
+    return found
 
 
 def native_architectures() -> tuple[str, ...]:
@@ -99,59 +76,48 @@ def architecture_of(compute_capability: str) -> str:
     raise NotImplementedError(f"compute_capability={compute_capability}: built for {', '.join(ARCHITECTURES)}")
 
 
-def compile_unit(unit: Unit, architectures: tuple[str, ...], directory: pathlib.Path, report: bool = False) -> str:
-    """Compiles one unit to an object in `directory`, unless an object of the same inputs is there.
+def build(
+    architectures: tuple[str, ...],
+    *,
+    jobs: int | None = None,
+    directory: pathlib.Path = BUILD_DIR,
+    target: str = "minikv_cuda",
+    report: bool = False,
+) -> str:
+    """Builds one of the CMake targets, the library unless another is named, in `directory`.
+
+    Args:
+      architectures: some of `ARCHITECTURES`.
+      jobs: parallel compilations; the number of cores by default.
+      report: have the compiler print registers and spills of each kernel.
 
     Returns:
-      The compiler's output (with `report`, registers and spills of every kernel).
+      What CMake and the compiler printed.
 
     Raises:
-      RuntimeError: with the compiler's message.
+      FileNotFoundError: without nvcc or cmake.
+      RuntimeError: when a compilation fails, with the compiler's message.
     """
-    target = directory / f"{unit.name}-{_unit_digest(unit, architectures)}.o"
-    if target.exists() and not report:
-        return ""
-    for old in directory.glob(f"{unit.name}-*.o"):
-        old.unlink()
-    generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    command = [find_nvcc(), *_FLAGS, *generate, f"-isystem={jax.ffi.include_dir()}"]
-    command += [f"-D{macro}" for macro in unit.macros]
-    command += (["-Xptxas", "-v"] if report else []) + ["-c", str(SOURCE_DIR / unit.source), "-o", str(target)]
+    cmake, objects = find_cmake(), directory / f"objects-{'-'.join(architectures)}"
+    objects.mkdir(parents=True, exist_ok=True)
+    configure = [cmake, "-S", str(SOURCE_DIR), "-B", str(objects), *(["-G", "Ninja"] if shutil.which("ninja") else [])]
+    configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{a}-real' for a in architectures)}"]
+    configure += [f"-DMINIKV_REPORT={'ON' if report else 'OFF'}"]
+    compile_target = [cmake, "--build", str(objects), "--target", target, "--parallel", str(jobs or os.cpu_count())]
+    output = _run(configure) + _run(compile_target)
+    if target == "minikv_cuda":
+        # By a rename: a process that has the old library mapped keeps it.
+        shutil.copy2(objects / LIBRARY.name, directory / f"{LIBRARY.name}.new")
+        os.replace(directory / f"{LIBRARY.name}.new", directory / LIBRARY.name)
+    return output
+
+
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
-
-
-def build(architectures: tuple[str, ...], jobs: int | None = None, library: pathlib.Path = LIBRARY) -> pathlib.Path:
-    """Builds the library for `architectures` and returns its path.
-
-    Raises:
-      FileNotFoundError: without nvcc.
-      RuntimeError: when a compilation fails.
-    """
-    objects = library.parent / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        list(pool.map(lambda unit: compile_unit(unit, architectures, objects), units()))
-    paths = [objects / f"{unit.name}-{_unit_digest(unit, architectures)}.o" for unit in units()]
-    info = f"sources={source_digest()} architectures={','.join(architectures)}"
-    generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    command = [find_nvcc(), *_FLAGS, *generate, f'-DMINIKV_BUILD_INFO="{info}"', "-shared"]
-    command += ["-o", str(library) + ".new", str(SOURCE_DIR / "build_info.cu"), *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    os.replace(str(library) + ".new", library)  # a process that has the old one mapped keeps it
-    return library
-
-
-def _unit_digest(unit: Unit, architectures: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(repr((unit, architectures, _FLAGS)).encode())
-    digest.update((SOURCE_DIR / unit.source).read_bytes())
-    for header in sorted(SOURCE_DIR.glob("*.cuh")) + sorted(SOURCE_DIR.glob("*.h")):
-        digest.update(header.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -167,7 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = set(architectures) - set(ARCHITECTURES)
     if unknown:
         parser.error(f"--arch {','.join(sorted(unknown))}: expected some of {', '.join(ARCHITECTURES)}")
-    sys.stdout.write(f"{build(architectures, options.jobs)} for {', '.join(architectures)}\n")
+    build(architectures, jobs=options.jobs)
+    sys.stdout.write(f"{LIBRARY} for {', '.join(architectures)}\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 namespace minikv {
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 // Stands for minus infinity in the softmax: finite, so that the difference of two of them is not NaN.
 constexpr float kMasked = -1e30f;
 

@@ -1,142 +1,300 @@
-// Group-wise asymmetric quantisation of one packing block, shared by `quantize` and `append`.
+// Group-wise asymmetric quantisation, shared by `quantize` and `append`.
+//
+// A thread holds 16 tokens of 4 neighbouring channels in registers, so that everything is read once, in rows, and every
+// word is whole. `head_dim / 4` threads make a slab of 16 tokens, `group / 16` slabs a team: the tokens of one packing
+// block, which for keys share their ranges and for 8-bit metadata their factors. A team lies within a thread block.
 #pragma once
 
 #include <cuda_fp8.h>
+
+#include <type_traits>
 
 #include "device.cuh"
 
 namespace minikv {
 
+constexpr int kSlabTokens = 16;
+constexpr int kQuantizeMaxThreads = 512;  // a team of groups of 128 at a head dim of 256
 constexpr float kLargestHalf = 65504.0f;
 constexpr float kLargestBFloat16 = 3.3895313892515355e38f;
+constexpr float kLargestFloat8 = 448.0f;
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
 // 1 / x, and 0 where x is 0 or its reciprocal could overflow. Rounded once, as everything here: the codes are defined
 // bit by bit.
 __device__ __forceinline__ float safe_reciprocal(float x) { return x >= kSmallestNormal ? __frcp_rn(x) : 0.0f; }
 
-// Stores one scale or zero and returns the float32 value that it stands for.
-template <typename T>
-__device__ __forceinline__ float store_metadata(T* destination, float x);
+// ---- Two and four values of the input's type.
 
+template <typename X>
+struct PairOf;
 template <>
-__device__ __forceinline__ float store_metadata(__half* destination, float x) {
-  const __half stored = __float2half_rn(fminf(fmaxf(x, -kLargestHalf), kLargestHalf));
-  *destination = stored;
+struct PairOf<float> {
+  using Type = float2;
+};
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <typename X>
+using Pair = typename PairOf<X>::Type;
+
+__device__ __forceinline__ float2 lower(float2 a, float2 b) { return {fminf(a.x, b.x), fminf(a.y, b.y)}; }
+__device__ __forceinline__ float2 upper(float2 a, float2 b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }
+__device__ __forceinline__ __half2 lower(__half2 a, __half2 b) { return __hmin2(a, b); }
+__device__ __forceinline__ __half2 upper(__half2 a, __half2 b) { return __hmax2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 lower(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 upper(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+
+__device__ __forceinline__ float2 to_floats(float2 x) { return x; }
+__device__ __forceinline__ float2 to_floats(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+__device__ __forceinline__ float2 shuffle_xor(float2 x, int lanes) {
+  return {__shfl_xor_sync(0xFFFFFFFFu, x.x, lanes), __shfl_xor_sync(0xFFFFFFFFu, x.y, lanes)};
+}
+template <typename P>
+__device__ __forceinline__ P shuffle_xor(P x, int lanes) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
+}
+
+// `condition ? a : b` of values: of objects the compiler may make an address, and with it a stack frame.
+__device__ __forceinline__ float2 select(bool condition, float2 a, float2 b) {
+  return {condition ? a.x : b.x, condition ? a.y : b.y};
+}
+template <typename P>
+__device__ __forceinline__ P select(bool condition, P a, P b) {
+  const uint32_t bits = condition ? reinterpret_cast<uint32_t&>(a) : reinterpret_cast<uint32_t&>(b);
+  return reinterpret_cast<const P&>(bits);
+}
+
+template <typename X>
+struct alignas(4 * sizeof(X)) Quad {
+  Pair<X> ab, cd;
+};
+
+// The least and greatest of some values, as one pair.
+template <typename P>
+__device__ __forceinline__ P join_ranges(P a, P b) {
+  return {lower(a, b).x, upper(a, b).y};
+}
+
+template <typename X>
+__device__ __forceinline__ Pair<X> range_of(Quad<X> v) {
+  const Pair<X> low = lower(v.ab, v.cd), high = upper(v.ab, v.cd);
+  const Pair<X> swapped_low{low.y, low.x}, swapped_high{high.y, high.x};
+  return {lower(low, swapped_low).x, upper(high, swapped_high).x};
+}
+
+// ---- Metadata: what is stored, and the float32 value that it stands for.
+
+__device__ __forceinline__ float round_to(__half& stored, float x) {
+  stored = __float2half_rn(fminf(fmaxf(x, -kLargestHalf), kLargestHalf));
   return __half2float(stored);
 }
 
-template <>
-__device__ __forceinline__ float store_metadata(__nv_bfloat16* destination, float x) {
-  const __nv_bfloat16 stored = __float2bfloat16_rn(fminf(fmaxf(x, -kLargestBFloat16), kLargestBFloat16));
-  *destination = stored;
+__device__ __forceinline__ float round_to(__nv_bfloat16& stored, float x) {
+  stored = __float2bfloat16_rn(fminf(fmaxf(x, -kLargestBFloat16), kLargestBFloat16));
   return __bfloat162float(stored);
 }
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ __forceinline__ uint32_t code_of(float x, float zero, float reciprocal, float levels) {
-  return static_cast<uint32_t>(fminf(fmaxf(rintf(__fmul_rn(x - zero, reciprocal)), 0.0f), levels));
+__device__ __forceinline__ float round_to(__nv_fp8_e4m3& stored, float x) {
+  stored = __nv_fp8_e4m3(x);
+  return static_cast<float>(stored);
 }
 
-struct Range {
-  float low, high;
-  __device__ __forceinline__ void include(float x) { low = fminf(low, x), high = fmaxf(high, x); }
+template <typename M>
+struct alignas(4 * sizeof(M)) MetadataQuad {
+  M m[4];
 };
 
-// Keys: one thread quantises one group of `group` tokens of one channel. x advances by `stride` elements a token; token
-// `fresh`, if it lies in the group, is read from `fresh_value` instead.
-template <int Bits, typename X, typename M>
-__device__ __forceinline__ void quantize_tokens_group(const X* x, int64_t stride, int group, uint32_t* words,
-                                                      int64_t word_stride, M* scale, M* zero, int fresh = -1,
-                                                      const X* fresh_value = nullptr) {
-  constexpr int kWord = 32 / Bits;
-  constexpr float kLevels = (1 << Bits) - 1;
-  const auto load = [&](int t) { return to_float(t == fresh ? *fresh_value : x[t * stride]); };
-  Range range{INFINITY, -INFINITY};
-  for (int first = 0; first < group; first += 16) {
-    float v[16];
+// Rounds four values to M in place. Float8 goes through a factor of its packing block: the block's largest magnitude
+// lands on the largest float8. All threads of the block call; `largest` is the team's, zero before.
+template <typename M>
+__device__ __forceinline__ MetadataQuad<M> round_metadata(float (&x)[4], uint32_t* largest, float* factor, bool first) {
+  MetadataQuad<M> stored;
+  if constexpr (std::is_same_v<M, __nv_fp8_e4m3>) {
+    const float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+    atomicMax(largest, __float_as_uint(most));  // magnitudes order as their bits do
+    __syncthreads();
+    const float block_factor = __fmul_rn(__uint_as_float(*largest), 1.0f / kLargestFloat8);
+    const float reciprocal = safe_reciprocal(block_factor);
+    if (first) *factor = block_factor;
 #pragma unroll
-    for (int t = 0; t < 16; ++t) v[t] = load(first + t);
+    for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(round_to(stored.m[i], __fmul_rn(x[i], reciprocal)), block_factor);
+  } else {
 #pragma unroll
-    for (int t = 0; t < 16; ++t) range.include(v[t]);
+    for (int i = 0; i < 4; ++i) x[i] = round_to(stored.m[i], x[i]);
   }
-  const float s = store_metadata(scale, __fmul_rn(range.high - range.low, 1.0f / kLevels));
-  const float z = store_metadata(zero, range.low);
-  const float reciprocal = safe_reciprocal(s);
-  for (int first = 0; first < group; first += 16) {  // a second read of a group of 16 comes from the first level cache
-    float v[16];
+  return stored;
+}
+
+// ---- One slab.
+
+// Where a thread stands in its block, and what it reads and writes. Inactive threads fill up the last warp.
+template <typename M>
+struct Slab {
+  int quad, quads;      // of 4 channels
+  int team, index;      // in the block, in the team
+  int group, head_dim;  // tokens or channels, channels
+  bool active;
+  uint32_t* words;                    // the slab's first row of words
+  M *scale, *zero;                    // by tokens the team's row, by channels the slab's first row
+  float *scale_factor, *zero_factor;  // the team's
+
+  __device__ __forceinline__ Slab(int group, int head_dim, int slabs) : group(group), head_dim(head_dim) {
+    quads = head_dim / 4;
+    const int slab = threadIdx.x / quads, per_team = group / kSlabTokens;
+    quad = threadIdx.x % quads, team = slab / per_team, index = slab % per_team;
+    active = slab < slabs;
+  }
+};
+
+struct QuantizeScratch {
+  union {
+    float4 ranges[2][kQuantizeMaxThreads];  // by tokens
+    // By channels, {zero, 1 / scale} of a group's tokens; two more to keep neighbours in different banks.
+    float2 tokens[kQuantizeMaxThreads / 4][kSlabTokens + 2];
+  };
+  uint32_t largest[kQuantizeMaxThreads / 8][2];  // of a team, for float8 metadata
+};
+
+// Exchanges ranges between lanes so that the lane with bit `lanes` clear has the first half of the tokens, merged, and
+// the other one the second.
+template <int Tokens, typename P>
+__device__ __forceinline__ void exchange_halves(P (&range)[kSlabTokens], int lanes) {
+  const bool second = threadIdx.x & lanes;
 #pragma unroll
-    for (int t = 0; t < 16; ++t) v[t] = load(first + t);
-#pragma unroll
-    for (int w = 0; w < 16 / kWord; ++w) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int t = 0; t < kWord; ++t) word |= code_of(v[w * kWord + t], z, reciprocal, kLevels) << (t * Bits);
-      words[(first / kWord + w) * word_stride] = word;
-    }
+  for (int t = 0; t < Tokens / 2; ++t) {
+    const P a = range[t], b = range[t + Tokens / 2];
+    range[t] = join_ranges(select(second, b, a), shuffle_xor(select(second, a, b), lanes));
   }
 }
 
-// Values: one thread per channel of 16 tokens; the `group` threads of a group are neighbouring lanes (and, for groups
-// larger than a warp, exchange their ranges through `shared`, [2][threads / 32][16] floats). All threads of the block
-// call.
-template <int Bits, typename X, typename M>
-__device__ __forceinline__ void quantize_channels_rows(const X* x, int64_t stride, int group, bool active,
-                                                       uint32_t* words, int64_t word_stride, M* scale, M* zero,
-                                                       int64_t meta_stride, float* shared) {
+// Adding this to 0 <= x < 2**22 rounds half to even and leaves the integer in the low bits.
+constexpr float kRoundingShift = 12582912.0f;
+constexpr uint32_t kRoundingShiftBits = 0x4B400000u;
+
+// Codes of 16 tokens x 4 channels into words; `zero(t, c)` and `reciprocal(t, c)` give what belongs to a value.
+template <int Bits, typename X, typename Zero, typename Reciprocal>
+__device__ __forceinline__ void pack_codes(const Quad<X> (&v)[kSlabTokens], uint32_t* words, int head_dim, Zero zero,
+                                           Reciprocal reciprocal) {
   constexpr int kWord = 32 / Bits;
   constexpr float kLevels = (1 << Bits) - 1;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  float v[16], low[16], high[16];
 #pragma unroll
-  for (int t = 0; t < 16; ++t) v[t] = low[t] = high[t] = active ? to_float(x[t * stride]) : 0.0f;
-  // Reduce over 16 lanes and scatter: each step halves the tokens a lane holds, until lane i has those of token i % 16.
+  for (int w = 0; w < kSlabTokens / kWord; ++w) {
+    uint32_t word[4] = {};
 #pragma unroll
-  for (int d = 8; d; d >>= 1) {
-    const bool upper = lane & d;
+    for (int i = 0; i < kWord; ++i) {
+      const int t = w * kWord + i;
+      const float2 ab = to_floats(v[t].ab), cd = to_floats(v[t].cd);
+      const float x[4] = {ab.x, ab.y, cd.x, cd.y};
 #pragma unroll
-    for (int t = 0; t < d; ++t) {
-      const float other_low = __shfl_xor_sync(0xFFFFFFFFu, upper ? low[t] : low[t + d], d);
-      const float other_high = __shfl_xor_sync(0xFFFFFFFFu, upper ? high[t] : high[t + d], d);
-      low[t] = fminf(upper ? low[t + d] : low[t], other_low);
-      high[t] = fmaxf(upper ? high[t + d] : high[t], other_high);
+      for (int c = 0; c < 4; ++c) {
+        const float steps = fminf(fmaxf(__fmul_rn(x[c] - zero(t, c), reciprocal(t, c)), 0.0f), kLevels);
+        word[c] += (__float_as_uint(steps + kRoundingShift) - kRoundingShiftBits) << (i * Bits);
+      }
     }
+    *reinterpret_cast<uint4*>(words + w * head_dim) = make_uint4(word[0], word[1], word[2], word[3]);
   }
-  if (group > 16) {
-    low[0] = fminf(low[0], __shfl_xor_sync(0xFFFFFFFFu, low[0], 16));
-    high[0] = fmaxf(high[0], __shfl_xor_sync(0xFFFFFFFFu, high[0], 16));
-  }
-  const int token = lane % 16;
-  if (group > 32) {
-    if (lane < 16) shared[warp * 16 + token] = low[0], shared[(warps + warp) * 16 + token] = high[0];
-    __syncthreads();
-    const int first = warp / (group / 32) * (group / 32);
-    for (int w = first; w < first + group / 32; ++w) {
-      low[0] = fminf(low[0], shared[w * 16 + token]);
-      high[0] = fmaxf(high[0], shared[(warps + w) * 16 + token]);
-    }
+}
+
+// Quantises one slab; `load(t)` gives the thread's four channels of token t. All threads of the block call.
+template <int Bits, bool ByTokens, typename X, typename M, typename Load>
+__device__ __forceinline__ void quantize_slab(const Slab<M>& slab, QuantizeScratch& scratch, Load load) {
+  constexpr float kStep = 1.0f / ((1 << Bits) - 1);
+  constexpr bool kFactors = std::is_same_v<M, __nv_fp8_e4m3>;
+  if constexpr (kFactors) {
+    if (threadIdx.x < kQuantizeMaxThreads / 8) scratch.largest[threadIdx.x][0] = scratch.largest[threadIdx.x][1] = 0;
     __syncthreads();
   }
-  M stored_scale, stored_zero;
-  const float reciprocal = safe_reciprocal(store_metadata(&stored_scale, __fmul_rn(high[0] - low[0], 1.0f / kLevels)));
-  const float base = store_metadata(&stored_zero, low[0]);
-  if (active && threadIdx.x % group < 16) {
-    scale[token * meta_stride] = stored_scale;
-    zero[token * meta_stride] = stored_zero;
-  }
-  uint32_t word = 0;
+  Quad<X> v[kSlabTokens];
 #pragma unroll
-  for (int t = 0; t < 16; ++t) {
-    const int source = (lane & 16) | t;
-    const float z = __shfl_sync(0xFFFFFFFFu, base, source), r = __shfl_sync(0xFFFFFFFFu, reciprocal, source);
-    word |= code_of(v[t], z, r, kLevels) << (t % kWord * Bits);
-    if (t % kWord == kWord - 1) {
-      if (active) words[t / kWord * word_stride] = word;
-      word = 0;
+  for (int t = 0; t < kSlabTokens; ++t) v[t] = slab.active ? load(t) : Quad<X>{};
+
+  // The four ranges that this thread rounds: by tokens its channels', by channels those of tokens 4 * (quad % 4) and
+  // up of its group.
+  float step[4], low[4];
+  if constexpr (ByTokens) {
+    Quad<X> least = v[0], most = v[0];
+#pragma unroll
+    for (int t = 1; t < kSlabTokens; ++t) {
+      least = {lower(least.ab, v[t].ab), lower(least.cd, v[t].cd)};
+      most = {upper(most.ab, v[t].ab), upper(most.cd, v[t].cd)};
     }
+    float2 low_ab = to_floats(least.ab), low_cd = to_floats(least.cd);
+    float2 high_ab = to_floats(most.ab), high_cd = to_floats(most.cd);
+    if (slab.group > kSlabTokens) {
+      scratch.ranges[0][threadIdx.x] = make_float4(low_ab.x, low_ab.y, low_cd.x, low_cd.y);
+      scratch.ranges[1][threadIdx.x] = make_float4(high_ab.x, high_ab.y, high_cd.x, high_cd.y);
+      __syncthreads();
+      const int per_team = slab.group / kSlabTokens;
+      for (int s = 0; s < per_team; ++s) {
+        const int thread = (slab.team * per_team + s) * slab.quads + slab.quad;
+        if (!slab.active) break;
+        const float4 l = scratch.ranges[0][thread], h = scratch.ranges[1][thread];
+        low_ab = lower(low_ab, {l.x, l.y}), low_cd = lower(low_cd, {l.z, l.w});
+        high_ab = upper(high_ab, {h.x, h.y}), high_cd = upper(high_cd, {h.z, h.w});
+      }
+    }
+    low[0] = low_ab.x, low[1] = low_ab.y, low[2] = low_cd.x, low[3] = low_cd.y;
+    step[0] = high_ab.x - low_ab.x, step[1] = high_ab.y - low_ab.y;
+    step[2] = high_cd.x - low_cd.x, step[3] = high_cd.y - low_cd.y;
+  } else {
+    Pair<X> range[kSlabTokens];
+#pragma unroll
+    for (int t = 0; t < kSlabTokens; ++t) range[t] = range_of<X>(v[t]);
+    exchange_halves<16>(range, 2);
+    exchange_halves<8>(range, 1);
+    for (int lanes = 4; lanes < slab.group / 4; lanes *= 2) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) range[t] = join_ranges(range[t], shuffle_xor(range[t], lanes));
+    }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float2 ends = to_floats(range[t]);
+      low[t] = ends.x, step[t] = ends.y - ends.x;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) step[i] = __fmul_rn(step[i], kStep);
+
+  const bool first = slab.active && slab.index == 0 && slab.quad == 0;
+  uint32_t* largest = scratch.largest[slab.active ? slab.team : kQuantizeMaxThreads / 8 - 1];
+  const MetadataQuad<M> scale = round_metadata<M>(step, largest, slab.scale_factor, first);
+  const MetadataQuad<M> zero = round_metadata<M>(low, largest + 1, slab.zero_factor, first);
+  float reciprocal[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) reciprocal[i] = safe_reciprocal(step[i]);
+
+  uint32_t* words = slab.words + 4 * slab.quad;
+  if constexpr (ByTokens) {
+    if (!slab.active) return;
+    if (slab.index == 0) {
+      *reinterpret_cast<MetadataQuad<M>*>(slab.scale + 4 * slab.quad) = scale;
+      *reinterpret_cast<MetadataQuad<M>*>(slab.zero + 4 * slab.quad) = zero;
+    }
+    pack_codes<Bits, X>(
+        v, words, slab.head_dim, [&](int, int c) { return low[c]; }, [&](int, int c) { return reciprocal[c]; });
+  } else {
+    const int lanes = slab.group / 4, groups = slab.quads / lanes, token = 4 * (slab.quad % 4);
+    float2(&tokens)[kSlabTokens + 2] = scratch.tokens[threadIdx.x / lanes];
+    if (slab.active && slab.quad % lanes < 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        tokens[token + i] = make_float2(low[i], reciprocal[i]);
+        const int at = (token + i) * groups + slab.quad / lanes;
+        slab.scale[at] = scale.m[i], slab.zero[at] = zero.m[i];
+      }
+    }
+    __syncwarp();  // the lanes of a group are lanes of one warp
+    if (!slab.active) return;
+    pack_codes<Bits, X>(
+        v, words, slab.head_dim, [&](int t, int) { return tokens[t].x; }, [&](int t, int) { return tokens[t].y; });
   }
 }
 

@@ -10,23 +10,25 @@ from cuda_ffi import registration
 
 BITS = (2, 4)
 GROUP_SIZES = (16, 32, 64, 128)
-METADATA_DTYPES = ("float16", "bfloat16")
+METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 MAX_HEAD_DIM = 256
 
 
 def quantize(
     x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype: str = "float16"
-) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Codes, scales and zeros of `x`, bit for bit as `docs/architecture.md` defines them.
 
     Args:
       x: `[B, K, S, H]`, float32, bfloat16 or float16; `S` fills whole groups and words.
       bits: 2 or 4.
       axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token.
-      metadata_dtype: "float16" or "bfloat16".
+      metadata_dtype: "float16", "bfloat16" or "float8_e4m3fn".
 
     Returns:
-      `(planes, scale, zero)`: uint32 `[B, K, S * bits / 32, H]`, and twice `[B, K, S / g, H]` or `[B, K, S, H / g]`.
+      `(planes, scale, zero, factors)`: uint32 `[B, K, S * bits / 32, H]`, twice `[B, K, S / g, H]` or
+      `[B, K, S, H / g]`,
+      and for float8 metadata (scale factor, zero factor), float32 `[B, K, S / g, 1]`, else None.
 
     Raises:
       ValueError: for a wrong axis or sizes that do not divide.
@@ -50,13 +52,18 @@ def quantize(
     if head_dim % 32 or head_dim > MAX_HEAD_DIM:
         raise NotImplementedError(f"head_dim={head_dim}: the CUDA quantisation kernel supports multiples of 32 to 256")
     grouped = tokens if axis == "tokens" else head_dim
-    if tokens % 16 or grouped % group_size:
-        raise ValueError(f"x has shape {x.shape}: expected a multiple of 16 tokens and whole groups of {group_size}")
+    has_factors = metadata_dtype == "float8_e4m3fn"
+    unit = group_size if has_factors else 16  # a factor is for `group_size` tokens
+    if tokens % unit or grouped % group_size:
+        raise ValueError(
+            f"x has shape {x.shape}: expected a multiple of {unit} tokens and whole groups of {group_size}"
+        )
     registration.load()
     rows, columns = (tokens // group_size, head_dim) if axis == "tokens" else (tokens, head_dim // group_size)
     metadata = jax.ShapeDtypeStruct((batch, kv_heads, rows, columns), jnp.dtype(metadata_dtype))
     words = jax.ShapeDtypeStruct((batch, kv_heads, tokens * bits // 32, head_dim), jnp.uint32)
-    planes, scale, zero = jax.ffi.ffi_call("minikv_quantize", (words, metadata, metadata))(
+    factor = jax.ShapeDtypeStruct((batch, kv_heads, tokens // group_size if has_factors else 0, 1), jnp.float32)
+    planes, scale, zero, *factors = jax.ffi.ffi_call("minikv_quantize", (words, metadata, metadata, factor, factor))(
         x, bits=np.int32(bits), group_size=np.int32(group_size), by_tokens=np.bool_(axis == "tokens")
     )
-    return (planes,), scale, zero
+    return (planes,), scale, zero, (factors[0], factors[1]) if has_factors else None

@@ -13,9 +13,11 @@ from cuda_ffi import build
 # FFI target -> exported symbol. The one table of what the library holds.
 HANDLERS = {
     "minikv_append": "MinikvAppend",
+    "minikv_column_sums": "MinikvColumnSums",
     "minikv_decode_attention": "MinikvDecodeAttention",
     "minikv_quantize": "MinikvQuantize",
     "minikv_read_checksum": "MinikvReadChecksum",
+    "minikv_row_log_sum_exp": "MinikvRowLogSumExp",
 }
 
 

@@ -128,3 +128,26 @@ def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
     norm = float(np.linalg.norm(expected))
     difference = float(np.linalg.norm(out.astype(np.float64) - expected))
     return difference / norm if norm else difference
+
+
+def causal_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, scale: float, window: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output `[B, T, N, H]`, column sums `[B, K, T]` and log-sum-exp `[B, N, T]` of right-padded rows, in float64."""
+    batch, tokens, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    out, scores = np.zeros(q.shape), np.zeros((batch, kv_heads, tokens))
+    lse = np.full((batch, heads, tokens), np.inf)
+    for b, length in enumerate(lengths):
+        distance = np.arange(length)[:, None] - np.arange(length)
+        seen = (distance >= 0) & (distance < (window or tokens))
+        for n in range(heads):
+            head = n * kv_heads // heads
+            queries, keys, values = (x[b, :length, i].astype(np.float64) for x, i in ((q, n), (k, head), (v, head)))
+            logits = np.where(seen, queries @ keys.T * scale, -np.inf)
+            top = logits.max(-1, initial=-np.inf)
+            lse[b, n, :length] = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+            weights = np.exp(logits - lse[b, n, :length, None])
+            out[b, :length, n] = weights @ values
+            scores[b, head, :length] += weights.sum(0)
+    return out, scores, lse

@@ -4,40 +4,52 @@ from __future__ import annotations
 
 import pathlib
 import re
+import subprocess
 
 import pytest
 
 from cuda_ffi import build, registration
 
 try:
-    build.find_nvcc()
-    HAS_NVCC = True
-except FileNotFoundError:
-    HAS_NVCC = False
+    build.find_nvcc(), build.find_cmake()
+    WHY_NOT = ""
+except FileNotFoundError as error:
+    WHY_NOT = str(error)
 
-needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
+needs_compiler = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
-@needs_nvcc
+@needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("name", ["decode_instances-128-2", "decode_attention", "quantize"])
-def test_kernels_compile_without_spills(architecture: str, name: str, tmp_path: pathlib.Path) -> None:
-    unit = next(u for u in build.units() if u.name == name)
-    report = build.compile_unit(unit, (architecture,), tmp_path, report=True)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spills
-    assert set(spills) == {("0", "0")}
+@pytest.mark.parametrize("target", ["decode_128_2", "quantize", "append", "prefill_attention"])
+def test_kernels_compile_without_spills(target: str, tmp_path: pathlib.Path) -> None:
+    """The hot kernels, for one Ampere target and the Hopper one."""
+    report = build.build(("80", "90a"), directory=tmp_path, target=target, report=True)
+    assert f"sources={build.source_digest()} architectures=80,90a" in report
+    spills = re.findall(r"for '(sm_\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", report, re.DOTALL)
+    assert {architecture for architecture, *_ in spills} == {"sm_80", "sm_90a"}
+    assert {tuple(amounts) for _, *amounts in spills} == {("0", "0")}
 
 
-@needs_nvcc
+@needs_compiler
 def test_a_stale_library_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "units", lambda: ())
-    library = build.build(("80",), library=tmp_path / "lib.so")
-    assert registration.check_library(library) == ("80",)
+    library = tmp_path / "lib.so"
+    info = f"sources={build.source_digest()} architectures=80,90a"
+    command = [build.find_nvcc(), "-shared", "-Xcompiler", "-fPIC", f'-DMINIKV_BUILD_INFO="{info}"', "-o", str(library)]
+    subprocess.run([*command, str(build.SOURCE_DIR / "build_info.cu")], check=True)
+    assert registration.check_library(library) == ("80", "90a")
     monkeypatch.setattr(build, "source_digest", lambda: "other")
     with pytest.raises(NotImplementedError, match=r"lib\.so is stale"):
         registration.check_library(library)
+
+
+def test_without_a_compiler_the_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(FileNotFoundError, match="cmake"):
+        build.build(("80",))
+    with pytest.raises(FileNotFoundError, match="nvcc"):
+        build.find_nvcc()
 
 
 def test_a_missing_library_says_how_to_build_it(tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +12,13 @@ import pytest
 from cuda_ffi_reference import DTYPES, Packed, quantize
 
 import cuda_ffi
+from cuda_ffi.quantize import GROUP_SIZES
 
 
 def inputs(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Random channels of different sizes, some groups without range."""
     x = rng.normal(size=shape) * np.exp(2 * rng.normal(size=(*shape[:-2], 1, shape[-1])))
-    x[..., : shape[-2] // 2, 1] = 3.25  # groups without range
+    x[..., : shape[-2] // 2, 1] = 3.25
     x[:, 0, 0, :] = 0.0
     return x.astype(DTYPES[dtype])
 
@@ -29,43 +34,76 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis", ["tokens", "channels"])
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("group_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_quantize_is_the_definition_bit_for_bit(axis: str, bits: int, group_size: int) -> None:
     rng = np.random.default_rng(bits + group_size)
     for head_dim in (64, 96, 128, 256):
         if head_dim % group_size:
             continue
-        for dtype in ("float32", "bfloat16", "float16"):
-            for metadata in ("float16", "bfloat16"):
-                x = inputs(rng, (2, 3, 256, head_dim), dtype)
-                expected = quantize(x, bits, group_size, axis, metadata)
-                planes, scale, zero = cuda_ffi.quantize(
-                    jnp.asarray(x), bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata
-                )
-                for got, want in zip((planes[0], scale, zero), expected.arrays, strict=True):
+        # All nine pairs over the four group sizes.
+        pairs = list(itertools.product(("float32", "bfloat16", "float16"), ("float16", "bfloat16", "float8_e4m3fn")))
+        for dtype, metadata in pairs[GROUP_SIZES.index(group_size) :: 4]:
+            x = inputs(rng, (2, 3, 384, head_dim), dtype)
+            expected = quantize(x, bits, group_size, axis, metadata)
+            run = functools.partial(
+                cuda_ffi.quantize, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata
+            )
+            for result in (run(jnp.asarray(x)), run(jnp.asarray(x))):  # the second run is bit-equal
+                for got, want in zip(jax.tree.leaves(result), expected.arrays, strict=True):
                     assert same_bits(np.asarray(got), want), (head_dim, dtype, metadata)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["tokens", "channels"])
+def test_a_number_of_slabs_that_fills_no_thread_block(axis: str) -> None:
+    for tokens, head_dim, metadata in ((16, 32, "float16"), (48, 224, "float8_e4m3fn"), (80, 64, "bfloat16")):
+        x = inputs(np.random.default_rng(tokens), (1, 1, tokens, head_dim), "bfloat16")
+        result = cuda_ffi.quantize(jnp.asarray(x), bits=2, group_size=16, axis=axis, metadata_dtype=metadata)
+        for got, want in zip(jax.tree.leaves(result), quantize(x, 2, 16, axis, metadata).arrays, strict=True):
+            assert same_bits(np.asarray(got), want), (tokens, head_dim, metadata)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["tokens", "channels"])
+def test_nan_stays_in_its_group(axis: str) -> None:
+    """What lies beyond a cache's length may be NaN: it must not reach the groups before it."""
+    x = inputs(np.random.default_rng(0), (1, 2, 128, 128), "bfloat16")
+    expected = quantize(x[:, :, :64], 2, 16, axis, "float16")
+    x[:, :, 64:] = np.nan
+    result = cuda_ffi.quantize(jnp.asarray(x), bits=2, group_size=16, axis=axis)
+    for got, want in zip(jax.tree.leaves(result), expected.arrays, strict=True):
+        assert same_bits(np.asarray(got)[:, :, : want.shape[2]], want)
+
+
 def pack_block(cache: dict, row: int, start: int, part: Packed, name: str) -> None:
-    for key, new in ((f"{name}_planes", part.planes[0]), (f"{name}_scale", part.scale), (f"{name}_zero", part.zero)):
-        old = cache[key][0] if key.endswith("planes") else cache[key]
-        ratio = cache["capacity"] // old.shape[2]
-        old[row, :, start // ratio : start // ratio + new.shape[1]] = new
+    old = (*cache[f"{name}_planes"], cache[f"{name}_scale"], cache[f"{name}_zero"], *cache.get(f"{name}_factors", ()))
+    for whole, new in zip(old, part.arrays, strict=True):
+        ratio = cache["capacity"] // whole.shape[2]
+        whole[row, :, start // ratio : start // ratio + new.shape[1]] = new
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("capacity", "sinks", "block", "group_size", "k_bits", "v_bits", "dtype", "head_dim"),
+    ("capacity", "sinks", "block", "group_size", "k_bits", "v_bits", "dtype", "head_dim", "metadata"),
     [
-        (36, 4, 32, 16, 2, 2, "bfloat16", 128),
-        (32, 0, 32, 32, 4, 4, "float16", 64),
-        (90, 2, 64, 64, 2, 4, "float32", 128),
-        (64, 0, 16, 16, 4, 2, "bfloat16", 96),
-        (160, 4, 128, 128, 2, 2, "bfloat16", 256),
+        (36, 4, 32, 16, 2, 2, "bfloat16", 128, "float16"),
+        (32, 0, 32, 32, 4, 4, "float16", 64, "bfloat16"),
+        (90, 2, 64, 64, 2, 4, "float32", 128, "float16"),
+        (64, 0, 16, 16, 4, 2, "bfloat16", 96, "float8_e4m3fn"),
+        (90, 2, 64, 32, 2, 4, "float32", 64, "float8_e4m3fn"),
+        (160, 4, 128, 128, 2, 2, "bfloat16", 256, "float8_e4m3fn"),
     ],
 )
 def test_append_writes_and_flushes_in_place(
-    capacity: int, sinks: int, block: int, group_size: int, k_bits: int, v_bits: int, dtype: str, head_dim: int
+    capacity: int,
+    sinks: int,
+    block: int,
+    group_size: int,
+    k_bits: int,
+    v_bits: int,
+    dtype: str,
+    head_dim: int,
+    metadata: str,
 ) -> None:
     rng = np.random.default_rng(capacity)
     batch, kv_heads, packed = 3, 2, 3 * block
@@ -74,15 +112,18 @@ def test_append_writes_and_flushes_in_place(
         "capacity": packed,
         "k_planes": (np.zeros((*shape, packed * k_bits // 32, head_dim), np.uint32),),
         "v_planes": (np.zeros((*shape, packed * v_bits // 32, head_dim), np.uint32),),
-        "k_scale": np.zeros((*shape, packed // group_size, head_dim), np.float16),
-        "k_zero": np.zeros((*shape, packed // group_size, head_dim), np.float16),
-        "v_scale": np.zeros((*shape, packed, head_dim // group_size), np.float16),
-        "v_zero": np.zeros((*shape, packed, head_dim // group_size), np.float16),
+        "k_scale": np.zeros((*shape, packed // group_size, head_dim), DTYPES[metadata]),
+        "k_zero": np.zeros((*shape, packed // group_size, head_dim), DTYPES[metadata]),
+        "v_scale": np.zeros((*shape, packed, head_dim // group_size), DTYPES[metadata]),
+        "v_zero": np.zeros((*shape, packed, head_dim // group_size), DTYPES[metadata]),
         "tail_k": np.zeros((*shape, capacity, head_dim), DTYPES[dtype]),
         "tail_v": np.zeros((*shape, capacity, head_dim), DTYPES[dtype]),
         "packed_length": np.zeros(batch, np.int32),
         "tail_length": np.array([0, 5, capacity - 1], np.int32),
     }
+    if metadata == "float8_e4m3fn":
+        for name in ("k_factors", "v_factors"):
+            cache[name] = tuple(np.zeros((*shape, packed // group_size, 1), np.float32) for _ in range(2))
     device = {key: jax.tree.map(jnp.array, value) for key, value in cache.items() if key != "capacity"}
     step = jax.jit(
         lambda cache, k, v, count: cuda_ffi.append(
@@ -103,7 +144,7 @@ def test_append_writes_and_flushes_in_place(
                 start = int(cache["packed_length"][b])
                 for name, bits, axis in (("k", k_bits, "tokens"), ("v", v_bits, "channels")):
                     tail = cache[f"tail_{name}"]
-                    part = quantize(tail[b, :, sinks : sinks + block], bits, group_size, axis, "float16")
+                    part = quantize(tail[b, :, sinks : sinks + block], bits, group_size, axis, metadata)
                     pack_block(cache, b, start, part, name)
                     tail[b, :, sinks : capacity - block] = tail[b, :, sinks + block :].copy()
                 cache["packed_length"][b] += block
@@ -119,7 +160,7 @@ def test_append_writes_and_flushes_in_place(
     [
         ({"bits": 3}, "bits=3"),
         ({"group_size": 8}, "group_size=8"),
-        ({"metadata_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+        ({"metadata_dtype": "float32"}, "metadata_dtype=float32"),
     ],
 )
 def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> None:
