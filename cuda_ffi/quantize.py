@@ -15,8 +15,14 @@ MAX_HEAD_DIM = 256
 
 
 def quantize(
-    x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype: str = "float16"
-) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    x: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+    axis: str,
+    metadata_dtype: str = "float16",
+    factor_block: int | None = None,
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """Codes, scales and zeros of `x`, bit for bit as `docs/architecture.md` defines them.
 
     Args:
@@ -24,11 +30,11 @@ def quantize(
       bits: 2 or 4.
       axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token.
       metadata_dtype: "float16", "bfloat16" or "float8_e4m3fn".
+      factor_block: tokens that share a factor of float8 metadata; only `group_size`, the default, is supported.
 
     Returns:
-      `(planes, scale, zero, factors)`: uint32 `[B, K, S * bits / 32, H]`, twice `[B, K, S / g, H]` or
-      `[B, K, S, H / g]`,
-      and for float8 metadata (scale factor, zero factor), float32 `[B, K, S / g, 1]`, else None.
+      `(planes, scale, zero, scale_factor, zero_factor)`: uint32 `[B, K, S * bits / 32, H]`; twice `[B, K, S / g, H]` or
+      `[B, K, S, H / g]`; and for float8 metadata twice float32 `[B, K, S / g, 1]`, else None.
 
     Raises:
       ValueError: for a wrong axis or sizes that do not divide.
@@ -53,6 +59,10 @@ def quantize(
         raise NotImplementedError(f"head_dim={head_dim}: the CUDA quantisation kernel supports multiples of 32 to 256")
     grouped = tokens if axis == "tokens" else head_dim
     has_factors = metadata_dtype == "float8_e4m3fn"
+    if has_factors and factor_block not in (None, group_size):
+        raise NotImplementedError(
+            f"factor_block={factor_block}: the CUDA quantisation kernel supports the group size, {group_size}"
+        )
     unit = group_size if has_factors else 16  # a factor is for `group_size` tokens
     if tokens % unit or grouped % group_size:
         raise ValueError(
@@ -66,4 +76,5 @@ def quantize(
     planes, scale, zero, *factors = jax.ffi.ffi_call("minikv_quantize", (words, metadata, metadata, factor, factor))(
         x, bits=np.int32(bits), group_size=np.int32(group_size), by_tokens=np.bool_(axis == "tokens")
     )
-    return (planes,), scale, zero, (factors[0], factors[1]) if has_factors else None
+    scale_factor, zero_factor = factors if has_factors else (None, None)
+    return (planes,), scale, zero, scale_factor, zero_factor

@@ -161,6 +161,7 @@ def test_append_writes_and_flushes_in_place(
         ({"bits": 3}, "bits=3"),
         ({"group_size": 8}, "group_size=8"),
         ({"metadata_dtype": "float32"}, "metadata_dtype=float32"),
+        ({"metadata_dtype": "float8_e4m3fn", "factor_block": 32}, "factor_block=32"),
     ],
 )
 def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> None:
