@@ -6,15 +6,11 @@ namespace minikv {
 
 namespace {
 
-// The resident rows take 64 registers a lane with mma.sync and 32 with wgmma at a head dim of 128.
+// The resident rows take 64 registers a lane at head dims of 128 and 256.
 template <int HeadDim>
-struct AmpereConfig : PrefillConfig<HeadDim, false, 2, 8, 64, 16, 3, 2> {};
+struct Tuned : PrefillConfig<HeadDim, 2, 64> {};
 template <>
-struct AmpereConfig<256> : PrefillConfig<256, false, 1, 8, 32, 16, 3, 2> {};
-template <int HeadDim>
-struct HopperConfig : PrefillConfig<HeadDim, true, 1, 8, 64, 64, 3, 2> {};
-template <>
-struct HopperConfig<256> : PrefillConfig<256, true, 1, 8, 64, 64, 3, 1> {};
+struct Tuned<256> : PrefillConfig<256, 1, 32> {};
 
 struct Call {
   const char* op;
@@ -34,15 +30,10 @@ ffi::Error launch(const Call& c) {
   return cuda_status(c.op, cudaGetLastError());
 }
 
-template <typename Config, bool Columns>
-ffi::Error launch_dtype(const Call& c) {
-  return c.half ? launch<Config, __half, Columns>(c) : launch<Config, __nv_bfloat16, Columns>(c);
-}
-
 template <int HeadDim, bool Columns>
-ffi::Error launch_device(const Call& c) {
-  const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
-  return hopper ? launch_dtype<HopperConfig<HeadDim>, Columns>(c) : launch_dtype<AmpereConfig<HeadDim>, Columns>(c);
+ffi::Error launch_dtype(const Call& c) {
+  using Config = Tuned<HeadDim>;
+  return c.half ? launch<Config, __half, Columns>(c) : launch<Config, __nv_bfloat16, Columns>(c);
 }
 
 template <bool Columns>
@@ -83,13 +74,13 @@ ffi::Error run(const char* op, cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBu
   const Call call{op, p, static_cast<int>(B), q.element_type() == ffi::F16, stream};
   switch (H) {
     case 64:
-      return launch_device<64, Columns>(call);
+      return launch_dtype<64, Columns>(call);
     case 96:
-      return launch_device<96, Columns>(call);
+      return launch_dtype<96, Columns>(call);
     case 128:
-      return launch_device<128, Columns>(call);
+      return launch_dtype<128, Columns>(call);
     case 256:
-      return launch_device<256, Columns>(call);
+      return launch_dtype<256, Columns>(call);
   }
   return ffi::Error::InvalidArgument(std::string(op) + ": head_dim=" + std::to_string(H) +
                                      ", supported: 64, 96, 128, 256");

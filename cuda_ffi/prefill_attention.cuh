@@ -5,7 +5,7 @@
 // logits over all columns. Pass 1 keeps queries and streams keys: the log-sum-exp of each query. Pass 2 keeps keys and
 // streams the queries of one head: the sum of exp(logit - log-sum-exp) of each key; a last kernel adds up the heads of
 // a group. Rows stay with their lanes, so there is nothing to exchange before the end, and the order of all sums is
-// fixed. Products are mma.sync on Ampere and Ada and wgmma on Hopper, which leave the logits in the same lanes.
+// fixed.
 #pragma once
 
 #include <type_traits>
@@ -14,22 +14,18 @@
 
 namespace minikv {
 
-// Tuning of one head dim. A block has `Warps * RowTiles * 16` rows and takes `Columns` of the other matrix at a time,
-// of which a warp holds the logits of `Chunk`.
-template <int HeadDim, bool Warpgroups, int RowTiles, int Warps, int Columns, int Chunk, int Stages, int Blocks>
+// Tuning of one head dim. A block has `8 * 16 * RowTiles` rows and takes `Columns` of the other matrix at a time, of
+// which a warp holds the logits of `kChunk`.
+template <int HeadDim, int RowTiles, int Columns>
 struct PrefillConfig {
-  static constexpr int kHeadDim = HeadDim, kRowTiles = RowTiles, kColumns = Columns, kChunk = Chunk, kStages = Stages;
-  static constexpr int kBlocks = Blocks;  // per multiprocessor, a hint for the compiler
-  static constexpr bool kWarpgroups = Warpgroups;
-  static constexpr int kThreads = 32 * Warps, kRows = 16 * RowTiles * Warps;
-  // The rows of one product's warps lie together: 16 of one warp, or 64 of the four warps of a warpgroup.
-  static constexpr int kTeamWarps = Warpgroups ? 4 : 1, kTeamRows = 16 * kTeamWarps;
+  static constexpr int kHeadDim = HeadDim, kRowTiles = RowTiles, kColumns = Columns;
+  static constexpr int kWarps = 8, kChunk = 16, kStages = 3;
+  static constexpr int kBlocks = 2;  // per multiprocessor, a hint for the compiler
+  static constexpr int kThreads = 32 * kWarps, kWarpRows = 16 * RowTiles, kRows = kWarpRows * kWarps;
   using Tile = SwizzledTile<2 * HeadDim, Columns>;
   static constexpr int kStatisticBytes = Columns * sizeof(float);
-  static constexpr int kSharedBytes = Stages * (Tile::kBytes + kStatisticBytes);
-  static_assert(kRows % Columns == 0 && Columns % Chunk == 0 && HeadDim % 32 == 0);
-  static_assert(Columns <= kThreads);
-  static_assert(Warpgroups ? Warps % 4 == 0 && Chunk == 64 && Tile::kBytes % 1024 == 0 : Chunk % 16 == 0);
+  static constexpr int kSharedBytes = kStages * (Tile::kBytes + kStatisticBytes);
+  static_assert(kRows % Columns == 0 && Columns % kChunk == 0 && HeadDim % 32 == 0 && Columns <= kThreads);
 };
 
 struct PrefillParams {
@@ -63,68 +59,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
   }
 }
 
-// ---- Warpgroup products: 64 rows in registers times 64 columns in shared memory.
-
-#define MINIKV_WGMMA(TYPE)                                                                                       \
-  asm volatile(                                                                                                  \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
-      "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, %37, 1, 1, 0;"                                                  \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), \
-        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), \
-        "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), \
-        "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), \
-        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])                                               \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(Accumulate))
-
-template <typename T, int Accumulate>
-__device__ __forceinline__ void warpgroup_mma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (std::is_same_v<T, __half>) {
-    MINIKV_WGMMA("f16");
-  } else {
-    MINIKV_WGMMA("bf16");
-  }
-#endif
-}
-#undef MINIKV_WGMMA
-
-// Registers and shared memory written before are there for the products that follow.
-__device__ __forceinline__ void warpgroup_fence() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void warpgroup_commit() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void warpgroup_wait() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
-
-// Makes this thread's copies into shared memory visible to the warpgroup products after the next barrier.
-__device__ __forceinline__ void async_proxy_fence() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// The shared-memory operand at `address` in a tile whose rows are columns of the product.
-template <typename Tile>
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle = Tile::kSpan == 128 ? 1 : Tile::kSpan == 64 ? 2 : 3;
-  constexpr uint64_t kEightRows = 8 * Tile::kSpan / 16;
-  return (kSwizzle << 62) | (kEightRows << 32) | (uint64_t{1} << 16) | ((address & 0x3FFFF) >> 4);
-}
-
-// ---- The passes.
-
 // A row's running sum in pass 1 is relative to a maximum that lags behind: it moves only when a sum outgrows it by
 // this much, so that the common step has neither a comparison per logit nor a rescaling.
 constexpr float kLargestSum = 0x1p60f;
@@ -138,16 +72,16 @@ struct PrefillPass {
 
   const PrefillParams& p;
   const int batch, head, length;
-  const int team_row;  // of the warps that take part in one product
-  const int lane = threadIdx.x % 32, row = team_row + threadIdx.x / 32 % Config::kTeamWarps * 16 + lane / 4;
+  const int lane = threadIdx.x % 32;
+  const int row;  // this lane's first
   uint32_t resident[Config::kRowTiles][kSteps][4];
   uint32_t tile_offset[kSteps / 2];
   float total[Config::kRowTiles][2] = {};  // of `row` and `row` + 8 of each row tile
   float tile_total[Config::kRowTiles][2];  // of one tile of columns: short sums first keep float32 exact enough
   float top[Config::kRowTiles][2];         // pass 1: the lagging maximum
 
-  __device__ __forceinline__ PrefillPass(const PrefillParams& p, int batch, int head, int length, int team_row)
-      : p(p), batch(batch), head(head), length(length), team_row(team_row) {
+  __device__ __forceinline__ PrefillPass(const PrefillParams& p, int batch, int head, int length, int warp_row)
+      : p(p), batch(batch), head(head), length(length), row(warp_row + lane / 4) {
     const int heads = Columns ? p.kv_heads : p.heads, resident_head = Columns ? head / (p.heads / p.kv_heads) : head;
     const T* base = static_cast<const T*>(Columns ? p.k : p.q) +
                     (static_cast<int64_t>(batch) * p.tokens * heads + resident_head) * Config::kHeadDim +
@@ -167,7 +101,7 @@ struct PrefillPass {
     for (int s = 0; s < kSteps / 2; ++s) tile_offset[s] = Tile::offset(lane % 8, 64 * s + 16 * (lane / 8));
   }
 
-  __device__ __forceinline__ int row_of(int tile, int half) const { return row + Config::kTeamRows * tile + 8 * half; }
+  __device__ __forceinline__ int row_of(int tile, int half) const { return row + 16 * tile + 8 * half; }
 
   // Whether the pair counts: row and column are query and key in pass 1, key and query in pass 2.
   __device__ __forceinline__ bool seen(int row, int column) const {
@@ -177,37 +111,21 @@ struct PrefillPass {
 
   // Logits of a chunk of columns from `column` of the shared-memory tile on.
   __device__ __forceinline__ void logits(Logits& x, uint32_t tile, int column) const {
-    if constexpr (Config::kWarpgroups) {
-      warpgroup_fence();
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        const int byte = 32 * s;
-        const uint64_t b = matrix_descriptor<Tile>(tile + byte / Tile::kSpan * (Config::kColumns * Tile::kSpan) +
-                                                   byte % Tile::kSpan + column * Tile::kSpan);
+    for (int i = 0; i < Config::kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) x[i][n][0] = x[i][n][1] = x[i][n][2] = x[i][n][3] = 0.0f;
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps / 2; ++s) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        uint32_t b[4];
+        load_matrices(b, tile + tile_offset[s] + (column + 8 * n) * Tile::kSpan);
 #pragma unroll
         for (int i = 0; i < Config::kRowTiles; ++i) {
-          s == 0 ? warpgroup_mma<T, 0>(x[i], resident[i][s], b) : warpgroup_mma<T, 1>(x[i], resident[i][s], b);
-        }
-      }
-      warpgroup_commit();
-      warpgroup_wait();
-    } else {
-#pragma unroll
-      for (int i = 0; i < Config::kRowTiles; ++i) {
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) x[i][n][0] = x[i][n][1] = x[i][n][2] = x[i][n][3] = 0.0f;
-      }
-#pragma unroll
-      for (int s = 0; s < kSteps / 2; ++s) {
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-          uint32_t b[4];
-          load_matrices(b, tile + tile_offset[s] + (column + 8 * n) * Tile::kSpan);
-#pragma unroll
-          for (int i = 0; i < Config::kRowTiles; ++i) {
-            mma<T>(x[i][n], resident[i][2 * s], b[0], b[1]);
-            mma<T>(x[i][n], resident[i][2 * s + 1], b[2], b[3]);
-          }
+          mma<T>(x[i][n], resident[i][2 * s], b[0], b[1]);
+          mma<T>(x[i][n], resident[i][2 * s + 1], b[2], b[3]);
         }
       }
     }
@@ -379,9 +297,6 @@ struct TileCopies {
 // blockIdx: (query head, rows of the resident matrix, batch); the rows with most columns come first.
 template <typename Config, typename T, bool Columns>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks) prefill_kernel(PrefillParams p) {
-#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (Config::kWarpgroups) return;
-#endif
   extern __shared__ __align__(1024) uint8_t shared[];
   const int batch = blockIdx.z, head = blockIdx.x, length = min(p.lengths[batch], p.tokens);
   const int first_row = (Columns ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * Config::kRows;
@@ -405,22 +320,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks) prefill_ker
 #pragma unroll
   for (int i = 0; i < Config::kStages - 1; ++i) copy(i);
 
-  const int team = threadIdx.x / (32 * Config::kTeamWarps);
-  const int team_row = first_row + team * Config::kRowTiles * Config::kTeamRows;
-  const int team_last = team_row + Config::kRowTiles * Config::kTeamRows - 1;
-  PrefillPass<Config, T, Columns> pass(p, batch, head, length, team_row);
+  const int warp_row = first_row + static_cast<int>(threadIdx.x / 32) * Config::kWarpRows;
+  const int warp_last = warp_row + Config::kWarpRows - 1;
+  PrefillPass<Config, T, Columns> pass(p, batch, head, length, warp_row);
   for (int step = 0; step < tiles; ++step) {
     async_copies_wait<Config::kStages - 2>();
-    if constexpr (Config::kWarpgroups) async_proxy_fence();
     __syncthreads();
     copy(step + Config::kStages - 1);
     const int stage = step % Config::kStages, column = begin + step * Config::kColumns;
     const int last = column + Config::kColumns - 1;
     const uint32_t tile = ring + stage * Config::Tile::kBytes;
     const float* statistic = statistics + stage * Config::kColumns;
-    // Distance from key to query over the team's pairs.
-    const int nearest = Columns ? column - team_last : team_row - last;
-    const int farthest = Columns ? last - team_row : team_last - column;
+    // Distance from key to query over the warp's pairs.
+    const int nearest = Columns ? column - warp_last : warp_row - last;
+    const int farthest = Columns ? last - warp_row : warp_last - column;
     if (nearest >= 0 && farthest < p.window && (!Columns || last < length)) {
       pass.template tile<false>(tile, statistic, column);
     } else if (farthest >= 0 && nearest < p.window) {

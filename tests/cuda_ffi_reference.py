@@ -131,23 +131,34 @@ def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
 
 
 def causal_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, scale: float, window: int | None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+    window: int | None,
+    real: type[np.floating] = np.float64,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output `[B, T, N, H]`, column sums `[B, K, T]` and log-sum-exp `[B, N, T]` of right-padded rows, in float64."""
+    """Output `[B, T, N, H]`, column sums `[B, K, T]` and log-sum-exp `[B, N, T]` of right-padded rows.
+
+    In float64; or, with `real` float32, as XLA computes it in q's dtype: products and sums in float32, the weights that
+    meet the values and the output rounded to the dtype.
+    """
     batch, tokens, heads, _ = q.shape
     kv_heads = k.shape[2]
-    out, scores = np.zeros(q.shape), np.zeros((batch, kv_heads, tokens))
-    lse = np.full((batch, heads, tokens), np.inf)
+    rounded = (lambda x: x) if real == np.float64 else (lambda x: x.astype(q.dtype).astype(real))
+    out, scores = np.zeros(q.shape, real), np.zeros((batch, kv_heads, tokens), real)
+    lse = np.full((batch, heads, tokens), np.inf, real)
     for b, length in enumerate(lengths):
         distance = np.arange(length)[:, None] - np.arange(length)
         seen = (distance >= 0) & (distance < (window or tokens))
         for n in range(heads):
             head = n * kv_heads // heads
-            queries, keys, values = (x[b, :length, i].astype(np.float64) for x, i in ((q, n), (k, head), (v, head)))
-            logits = np.where(seen, queries @ keys.T * scale, -np.inf)
+            queries, keys, values = (x[b, :length, i].astype(real) for x, i in ((q, n), (k, head), (v, head)))
+            logits = np.where(seen, queries @ keys.T * real(scale), real(-np.inf))
             top = logits.max(-1, initial=-np.inf)
             lse[b, n, :length] = top + np.log(np.exp(logits - top[:, None]).sum(-1))
             weights = np.exp(logits - lse[b, n, :length, None])
-            out[b, :length, n] = weights @ values
+            out[b, :length, n] = rounded(rounded(weights) @ values)
             scores[b, head, :length] += weights.sum(0)
     return out, scores, lse

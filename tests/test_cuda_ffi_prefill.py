@@ -12,7 +12,6 @@ from cuda_ffi_reference import DTYPES, causal_attention, relative_error
 
 import cuda_ffi
 from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
-from minikv_jax import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +57,24 @@ def inputs(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
 def check(case: Case, seed: int) -> None:
     q, k, v, lengths = inputs(case, seed)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    want_out, want_scores, want_lse = causal_attention(q, k, v, lengths, scale, case.window)
+    want = causal_attention(q, k, v, lengths, scale, case.window)
+    in_dtype = causal_attention(q, k, v, lengths, scale, case.window, np.float32)
     arguments = tuple(map(jnp.asarray, (q, k, v, lengths)))
     options = {"scale": case.scale, "window": case.window, "with_scores": True}
-    xla_out, xla_scores = attention.prefill_attention(*arguments, **options, implementation="xla")
     out, scores = cuda_ffi.prefill_attention(*arguments, **options)
     assert scores is not None
-    assert xla_scores is not None
     assert out.dtype == q.dtype
-    pairs = ((out, xla_out, want_out), (scores, xla_scores, want_scores))
-    for name, (got, xla, want) in zip(("out", "scores"), pairs, strict=True):
-        error, bound = (relative_error(np.asarray(x), want) for x in (got, xla))
-        assert error <= max(2 * bound, 1e-6 if name == "scores" else 0.0), (name, error, bound)
+    for i, (name, got) in enumerate((("out", out), ("scores", scores))):
+        error, xla = relative_error(np.asarray(got), want[i]), relative_error(in_dtype[i], want[i])
+        # exp2 in hardware is good to two roundings, so scores are held to no less than that.
+        assert error <= 2 * max(xla, 2**-22 if name == "scores" else 0.0), (name, error, xla)
     padding = np.arange(case.tokens) >= lengths[:, None]
     assert not np.asarray(out)[padding].any()
     assert not np.asarray(scores).swapaxes(1, 2)[padding].any()
 
     lse = row_log_sum_exp(arguments[0], arguments[1], arguments[3], scale=case.scale, window=case.window)
     valid = np.broadcast_to(~padding[:, None], lse.shape)
-    np.testing.assert_allclose(np.asarray(lse)[valid], want_lse[valid], rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(np.asarray(lse)[valid], want[2][valid], rtol=1e-6, atol=2e-6)
     assert np.isposinf(np.asarray(lse)[~valid]).all()
     again = cuda_ffi.prefill_attention(*arguments, **options)[1]
     assert np.asarray(again).tobytes() == np.asarray(scores).tobytes()
@@ -89,7 +87,7 @@ def test_attention_and_scores_are_the_definition(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_shapes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tokens, kv_heads = int(rng.integers(1, 800)), int(rng.integers(1, 4))
