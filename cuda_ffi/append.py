@@ -101,7 +101,10 @@ def append(
         sinks=np.int32(sinks),
         block=np.int32(block),
     )
-    out = {"packed_length": new_packed_length, "tail_length": new_tail_length}
+    out: dict[str, jax.Array | tuple[jax.Array, ...]] = {
+        "packed_length": new_packed_length,
+        "tail_length": new_tail_length,
+    }
     for name, side in (("k", new[:6]), ("v", new[6:])):
         out |= {
             f"tail_{name}": side[0],

@@ -11,7 +11,8 @@ import pytest
 from cuda_ffi import build, registration
 
 try:
-    build.find_nvcc(), build.find_cmake()
+    build.find_nvcc()
+    build.find_cmake()
     WHY_NOT = ""
 except FileNotFoundError as error:
     WHY_NOT = str(error)

@@ -24,6 +24,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 import cuda_ffi
 from cuda_ffi.bandwidth import read_checksum
+from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
 
 _ITERATIONS = 15
 _LOOP = 1000
@@ -59,6 +60,29 @@ DECODE_SHAPES = (
     DecodeShape(8, 32768, 32, 8, group_size=32),
     DecodeShape(8, 32768, 32, 8, tail=128),
     DecodeShape(1, 4096, 32, 8),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """One prompt a row, of `tokens` tokens."""
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"B{self.batch} S{self.tokens} N{self.heads} K{self.kv_heads} H{self.head_dim}"
+
+
+PREFILL_SHAPES = (
+    PrefillShape(1, 32768, 32, 8),
+    PrefillShape(1, 8192, 32, 8),
+    PrefillShape(8, 4096, 32, 32),
+    PrefillShape(1, 8192, 32, 8, head_dim=64),
 )
 
 
@@ -177,8 +201,45 @@ def bench_quantize(axis: str, rate: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def bench_prefill(shape: PrefillShape) -> dict[str, Any]:
+    """Causal attention with column sums, its two passes by themselves, and cuDNN's attention alone."""
+    sizes = ((shape.batch, shape.tokens, heads, shape.head_dim) for heads in (shape.heads, *[shape.kv_heads] * 2))
+    q, k, v = (jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i, size in enumerate(sizes))
+    lengths = jnp.full((shape.batch,), shape.tokens, jnp.int32)
+    row = row_log_sum_exp(q, k, lengths)
+
+    def prefill(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        return cuda_ffi.prefill_attention(q, k, v, lengths, with_scores=True)
+
+    def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    ms, cudnn_ms = kernel_ms(prefill, q, k, v), kernel_ms(cudnn, q, k, v)
+    return {
+        "op": "prefill_attention",
+        "shape": shape.name,
+        "implementation": "cuda",
+        "ms": ms,
+        "row_log_sum_exp_ms": kernel_ms(lambda q, k: row_log_sum_exp(q, k, lengths), q, k),
+        "column_sums_ms": kernel_ms(lambda q, k, row: column_sums(q, k, lengths, row), q, k, row),
+        "cudnn_bf16_ms": cudnn_ms,
+        "times_faster_than_cudnn": cudnn_ms / ms,
+    }
+
+
 def _leaves(cache: dict[str, Any]) -> list[tuple[str, jax.Array]]:
     return [(name, leaf) for name, value in cache.items() for leaf in jax.tree.leaves(value)]
+
+
+def _line(row: dict[str, Any]) -> str:
+    line = f"{row['op']:18}{row['shape']:50}{row['ms']:9.4f} ms"
+    if "bytes_per_s" in row:
+        line += f" {row['bytes_per_s'] / 1e9:6.0f} GB/s {row['fraction_of_floor']:6.1%} of the floor"
+    if "column_sums_ms" in row:
+        line += f" (rows {row['row_log_sum_exp_ms']:.4f}, columns {row['column_sums_ms']:.4f})"
+    if "cudnn_bf16_ms" in row:
+        line += f"  {row['times_faster_than_cudnn']:.2f} x cuDNN"
+    return line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -192,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     rate = rates()
     rows = [bench_decode(shape, rate) for shape in DECODE_SHAPES]
     rows += [bench_quantize(axis, rate) for axis in ("tokens", "channels")]
+    rows += [bench_prefill(shape) for shape in PREFILL_SHAPES]
     device = jax.devices("gpu")[0]
     report = {
         "device": device.device_kind,
@@ -202,11 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
         "results": rows,
     }
     for row in rows:
-        sys.stdout.write(
-            f"{row['op']:18}{row['shape']:50}{row['ms']:9.4f} ms {row['bytes_per_s'] / 1e9:6.0f} GB/s "
-            f"{row['fraction_of_floor']:6.1%} of the floor"
-            + (f"  {row['times_faster_than_cudnn']:.2f} x cuDNN\n" if "cudnn_bf16_ms" in row else "\n")
-        )
+        sys.stdout.write(_line(row) + "\n")
     if options.output:
         with open(options.output, "w") as file:
             json.dump(report, file, indent=1)
