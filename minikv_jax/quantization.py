@@ -190,20 +190,39 @@ def quantize(
       ValueError: for an unsupported `bits`, `group_size`, `axis` or `metadata_dtype`, or sizes that do not divide.
     """
     _check(x.shape, bits, group_size, axis, metadata_dtype)
-    block = factor_block or max(group_size, 32 // min(PLANES[bits]))
-    groups = _grouped(x.astype(jnp.float32), group_size, axis)
+    low, steps = minmax(grouped(x, group_size, axis), bits, axis)
+    return encode(x, low, steps, bits, group_size, axis, metadata_dtype, factor_block)
+
+
+def minmax(groups: Float[Array, "..."], bits: int, axis: Axis) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The least value of each group (`grouped`), and the step that reaches its largest at the last code; float32."""
     reduced = -2 if axis == "tokens" else -1
     low, high = groups.min(axis=reduced), groups.max(axis=reduced)
-    levels = (1 << bits) - 1
     # Reciprocals, here and below: XLA turns a division by a constant or a broadcast into one, so that `/` would give
     # bits that depend on what is compiled together.
-    steps = (high - low) * (1 / levels)
+    return low, (high - low) * (1 / ((1 << bits) - 1))
+
+
+def encode(
+    x: Float[Array, "... S H"],
+    low: Float[Array, "..."],
+    steps: Float[Array, "..."],
+    bits: int,
+    group_size: int,
+    axis: Axis,
+    metadata_dtype: str,
+    factor_block: int | None = None,
+) -> QuantizedArray:
+    """Codes of `x` under a zero (`low`) and a scale (`steps`) per group, which are rounded to their dtype first."""
+    block = factor_block or max(group_size, 32 // min(PLANES[bits]))
+    groups = grouped(x, group_size, axis)
+    reduced = -2 if axis == "tokens" else -1
     scale, scale_factor = _store(_finite(steps, metadata_dtype), metadata_dtype, x.shape[-2], block)
     zero, zero_factor = _store(_finite(low, metadata_dtype), metadata_dtype, x.shape[-2], block)
 
     stored_scale = jnp.expand_dims(_restore(scale, scale_factor), reduced)
     stored_zero = jnp.expand_dims(_restore(zero, zero_factor), reduced)
-    codes = jnp.clip(jnp.round((groups - stored_zero) * _reciprocal(stored_scale)), 0, levels)
+    codes = jnp.clip(jnp.round((groups - stored_zero) * _reciprocal(stored_scale)), 0, (1 << bits) - 1)
     planes = pack(codes.astype(jnp.uint32).reshape(x.shape), bits)
     return QuantizedArray(planes, scale, zero, scale_factor, zero_factor, bits, group_size, axis)
 
@@ -211,15 +230,16 @@ def quantize(
 def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "... S H"]:
     """`code * scale + zero`, computed in float32 and rounded to `dtype` once."""
     codes = unpack(x.planes, x.bits).astype(jnp.float32)
-    groups = _grouped(codes, x.group_size, x.axis)
+    groups = grouped(codes, x.group_size, x.axis)
     reduced = -2 if x.axis == "tokens" else -1
     scale = jnp.expand_dims(_restore(x.scale, x.scale_factor), reduced)
     zero = jnp.expand_dims(_restore(x.zero, x.zero_factor), reduced)
     return (groups * scale + zero).reshape(codes.shape).astype(dtype)
 
 
-def _grouped(x: Array, group_size: int, axis: Axis) -> Array:
-    """`[..., S/g, g, H]` for tokens, `[..., S, H/g, g]` for channels."""
+def grouped(x: Float[Array, "... S H"], group_size: int, axis: Axis) -> Float[Array, "..."]:
+    """Float32 `[..., S/g, g, H]` for tokens, `[..., S, H/g, g]` for channels."""
+    x = x.astype(jnp.float32)
     *lead, tokens, channels = x.shape
     if axis == "tokens":
         return x.reshape(*lead, tokens // group_size, group_size, channels)

@@ -6,6 +6,7 @@ and values, `n` being the row's length.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from naive import softmax
 
@@ -67,3 +68,53 @@ def expected_attention(
         logits = [key @ mean / np.sqrt(H) + key @ covariance @ key / (2 * H) for key in k[sinks:].astype(np.float64)]
         total[sinks:] += softmax(np.array(logits)) / G
     return (total + epsilon) * np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=1))
+
+
+# Quantisers: x[S, H], one packing block of one row and KV head -> the numbers that are read back ----
+
+
+def hqq(x: np.ndarray, bits: int, group_size: int, axis: str, *, iterations: int = 20) -> np.ndarray:
+    """The mean absolute error that HQQ's solver reaches in each group (p = 0.7, beta = 10, growing by 1 %); float32."""
+    columns = x.T if axis == "tokens" else x
+    errors = []
+    for line in columns.astype(np.float32):
+        for group in line.reshape(-1, group_size):
+            scale = (group.max() - group.min()) / np.float32(2**bits - 1)
+            zero, beta, least = group.min(), np.float32(10), np.inf
+            for _ in range(iterations + 1):
+                codes = np.clip(np.rint((group - zero) / scale), 0, 2**bits - 1)
+                gap = group - codes * scale - zero
+                least = min(least, np.abs(gap).mean())
+                with np.errstate(divide="ignore"):
+                    shrunk = np.sign(gap) * np.maximum(np.abs(gap) - np.abs(gap) ** np.float32(-0.3) / beta, 0)
+                zero = (group - shrunk - codes * scale).mean(dtype=np.float32)
+                beta *= np.float32(1.01)
+            errors.append(least)
+    return np.array(errors)
+
+
+def turboquant(x: np.ndarray, levels: np.ndarray, metadata_dtype: type) -> np.ndarray:
+    """`x` is rotated already; each coordinate of its direction goes to the nearest level."""
+    result = np.zeros(x.shape)
+    for s, token in enumerate(x.astype(np.float64)):
+        norm = np.sqrt(token @ token)
+        nearest = [levels[np.argmin(np.abs(levels - value / norm))] for value in token]
+        result[s] = np.array(nearest) * np.float64(np.asarray(norm).astype(metadata_dtype))
+    return result
+
+
+def nvfp4(x: np.ndarray) -> np.ndarray:
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    factor = np.abs(x).max() / np.float32(6 * 448)
+    result = np.zeros(x.shape, np.float32)
+    for s, h in np.ndindex(x.shape[0], x.shape[1] // 16):
+        group = x[s, h * 16 : (h + 1) * 16]
+        scale = np.float32((np.abs(group).max() / np.float32(6) / factor).astype(ml_dtypes.float8_e4m3fn)) * factor
+        nearest = [values[np.argmin(np.abs(values - abs(value) / scale))] * np.sign(value) for value in group]
+        result[s, h * 16 : (h + 1) * 16] = np.array(nearest) * scale
+    return result
+
+
+def fp8(x: np.ndarray, name: str) -> np.ndarray:
+    dtype, largest = {"e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8_e5m2, 57344.0)}[name]
+    return np.clip(x, -largest, largest).astype(dtype).astype(np.float32)
