@@ -15,30 +15,31 @@ constexpr int kMaxEntries = 1024;
 template <int H>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_partials_kernel(const DecodeParams p, int blocks, int warps_per_block) {
-  constexpr int kLanes = H < kMergeThreads ? H : kMergeThreads;
-  constexpr int kGroups = kMergeThreads / kLanes;
-  __shared__ float weight[kMaxEntries];
+  constexpr int kGroups = kMergeThreads / H;  // threads that share a channel
+  constexpr int kAhead = 8;                   // loads a thread has in flight
   __shared__ int slot_of[kMaxEntries];
-  __shared__ float reduced[2][kMergeThreads / kWarpSize];
-  __shared__ float sums[kGroups][kLanes];
+  __shared__ float2 state[kMaxEntries];  // maximum and denominator of an entry
+  __shared__ float highest_of[kMergeThreads / kWarpSize];
+  __shared__ float sums[kGroups][H], denominators[kGroups];
   const int queries = p.partial_queries(), slot_floats = queries * (H + 2);
   const int row = blockIdx.x / queries, query = blockIdx.x % queries;
   const int batch = row / p.rows_per_batch(), row_in_batch = row % p.rows_per_batch();
   const int head_in_group = row_in_batch % p.query_blocks * kQueries + query;
   if (head_in_group >= p.group) return;
-  const int lane = threadIdx.x % kWarpSize, warps = blocks * warps_per_block;
+  const int lane = threadIdx.x % kWarpSize;
 
-  const int total = tiles_before(p, p.batch, lane);
+  const TileCounts counts = count_tiles(p, batch, lane);
+  const Split split(counts.total, blocks * warps_per_block);
   const int packed_tiles = (p.packed_length[batch] + kTileTokens - 1) / kTileTokens;
   const int tail_tiles = (p.tail_length[batch] + kTailTokens - 1) / kTailTokens;
-  int begin = tiles_before(p, batch, lane) + row_in_batch * (packed_tiles + tail_tiles);
+  int begin = counts.before + row_in_batch * (packed_tiles + tail_tiles);
 
   int entries = 0;
   for (int part = 0; part < 2; ++part) {
     const int end = begin + (part == 0 ? packed_tiles : tail_tiles);
     if (end > begin) {
-      const int first_block = static_cast<int>((static_cast<int64_t>(begin + 1) * warps - 1) / total) / warps_per_block;
-      const int last_block = static_cast<int>((static_cast<int64_t>(end) * warps - 1) / total) / warps_per_block;
+      const int first_block = split.warp_of(begin) / warps_per_block;
+      const int last_block = split.warp_of(end - 1) / warps_per_block;
       // All warps of the first block, one entry for each block between, all warps of the last block.
       const int between = max(0, last_block - first_block - 1);
       const int count = warps_per_block + (last_block > first_block ? between + warps_per_block : 0);
@@ -49,12 +50,11 @@ __global__ void __launch_bounds__(kMergeThreads)
         } else if (e >= warps_per_block) {
           block = first_block + 1 + e - warps_per_block, warp = 0;
         }
-        const int block_first = first_tile(total, warps, block * warps_per_block);
-        const int block_last = first_tile(total, warps, (block + 1) * warps_per_block);
+        const int block_first = split.first(block * warps_per_block);
+        const int block_last = split.first((block + 1) * warps_per_block);
         const bool joined = block_first < block_last && block_first >= begin && block_last <= end;
         const int w = block * warps_per_block + warp;
-        const bool valid =
-            joined ? warp == 0 : max(first_tile(total, warps, w), begin) < min(first_tile(total, warps, w + 1), end);
+        const bool valid = joined ? warp == 0 : max(split.first(w), begin) < min(split.first(w + 1), end);
         slot_of[entries + e] = valid ? w + segment_number(row, part == 0) : -1;
       }
       entries += count;
@@ -66,44 +66,48 @@ __global__ void __launch_bounds__(kMergeThreads)
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
+  const int channel = threadIdx.x % H, group = threadIdx.x / H;
+  const auto partial = [&](int e) {
+    const int slot = group < kGroups && e < entries ? slot_of[e] : -1;
+    return slot < 0 ? 0.0f : p.partial[static_cast<int64_t>(slot) * slot_floats + query * H + channel];
+  };
+  float ahead[kAhead];  // asked for before the weights are known: one latency, not two
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) ahead[i] = partial(group + i * kGroups);
+
   float highest = kMasked;
   for (int e = threadIdx.x; e < entries; e += kMergeThreads) {
     const int slot = slot_of[e];
-    weight[e] = slot < 0 ? kMasked : p.partial[static_cast<int64_t>(slot) * slot_floats + queries * H + query];
-    highest = fmaxf(highest, weight[e]);
+    const float* end_of_slot = p.partial + static_cast<int64_t>(slot) * slot_floats + queries * H + query;
+    state[e] = slot < 0 ? make_float2(kMasked, 0.0f) : make_float2(end_of_slot[0], end_of_slot[queries]);
+    highest = fmaxf(highest, state[e].x);
   }
   for (int d = 16; d; d >>= 1) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, d));
-  if (lane == 0) reduced[0][threadIdx.x / kWarpSize] = highest;
+  if (lane == 0) highest_of[threadIdx.x / kWarpSize] = highest;
   __syncthreads();
-  for (int i = 0; i < kMergeThreads / kWarpSize; ++i) highest = fmaxf(highest, reduced[0][i]);
+  for (int i = 0; i < kMergeThreads / kWarpSize; ++i) highest = fmaxf(highest, highest_of[i]);
 
-  float denominator = 0.0f;
-  for (int e = threadIdx.x; e < entries; e += kMergeThreads) {
-    const int slot = slot_of[e];
-    const float w = slot < 0 ? 0.0f : exp2_approx(weight[e] - highest);
-    weight[e] = w;
-    if (slot >= 0) denominator += w * p.partial[static_cast<int64_t>(slot) * slot_floats + queries * (H + 1) + query];
-  }
-  for (int d = 16; d; d >>= 1) denominator += __shfl_xor_sync(kAllLanes, denominator, d);
-  if (lane == 0) reduced[1][threadIdx.x / kWarpSize] = denominator;
-  __syncthreads();
-  denominator = 0.0f;
-  for (int i = 0; i < kMergeThreads / kWarpSize; ++i) denominator += reduced[1][i];
-
-  const int channel = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  float sum = 0.0f;
-  if (group < kGroups) {
-#pragma unroll 8
-    for (int e = group; e < entries; e += kGroups) {
-      const int slot = slot_of[e];
-      if (slot >= 0) sum += weight[e] * p.partial[static_cast<int64_t>(slot) * slot_floats + query * H + channel];
+  float sum = 0.0f, denominator = 0.0f;
+  for (int first = group; first < entries; first += kAhead * kGroups) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int e = first + i * kGroups;
+      const float2 s = e < entries ? state[e] : make_float2(kMasked, 0.0f);
+      const float weight = exp2_approx(s.x - highest);
+      sum += weight * ahead[i];
+      denominator += weight * s.y;
     }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = partial(first + (kAhead + i) * kGroups);
+  }
+  if (group < kGroups) {
     sums[group][channel] = sum;
+    if (channel == 0) denominators[group] = denominator;
   }
   __syncthreads();
   if (group == 0) {
-    sum = 0.0f;
-    for (int g = 0; g < kGroups; ++g) sum += sums[g][channel];
+    sum = denominator = 0.0f;
+    for (int g = 0; g < kGroups; ++g) sum += sums[g][channel], denominator += denominators[g];
     const float value = denominator > 0.0f ? sum / denominator : 0.0f;  // a row without tokens gives zeros
     const int head = row_in_batch / p.query_blocks * p.group + head_in_group;
     const int64_t at = (static_cast<int64_t>(batch) * p.kv_heads * p.group + head) * H + channel;
@@ -282,11 +286,12 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   p.bfloat16 = q.element_type() == ffi::BF16;
   p.scale_log2 = scale * kLog2E;
 
-  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
-  const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const Device device = current_device();
+  const int blocks = device.multiprocessors;
   p.stages = requested_stages;
-  const int warp_bytes = p.stages * (instance.stage_bytes + 8) + kQueries * 2 * static_cast<int>(H);
-  const int warps = std::min({max_warps(static_cast<int>(H)), requested_warps, shared_limit / warp_bytes});
+  const int warp_bytes = p.stages * (instance.stage_bytes + 16) + kQueries * 2 * static_cast<int>(H);  // 2 barriers
+  const int warps =
+      std::min({max_warps(static_cast<int>(H)), requested_warps, device.shared_bytes_per_block / warp_bytes});
   const int rows = p.batch * p.rows_per_batch();
   const int64_t slots = static_cast<int64_t>(blocks) * warps + 2 * rows;
   check.require(warps >= 1, "stages=" + std::to_string(p.stages) + " do not fit into shared memory");
@@ -298,7 +303,7 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
 
   const int shared_bytes = warps * warp_bytes;
   DecodeMaps maps{};
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  if (device.major >= 9) {
     const int meta_bytes = metadata == kFloat8 ? 1 : 2, h = static_cast<int>(H);
     const int64_t kv_rows = B * K;
     check.require(encode_tiled() != nullptr, "the driver has no cuTensorMapEncodeTiled");
@@ -325,7 +330,8 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
 
   cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   void* arguments[] = {&maps, &p};
-  cudaLaunchKernel(instance.kernel, dim3(blocks), dim3(warps * kWarpSize), arguments, shared_bytes, stream);
+  cudaLaunchKernel(instance.kernel, dim3(blocks), dim3((warps + producers(H)) * kWarpSize), arguments, shared_bytes,
+                   stream);
   if (cudaError_t status = cudaGetLastError(); status != cudaSuccess) return cuda_status(kOp, status);
 
   // The merge may start while the last blocks of the main kernel finish: it waits for them itself.
@@ -337,7 +343,7 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  config.numAttrs = device.major >= 9 ? 1 : 0;
   cudaLaunchKernelEx(&config, find_merge(H), p, blocks, warps);
   return cuda_status(kOp, cudaGetLastError());
 }

@@ -5,9 +5,9 @@
 //
 // Work is cut into tiles of equal bytes: 128 packed tokens, or 32 tokens of the tail. The tiles of all rows (a row is
 // one batch entry, KV head and block of 8 queries) form one list, split evenly over every warp of a grid that fills the
-// device once. A warp feeds itself through a private ring of shared-memory stages (keys of a tile, values of a tile,
-// keys of the next, ...), so nothing in the loop waits for another warp. A run of tiles of one kind in one row is a
-// segment; each segment leaves an unnormalised partial output with its softmax maximum and denominator, and
+// device once. Each of these warps has a private ring of shared-memory stages (keys of a tile, values of a tile, keys
+// of the next, ...), which one more warp of the block, the producer, keeps full. A run of tiles of one kind in one row
+// is a segment; each segment leaves an unnormalised partial output with its softmax maximum and denominator, and
 // `merge_partials_kernel` joins those of a row.
 #pragma once
 
@@ -21,12 +21,10 @@ constexpr int kTileTokens = 128;
 constexpr int kTailTokens = 32;
 constexpr int kQueries = 8;  // columns of one tensor-core product
 constexpr int kWarpSize = 32;
-// Warps of a block: as many as the registers allow, since one warp alone cannot hide the latency of its own chain
-// (copy, unpack, product, softmax, product).
-#ifndef MINIKV_W128
-#define MINIKV_W128 8
-#endif
-constexpr int max_warps(int head_dim) { return head_dim <= 64 ? 16 : head_dim <= 128 ? MINIKV_W128 : 8; }
+// Warps of a block that compute, and that copy for them: as many as the registers allow, since one warp alone cannot
+// hide the latency of its own chain (unpack, product, softmax, product), nor one copying warp keep up with eight.
+__host__ __device__ constexpr int max_warps(int head_dim) { return head_dim <= 64 ? 12 : head_dim <= 128 ? 8 : 6; }
+__host__ __device__ constexpr int producers(int head_dim) { return head_dim <= 128 ? 4 : 2; }
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // The eight arrays a tile is read from.
@@ -37,19 +35,19 @@ struct DecodeMaps {
 };
 
 struct DecodeParams {
-  const void* q;  // [B, N, H]
-  const uint8_t* base[kSources];
-  const float* factor[4];        // second level of 8-bit metadata: key scale, key zero, value scale, value zero
-  const int32_t* packed_length;  // [B]
-  const int32_t* tail_length;    // [B]
-  float* partial;                // [slots][G'] x (H + 2), G' = min(G, 8)
-  void* out;                     // [B, N, H]
+  // What a block needs to find its work comes first: one line of the constant cache.
+  const int32_t* packed_length;              // [B]
+  const int32_t* tail_length;                // [B]
   int batch, kv_heads, group, query_blocks;  // group: query heads of one KV head
-  int packed_capacity, tail_capacity;
+  int packed_capacity, tail_capacity, stages;
   int group_log2, factor_log2;  // of the group size and of the packing block
-  int stages;
-  bool bfloat16;  // dtype of q, tail and out; float16 otherwise
+  bool bfloat16;                // dtype of q, tail and out; float16 otherwise
   float scale_log2;
+  const void* q;   // [B, N, H]
+  float* partial;  // [slots][G'] x (H + 2), G' = min(G, 8)
+  void* out;       // [B, N, H]
+  const uint8_t* base[kSources];
+  const float* factor[4];  // second level of 8-bit metadata: key scale, key zero, value scale, value zero
 
   __host__ __device__ int rows_per_batch() const { return kv_heads * query_blocks; }
   __host__ __device__ int partial_queries() const { return group < kQueries ? group : kQueries; }
@@ -130,35 +128,50 @@ struct TileCursor {
     tiles = packed_tiles + (tail_length + kTailTokens - 1) / kTailTokens;
   }
 
-  __device__ void skip(const DecodeParams& p, int count) {
+  // Moves `count` tiles on, over as many rows as that takes.
+  __device__ void advance(const DecodeParams& p, int count) {
     tile += count;
-    if (tile < tiles) return;
-    tile = 0;
-    if (++query_block < p.query_blocks) return;
-    query_block = 0;
-    if (++kv_row < (batch + 1) * p.kv_heads) return;
-    do {
-      if (++batch >= p.batch) return;
-      kv_row = batch * p.kv_heads;
-      load_lengths(p);
-    } while (tiles == 0);
+    while (tile >= tiles && batch < p.batch) {
+      tile -= tiles;
+      if (++query_block < p.query_blocks) continue;
+      query_block = 0;
+      if (++kv_row < (batch + 1) * p.kv_heads) continue;
+      do {
+        if (++batch >= p.batch) break;
+        kv_row = batch * p.kv_heads;
+        load_lengths(p);
+      } while (tiles == 0);
+    }
   }
 
   __device__ int row(const DecodeParams& p) const { return kv_row * p.query_blocks + query_block; }
   __device__ bool packed() const { return tile < packed_tiles; }
 };
 
-// Tiles before batch entry `batch` (all of them for batch == p.batch). Every lane gets the sum.
-__device__ inline int tiles_before(const DecodeParams& p, int batch, int lane) {
-  int sum = 0;
-  for (int b = lane; b < batch; b += kWarpSize) sum += p.tiles(p.packed_length[b], p.tail_length[b]);
-  for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, d);
-  return sum * p.rows_per_batch();
+// Tiles before batch entry `batch`, and all of them. Every lane gets both sums.
+struct TileCounts {
+  int before, total;
+};
+
+__device__ inline TileCounts count_tiles(const DecodeParams& p, int batch, int lane) {
+  TileCounts sum{0, 0};
+#pragma unroll 1
+  for (int b = lane; b < p.batch; b += kWarpSize) {
+    const int tiles = p.tiles(p.packed_length[b], p.tail_length[b]);
+    sum.total += tiles;
+    if (b < batch) sum.before += tiles;
+  }
+  for (int d = 16; d; d >>= 1) {
+    sum.before += __shfl_xor_sync(kAllLanes, sum.before, d);
+    sum.total += __shfl_xor_sync(kAllLanes, sum.total, d);
+  }
+  return {sum.before * p.rows_per_batch(), sum.total * p.rows_per_batch()};
 }
 
 __device__ inline TileCursor locate(const DecodeParams& p, int target, int lane) {
   TileCursor c;
   int start = 0;
+#pragma unroll 1
   for (int first = 0; first < p.batch; first += kWarpSize) {
     const int b = first + lane;
     int inclusive = b < p.batch ? p.tiles(p.packed_length[b], p.tail_length[b]) * p.rows_per_batch() : 0;
@@ -173,10 +186,10 @@ __device__ inline TileCursor locate(const DecodeParams& p, int target, int lane)
       const int rest = target - start - __shfl_sync(kAllLanes, inclusive - own, source);
       c.batch = first + source;
       c.load_lengths(p);
-      const int row = rest / c.tiles;
-      c.tile = rest % c.tiles;
-      c.kv_row = c.batch * p.kv_heads + row / p.query_blocks;
-      c.query_block = row % p.query_blocks;
+      const int row = quick_divide(rest, c.tiles), head = quick_divide(row, p.query_blocks);
+      c.tile = rest - row * c.tiles;
+      c.kv_row = c.batch * p.kv_heads + head;
+      c.query_block = row - head * p.query_blocks;
       return c;
     }
     start += __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
@@ -184,10 +197,24 @@ __device__ inline TileCursor locate(const DecodeParams& p, int target, int lane)
   return c;
 }
 
-// First tile of a warp when `total` tiles are split evenly over `warps`.
-__device__ __forceinline__ int first_tile(int total, int warps, int warp) {
-  return static_cast<int>(static_cast<int64_t>(total) * warp / warps);
-}
+// An even split of `total` tiles over `warps` warps.
+struct Split {
+  int total, warps, each, rest;
+
+  __device__ Split(int tiles, int parts)
+      : total(tiles), warps(parts), each(quick_divide(tiles, parts)), rest(tiles - each * parts) {}
+
+  // floor(total * warp / warps).
+  __device__ __forceinline__ int first(int warp) const { return each * warp + quick_divide(rest * warp, warps); }
+
+  // The warp that tile `tile` belongs to: the last one whose first tile is not behind it.
+  __device__ int warp_of(int tile) const {
+    int warp = min(static_cast<int>(__fdividef((tile + 1.0f) * warps, total)), warps - 1);
+    while (warp > 0 && first(warp) > tile) --warp;
+    while (first(warp + 1) <= tile) ++warp;
+    return warp;
+  }
+};
 
 // Where a segment's partial output goes: unique, because along the list of tiles each next segment has a larger warp or
 // a larger segment number. A row has two segments: packed and tail.
@@ -198,49 +225,25 @@ __device__ __forceinline__ T uniform(T x) {
   return __shfl_sync(kAllLanes, x, 0);
 }
 
+// The warp that keeps the rings of a block full. Lane `w` follows the tiles of warp `w`.
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
-struct DecodeWarp {
+struct DecodeProducer {
   using Layout = DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>;
-  using Map = TokenMap<KBits, VBits>;
-  static constexpr int kSteps = H / 16;  // 16-channel steps of a product
-  static constexpr int kMetaBytes = Layout::kMetaBytes;
 
   const DecodeParams& p;
   const DecodeMaps& maps;
-  uint8_t* ring;
-  uint32_t barriers;
-  uint2* queries;  // the lane's query pairs, one a step; in shared memory to leave registers for the accumulators
-  int lane, row, quad;
-
-  // Producer.
-  TileCursor load;
-  int loads_left = 0;  // stages still to be asked for
-  bool load_keys = true;
-  int load_slot = 0;
-  // Consumer.
-  int slot = 0;
-  uint32_t parity = 0;
-
-  // Softmax state and accumulators. Lane columns are queries 2 * quad and 2 * quad + 1.
-  float maximum[2], denominator[2];
-  float out[kSteps][4];
-  float out_zero[Layout::kBlocks][4];
-
-  __device__ DecodeWarp(const DecodeParams& params, const DecodeMaps& tensor_maps) : p(params), maps(tensor_maps) {}
-
-  // ---- Producer: asks for the next stage. One lane with the copy engine, all lanes with cp.async.
+  int lane;
 
   // Copies `rows` rows from row `first` of a source of `total` rows into a swizzled tile.
   template <typename Tile>
   __device__ __forceinline__ void copy_rows(Source source, uint32_t stage, int first, int total, int rows,
-                                            uint32_t barrier) {
+                                            uint32_t barrier) const {
 #if __CUDA_ARCH__ >= 900
-    if (rows == Tile::kRows) {
-      tensor_copy(stage, &maps.map[source], first, 0, barrier);
-    } else {  // a box of fewer rows: one copy a span keeps the distance between spans
-      for (int s = 0; s < Tile::kSpans; ++s) {
-        tensor_copy(stage + s * Tile::kRows * Tile::kSpan, &maps.map[source], first, s, barrier);
-      }
+    // A box of fewer rows than the tile has comes span by span, which keeps the distance between spans.
+    const int copies = rows == Tile::kRows ? 1 : Tile::kSpans;
+#pragma unroll 1
+    for (int s = 0; s < copies; ++s) {
+      tensor_copy(stage + s * Tile::kRows * Tile::kSpan, &maps.map[source], first, s, barrier);
     }
 #else
     constexpr int kChunks = Tile::kRowBytes / 16;
@@ -255,7 +258,7 @@ struct DecodeWarp {
 
   // Copies `bytes` consecutive bytes.
   __device__ __forceinline__ void copy_bytes(Source source, uint32_t stage, int64_t first, int bytes,
-                                             uint32_t barrier) {
+                                             uint32_t barrier) const {
 #if __CUDA_ARCH__ >= 900
     bulk_copy(stage, p.base[source] + first, bytes, barrier);
 #else
@@ -263,77 +266,120 @@ struct DecodeWarp {
 #endif
   }
 
-  __device__ void request_stage() {
-    if (loads_left == 0) return;
-    --loads_left;
-    // Operands of the copy engine sit in uniform registers: without the broadcasts the compiler loops over the lanes.
-    const uint32_t stage = uniform(shared_address(ring) + load_slot * Layout::kStageBytes);
-    const uint32_t barrier = uniform(barriers + 8 * load_slot);
-    const int kv_row = uniform(load.kv_row), tile = uniform(load.tile), packed_tiles = uniform(load.packed_tiles);
-    const bool issuer = !kBulkCopies || lane == 0;
-    if (issuer) {
-      const int kv_rows = p.batch * p.kv_heads;
-      if (tile < packed_tiles) {
-        const int meta_log2 = load_keys ? p.group_log2 : 4;
-        const int meta_rows = kTileTokens >> meta_log2;
-        const int word_rows = load_keys ? Layout::kKeyRows : Layout::kValueRows;
-        const int words = load_keys ? p.packed_capacity / (32 / KBits) : p.packed_capacity / (32 / VBits);
-        const int metas = p.packed_capacity >> meta_log2;
-        const int meta_bytes = (H >> p.group_log2) * kMetaBytes;  // of a token's values, without the vector path
-        const int copied = min(kTileTokens, p.packed_capacity - tile * kTileTokens) * meta_bytes;
+  // Asks for the keys or the values of a packed tile.
+  __device__ __forceinline__ void copy_packed(bool keys, int kv_row, int tile, uint32_t stage, uint32_t barrier) const {
+    const int kv_rows = p.batch * p.kv_heads;
+    const int words = p.packed_capacity / (32 / (keys ? KBits : VBits));
+    const int word_rows = keys ? Layout::kKeyRows : Layout::kValueRows;
+    const int word_first = kv_row * words + tile * word_rows;
+    const int meta_log2 = keys ? p.group_log2 : 4;
+    const int metas = p.packed_capacity >> meta_log2, meta_rows = kTileTokens >> meta_log2;
+    const int meta_first = kv_row * metas + tile * meta_rows;
+    const int meta_bytes = (H >> p.group_log2) * Layout::kMetaBytes;  // of a token's values, without the vector path
+    const int copied = min(kTileTokens, p.packed_capacity - tile * kTileTokens) * meta_bytes;
+    const bool rows = keys || kVectorMetadata;  // metadata come as rows of a tile, not as plain bytes
+    using KeyWords = typename Layout::KeyWords;
+    using KeyMeta = typename Layout::KeyMeta;
+    using ValueWords = typename Layout::ValueWords;
+    using ValueMeta = typename Layout::ValueMeta;
+    static_assert(KeyMeta::kBytes == ValueMeta::kBytes);
 #if __CUDA_ARCH__ >= 900
-        const int meta_total = load_keys || kVectorMetadata ? meta_rows * H * kMetaBytes : copied;
-        barrier_expect(barrier, word_rows * H * 4 + 2 * meta_total);
+    barrier_expect(barrier, word_rows * H * 4 + 2 * (rows ? meta_rows * H * Layout::kMetaBytes : copied));
 #endif
-        const int word_first = kv_row * words + tile * word_rows;
-        const int meta_first = kv_row * metas + tile * meta_rows;
-        if (load_keys) {
-          using Words = typename Layout::KeyWords;
-          using Meta = typename Layout::KeyMeta;
-          const uint32_t meta = stage + Words::kBytes;
-          copy_rows<Words>(kKeyWords, stage, word_first, kv_rows * words, word_rows, barrier);
-          copy_rows<Meta>(kKeyScale, meta, meta_first, kv_rows * metas, meta_rows, barrier);
-          copy_rows<Meta>(kKeyZero, meta + Layout::kMetaStride, meta_first, kv_rows * metas, meta_rows, barrier);
-        } else {
-          using Words = typename Layout::ValueWords;
-          using Meta = typename Layout::ValueMeta;
-          const uint32_t meta = stage + Words::kBytes;
-          copy_rows<Words>(kValueWords, stage, word_first, kv_rows * words, word_rows, barrier);
-          if constexpr (kVectorMetadata) {
-            copy_rows<Meta>(kValueScale, meta, meta_first, kv_rows * metas, meta_rows, barrier);
-            copy_rows<Meta>(kValueZero, meta + Layout::kMetaStride, meta_first, kv_rows * metas, meta_rows, barrier);
-          } else {
-            const int64_t token = static_cast<int64_t>(kv_row) * p.packed_capacity + tile * kTileTokens;
-            const int64_t first = token * meta_bytes;
-            copy_bytes(kValueScale, meta, first, copied, barrier);
-            copy_bytes(kValueZero, meta + Layout::kMetaStride, first, copied, barrier);
-          }
-        }
+    if (keys) {
+      copy_rows<KeyWords>(kKeyWords, stage, word_first, kv_rows * words, word_rows, barrier);
+    } else {
+      copy_rows<ValueWords>(kValueWords, stage, word_first, kv_rows * words, word_rows, barrier);
+    }
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {  // scales, zeros
+      const uint32_t meta = stage + (keys ? KeyWords::kBytes : ValueWords::kBytes) + i * Layout::kMetaStride;
+      const Source source = static_cast<Source>((keys ? kKeyScale : kValueScale) + i);
+      if (rows) {
+        copy_rows<KeyMeta>(source, meta, meta_first, kv_rows * metas, meta_rows, barrier);
       } else {
-        using Tail = typename Layout::Tail;
-#if __CUDA_ARCH__ >= 900
-        barrier_expect(barrier, Tail::kBytes);
-#endif
-        const int first = kv_row * p.tail_capacity + (tile - packed_tiles) * kTailTokens;
-        copy_rows<Tail>(load_keys ? kTailKeys : kTailValues, stage, first, kv_rows * p.tail_capacity, kTailTokens,
-                        barrier);
+        const int64_t token = static_cast<int64_t>(kv_row) * p.packed_capacity + tile * kTileTokens;
+        copy_bytes(source, meta, token * meta_bytes, copied, barrier);
       }
     }
-    if constexpr (!kBulkCopies) async_copies_arrive(barrier);
-    if (!load_keys) load.skip(p, 1);
-    load_keys = !load_keys;
-    load_slot = load_slot + 1 == p.stages ? 0 : load_slot + 1;
   }
 
+  __device__ __forceinline__ void copy_tail(bool keys, int kv_row, int tail_tile, uint32_t stage,
+                                            uint32_t barrier) const {
+    using Tail = typename Layout::Tail;
+#if __CUDA_ARCH__ >= 900
+    barrier_expect(barrier, Tail::kBytes);
+#endif
+    const int first = kv_row * p.tail_capacity + tail_tile * kTailTokens;
+    copy_rows<Tail>(keys ? kTailKeys : kTailValues, stage, first, p.batch * p.kv_heads * p.tail_capacity, kTailTokens,
+                    barrier);
+  }
+
+  // `at` and `tiles`: the lane's warp's first tile and number of tiles. `full`, `empty`: barriers [warp][stage].
+  __device__ void run(TileCursor at, int tiles, int first_warp, int warps, uint32_t rings, uint32_t full,
+                      uint32_t empty) const {
+    int most = tiles;
+    for (int d = 16; d; d >>= 1) most = max(most, __shfl_xor_sync(kAllLanes, most, d));
+    int slot = 0;
+    uint32_t parity = 1;
+#pragma unroll 1
+    for (int i = 0; i < 2 * most; ++i) {
+#pragma unroll 1
+      for (int w = first_warp; w < warps; w += producers(H)) {
+        const int kv_row = __shfl_sync(kAllLanes, at.kv_row, w), tile = __shfl_sync(kAllLanes, at.tile, w);
+        const int packed_tiles = __shfl_sync(kAllLanes, at.packed_tiles, w);
+        if (i >= 2 * __shfl_sync(kAllLanes, tiles, w)) continue;
+        const int index = w * p.stages + slot;
+        const uint32_t stage = rings + index * Layout::kStageBytes, barrier = full + 8 * index;
+        barrier_wait(empty + 8 * index, parity);  // passes at once in the first round
+        if (!kBulkCopies || elect_one()) {
+          if (tile < packed_tiles) {
+            copy_packed(i % 2 == 0, kv_row, tile, stage, barrier);
+          } else {
+            copy_tail(i % 2 == 0, kv_row, tile - packed_tiles, stage, barrier);
+          }
+        }
+        if constexpr (!kBulkCopies) async_copies_arrive(barrier);
+        __syncwarp();
+      }
+      if (i % 2 && i < 2 * tiles) at.advance(p, 1);
+      if (++slot == p.stages) slot = 0, parity ^= 1;
+    }
+  }
+};
+
+template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
+struct DecodeWarp {
+  using Layout = DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>;
+  using Map = TokenMap<KBits, VBits>;
+  static constexpr int kSteps = H / 16;  // 16-channel steps of a product
+  static constexpr int kMetaBytes = Layout::kMetaBytes;
+
+  const DecodeParams& p;
+  uint8_t* ring;
+  uint32_t full, empty;  // barriers, one a stage
+  uint2* queries;        // the lane's query pairs, one a step; in shared memory to leave registers for the accumulators
+  int lane, row, quad;
+
+  int slot = 0;
+  uint32_t parity = 0;
+
+  // Softmax state and accumulators. Lane columns are queries 2 * quad and 2 * quad + 1.
+  float maximum[2], denominator[2];
+  float out[kSteps][4];
+  float out_zero[Layout::kBlocks][4];
+
+  __device__ explicit DecodeWarp(const DecodeParams& params) : p(params) {}
+
   __device__ __forceinline__ const uint8_t* wait_stage() {
-    barrier_wait(barriers + 8 * slot, parity);
+    barrier_wait(full + 8 * slot, parity);
     return ring + slot * Layout::kStageBytes;
   }
 
-  // All lanes have read the current stage: hand it to the copies.
+  // All lanes have read the current stage: hand it back to the producer.
   __device__ __forceinline__ void release_stage() {
     __syncwarp();
-    request_stage();
+    if (lane == 0) barrier_arrive(empty + 8 * slot);
     if (++slot == p.stages) {
       slot = 0;
       parity ^= 1;
@@ -709,72 +755,83 @@ struct DecodeWarp {
 };
 
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
-__global__ void __launch_bounds__(max_warps(H) * kWarpSize, 1)
+__global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
     decode_kernel(const __grid_constant__ DecodeMaps maps, const __grid_constant__ DecodeParams p) {
   using Warp = DecodeWarp<H, KBits, VBits, kMetadata, kVectorMetadata>;
   using Layout = typename Warp::Layout;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const int warps_per_block = blockDim.x / kWarpSize, warp = uniform(static_cast<int>(threadIdx.x / kWarpSize));
+  const int warps_per_block = blockDim.x / kWarpSize - producers(H), lane = threadIdx.x % kWarpSize;
+  const int warp = uniform(static_cast<int>(threadIdx.x / kWarpSize));
   const int warps = gridDim.x * warps_per_block, block_warp = blockIdx.x * warps_per_block;
-  const int ring_bytes = p.stages * Layout::kStageBytes;
-
-  Warp w(p, maps);
-  w.lane = threadIdx.x % kWarpSize;
-  w.row = w.lane >> 2;
-  w.quad = w.lane & 3;
-  w.ring = shared + warp * ring_bytes;
-  uint8_t* after_rings = shared + warps_per_block * ring_bytes;
-  w.queries = reinterpret_cast<uint2*>(after_rings) + warp * Warp::kSteps * kWarpSize + w.lane;
-  w.barriers = shared_address(after_rings + warps_per_block * kQueries * 2 * H) + warp * p.stages * 8;
-  if (w.lane < p.stages) barrier_init(w.barriers + 8 * w.lane, kBulkCopies ? 1 : kWarpSize);
+  const int ring_bytes = p.stages * Layout::kStageBytes, stages = warps_per_block * p.stages;
+  uint8_t* queries_of_warps = shared + warps_per_block * ring_bytes;
+  const uint32_t full = shared_address(queries_of_warps + warps_per_block * kQueries * 2 * H),
+                 empty = full + 8 * stages;
+  for (int i = threadIdx.x; i < stages; i += blockDim.x) {
+    barrier_init(full + 8 * i, kBulkCopies ? 1 : kWarpSize);
+    barrier_init(empty + 8 * i, 1);
+  }
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");  // the merge takes the place of the first block that ends
 #endif
-  __syncwarp();
+  __syncthreads();
 
-  const int total = tiles_before(p, p.batch, w.lane);
-  const int first = first_tile(total, warps, block_warp + warp), last = first_tile(total, warps, block_warp + warp + 1);
-  const int block_first = first_tile(total, warps, block_warp);
-  const int block_last = first_tile(total, warps, block_warp + warps_per_block);
-
-  TileCursor at = locate(p, first, w.lane);
-  w.load = at;
-  w.loads_left = 2 * (last - first);
-  for (int i = 0; i < p.stages; ++i) w.request_stage();
-
+  const Split split(count_tiles(p, 0, lane).total, warps);
+  const int block_first = split.first(block_warp), block_last = split.first(block_warp + warps_per_block);
+  const TileCursor block_at = locate(p, block_first, lane);
   // A block whose tiles all lie in one segment joins its warps' results itself.
-  const TileCursor block_at = locate(p, block_first, w.lane);
   const int segment_end = block_first - block_at.tile + (block_at.packed() ? block_at.packed_tiles : block_at.tiles);
   const bool joined = block_first < block_last && block_last <= segment_end;
   const int queries = p.partial_queries(), slot_floats = queries * (H + 2);
-  float* own = reinterpret_cast<float*>(w.ring);
 
-  for (int left = last - first; left > 0;) {
-    const bool packed = at.packed();
-    const int count = min(left, (packed ? at.packed_tiles : at.tiles) - at.tile);
-    const int64_t kv_row = at.kv_row;
-    w.reset();
-    w.load_queries(at);
-    if (packed) {
-      for (int i = 0; i < count; ++i) {
-        const int token = (at.tile + i) * kTileTokens;
-        w.packed_tile(kv_row, token, at.packed_length - token);
+  // The producer's lanes follow one warp each, so `own` is the lane's there.
+  const bool producer = warp >= warps_per_block;
+  const int own = block_warp + (producer ? min(lane, warps_per_block - 1) : warp);
+  const int first = split.first(own), last = split.first(own + 1);
+  TileCursor at = block_at;
+  if (first < last) at.advance(p, first - block_first);
+
+  if (producer) {
+    const DecodeProducer<H, KBits, VBits, kMetadata, kVectorMetadata> copies{p, maps, lane};
+    copies.run(at, last - first, warp - warps_per_block, warps_per_block, shared_address(shared), full, empty);
+  } else {
+    Warp w(p);
+    w.lane = lane;
+    w.row = lane >> 2;
+    w.quad = lane & 3;
+    w.ring = shared + warp * ring_bytes;
+    w.full = full + 8 * warp * p.stages;
+    w.empty = empty + 8 * warp * p.stages;
+    w.queries = reinterpret_cast<uint2*>(queries_of_warps) + warp * Warp::kSteps * kWarpSize + lane;
+    float* result = reinterpret_cast<float*>(w.ring);
+    for (int left = last - first; left > 0;) {
+      const bool packed = at.packed();
+      const int count = min(left, (packed ? at.packed_tiles : at.tiles) - at.tile);
+      const int64_t kv_row = at.kv_row;
+      w.reset();
+      w.load_queries(at);
+      if (packed) {
+        for (int i = 0; i < count; ++i) {
+          const int token = (at.tile + i) * kTileTokens;
+          w.packed_tile(kv_row, token, at.packed_length - token);
+        }
+      } else {
+        for (int i = 0; i < count; ++i) w.tail_tile(at.tail_length - (at.tile + i - at.packed_tiles) * kTailTokens);
       }
-    } else {
-      for (int i = 0; i < count; ++i) w.tail_tile(at.tail_length - (at.tile + i - at.packed_tiles) * kTailTokens);
+      const int slot = block_warp + warp + segment_number(at.row(p), packed);
+      w.store(joined ? result : p.partial + static_cast<int64_t>(slot) * slot_floats, packed);
+      left -= count;
+      at.advance(p, count);
     }
-    const int slot = block_warp + warp + segment_number(at.row(p), packed);
-    w.store(joined ? own : p.partial + static_cast<int64_t>(slot) * slot_floats, packed);
-    left -= count;
-    at.skip(p, count);
+    if (joined && first == last) {
+      for (int i = lane; i < slot_floats; i += kWarpSize) {
+        result[i] = i / queries == H ? kMasked : 0.0f;  // the maxima follow the outputs
+      }
+    }
   }
 
   if (joined) {
-    if (first == last) {
-      for (int i = w.lane; i < slot_floats; i += kWarpSize) {
-        own[i] = i / queries == H ? kMasked : 0.0f;  // the maxima follow the outputs
-      }
-    }
     __syncthreads();
     const int slot = block_warp + segment_number(block_at.row(p), block_at.packed());
     float* destination = p.partial + static_cast<int64_t>(slot) * slot_floats;
@@ -796,9 +853,6 @@ __global__ void __launch_bounds__(max_warps(H) * kWarpSize, 1)
       }
     }
   }
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
 }
 
 // What the host needs to launch one instance.

@@ -109,6 +109,14 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// a / b for a >= 0, b > 0 and a quotient below 2**22: an estimate, corrected. An integer division is a long chain.
+__device__ __forceinline__ int quick_divide(int a, int b) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(static_cast<float>(b)));
+  const int quotient = static_cast<int>(a * reciprocal), rest = a - quotient * b;
+  return quotient + (rest >= b ? 1 : rest < 0 ? -1 : 0);
+}
+
 // ---- Codes to half pairs: a code under the mantissa of a power of two is `offset + code`, no conversion needed.
 
 // Slot `Slot` of the 16 / Bits codes in each 16-bit half of a word. A word rotated left by 2 has the first half of the
@@ -139,6 +147,10 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -152,6 +164,17 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "bra wait%=;\nend%=:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#endif
+}
+
+// True in one lane of a converged warp.
+__device__ __forceinline__ bool elect_one() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected;
+#else
+  return threadIdx.x % 32 == 0;
 #endif
 }
 

@@ -71,12 +71,23 @@ inline ffi::Error cuda_status(const char* op, cudaError_t status) {
   return ffi::Error::Internal(std::string(op) + ": " + cudaGetErrorString(status));
 }
 
-// An attribute of the current device, without the slow full property query.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
+// What launches depend on, of the current device. Asked for once: handlers run for every token.
+struct Device {
+  int multiprocessors, shared_bytes_per_block, major;
+};
+
+inline Device current_device() {
+  thread_local int known = -1;
+  thread_local Device device{};
+  int ordinal = 0;
+  cudaGetDevice(&ordinal);
+  if (ordinal != known) {
+    cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
+    cudaDeviceGetAttribute(&device.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+    cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, ordinal);
+    known = ordinal;
+  }
+  return device;
 }
 
 }  // namespace minikv
