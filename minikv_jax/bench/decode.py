@@ -1,0 +1,114 @@
+"""Decode attention: packed caches against cuDNN over the same tokens in bfloat16."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import cuda_ffi
+from minikv_jax.bench.timing import chained_ms, looped_ms
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """One decode step: `tokens` packed tokens a row and `tail` full-precision ones."""
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    bits: int = 2
+    group_size: int = 16
+    head_dim: int = 128
+    tail: int = 0
+
+    @property
+    def name(self) -> str:
+        return (
+            f"B{self.batch} S{self.tokens} N{self.heads} K{self.kv_heads} H{self.head_dim} "
+            f"{self.bits}-bit g{self.group_size} tail {self.tail}"
+        )
+
+
+SHAPES = (
+    DecodeShape(8, 32768, 32, 8),
+    DecodeShape(8, 32768, 32, 32),
+    DecodeShape(1, 131072, 32, 8),
+    DecodeShape(8, 32768, 32, 8, bits=4, group_size=32),
+    DecodeShape(8, 32768, 32, 32, bits=4, group_size=32),
+    DecodeShape(8, 32768, 32, 8, group_size=32),
+    DecodeShape(8, 32768, 32, 8, tail=128),
+    DecodeShape(16, 2048, 32, 32, tail=64),
+    DecodeShape(1, 4096, 32, 8),
+)
+
+
+def random_cache(shape: DecodeShape) -> dict[str, Any]:
+    """The cache arguments of `cuda_ffi.decode_attention`: random words, metadata and tail."""
+    keys = iter(jax.random.split(jax.random.key(1), 8))
+    lead = (shape.batch, shape.kv_heads)
+    words = (*lead, shape.tokens * shape.bits // 32, shape.head_dim)
+    key_rows = (*lead, shape.tokens // shape.group_size, shape.head_dim)
+    value_rows = (*lead, shape.tokens, shape.head_dim // shape.group_size)
+    tail = (*lead, max(shape.tail, 16), shape.head_dim)
+
+    def metadata(size: tuple[int, ...]) -> jax.Array:
+        return (0.2 + jax.random.uniform(next(keys), size)).astype(jnp.float16)
+
+    return {
+        "k_planes": (jax.random.bits(next(keys), words, jnp.uint32),),
+        "k_scale": metadata(key_rows),
+        "k_zero": -metadata(key_rows),
+        "v_planes": (jax.random.bits(next(keys), words, jnp.uint32),),
+        "v_scale": metadata(value_rows),
+        "v_zero": -metadata(value_rows),
+        "tail_k": jax.random.normal(next(keys), tail, jnp.bfloat16),
+        "tail_v": jax.random.normal(next(keys), tail, jnp.bfloat16),
+        "packed_length": jnp.full((shape.batch,), shape.tokens, jnp.int32),
+        "tail_length": jnp.full((shape.batch,), shape.tail, jnp.int32),
+    }
+
+
+def stored_bytes(shape: DecodeShape) -> int:
+    """Bytes of the valid tokens: codes, scales and zero points of 16 bits each, and the tail."""
+    values = 2 * shape.batch * shape.kv_heads * shape.head_dim
+    packed_bits = shape.bits + 2 * 16 / shape.group_size
+    return round(values * (shape.tokens * packed_bits / 8 + shape.tail * 2))
+
+
+def bench_decode(shape: DecodeShape, rate: dict[str, float]) -> dict[str, Any]:
+    """One row: ms of a call in a chain of calls, bytes a second of what is stored, and cuDNN in the same chain."""
+    cache = random_cache(shape)
+    q = jax.random.normal(jax.random.key(2), (shape.batch, shape.heads, shape.head_dim), jnp.bfloat16)
+
+    def decode(q: jax.Array, cache: dict[str, Any]) -> jax.Array:
+        return cuda_ffi.decode_attention(q, **cache, k_bits=shape.bits, v_bits=shape.bits, group_size=shape.group_size)
+
+    ms, looped = chained_ms(decode, q, cache), looped_ms(decode, q, cache)
+    del cache
+    size = (shape.batch, shape.tokens + shape.tail, shape.kv_heads, shape.head_dim)
+    k, v = (jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in (3, 4))
+
+    def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q[:, None], k, v, implementation="cudnn")[:, 0]
+
+    cudnn_ms = chained_ms(cudnn, q, k, v)
+    achieved = stored_bytes(shape) / ms * 1e3
+    sizes = {"batch": shape.batch, "tokens": shape.tokens + shape.tail, "heads": shape.heads}
+    sizes |= {"kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "bits": shape.bits}
+    return {
+        "op": "decode_attention",
+        "shape": shape.name,
+        "sizes": sizes,
+        "implementation": "cuda",
+        "ms": ms,
+        "in_loop_ms": looped,
+        "stored_bytes": stored_bytes(shape),
+        "bytes_per_s": achieved,
+        "fraction_of_floor": achieved / rate["read_bytes_per_s"],
+        "cudnn_bf16_ms": cudnn_ms,
+        "times_faster_than_cudnn": cudnn_ms / ms,
+    }
