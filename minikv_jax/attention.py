@@ -4,8 +4,8 @@ Shapes use one legend throughout the project: `B` batch, `T` queries, `S` keys, 
 `G = N / K` query heads per KV head, `H` head dim; query head `n` reads KV head `n // G`. Rows are right-padded; RoPE is
 applied.
 
-Each op runs as "xla" (plain JAX, anywhere) or as a kernel ("pallas", "cuda"). `implementation=None` takes the best that
-supports the case; an implementation asked for by name runs or raises `NotImplementedError` with the reason.
+Each op runs as "xla" (plain JAX, anywhere) or as a kernel ("pallas", "cuda"). `implementation=None` takes the fastest
+that supports the case (`kernels.order`); one asked for by name runs or raises `NotImplementedError` with the reason.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import quantization, reference
+from minikv_jax import kernels, quantization, reference
 from minikv_jax.quantization import Axis, QuantizedArray
 
 if TYPE_CHECKING:
     from minikv_jax.cache import LayerCache
-
-IMPLEMENTATIONS = ("xla", "pallas", "cuda")
 
 
 def prefill_attention(
@@ -55,9 +53,19 @@ def prefill_attention(
     _check_lengths(lengths, q.shape[0])
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected at least 1")
-    _resolve(implementation, "prefill_attention")
-    scale = _scale(scale, q.shape[-1])
-    return reference.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
+    batch, tokens, heads, head_dim = q.shape
+    case = {"scale": _scale(scale, head_dim), "window": window, "with_scores": with_scores}
+    sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
+    return kernels.run(
+        "prefill_attention",
+        implementation,
+        sizes,
+        {
+            "xla": lambda: reference.prefill_attention(q, k, v, lengths, **case),
+            "pallas": lambda: kernels.pallas_prefill_attention(q, k, v, lengths, **case),
+            "cuda": lambda: kernels.cuda_prefill_attention(q, k, v, lengths, **case),
+        },
+    )
 
 
 def quantize(
@@ -71,11 +79,17 @@ def quantize(
     implementation: str | None = None,
 ) -> QuantizedArray:
     """Quantises and packs keys (`axis="tokens"`) or values (`axis="channels"`): `quantization.quantize`."""
-    _resolve(implementation, "quantize")
     if bits is None:
         raise ValueError("bits=None: expected a number of bits")
-    return quantization.quantize(
-        x, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata_dtype, factor_block=factor_block
+    case = {"bits": bits, "group_size": group_size, "axis": axis}
+    case |= {"metadata_dtype": metadata_dtype, "factor_block": factor_block}
+    batch, kv_heads, tokens, head_dim = x.shape
+    sizes = {"batch": batch, "tokens": tokens, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits}
+    return kernels.run(
+        "quantize",
+        implementation,
+        sizes,
+        {"xla": lambda: quantization.quantize(x, **case), "cuda": lambda: kernels.cuda_quantize(x, **case)},
     )
 
 
@@ -100,10 +114,21 @@ def decode_attention(
       ValueError: shapes that disagree. NotImplementedError: an `implementation` that cannot run this case.
     """
     _check_cache(q.shape[0], q.shape[1], q.shape[2], layer)
-    _resolve(implementation, "decode_attention")
     scale = _scale(scale, q.shape[-1])
+    positions = _positions(positions, layer, q.shape[:1])
     q = layer.rotate(q, "keys")
-    out = reference.decode_attention(q, layer, _positions(positions, layer, q.shape[:1]), scale=scale)
+    batch, heads, head_dim = q.shape
+    sizes = {"batch": batch, "tokens": layer.packed_capacity + layer.tail_capacity, "heads": heads}
+    sizes |= {"kv_heads": layer.tail_k.shape[1], "head_dim": head_dim, "bits": layer.config.k_bits or 16}
+    out = kernels.run(
+        "decode_attention",
+        implementation,
+        sizes,
+        {
+            "xla": lambda: reference.decode_attention(q, layer, positions, scale=scale),
+            "cuda": lambda: kernels.cuda_decode_attention(q, layer, scale=scale),
+        },
+    )
     return layer.rotate(out, "values", back=True)
 
 
@@ -128,24 +153,16 @@ def extend_attention(
     _check_heads(q.shape, k.shape, v.shape)
     _check_lengths(lengths, q.shape[0])
     _check_cache(q.shape[0], q.shape[2], q.shape[3], layer)
-    _resolve(implementation, "extend_attention")
     scale = _scale(scale, q.shape[-1])
     positions = _positions(positions, layer, q.shape[:2])
     q, k, v = layer.rotate(q, "keys"), layer.rotate(k, "keys"), layer.rotate(v, "values")
-    out = reference.extend_attention(q, k, v, layer, lengths, positions, scale=scale)
+    out = kernels.run(
+        "extend_attention",
+        implementation,
+        {},
+        {"xla": lambda: reference.extend_attention(q, k, v, layer, lengths, positions, scale=scale)},
+    )
     return layer.rotate(out, "values", back=True)
-
-
-def check_implementation(implementation: str | None) -> None:
-    """Raises ValueError unless it is None or one of `IMPLEMENTATIONS`."""
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-
-
-def _resolve(implementation: str | None, op: str) -> None:
-    check_implementation(implementation)
-    if implementation not in (None, "xla"):
-        raise NotImplementedError(f"{op}: no {implementation!r} kernel; implementation='xla' runs everywhere")
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from minikv_jax import quantizers
+from minikv_jax import kernels, quantizers
 from minikv_jax.config import CacheConfig
 from minikv_jax.quantizers import Packed
 from minikv_jax.schemes import Kind, Operand
@@ -245,9 +245,19 @@ def append(
     """
     k, v = layer.rotate(k, "keys"), layer.rotate(v, "values")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
-    if k.shape[2] == 1 or not layer.config.quantized:
-        layer = _write_tail(layer, k, v, positions, jnp.zeros_like(lengths), lengths)
-        return _flush(layer, implementation)
+    if k.shape[2] == 1 and layer.config.quantized:
+        sizes = {"batch": k.shape[0], "kv_heads": k.shape[1], "head_dim": k.shape[3]}
+        return kernels.run(
+            "append",
+            implementation,
+            sizes,
+            {
+                "xla": lambda: _append_once(layer, k, v, lengths, positions, "xla"),
+                "cuda": lambda: kernels.cuda_append(layer, k[:, :, 0], v[:, :, 0], lengths),
+            },
+        )
+    if not layer.config.quantized:
+        return _append_once(layer, k, v, lengths, positions, implementation)
 
     def step(state: tuple[LayerCache, Array]) -> tuple[LayerCache, Array]:
         layer, done = state
@@ -256,6 +266,14 @@ def append(
         return _flush(layer, implementation), done + take
 
     return lax.while_loop(lambda state: jnp.any(state[1] < lengths), step, (layer, jnp.zeros_like(lengths)))[0]
+
+
+def _append_once(
+    layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array, implementation: str | None
+) -> LayerCache:
+    """Adds tokens that fit the tail."""
+    layer = _write_tail(layer, k, v, positions, jnp.zeros_like(lengths), lengths)
+    return _flush(layer, implementation)
 
 
 def _write_tail(layer: LayerCache, k: Array, v: Array, positions: Array, first: Array, count: Array) -> LayerCache:

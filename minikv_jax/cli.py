@@ -207,14 +207,14 @@ class _Session:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from minikv_jax import attention
+    from minikv_jax import kernels
     from minikv_jax.sampling import Sampling
 
     method = _method(arguments)
     sampling = Sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p
     )
-    attention.check_implementation(arguments.implementation)
+    kernels.check_implementation(arguments.implementation)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={arguments.max_new_tokens}: expected at least 1")
     if arguments.chat and arguments.json:

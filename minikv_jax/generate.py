@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import attention, inference, memory, presets
+from minikv_jax import inference, kernels, memory, presets
 from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig
 from minikv_jax.model import Llama
@@ -91,7 +91,7 @@ def generate(
       sampling: greedy by default.
       key: PRNG key for sampling; needed when `sampling.temperature > 0`.
       eos_token_ids: defaults to the model's; an empty sequence never stops.
-      implementation: of the attention ops (`attention.IMPLEMENTATIONS`); None takes the best there is.
+      implementation: of the attention ops (`kernels.IMPLEMENTATIONS`); None takes the best there is.
       log_probabilities: also return those of the drawn tokens.
 
     Raises:
@@ -262,7 +262,7 @@ def _settings(
 ) -> _Settings:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    attention.check_implementation(implementation)
+    kernels.check_implementation(implementation)
     if sampling.temperature > 0 and key is None:
         raise ValueError("key=None: sampling with a temperature needs a PRNG key")
     eos = tuple(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)

@@ -150,10 +150,10 @@ def make_evaluator(arguments: argparse.Namespace) -> Evaluator:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
-    from minikv_jax import attention, hub
+    from minikv_jax import hub, kernels
     from minikv_jax.evaluation.run import Evaluator
 
-    attention.check_implementation(arguments.implementation)
+    kernels.check_implementation(arguments.implementation)
     task = make_task(arguments)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "compiled"))

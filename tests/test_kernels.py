@@ -1,0 +1,146 @@
+"""Which implementation runs an op: by name, or the fastest one that takes the case."""
+
+import json
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from minikv_jax import hub, kernels, presets
+from minikv_jax.attention import decode_attention, prefill_attention, quantize
+from minikv_jax.generate import generate
+from minikv_jax.model import Llama
+
+SIZES = {"batch": 1, "tokens": 4096}
+
+
+def refuse() -> str:
+    raise NotImplementedError("bits=3")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if JAX ran on a GPU, without recorded measurements."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "_recorded", lambda device_kind: ())
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu_xla_runs():
+    assert kernels.order("decode_attention", SIZES) == ("xla",)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_the_first_that_takes_the_case_runs_and_is_named(caplog: pytest.LogCaptureFixture):
+    runners = {"xla": lambda: "xla", "pallas": refuse, "cuda": lambda: "cuda"}
+    with caplog.at_level(logging.INFO, "minikv_jax"):
+        assert kernels.run("op", None, SIZES, runners) == "cuda"
+        assert kernels.run("op", None, SIZES, runners | {"cuda": refuse}) == "xla"
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(message.endswith("not pallas: bits=3") for message in messages)
+    assert messages[1].endswith(": cuda")
+    assert messages[-1].endswith(": xla")
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_named_implementation_runs_or_raises():
+    runners = {"xla": lambda: "xla", "pallas": refuse}
+    assert kernels.run("op", "xla", SIZES, runners) == "xla"
+    with pytest.raises(NotImplementedError, match="bits=3"):
+        kernels.run("op", "pallas", SIZES, runners)
+    with pytest.raises(NotImplementedError, match="op: no 'cuda' kernel"):
+        kernels.run("op", "cuda", SIZES, runners)
+    with pytest.raises(ValueError, match="implementation='triton': expected one of xla, pallas, cuda"):
+        kernels.run("op", "triton", SIZES, runners)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_the_nearest_recorded_shape_decides(monkeypatch: pytest.MonkeyPatch):
+    def row(implementation: str, tokens: int, ms: float) -> dict:
+        return {"op": "op", "implementation": implementation, "sizes": SIZES | {"tokens": tokens}, "ms": ms}
+
+    recorded = (row("cuda", 1024, 1.0), row("pallas", 1024, 2.0), row("cuda", 65536, 9.0), row("pallas", 65536, 8.0))
+    monkeypatch.setattr(kernels, "_recorded", lambda device_kind: recorded)
+    assert kernels.order("op", SIZES) == ("cuda", "pallas", "xla")
+    assert kernels.order("op", SIZES | {"tokens": 50000}) == ("pallas", "cuda", "xla")
+    assert kernels.order("another op", SIZES) == ("pallas", "cuda", "xla")
+
+
+def test_recorded_rows_have_what_the_choice_reads():
+    for path in pathlib.Path(kernels.__file__).parent.glob("bench/results/kernels_*.json"):
+        report = json.loads(path.read_text())
+        assert report["device"]
+        assert report["results"]
+        for row in report["results"]:
+            assert row["implementation"] in kernels.IMPLEMENTATIONS
+            assert row["ms"] > 0
+            assert set(row["sizes"]) >= {"batch", "tokens", "kv_heads", "head_dim"}
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels are there")
+@pytest.mark.parametrize("name", ["pallas", "cuda"])
+def test_kernels_asked_for_by_name_need_their_gpu(name: str):
+    q = jnp.ones((1, 32, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError):
+        prefill_attention(q, q, q, jnp.array([32]), implementation=name)
+    with pytest.raises(NotImplementedError):
+        quantize(q.swapaxes(1, 2), bits=2, group_size=16, axis="tokens", implementation=name)
+
+
+@pytest.fixture(scope="module")
+def bfloat16_model() -> tuple[Llama, PreTrainedTokenizerBase]:
+    """SmolLM2 in the dtype that the kernels read."""
+    model, tokenizer = hub.load(hub.DEMO_MODEL, dtype="bfloat16")
+    assert tokenizer is not None
+    return model, tokenizer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["minikv", "kivi-4", "full", "twin-4bit"])
+def test_a_layers_cache_reads_alike(method: str, bfloat16_model: tuple[Llama, PreTrainedTokenizerBase]):
+    """The same stored layers by XLA and by the kernel."""
+    model, _ = bfloat16_model
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, model.config.vocab_size, 700).tolist()
+    cache = generate(model, [prompt], cache=method, max_new_tokens=1, eos_token_ids=(), implementation="xla").cache
+    layer = cache.layers[3]
+    q = jnp.asarray(rng.normal(size=(1, 9, 64)), jnp.bfloat16)
+    exact = decode_attention(q.astype(jnp.float32), layer, implementation="xla")
+    by_xla = decode_attention(q, layer, implementation="xla").astype(jnp.float32)
+    by_cuda = decode_attention(q, layer, implementation="cuda").astype(jnp.float32)
+    assert jnp.linalg.norm(by_cuda - exact) <= 2 * jnp.linalg.norm(by_xla - exact) + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["minikv", "kivi-4", "full"])
+def test_generation_agrees_with_xla(method: str, bfloat16_model: tuple[Llama, PreTrainedTokenizerBase]):
+    """Mean log-probability of the greedy continuation: within 0.01, through prefill, packing, append and flushes."""
+    model, tokenizer = bfloat16_model
+    text = (pathlib.Path(__file__).parent.parent / "examples" / "log.txt").read_text()
+    prompts = [tokenizer.encode(text)[:size] for size in (900, 611)]
+    means = {}
+    for implementation in ("xla", "cuda"):
+        result = generate(
+            model,
+            prompts,
+            cache=method,
+            max_new_tokens=200,
+            eos_token_ids=(),
+            implementation=implementation,
+            log_probabilities=True,
+        )
+        assert result.log_probabilities is not None
+        means[implementation] = float(jnp.mean(result.log_probabilities))
+    assert means["cuda"] == pytest.approx(means["xla"], abs=0.01)
+
+
+def test_presets_that_the_kernels_run():
+    """The flagship presets stay within what the CUDA kernels store: 2 or 4 bits, groups of 16 to 128."""
+    for name in ("minikv", "minikv-pyramid", "kivi-2", "kivi-4", "q-hitter", "twin-4bit", "twin-4bit-half"):
+        config = presets.get(name)
+        assert config.k_bits in (2, 4)
+        assert config.v_bits in (2, 4)
