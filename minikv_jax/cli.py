@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -35,6 +36,9 @@ _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "transformers")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "--verbose" in argv:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("minikv_jax").setLevel(logging.INFO)
     try:
         if argv[:2] == ["bench", "kernels"]:
             return _bench_kernels(argv[2:])
@@ -88,12 +92,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
-    parser.add_argument("--implementation", metavar="NAME", help="xla, pallas or cuda; default: the best there is")
+    parser.add_argument("--implementation", metavar="NAME", help="xla, pallas or cuda; default: the fastest measured")
     parser.add_argument(
         "--no-chat-template", "--raw", action="store_true", help="give the prompt to the model as it is"
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write the result as JSON")
-    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--verbose", action="store_true", help="name the implementation of each op; show the traceback of an error"
+    )
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

@@ -113,22 +113,6 @@ def cuda_prefill_attention(
     return cuda_ffi.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
 
 
-def pallas_prefill_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    lengths: Int[Array, "B"],
-    *,
-    scale: float,
-    window: int | None,
-    with_scores: bool,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]:
-    """`attention.prefill_attention` by `pallas_kernels`."""
-    import pallas_kernels
-
-    return pallas_kernels.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
-
-
 def cuda_quantize(
     x: Float[Array, "B K S H"], *, bits: int, group_size: int, axis: Axis, metadata_dtype: str, factor_block: int | None
 ) -> QuantizedArray:
