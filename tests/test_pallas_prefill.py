@@ -1,0 +1,184 @@
+"""The Pallas prefill: on the GPU against dense float64 softmax maps; lowering and refusals anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from minikv_jax import reference
+from pallas_kernels import column_sums, hopper
+from pallas_kernels.prefill_attention import Config, flash_attention, heuristic_config, scratch
+
+# Of the error that XLA makes in the same dtype: both round weights and results to 16 bits, in another order. Scores
+# stay float32 in both, where XLA may be exact to less than one rounding: no bound is below twice that.
+FACTOR = 2
+ROUNDING = float(np.finfo(np.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compiled program; every row has its own length."""
+
+    lengths: tuple[int, ...]
+    tokens: int
+    kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    window: int | None = None
+    scale: float | None = None
+    config: Config | None = None
+
+    @property
+    def logit_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+CASES = {
+    "edges of tiles": Case((0, 1, 63, 64, 65, 127, 128, 129), 129),
+    "edges of later tiles": Case((255, 256, 257, 319, 320, 321, 383, 384), 384, kv_heads=1, group=8),
+    "tokens between tiles, head_dim 64": Case((300, 299, 193), 300, kv_heads=3, group=1, head_dim=64, dtype="float16"),
+    "groups of three, head_dim 64": Case((1, 200, 128, 100), 200, group=3, head_dim=64),
+    "one token": Case((1,), 1, kv_heads=1, group=3),
+    "float16": Case((260, 140), 260, dtype="float16", scale=0.3),
+    "tiles of 64 keys": Case((700, 513), 700, config=Config(block_kv=64, stages=3)),
+    "rings go round": Case((2048,), 2048, kv_heads=1, group=4),
+    "a window of one": Case((260, 200), 260, group=1, window=1),
+    "a window within a tile": Case((520, 400, 130, 7), 520, kv_heads=1, group=8, dtype="float16", window=100),
+    "a window of two tiles, head_dim 64": Case((700, 513, 129), 700, group=3, head_dim=64, window=256),
+    "a window past the end": Case((150, 128), 150, window=1000),
+}
+
+
+def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Output and column sums in float64."""
+    out, scores = np.zeros(q.shape), np.zeros((q.shape[0], case.kv_heads, case.tokens))
+    for b, n in enumerate(case.lengths):
+        ages = np.arange(n)[:, None] - np.arange(n)
+        seen = (ages >= 0) & (ages < (case.window or case.tokens))
+        for head in range(q.shape[2]):
+            kv_head = head // case.group
+            logits = np.where(seen, q[b, :n, head] @ k[b, :n, kv_head].T * case.logit_scale, -np.inf)
+            weights = np.exp(logits - logits.max(-1, keepdims=True, initial=-np.inf))
+            weights /= weights.sum(-1, keepdims=True)
+            out[b, :n, head] = weights @ v[b, :n, kv_head]
+            scores[b, kv_head, :n] += weights.sum(0)
+    return out, scores
+
+
+def relative_error(got: Any, want: np.ndarray) -> float:
+    """Norm of the difference over the norm; NaN anywhere gives NaN, which no bound admits."""
+    return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_matches_dense_maps(name: str) -> None:
+    """Ragged rows, NaN in the padding of q, k and v; zeros come back there, and equal runs are bit-equal."""
+    case = CASES[name]
+    rng = np.random.default_rng(len(name))
+    batch, dtype = len(case.lengths), jnp.dtype(case.dtype)
+    lengths = jnp.asarray(case.lengths, jnp.int32)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(batch, case.tokens, heads, case.head_dim)), dtype)
+        for heads in (case.kv_heads * case.group, case.kv_heads, case.kv_heads)
+    )
+    options = {"scale": case.logit_scale, "window": case.window, "with_scores": True}
+    want = dense(np.asarray(q, np.float64), np.asarray(k, np.float64), np.asarray(v, np.float64), case)
+    xla = jax.jit(functools.partial(reference.prefill_attention, **options))(q, k, v, lengths)
+
+    padding = np.arange(case.tokens) >= np.array(case.lengths)[:, None]
+    poisoned = tuple(jnp.where(padding[..., None, None], jnp.nan, x).astype(dtype) for x in (q, k, v))
+    run = jax.jit(functools.partial(pallas_kernels.prefill_attention, **options, config=case.config))
+    out, scores = run(*poisoned, lengths)
+
+    assert (out.dtype, scores.dtype) == (dtype, jnp.float32)
+    for what, got, by_xla, exact in zip(("out", "scores"), (out, scores), xla, want, strict=True):
+        error, bound = relative_error(got, exact), FACTOR * max(relative_error(by_xla, exact), ROUNDING)
+        assert error <= bound, f"{what}: relative error {error}, bound {bound}"
+    assert not np.asarray(out, np.float32)[padding].any()
+    assert not np.asarray(scores).swapaxes(1, 2)[padding].any()
+    for first, second in zip((out, scores), run(*poisoned, lengths), strict=True):
+        assert np.array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32)), "second run differs"
+
+
+@pytest.mark.gpu
+def test_output_does_not_depend_on_scores() -> None:
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 200, n, 64), jnp.bfloat16) for i, n in enumerate((4, 2, 2)))
+    run = jax.jit(pallas_kernels.prefill_attention, static_argnames=("scale", "with_scores"))
+    out, nothing = run(q, k, v, jnp.array([190]), scale=0.1, with_scores=False)
+    assert nothing is None
+    with_scores, _ = run(q, k, v, jnp.array([190]), scale=0.1, with_scores=True)
+    assert np.array_equal(np.asarray(out, np.float32), np.asarray(with_scores, np.float32))
+
+
+# Anywhere -----------------------------------------------------------------------------------------
+
+
+def abstract(dtype: Any = jnp.bfloat16, head_dim: int = 128, **changes: Any) -> dict[str, Any]:
+    shapes = {"q": (2, 256, 8, head_dim), "k": (2, 256, 2, head_dim), "v": (2, 256, 2, head_dim)}
+    arguments = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    return arguments | {"lengths": jax.ShapeDtypeStruct((2,), jnp.int32)} | changes
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_lower_without_a_gpu(head_dim: int, dtype: Any, window: int | None) -> None:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+        config = heuristic_config(head_dim)
+        _, lse = flash_attention(q, k, v, lengths, scale=0.1, window=window, config=config)
+        return column_sums.column_sums(q, k, lse, lengths, scale=0.1, window=window)
+
+    lowered = jax.jit(both).trace(*abstract(dtype, head_dim).values()).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (abstract(jnp.float32), NotImplementedError, "q.dtype=float32"),
+        (abstract(head_dim=96), NotImplementedError, "head_dim=96"),
+        ({"scale": -1.0}, NotImplementedError, "scale=-1.0"),
+        ({"window": 0}, ValueError, "window=0"),
+        ({"lengths": jax.ShapeDtypeStruct((3,), jnp.int32)}, ValueError, r"lengths has shape \(3,\)"),
+        ({"q": jax.ShapeDtypeStruct((2, 256, 7, 128), jnp.bfloat16)}, ValueError, "7 query heads over 2 KV heads"),
+        ({"k": jax.ShapeDtypeStruct((2, 255, 2, 128), jnp.bfloat16)}, ValueError, r"k \(2, 255, 2, 128\)"),
+        ({"v": jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.float16)}, ValueError, "v float16"),
+    ],
+)
+def test_unsupported_cases_are_refused_by_name(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pallas_kernels.prefill_attention(**({"scale": 1.0, "with_scores": True} | abstract() | change))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu_the_reason_is_given() -> None:
+    assert not pallas_kernels.available()
+    with pytest.raises(NotImplementedError, match="need an NVIDIA GPU"):
+        pallas_kernels.prefill_attention(**abstract(), scale=1.0, with_scores=False)
+
+
+def test_a_config_that_does_not_fit_is_rejected() -> None:
+    large = Config(stages=5)
+    hopper.check_shared_memory(scratch(large, 64, jnp.bfloat16), large)
+    with pytest.raises(ValueError, match=r"stages=5.* needs 3\d{5} bytes"):
+        flash_attention(**abstract(), scale=1.0, window=None, config=large)
+    larger = column_sums.Config(stages=3)
+    hopper.check_shared_memory(column_sums.scratch(larger, 64, jnp.bfloat16), larger)
+    with pytest.raises(ValueError, match=r"stages=3.* needs 2\d{5} bytes"):
+        hopper.check_shared_memory(column_sums.scratch(larger, 128, jnp.bfloat16), larger)
+
+
+@pytest.mark.parametrize("options", [{"block_kv": 96}, {"stages": 1}])
+def test_wrong_configs_are_named(options: dict[str, int]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Config(**options)
