@@ -438,26 +438,30 @@ def _memory(arguments: argparse.Namespace) -> int:
 
 def _methods(arguments: argparse.Namespace) -> int:
     del arguments
-    from minikv_jax import presets
+    from minikv_jax import presets, schemes
     from minikv_jax.config import CacheConfig
 
     defaults = _fields(CacheConfig())
     for preset in presets.names():
         config = presets.get(preset)
-        changed = {name: value for name, value in _fields(config).items() if value != defaults[name]}
+        changed = {name: value for name, value in _fields(config).items() if value != defaults.get(name)}
         print(f"{preset}\n    {config.citation}")
         if changed:
             print("    " + " ".join(f"{name}={value}" for name, value in changed.items()))
     print("\nFields and their defaults, for --set:")
     for name, value in defaults.items():
         print(f"    {name}={str(value).lower() if value is None else value}")
+    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS):
+        print(f"\nValues of {registry.kind}, and what --set can change besides:")
+        for name in registry:
+            print(" ".join(["   ", name, *(f"{key}={value}" for key, value in registry[name].options.items())]))
     return 0
 
 
 def _fields(config: CacheConfig) -> dict[str, Any]:
-    """A method's fields, its name and citation left out."""
-    values = dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in ("name", "citation")}
+    """A method's fields and options, its name and citation left out."""
+    values = dataclasses.asdict(config) | dict(config.options)
+    return {name: value for name, value in values.items() if name not in ("name", "citation", "options")}
 
 
 def _bench_kernels(arguments: Sequence[str]) -> int:

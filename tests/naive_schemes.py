@@ -6,9 +6,13 @@ and values, `n` being the row's length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 from naive import softmax
+
+from minikv_jax.config import CacheConfig
 
 
 def tova(q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -68,6 +72,31 @@ def expected_attention(
         logits = [key @ mean / np.sqrt(H) + key @ covariance @ key / (2 * H) for key in k[sinks:].astype(np.float64)]
         total[sinks:] += softmax(np.array(logits)) / G
     return (total + epsilon) * np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=1))
+
+
+def prompt_scores(
+    config: CacheConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int], frequencies: np.ndarray
+) -> np.ndarray:
+    """The scores[B, K, T] that `config.scorer` gives q[B, T, N, H], k and v[B, T, K, H]; zero in the padding."""
+    B, T, N, _ = q.shape
+    K = k.shape[2]
+    scores = np.zeros((B, K, T))
+    for b, head in np.ndindex(B, K):
+        n = lengths[b]
+        keys, values, group = k[b, :n, head], v[b, :n, head], slice(head * (N // K), (head + 1) * (N // K))
+        if config.scorer == "tova":
+            scores[b, head, :n] = tova(q[b, :n], k[b, :n])
+        elif config.scorer == "lagkv":
+            scores[b, head, :n] = lagkv(keys, values, sinks=config.sinks, lag=config.option("lag"), padded=T)
+        elif config.scorer == "expected-attention":
+            settings = {name: config.option(name) for name in ("future", "epsilon")}
+            if n > config.sinks:
+                scores[b, head, :n] = expected_attention(
+                    q[b, :n, group], keys, values, frequencies, sinks=config.sinks, **settings
+                )
+        else:
+            scores[b, head, :n] = {"knorm": knorm, "keydiff": keydiff}[config.scorer](keys)
+    return scores
 
 
 # Quantisers: x[S, H], one packing block of one row and KV head -> the numbers that are read back ----

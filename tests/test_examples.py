@@ -77,6 +77,17 @@ def test_a_flax_model_that_is_not_ours(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "of the cache saved" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_forget")
+def test_the_python_of_the_schemes_page(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    page = (EXAMPLES.parent / "docs" / "schemes.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    exec(code.replace("smollm2-135m-instruct", str(model_directory)), {})
+    assert capsys.readouterr().out.endswith(" tokens per layer\n")
+    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS):  # the tables name all that there are
+        for name in registry:
+            assert f"`{name}`" in page or name == "none" or not registry.is_built_in(name)
+
+
 def test_the_python_of_the_readme_runs(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
