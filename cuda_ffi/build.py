@@ -7,24 +7,13 @@ list of architectures it was built from, so that `cuda_ffi.registration` can tel
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
-SOURCE_DIR = pathlib.Path(__file__).parent
-BUILD_DIR = SOURCE_DIR / "build"
-LIBRARY = BUILD_DIR / "libminikv_cuda.so"
-ARCHITECTURES = ("80", "86", "89", "90a")
-
-
-def source_digest() -> str:
-    """Digest of everything the library is compiled from; `CMakeLists.txt` computes the same."""
-    names = (path for suffix in ("*.cu", "*.cuh", "*.h", "CMakeLists.txt") for path in SOURCE_DIR.glob(suffix))
-    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(names))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+from cuda_ffi.library import ARCHITECTURES, BUILD_DIR, LIBRARY, SOURCE_DIR, architecture_of
 
 
 def find_nvcc() -> str:
@@ -63,28 +52,15 @@ def native_architectures() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def architecture_of(compute_capability: str) -> str:
-    """`"9.0"` -> `"90a"`.
-
-    Raises:
-      NotImplementedError: for a device none of the kernels are built for.
-    """
-    name = compute_capability.replace(".", "")
-    for architecture in ARCHITECTURES:
-        if architecture.removesuffix("a") == name:
-            return architecture
-    raise NotImplementedError(f"compute_capability={compute_capability}: built for {', '.join(ARCHITECTURES)}")
-
-
 def build(
     architectures: tuple[str, ...],
     *,
     jobs: int | None = None,
     directory: pathlib.Path = BUILD_DIR,
-    target: str = "minikv_cuda",
+    targets: tuple[str, ...] = ("minikv_cuda",),
     report: bool = False,
 ) -> str:
-    """Builds one of the CMake targets, the library unless another is named, in `directory`.
+    """Builds some of the CMake targets, the library unless others are named, in `directory`.
 
     Args:
       architectures: some of `ARCHITECTURES`.
@@ -104,9 +80,9 @@ def build(
     configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{a}-real' for a in architectures)}"]
     configure += [f"-DMINIKV_REPORT={'ON' if report else 'OFF'}"]
-    compile_target = [cmake, "--build", str(objects), "--target", target, "--parallel", str(jobs or os.cpu_count())]
+    compile_target = [cmake, "--build", str(objects), "--target", *targets, "--parallel", str(jobs or os.cpu_count())]
     output = _run(configure) + _run(compile_target)
-    if target == "minikv_cuda":
+    if "minikv_cuda" in targets:
         # By a rename: a process that has the old library mapped keeps it.
         shutil.copy2(objects / LIBRARY.name, directory / f"{LIBRARY.name}.new")
         os.replace(directory / f"{LIBRARY.name}.new", directory / LIBRARY.name)

@@ -8,7 +8,7 @@ import pathlib
 
 import jax
 
-from cuda_ffi import build
+from cuda_ffi.library import LIBRARY, architecture_of, source_digest
 
 # FFI target -> exported symbol. The one table of what the library holds.
 HANDLERS = {
@@ -37,14 +37,14 @@ def check_library(library: pathlib.Path) -> tuple[str, ...]:
     except AttributeError:
         raise NotImplementedError(f"{library} is not a library of this package: {how}") from None
     fields = dict(field.split("=", 1) for field in info.split() if "=" in field)
-    if fields.get("sources") != build.source_digest():
+    if fields.get("sources") != source_digest():
         raise NotImplementedError(f"{library} is stale, its sources have changed since: {how}")
     return tuple(fields["architectures"].split(","))
 
 
 def check_architecture(architectures: tuple[str, ...], compute_capability: str, library: pathlib.Path) -> None:
     """Raises NotImplementedError unless code for `architectures` runs on a device of `compute_capability`."""
-    needed = build.architecture_of(compute_capability)
+    needed = architecture_of(compute_capability)
     # Within one generation, code for a smaller minor version runs; sm_90a code runs on 9.0 alone.
     if needed in architectures or (
         needed.startswith("8") and any(a.startswith("8") and a <= needed for a in architectures)
@@ -63,12 +63,12 @@ def load() -> None:
     Raises:
       NotImplementedError: where there is no GPU, no library, or one that is stale or for another architecture.
     """
-    architectures = check_library(build.LIBRARY)
+    architectures = check_library(LIBRARY)
     try:
         devices = jax.devices("gpu")
     except RuntimeError:
         raise NotImplementedError("platform=cpu: the CUDA kernels need an NVIDIA GPU") from None
-    check_architecture(architectures, devices[0].compute_capability, build.LIBRARY)
-    library = ctypes.CDLL(str(build.LIBRARY))
+    check_architecture(architectures, devices[0].compute_capability, LIBRARY)
+    library = ctypes.CDLL(str(LIBRARY))
     for target, symbol in HANDLERS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="CUDA")

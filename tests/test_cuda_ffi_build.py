@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from cuda_ffi import build, registration
+from cuda_ffi import build, library, registration
 
 try:
     build.find_nvcc()
@@ -22,26 +22,26 @@ needs_compiler = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["decode_128_2", "quantize", "append", "prefill_attention"])
-def test_kernels_compile_without_spills(target: str, tmp_path: pathlib.Path) -> None:
+def test_kernels_compile_without_spills(tmp_path: pathlib.Path) -> None:
     """The hot kernels, for one Ampere target and the Hopper one."""
-    report = build.build(("80", "90a"), directory=tmp_path, target=target, report=True)
-    assert f"sources={build.source_digest()} architectures=80,90a" in report
-    spills = re.findall(r"for '(sm_\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", report, re.DOTALL)
-    assert {architecture for architecture, *_ in spills} == {"sm_80", "sm_90a"}
-    assert {tuple(amounts) for _, *amounts in spills} == {("0", "0")}
+    targets = ("decode_128_2", "quantize", "append", "prefill_attention")
+    report = build.build(("80", "90a"), directory=tmp_path, targets=targets, report=True)
+    assert f"sources={library.source_digest()} architectures=80,90a" in report
+    kernels = re.findall(r"for '(sm_\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", report, re.DOTALL)
+    assert {architecture for architecture, *_ in kernels} == {"sm_80", "sm_90a"}
+    assert {tuple(spills) for _, *spills in kernels} == {("0", "0")}
 
 
 @needs_compiler
 def test_a_stale_library_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = tmp_path / "lib.so"
-    info = f"sources={build.source_digest()} architectures=80,90a"
-    command = [build.find_nvcc(), "-shared", "-Xcompiler", "-fPIC", f'-DMINIKV_BUILD_INFO="{info}"', "-o", str(library)]
-    subprocess.run([*command, str(build.SOURCE_DIR / "build_info.cu")], check=True)
-    assert registration.check_library(library) == ("80", "90a")
-    monkeypatch.setattr(build, "source_digest", lambda: "other")
+    path = tmp_path / "lib.so"
+    info = f"sources={library.source_digest()} architectures=80,90a"
+    command = [build.find_nvcc(), "-shared", "-Xcompiler", "-fPIC", f'-DMINIKV_BUILD_INFO="{info}"', "-o", str(path)]
+    subprocess.run([*command, str(library.SOURCE_DIR / "build_info.cu")], check=True)
+    assert registration.check_library(path) == ("80", "90a")
+    monkeypatch.setattr(registration, "source_digest", lambda: "other")
     with pytest.raises(NotImplementedError, match=r"lib\.so is stale"):
-        registration.check_library(library)
+        registration.check_library(path)
 
 
 def test_without_a_compiler_the_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,13 +67,13 @@ def test_a_missing_library_says_how_to_build_it(tmp_path: pathlib.Path) -> None:
         (("90a",), "9.0", True),
         (("80",), "9.0", False),
         (("90a",), "8.6", False),
-        (build.ARCHITECTURES, "10.0", False),
+        (library.ARCHITECTURES, "10.0", False),
     ],
 )
 def test_a_foreign_architecture_is_named(architectures: tuple[str, ...], capability: str, fits: bool) -> None:
-    library = pathlib.Path("lib.so")
+    path = pathlib.Path("lib.so")
     if fits:
-        registration.check_architecture(architectures, capability, library)
+        registration.check_architecture(architectures, capability, path)
     else:
         with pytest.raises(NotImplementedError, match=r"sm_|compute_capability"):
-            registration.check_architecture(architectures, capability, library)
+            registration.check_architecture(architectures, capability, path)

@@ -1,0 +1,31 @@
+"""Where the library of CUDA kernels lies, what it is built from and for which devices."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+
+SOURCE_DIR = pathlib.Path(__file__).parent
+BUILD_DIR = SOURCE_DIR / "build"
+LIBRARY = BUILD_DIR / "libminikv_cuda.so"
+ARCHITECTURES = ("80", "86", "89", "90a")
+
+
+def source_digest() -> str:
+    """Digest of everything the library is compiled from; `CMakeLists.txt` computes the same."""
+    names = (path for suffix in ("*.cu", "*.cuh", "*.h", "CMakeLists.txt") for path in SOURCE_DIR.glob(suffix))
+    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(names))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def architecture_of(compute_capability: str) -> str:
+    """`"9.0"` -> `"90a"`.
+
+    Raises:
+      NotImplementedError: for a device none of the kernels are built for.
+    """
+    name = compute_capability.replace(".", "")
+    for architecture in ARCHITECTURES:
+        if architecture.removesuffix("a") == name:
+            return architecture
+    raise NotImplementedError(f"compute_capability={compute_capability}: built for {', '.join(ARCHITECTURES)}")
