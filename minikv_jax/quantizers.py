@@ -123,6 +123,7 @@ def hadamard(size: int) -> np.ndarray:
 class RoundToNearest(Quantizer):
     """Min/max per token, of keys too: groups of `group_size` channels, so that 64 or 128 may be a whole head.
 
+    FlexGen's group-wise quantisation of the cache (arXiv 2303.06865), which KIVI (section 3) measures its keys against.
     The kernels read keys grouped by tokens only; the dict makes this a layout of its own.
     """
 
@@ -279,7 +280,7 @@ class NVFP4(Quantizer):
 
 @register_quantizer("fp8", format="e4m3")
 class Float8(Quantizer):
-    """Eight-bit floats without a scale, saturating: `format` e4m3 or e5m2 (Micikevicius et al. 2022, table 1)."""
+    """Eight-bit floats without a scale, saturating: `format` e4m3 or e5m2 (arXiv 2209.05433, table 1)."""
 
     bits = (8,)
 
