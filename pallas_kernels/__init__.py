@@ -5,7 +5,6 @@ Imports nothing from `minikv_jax`: the functions take plain arrays in the layout
 
 from pallas_kernels.hopper import why_unavailable
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.quantize import quantize
 
 
 def available() -> bool:
@@ -13,4 +12,4 @@ def available() -> bool:
     return why_unavailable() is None
 
 
-__all__ = ["available", "prefill_attention", "quantize", "why_unavailable"]
+__all__ = ["available", "prefill_attention", "why_unavailable"]
