@@ -23,7 +23,7 @@ constexpr int kQueries = 8;  // columns of one tensor-core product
 constexpr int kWarpSize = 32;
 // Warps of a block that compute, and that copy for them: as many as the registers allow, since one warp alone cannot
 // hide the latency of its own chain (unpack, product, softmax, product), nor one copying warp keep up with eight.
-__host__ __device__ constexpr int max_warps(int head_dim) { return head_dim <= 64 ? 10 : head_dim <= 128 ? 8 : 6; }
+__host__ __device__ constexpr int max_warps(int head_dim) { return head_dim <= 128 ? 8 : 6; }
 __host__ __device__ constexpr int producers(int head_dim) { return head_dim <= 64 ? 4 : head_dim <= 128 ? 3 : 2; }
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 

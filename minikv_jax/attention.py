@@ -62,6 +62,7 @@ def prefill_attention(
         sizes,
         {
             "xla": lambda: reference.prefill_attention(q, k, v, lengths, **case),
+            "pallas": lambda: kernels.pallas_prefill_attention(q, k, v, lengths, **case),
             "cuda": lambda: kernels.cuda_prefill_attention(q, k, v, lengths, **case),
         },
     )

@@ -189,7 +189,7 @@ class _Session:
         start = time.perf_counter()
         for result in results:
             compiling.append(time.perf_counter() - start)
-            jax.block_until_ready(result.tokens)
+            jax.block_until_ready(result)  # the cache too: the tokens of a prefill are ready before it is
             running.append(time.perf_counter() - start - compiling[-1])
             tokens = result.tokens[0, : int(result.lengths[0])].tolist()
             text = self._show(tokens, text)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minikv_jax.cache import LayerCache
 
 IMPLEMENTATIONS = ("xla", "pallas", "cuda")
-_KERNELS_FIRST = ("pallas", "cuda", "xla")
+_KERNELS_FIRST = ("cuda", "pallas", "xla")
 _RESULTS = pathlib.Path(__file__).parent / "bench" / "results"
 
 _log = logging.getLogger("minikv_jax")
@@ -111,6 +111,22 @@ def cuda_prefill_attention(
     import cuda_ffi
 
     return cuda_ffi.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
+
+
+def pallas_prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float,
+    window: int | None,
+    with_scores: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]:
+    """`attention.prefill_attention` by `pallas_kernels`."""
+    import pallas_kernels
+
+    return pallas_kernels.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
 
 
 def cuda_quantize(

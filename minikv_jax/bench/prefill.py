@@ -47,7 +47,7 @@ def bench_prefill(shape: PrefillShape) -> Iterator[dict[str, Any]]:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
     cudnn_ms = kernel_ms(cudnn, q, k, v)
-    for implementation in ("cuda",):
+    for implementation in ("cuda", "pallas"):
 
         def run(q: jax.Array, k: jax.Array, v: jax.Array, name: str = implementation) -> Any:
             return prefill_attention(q, k, v, lengths, with_scores=True, implementation=name)
