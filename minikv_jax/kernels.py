@@ -155,9 +155,12 @@ def cuda_append(
 ) -> LayerCache:
     """`cache.append` of one token a row by `cuda_ffi`: in place, a full tail packed in the same call."""
     import cuda_ffi
+    from minikv_jax.quantizers import packs_by_minmax
 
     if layer.k is None:
         raise NotImplementedError("append: the CUDA kernel appends to quantised caches only")
+    if not packs_by_minmax(layer.config):
+        raise NotImplementedError(f"append: the CUDA kernel packs by min/max, not quantizer={layer.config.quantizer!r}")
     old_k, old_v = _packed(layer)
     new = cuda_ffi.append(
         k,

@@ -29,7 +29,7 @@ def quantize(x: Float[Array, "B K S H"], operand: Operand, implementation: str |
     """
     config = operand.config
     quantizer = QUANTIZERS[config.quantizer]
-    if type(quantizer) in (MinMax, Hadamard):  # the op's kernels know this one rule
+    if packs_by_minmax(config):  # the rule that the op and its kernels know
         return attention.quantize(x, **_minmax(operand), implementation=implementation)
     if implementation not in (None, "xla"):
         raise NotImplementedError(
@@ -37,6 +37,11 @@ def quantize(x: Float[Array, "B K S H"], operand: Operand, implementation: str |
         )
     stored = quantizer.quantize(x, operand)
     return stored if isinstance(stored, QuantizedArray) else StoredArray(stored, x.shape[2])
+
+
+def packs_by_minmax(config: CacheConfig) -> bool:
+    """Whether codes come from `MinMax.quantize` itself, whatever the rotation: what a kernel that packs may replace."""
+    return getattr(type(QUANTIZERS[config.quantizer]), "quantize", None) is MinMax.quantize
 
 
 def dequantize(packed: Packed, operand: Operand, dtype: DTypeLike) -> Float[Array, "B K S H"]:

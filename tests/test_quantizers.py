@@ -13,7 +13,7 @@ import pytest
 from layers import assert_close, cache_of, normal
 from tiny import tiny_config
 
-from minikv_jax import memory, quantizers
+from minikv_jax import kernels, memory, quantizers
 from minikv_jax.attention import decode_attention, extend_attention
 from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig
@@ -171,6 +171,17 @@ def test_bytes_are_counted(name: str, bits: int, per_value: float):
     layer = cache_of(config, x, x, np.full(B, S), 64)
     assert KVCache((layer,), jnp.full(B, S)).nbytes == report.bytes
     assert layer.packed_bytes * 8 == per_value * 2 * B * K * layer.packed_capacity * H
+
+
+@pytest.mark.parametrize("name", ["hqq", "rtn", "turboquant", "hadamard"])
+def test_no_kernel_packs_by_another_rule(name: str):
+    """A kernel that packs a full tail itself must not stand in for a quantiser with a rule of its own."""
+    x = np.zeros((B, S, K, H), np.float32)
+    layer = cache_of(config_of(name, 2), x, x, np.full(B, S), 64)
+    assert quantizers.packs_by_minmax(layer.config) == (name == "hadamard")
+    if name != "hadamard":
+        with pytest.raises(NotImplementedError, match=f"quantizer='{name}'"):
+            kernels.cuda_append(layer, jnp.zeros((B, K, H)), jnp.zeros((B, K, H)), jnp.ones(B, jnp.int32))
 
 
 def test_settings_that_a_quantiser_cannot_have_are_named():

@@ -113,7 +113,7 @@ def test_stored_as_the_quantiser_says(tmp_path: pathlib.Path):
     out, want = attend(q, layer), attend(q, exact)
     assert 0 < np.abs(np.asarray(out - want)).max() < 0.05
     new = k[:, :1]
-    with pytest.raises(NotImplementedError, match=r"quantizer='absmax8' has no 'cuda' kernel"):
+    with pytest.raises(NotImplementedError, match="quantizer='absmax8'"):
         jax.eval_shape(lambda x, n: append(layer, x, x, n, n[:, None], "cuda"), new, np.ones(2, int))
 
 
