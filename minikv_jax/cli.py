@@ -401,6 +401,7 @@ def _memory(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         dtype=arguments.dtype,
     )
+    weights = memory.weight_bytes(model, arguments.dtype)
     _print_rows(
         [
             ("packed", f"{report.packed_bytes:,} bytes ({report.packed_saved:.1%} below full)"),
@@ -410,6 +411,12 @@ def _memory(arguments: argparse.Namespace) -> int:
             ("full cache", f"{report.full_bytes:,} bytes ({arguments.dtype})"),
             ("kept per layer", f"{_span([layer.kept for layer in report.layers])} of {arguments.prompt_len:,} tokens"),
             ("bytes per layer", _span(report.layer_bytes)),
+            (
+                "a decode step reads",
+                f"{weights:,} bytes of weights; the cache is {report.bytes / (weights + report.bytes):.0%} of its "
+                f"bytes, a full one {report.full_bytes / (weights + report.full_bytes):.0%}",
+            ),
+            ("speed to gain", f"at most {report.step_saved(weights):.2f} x, where memory bounds the step"),
         ]
     )
     _write_json(
@@ -427,6 +434,8 @@ def _memory(arguments: argparse.Namespace) -> int:
             "index_bytes": report.index_bytes,
             "bytes": report.bytes,
             "full_bytes": report.full_bytes,
+            "weight_bytes": weights,
+            "step_saved": report.step_saved(weights),
             "per_layer": [
                 {**layer._asdict(), "bytes": size}
                 for layer, size in zip(report.layers, report.layer_bytes, strict=True)

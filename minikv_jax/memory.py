@@ -39,6 +39,13 @@ class MemoryReport:
     def bytes(self) -> int:
         return self.packed_bytes + self.tail_bytes + self.index_bytes
 
+    def step_saved(self, weight_bytes: int) -> float:
+        """How many times fewer bytes a decode step reads than with a full cache: what compression can gain at most.
+
+        A step reads the weights once, whatever the batch, and at the end of generation all of the cache.
+        """
+        return (weight_bytes + self.full_bytes) / (weight_bytes + self.bytes)
+
     @property
     def saved(self) -> float:
         """Share of the full cache's bytes that is saved, everything counted."""
@@ -99,6 +106,16 @@ def report(
         layers=layers,
         layer_bytes=tuple(map(sum, zip(packed, tail, index, strict=True))),
     )
+
+
+def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
+    """Bytes of the weights that a decode step reads: all but an embedding table that only looks tokens up."""
+    d, h = model.hidden_size, model.head_dim
+    q, kv = model.num_attention_heads * h, model.num_key_value_heads * h
+    attention = d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
+    mlp = 3 * d * model.intermediate_size + ((2 * model.intermediate_size + d) if model.mlp_bias else 0)
+    norms = 2 * d + (2 * h if model.qk_norm else 0)
+    return _BYTES[dtype] * (model.num_hidden_layers * (attention + mlp + norms) + d + model.vocab_size * d)
 
 
 def _index_bytes(layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:

@@ -156,6 +156,9 @@ def test_memory_prints_the_report(run: Run, model_directory: pathlib.Path, tmp_p
         assert f"{value:,} bytes" in text
     assert f"{expected.saved:.1%} below full" in text
     assert json.loads(out.read_text())["bytes"] == expected.bytes
+    weights = memory.weight_bytes(hub.load_config(model_directory), "float32")
+    assert f"{weights:,} bytes of weights" in text
+    assert f"at most {(weights + expected.full_bytes) / (weights + expected.bytes):.2f} x" in text
     short = ["--prompt", 512, "--new", 64, "--batch", 3, "--dtype", "float32"]
     assert run("memory", "--config", model_directory / "config.json", "--method", "minikv-pyramid", *short)[1] == text
 

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from tiny import random_ids, tiny_config, tiny_model
 
+from minikv_jax import memory
 from minikv_jax.config import ModelConfig, RopeScaling
 from minikv_jax.model import Llama
 from minikv_jax.rotary import inverse_frequencies, rotary_tables, rotate
@@ -212,3 +213,22 @@ def test_bad_input_is_named():
 
 def test_an_id_outside_the_vocabulary_gives_nan():
     assert jnp.all(jnp.isnan(tiny_model()(jnp.array([[96]], jnp.int32))))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3"},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+)
+def test_weight_bytes_are_those_of_the_model(changes: dict):
+    """Bytes that a decode step reads: all parameters but an embedding table that is not the output layer too."""
+    config = tiny_config(**changes)
+    model = nnx.eval_shape(lambda: Llama(config, dtype="bfloat16", rngs=nnx.Rngs(0)))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * 2
+    assert memory.weight_bytes(config, "bfloat16") == total - table
