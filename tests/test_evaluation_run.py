@@ -176,6 +176,25 @@ def test_a_plugins_methods_run_and_nan_is_reported(run: Run, model_directory: pa
     assert "broken: NaN or infinite logits in 1 of 1 cases" in log
 
 
+def test_a_researchers_path(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
+    """A scheme of one's own, from its file to a report; `--durations` shows what it takes."""
+    plugin, out = tmp_path / "mine.py", tmp_path / "sweep"
+    plugin.write_text(PLUGIN)
+    (tmp_path / "book.txt").write_text(TEXT)
+    common = ["--model", model_directory, "--plugin", plugin, "--method", "even", "--method", "h2o"]
+    task = ["perplexity", "--text", tmp_path / "book.txt", "--context", 200, "--continuation", 10, "--limit", 1]
+    code, text, log = run("evaluate", *task, *common)
+    assert code == 0, log
+    assert "| even |" in text
+    code, text, log = run("sweep", *task, *common, "--sweep", "heavy=0.1,0.3", "--out", out)
+    assert code == 0, log
+    points = json.loads((out / "results.json").read_text())["points"]
+    assert [point["method"] for point in points.values()] == ["even"] * 2 + ["h2o"] * 2
+    small, large = (points[f"even:heavy={share}"]["means"] for share in (0.1, 0.3))
+    assert small["cache_bytes"] < large["cache_bytes"]
+    assert "even:heavy=0.3" in (out / "report.html").read_text()
+
+
 CASES = ["evaluate", "cases", "--model", "{model}", "--method", "minikv", "--data"]
 BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/book.txt"]
 
