@@ -121,6 +121,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="change a field of the method"
     )
+    parser.add_argument(
+        "--plugin", type=pathlib.Path, action="append", default=[], metavar="FILE", help="a Python file with schemes"
+    )
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -132,7 +135,10 @@ def _setting(text: str) -> tuple[str, str]:
 
 def _method(arguments: argparse.Namespace) -> CacheConfig:
     from minikv_jax import presets
+    from minikv_jax.schemes import load_plugin
 
+    for file in arguments.plugin:
+        load_plugin(file)
     return presets.override(presets.get(arguments.method), dict(arguments.set))
 
 

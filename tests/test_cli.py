@@ -170,6 +170,21 @@ def test_memory_of_a_padded_prompt_is_the_cache_that_generate_makes(run: Run, mo
     assert f"{result.cache.nbytes:,} bytes" in run("memory", "--model", model_directory, *sizes)[1]
 
 
+def test_a_plugin_method_by_name(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
+    plugin = tmp_path / "half.py"
+    plugin.write_text(
+        "import minikv_jax\n"
+        "minikv_jax.register_method(minikv_jax.CacheConfig(name='newest-half', recent=0.5, k_bits=4, v_bits=4))\n"
+    )
+    sizes = ["--model", model_directory, "--prompt-len", 128, "--max-new-tokens", 16]
+    code, text, _ = run("memory", *sizes, "--plugin", plugin, "--method", "newest-half")
+    assert code == 0
+    assert "64 of 128 tokens" in text
+    code, _, error = run("memory", *sizes, "--plugin", tmp_path / "absent.py", "--method", "newest-half")
+    assert code == 2
+    assert "absent.py" in error
+
+
 def test_methods_lists_every_preset_and_field(run: Run):
     code, text, _ = run("methods")
     assert code == 0
