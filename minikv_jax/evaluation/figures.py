@@ -20,9 +20,11 @@ MARKERS = "osD^vPX*<>ph"
 _WIDTH = 9.0  # inches; with _DPI about the width of a README column, twice over
 _DPI = 160
 
+_TICKS = (3.125, 6.25, 12.5, 25, 50, 100)  # per cent
+
 # Metrics that can be a Pareto figure's quality: label, and whether more is better.
 _QUALITIES = {
-    "kl_to_full": ("KL to the full cache, nats/token", False),
+    "kl_to_full": ("KL to full, nats/token", False),
     "exact_match": ("exact match", True),
     "score": ("score", True),
 }
@@ -35,6 +37,8 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
       points: of `Sweep.results`. A method's points are one series.
     """
     qualities = [key for key in _QUALITIES if any(key in point["means"] for point in points.values())]
+    if "score" in qualities and "exact_match" in qualities:
+        qualities.remove("exact_match")  # the score says the same, and less strictly
     series: dict[str, list[Mapping[str, Any]]] = {}
     for point in points.values():
         series.setdefault(point["method"], []).append(point["means"])
@@ -42,6 +46,7 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     for axis, quality in zip(axes, qualities, strict=True):
         _pareto_panel(axis, series, quality)
     figure.suptitle(f"{title}: quality against stored bytes", fontsize=11)
+    figure.supxlabel("allocated bytes, share of the full cache", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     return _png(figure)
@@ -64,16 +69,20 @@ def _pareto_panel(axis: Axes, series: Mapping[str, list[Mapping[str, Any]]], qua
             markersize=5.5,
             label=name,
         )
-    if found:
-        _frontier(axis, found, more_is_better)
+    _frontier(axis, found, more_is_better)
     axis.set_xscale("log", base=2)
+    low, high = min(x for x, _ in found), max(x for x, _ in found)
+    axis.set_xlim(low / 1.15, high * 1.15)
+    axis.set_xticks([tick for tick in _TICKS if low / 1.15 <= tick <= high * 1.15])
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axis.xaxis.set_minor_locator(NullLocator())
     if not more_is_better and any(y > 0 for _, y in found):
         least = min(y for _, y in found if y > 0)
         axis.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(least)))
-    axis.set_xlabel("allocated bytes, share of the full cache")
-    axis.set_ylabel(f"{label} ({'higher' if more_is_better else 'lower'} is better)")
+        axis.set_ylim(bottom=0 if any(y == 0 for _, y in found) else least / 1.5)
+    if more_is_better:
+        axis.set_ylim(-0.05, 1.05)
+    axis.set_ylabel(f"{label} ({'higher' if more_is_better else 'lower'} is better)", fontsize=9)
     axis.grid(alpha=0.3)
 
 
