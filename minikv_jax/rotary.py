@@ -44,7 +44,7 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "#B T H2"], sin: Float[Array, "#B T H2"]
 ) -> Float[Array, "B T N H"]:
     """Turns channel pairs (i, i + H/2) of queries or keys by their position's angle; float32 inside, x's dtype out."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, N, H/2] each
