@@ -1,13 +1,14 @@
 """Fixtures that several test files use."""
 
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import pytest
 from model_directory import write_model
 from transformers import PreTrainedTokenizerBase
 
-from minikv_jax import hub
+from minikv_jax import hub, schemes
 from minikv_jax.model import Llama
 
 
@@ -19,6 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes back the schemes and methods that a test registers."""
+    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS, schemes.METHODS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    yield
+    schemes._check.cache_clear()
 
 
 @pytest.fixture(scope="session")

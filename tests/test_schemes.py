@@ -1,7 +1,6 @@
 """The extension points: what a scheme can do, and what is said where it breaks its contract."""
 
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,19 +11,10 @@ from layers import cache_of, normal
 from tiny import tiny_config, tiny_model
 
 import minikv_jax as mk
-from minikv_jax import memory, presets, schemes
+from minikv_jax import memory, presets
 from minikv_jax.cache import append
 
 MODEL = tiny_config()
-
-
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes back what a test registers."""
-    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS, schemes.METHODS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    yield
-    schemes._check.cache_clear()
 
 
 PLUGIN = """
