@@ -116,12 +116,15 @@ def measure(
         answered = decode(jnp.zeros_like(batch.known)) if answer and batch.wanted.any() else None
         return _Run(cache.nbytes // len(cases), forced, answered)
 
-    runs = {config: run(config, answer=True) for config in set(methods.values())}
-    reference = (runs.get(full) or run(full, answer=False)).forced
+    # One method at a time: a run's logits are large, and only those of the full cache are needed again.
+    whole = run(full, answer=full in methods.values())
+    found = {
+        config: _measurements(whole if config == full else run(config, answer=True), whole.forced, batch, full_bytes)
+        for config in set(methods.values())
+    }
     results: list[dict[str, Measurement]] = [{} for _ in cases]
     for name, config in methods.items():
-        found = _measurements(runs[config], reference, batch, full_bytes)
-        for row, measurement in enumerate(found[: len(cases)]):
+        for row, measurement in enumerate(found[config][: len(cases)]):
             results[row][name] = measurement
     return results
 
