@@ -1,0 +1,205 @@
+"""End-to-end benchmark: `minikv bench generate`, every run in a process of its own.
+
+    minikv bench generate --shape llama2-7b --batch 1 --batch 16 --prompt-len 2048 --max-new-tokens 1024 --output out.json
+    minikv bench generate --shape llama2-7b --find batch --memory-gb 40 --prompt-len 2048 --max-new-tokens 1024
+
+A run's floor is the time that the device takes to read the weights and the valid part of the cache at the rate it reads
+memory at (`timing.rates`): no decode step can be faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from minikv_jax import hub
+from minikv_jax.bench import timing
+from minikv_jax.bench.end_to_end import Case, measure
+from minikv_jax.bench.fit import FIND, find
+from minikv_jax.bench.worker import TaskError, run_task
+from minikv_jax.kernels import IMPLEMENTATIONS
+from minikv_jax.model import DTYPES
+
+_PACKAGES = ("jax", "jaxlib", "flax")
+_PROBE_SHARE = 0.5  # of the device's memory that the process which looks at the device may use
+_SMALLER = 0.98  # what a size that was found is multiplied by when it runs out of memory after all
+
+
+def device() -> dict[str, Any]:
+    """What runs: device, backend, its memory in bytes, and the rates it reads and copies at. For a process of its own.
+
+    Memory and rates are None where there is no GPU or no CUDA library.
+    """
+    first = jax.devices()[0]
+    limit = (first.memory_stats() or {}).get("bytes_limit")
+    try:
+        rates = timing.rates()
+    except NotImplementedError as error:
+        rates = {"read_bytes_per_s": None, "copy_bytes_per_s": None, "no_rates": str(error)}
+    return {
+        "device": first.device_kind,
+        "backend": first.client.platform_version.splitlines()[0],
+        "memory_bytes": None if limit is None else round(limit / _PROBE_SHARE),
+        **rates,
+    }
+
+
+def measured(case: dict[str, Any]) -> dict[str, Any]:
+    """`measure`, from JSON values."""
+    return measure(Case(**case))
+
+
+def found(case: dict[str, Any], what: str, limit: int) -> dict[str, Any]:
+    """`find`, from JSON values."""
+    return find(Case(**case), what, limit)
+
+
+class Bench:
+    """Runs cases one after the other and keeps the report."""
+
+    def __init__(self, command: str, memory_gb: float | None):
+        self.environment = {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR")
+            or str(hub.cache_directory() / "compiled"),
+        }
+        about = self._run("device", share=_PROBE_SHARE)
+        self.limit = None if memory_gb is None else round(memory_gb * 1e9)
+        total = about["memory_bytes"]
+        if self.limit is not None and total is not None and self.limit > total:
+            raise ValueError(f"--memory-gb {memory_gb:g}: this device has {total / 1e9:.1f} GB")
+        self.share = self.limit / total if self.limit and total else 0.97
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        self.report: dict[str, Any] = {"command": command, **about, "versions": versions, "results": []}
+
+    def _run(self, function: str, *arguments: Any, share: float) -> Any:
+        environment = self.environment | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}"}
+        return run_task(__name__, function, *arguments, environment=environment)
+
+    def row(self, case: Case) -> dict[str, Any]:
+        """A case's sizes and what was measured, or why nothing was."""
+        sizes = {name: value for name, value in dataclasses.asdict(case).items() if value is not None}
+        row = sizes | {"memory_limit_bytes": self.limit}
+        try:
+            row |= self._run("measured", dataclasses.asdict(case), share=self.share)
+        except (TaskError, NotImplementedError) as error:
+            return row | {"error": str(error)}
+        for stretch in row["decode"].values():
+            stretch |= self._floor(row["weight_bytes"] + stretch["cache_bytes_read"], stretch["ms_per_step"])
+        return row | {"times_floor": next(iter(row["decode"].values()))["times_floor"]}
+
+    def _floor(self, bytes_read: int, ms: float) -> dict[str, float | None]:
+        """The floor of a decode step, and how many times as long the step took."""
+        rate = self.report["read_bytes_per_s"]
+        if rate is None:
+            return {"floor_ms": None, "times_floor": None}
+        floor = 1e3 * bytes_read / rate
+        return {"floor_ms": floor, "times_floor": ms / floor}
+
+    def fitted(self, case: Case, what: str) -> dict[str, Any]:
+        """The row of the largest batch or the longest prompt within the limit, confirmed by running it."""
+        found = self._run("found", dataclasses.asdict(case), what, self.limit, share=self.share)
+        field = {"batch": "batch", "prompt": "prompt_len"}[what]
+        size, failed = found["size"], []
+        while True:
+            row = self.row(dataclasses.replace(case, **{field: size})) | {"found": found | {"out_of_memory": failed}}
+            if "out of memory" not in row.get("error", "") or size == 1:
+                return row
+            failed.append(size)
+            size = min(size - 1, int(size * _SMALLER))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs everything, prints a table and writes one JSON file."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.find and options.memory_gb is None:
+        parser.error("--find needs --memory-gb")
+    for name in ("batch", "prompt_len", "max_new_tokens", "steps"):
+        for value in _listed(getattr(options, name)):
+            if value is not None and value < 1:
+                parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.memory_gb is not None and not options.memory_gb > 0:
+        parser.error(f"--memory-gb {options.memory_gb:g}: expected more than 0")
+    cases = list(_cases(options))
+    for case in cases:
+        case.config()  # an unknown shape or a malformed config is found before anything runs
+    given = sys.argv[1:] if arguments is None else ["bench", "generate", *arguments]
+    bench = Bench(shlex.join(["minikv", *given]), options.memory_gb)
+    for case in cases:
+        row = bench.fitted(case, options.find) if options.find else bench.row(case)
+        bench.report["results"].append(row)
+        print(line(row), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(bench.report, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minikv bench generate", description="Times prefill and decode of whole models, and their memory."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shape", help="random weights: llama2-7b, llama-3.1-8b, a config.json or its directory")
+    source.add_argument("--model", help="real weights: a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
+    parser.add_argument("--method", action="append", metavar="NAME", help="repeatable; default: minikv and full")
+    parser.add_argument("--plugin", action="append", metavar="FILE", default=[], help="a Python file with methods")
+    parser.add_argument("--batch", action="append", type=int, metavar="N", help="rows; repeatable; default: 1")
+    parser.add_argument("--prompt-len", action="append", type=int, metavar="N", help="repeatable; default: 2048")
+    parser.add_argument("--max-new-tokens", action="append", type=int, metavar="N", help="repeatable; default: 1024")
+    parser.add_argument("--steps", type=int, metavar="N", help="time N decode steps amid and at the end of the new ones")
+    parser.add_argument("--memory-gb", type=float, metavar="G", help="limit each run to G * 10^9 bytes of the device")
+    parser.add_argument("--find", choices=FIND, help="the largest batch or longest prompt that --memory-gb holds")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the fastest measured")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    return parser
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    prompts = [1] if options.find == "prompt" else options.prompt_len or [2048]
+    batches = [1] if options.find == "batch" else options.batch or [1]
+    for method, new, prompt, batch in itertools.product(
+        options.method or ["minikv", "full"], options.max_new_tokens or [1024], prompts, batches
+    ):
+        yield Case(
+            shape=options.shape,
+            model=options.model,
+            method=method,
+            batch=batch,
+            prompt_len=prompt,
+            max_new_tokens=new,
+            steps=options.steps,
+            dtype=options.dtype,
+            implementation=options.implementation,
+            plugins=tuple(options.plugin),
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in one line of text."""
+    text = f"{row['method']:12} batch {row['batch']:4} prompt {row['prompt_len']:7,} + {row['max_new_tokens']:5,}: "
+    if "error" in row:
+        return text + row["error"]
+    floor = "" if row["times_floor"] is None else f" ({row['times_floor']:.2f} x floor)"
+    peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 1e9:.2f} GB"
+    return (
+        f"{text}prefill {row['prefill_s']:.3f} s, decode {row['decode_ms']:.2f} ms a step{floor}, "
+        f"{row['decode_tokens_per_s']:,.0f} tokens/s{peak}, cache {row['cache_bytes'] / 1e9:.3f} GB, "
+        f"compile {sum(row['compile_s'].values()):.0f} s"
+    )
