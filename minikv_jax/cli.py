@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from minikv_jax.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")
+_SUITES = {
+    "kernels": "the attention and quantisation kernels",
+    "generate": "prefill, decode and memory of whole models, beside the hardware's floor",
+    "figures": "pictures of what `generate` measured",
+}
 _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "transformers")
 
 
@@ -40,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("minikv_jax").setLevel(logging.INFO)
     try:
-        if argv[:2] == ["bench", "kernels"]:
-            return _bench_kernels(argv[2:])
+        if argv[:1] == ["bench"] and argv[1:2] and argv[1] in _SUITES:
+            return importlib.import_module(f"minikv_jax.bench.{argv[1]}").main(argv[2:]) or 0
         arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except (ValueError, NotImplementedError, OSError) as error:
@@ -72,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep(commands.add_parser("sweep", help="the same over a grid of methods and fields, with figures"))
     bench = commands.add_parser("bench", help="measure this machine")
     suites = bench.add_subparsers(required=True, metavar="SUITE")
-    suites.add_parser("kernels", help="the attention and quantisation kernels")  # reads its own options: see `main`
+    for name, text in _SUITES.items():
+        suites.add_parser(name, help=text)  # reads its own options: see `main`
     return parser
 
 
@@ -477,10 +483,6 @@ def _fields(config: CacheConfig) -> dict[str, Any]:
     """A method's fields and options, its name and citation left out."""
     values = dataclasses.asdict(config) | dict(config.options)
     return {name: value for name, value in values.items() if name not in ("name", "citation", "options")}
-
-
-def _bench_kernels(arguments: Sequence[str]) -> int:
-    return importlib.import_module("minikv_jax.bench.kernels").main(arguments) or 0
 
 
 # output ---------------------------------------------------------------------------------------------------------------

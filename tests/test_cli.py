@@ -262,6 +262,12 @@ def test_bench_kernels_forwards_its_options(run: Run, monkeypatch: pytest.Monkey
     assert forwarded == ["--help", "decode"]
 
 
+def test_bench_without_a_suite_names_them(run: Run):
+    code, _, err = run("bench", "speed")
+    assert code == 2
+    assert "kernels" in err and "generate" in err and "figures" in err
+
+
 def test_help_needs_no_accelerator():
     result = subprocess.run(
         [sys.executable, "-m", "minikv_jax.cli", "--help"], capture_output=True, text=True, check=True

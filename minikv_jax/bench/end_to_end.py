@@ -11,7 +11,7 @@ import functools
 import pathlib
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from minikv_jax import hub, memory, presets
-from minikv_jax.cache import KVCache, LayerCache
-from minikv_jax.config import ModelConfig
+from minikv_jax.cache import KVCache
+from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.generate import _decode_chunk, _prefill_only, _settings, _State, bucket_length
 from minikv_jax.model import Llama
 from minikv_jax.sampling import Sampling
@@ -72,6 +72,19 @@ class Case:
             )
         return config
 
+    def stretches(self) -> dict[str, tuple[int, int]]:
+        """First step and number of steps of what is timed."""
+        new, steps = self.max_new_tokens, self.steps
+        if steps is None or steps >= new:
+            return {"all": (0, new)}
+        return {"middle": ((new - steps) // 2, steps), "end": (new - steps, steps)}
+
+    def preset(self) -> CacheConfig:
+        """The method, the plugins loaded. Raises ValueError for an unknown one."""
+        for file in self.plugins:
+            load_plugin(file)
+        return presets.get(self.method)
+
     def load(self) -> Llama:
         """The model, its weights on the device."""
         return random_model(self.config(), self.dtype) if self.model is None else hub.load(self.model)[0]
@@ -111,7 +124,7 @@ def random_model(config: ModelConfig, dtype: str) -> Llama:
 
 
 class Programs:
-    """The prefill and the decode program of a case, compiled from shapes alone.
+    """The prefill and the decode program of a case, compiled from shapes alone; `config` stands in for the case's own.
 
     Attributes:
       prefill: `(params, ids, lengths, key) -> state`.
@@ -120,10 +133,8 @@ class Programs:
       needed_bytes: the larger of what the two hold at once, weights included.
     """
 
-    def __init__(self, case: Case):
-        for file in case.plugins:
-            load_plugin(file)
-        method, config = presets.get(case.method), case.config()
+    def __init__(self, case: Case, config: ModelConfig | None = None):
+        method, config = case.preset(), config or case.config()
         memory.check_model(config, method)
         self.graph, params = nnx.split(skeleton(config, case.dtype))
         tokens = bucket_length(case.prompt_len, config.max_position_embeddings)
@@ -151,18 +162,15 @@ def _held(compiled: Any) -> int:
     """Bytes of arguments, results and temporaries; donated arguments count once."""
     found = compiled.memory_analysis()
     return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        + found.temp_size_in_bytes
-        - found.alias_size_in_bytes
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
     )
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Compiles, runs and times a case: a row of the report. Times are warm, medians of up to three runs.
 
-    `decode` has an entry per stretch of steps: "all", or "middle" and "end" where `steps` says so. A stretch starts from
-    the prompt's cache with its lengths moved on: the tokens between are not generated, their slots hold zeros.
+    `decode` has an entry per stretch of steps: "all", or "middle" and "end" where `steps` says so. A stretch starts
+    from the prompt's cache with its lengths moved on: the tokens between are not generated, their slots hold zeros.
     """
     programs = Programs(case)
     params = nnx.state(case.load())
@@ -175,25 +183,24 @@ def measure(case: Case) -> dict[str, Any]:
         begin = time.perf_counter()
         state = jax.block_until_ready(programs.prefill(params, ids, lengths, jax.random.key(0)))
         prefill_s.append(time.perf_counter() - begin)
-        prompt = jax.tree.map(np.asarray, _lengths(state.cache))
+        prompt = jax.tree.map(np.asarray, _Lengths.of(state.cache))
         begin = time.perf_counter()
         state = jax.block_until_ready(programs.decode(params, state, jnp.int32(1)))
         first_s.append(prefill_s[-1] + time.perf_counter() - begin)
     assert state is not None and prompt is not None
     decode = {}
-    for name, (first, steps) in _stretches(case).items():
+    for name, (first, steps) in case.stretches().items():
         times: list[float] = []
         while len(times) <= _RUNS and sum(times[1:]) < _LONG:
             state = jax.block_until_ready(_moved(state, prompt, first))
             begin = time.perf_counter()
             state = jax.block_until_ready(programs.decode(params, state, jnp.int32(first + steps)))
             times.append(time.perf_counter() - begin)
-        halfway = _moved(state, prompt, first + steps // 2).cache
         decode[name] = {
             "first_step": first,
             "steps": steps,
             "ms_per_step": 1e3 * statistics.median(times[1:]) / steps,
-            "cache_bytes_read": bytes_read(halfway),
+            "cache_bytes_read": bytes_read(state.cache, prompt, range(first + 1, first + steps + 1)),
         }
     ms = next(iter(decode.values()))["ms_per_step"]
     return {
@@ -210,49 +217,50 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _stretches(case: Case) -> dict[str, tuple[int, int]]:
-    """First step and number of steps of what is timed."""
-    new, steps = case.max_new_tokens, case.steps
-    if steps is None or steps >= new:
-        return {"all": (0, new)}
-    return {"middle": ((new - steps) // 2, steps), "end": (new - steps, steps)}
+class _Lengths(NamedTuple):
+    """Every layer's packed and tail length, and the tokens seen."""
+
+    packed: list[Any]
+    tail: list[Any]
+    seen: Any
+
+    @classmethod
+    def of(cls, cache: KVCache) -> _Lengths:
+        layers = cache.layers
+        return cls([layer.packed_length for layer in layers], [layer.tail_length for layer in layers], cache.length)
+
+    def after(self, steps: int, cache: KVCache) -> _Lengths:
+        """What these host arrays become by that many steps: a full tail packs its oldest block."""
+        packed, tail = [], []
+        for layer, packed_length, tail_length in zip(cache.layers, self.packed, self.tail, strict=True):
+            block = layer.config.flush_block
+            over = np.maximum(tail_length + steps - (layer.tail_capacity - block), 0)
+            flushed = over // block * block if layer.packed_capacity >= block else 0 * over
+            packed.append(packed_length + flushed)
+            tail.append(tail_length + steps - flushed)
+        return _Lengths(packed, tail, self.seen + steps)
 
 
-def _lengths(cache: KVCache) -> tuple[list[tuple[Any, Any]], Any]:
-    """Packed and tail length per layer, and tokens seen."""
-    return [(layer.packed_length, layer.tail_length) for layer in cache.layers], cache.length
-
-
-def _moved(state: _State, prompt: tuple[list[tuple[Any, Any]], Any], step: int) -> _State:
-    """The state with its lengths as after `step` steps on a prompt's `_lengths`."""
-    layers, length = prompt
-    moved = []
-    for layer, (packed, tail) in zip(state.cache.layers, layers, strict=True):
-        flushed = _flushed(layer, tail + step)
-        arrays = jnp.asarray(packed + flushed), jnp.asarray(tail + step - flushed)
-        moved.append(dataclasses.replace(layer, packed_length=arrays[0], tail_length=arrays[1]))
-    cache = KVCache(tuple(moved), jnp.asarray(length + step))
+def _moved(state: _State, prompt: _Lengths, step: int) -> _State:
+    """The state with its lengths as after `step` steps on the prompt's."""
+    lengths = jax.tree.map(jnp.asarray, prompt.after(step, state.cache))
+    layers = (
+        dataclasses.replace(layer, packed_length=packed, tail_length=tail)
+        for layer, packed, tail in zip(state.cache.layers, lengths.packed, lengths.tail, strict=True)
+    )
+    cache = KVCache(tuple(layers), lengths.seen)
     return state._replace(step=jnp.int32(step), lengths=jnp.full_like(state.lengths, step), cache=cache)
 
 
-def _flushed(layer: LayerCache, tail: np.ndarray) -> np.ndarray:
-    """Tokens that have left a tail to which `tail` tokens came in all, a block whenever it was full."""
-    block = layer.config.flush_block
-    if layer.packed_capacity < block:
-        return np.zeros_like(tail)
-    return np.maximum((tail - (layer.tail_capacity - block)) // block, 0) * block
-
-
-def bytes_read(cache: KVCache) -> int:
-    """Bytes of the valid tokens: what a decode step has to read."""
+def bytes_read(cache: KVCache, prompt: _Lengths, steps: range) -> int:
+    """Bytes of the valid tokens, the mean over the lengths after `steps`: what a decode step has to read."""
     total = 0.0
-    for layer in cache.layers:
-        rows = layer.packed_length.shape[0]
-        if layer.packed_capacity:
-            total += layer.packed_bytes * int(layer.packed_length.sum()) / (rows * layer.packed_capacity)
-        tail = layer.tail_k.nbytes + layer.tail_v.nbytes
-        total += tail * int(layer.tail_length.sum()) / (rows * layer.tail_capacity)
-    return round(total)
+    for lengths in (prompt.after(step, cache) for step in steps):
+        for layer, packed, tail in zip(cache.layers, lengths.packed, lengths.tail, strict=True):
+            if layer.packed_capacity:
+                total += layer.packed_bytes * packed.mean() / layer.packed_capacity
+            total += (layer.tail_k.nbytes + layer.tail_v.nbytes) * tail.mean() / layer.tail_capacity
+    return round(total / len(steps))
 
 
 def peak_bytes() -> int | None:

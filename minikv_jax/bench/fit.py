@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from minikv_jax import memory, presets
+from minikv_jax import memory
 from minikv_jax.bench.end_to_end import Case, Programs
+from minikv_jax.config import ModelConfig
 from minikv_jax.generate import bucket_length
 
-FIND = ("batch", "prompt")
+FIELDS = {"batch": "batch", "prompt": "prompt_len"}  # what can be found, and the case's field that holds it
+_DEPTHS = (2, 4)  # layers of the models that are compiled to know a deeper one's needs
 
 
 def find(case: Case, what: str, limit: int) -> dict[str, Any]:
-    """The largest `what` ("batch" or "prompt") of a case whose programs need at most `limit` bytes.
+    """The largest `what` ("batch" or "prompt") of a case that needs at most `limit` bytes (`needed_bytes`).
 
     Nothing is run. Prompts are tried at the lengths that `generate` pads to (`bucket_length`).
 
@@ -24,19 +26,39 @@ def find(case: Case, what: str, limit: int) -> dict[str, Any]:
     Raises:
       ValueError: not even the smallest size fits.
     """
-    field = {"batch": "batch", "prompt": "prompt_len"}[what]
     probes: dict[int, int] = {}
 
     def needed(size: int) -> int:
-        probes[size] = Programs(dataclasses.replace(case, **{field: size})).needed_bytes
+        probes[size] = needed_bytes(dataclasses.replace(case, **{FIELDS[what]: size}))
         return probes[size]
 
     sizes = _sizes(case, what, limit)
     index = largest(needed, sizes, limit)
     if index is None:
-        least = f"{probes[sizes[0]] / 1e9:.2f} GB" if sizes else f"{_weights(case) / 1e9:.2f} GB of weights alone"
-        raise ValueError(f"{case.method} needs {least} at {what} 1: more than --memory-gb {limit / 1e9:g}")
+        least = probes[sizes[0]] if sizes else _weights_and_cache(case, case.config())
+        raise ValueError(f"{case.method} needs {least / 1e9:.2f} GB at {what} 1, --memory-gb is {limit / 1e9:g}")
     return {"of": what, "size": sizes[index], "limit_bytes": limit, "compiled": probes}
+
+
+def needed_bytes(case: Case) -> int:
+    """What a case holds at once: weights and cache, and what the programs need besides.
+
+    Programs of two and of four layers are compiled; what they need beside weights and cache goes on in a line to the
+    model's depth.
+    """
+    config = case.config()
+    depth = config.num_hidden_layers
+    if depth <= max(_DEPTHS):
+        return Programs(case, config).needed_bytes
+    few, more = (Programs(case, cut).needed_bytes - _weights_and_cache(case, cut) for cut in _cuts(config))
+    besides = few + (more - few) * (depth - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
+    return _weights_and_cache(case, config) + round(besides)
+
+
+def _cuts(config: ModelConfig) -> Iterator[ModelConfig]:
+    for depth in _DEPTHS:
+        types = config.layer_types and config.layer_types[:depth]
+        yield dataclasses.replace(config, num_hidden_layers=depth, layer_types=types)
 
 
 def largest(needed: Callable[[int], int], sizes: Sequence[int], limit: int) -> int | None:
@@ -64,19 +86,23 @@ def largest(needed: Callable[[int], int], sizes: Sequence[int], limit: int) -> i
 
 def _sizes(case: Case, what: str, limit: int) -> list[int]:
     """Sizes to choose from: those whose weights and cache alone are within the limit."""
-    model, method = case.config(), presets.get(case.method)
-
-    def fits(batch: int, prompt: int) -> bool:
-        sizes = {"prompt_length": prompt, "max_new_tokens": case.max_new_tokens, "batch": batch}
-        return _weights(case) + memory.report(model, method, dtype=case.dtype, **sizes).bytes <= limit
-
     found: list[int] = []
     size = 1 if what == "batch" else bucket_length(1)
-    while fits(*((size, case.prompt_len) if what == "batch" else (case.batch, size))):
+    while True:
+        tried = dataclasses.replace(case, **{FIELDS[what]: size})
+        if _weights_and_cache(tried, tried.config()) > limit:
+            return found
         found.append(size)
         size = size + 1 if what == "batch" else bucket_length(size + 1)
-    return found
 
 
-def _weights(case: Case) -> int:
-    return memory.weight_bytes(case.config(), case.dtype)
+def _weights_and_cache(case: Case, config: ModelConfig) -> int:
+    report = memory.report(
+        config,
+        case.preset(),
+        prompt_length=bucket_length(case.prompt_len),
+        max_new_tokens=case.max_new_tokens,
+        batch=case.batch,
+        dtype=case.dtype,
+    )
+    return memory.weight_bytes(config, case.dtype) + report.bytes

@@ -1,7 +1,7 @@
 """End-to-end benchmark: `minikv bench generate`, every run in a process of its own.
 
-    minikv bench generate --shape llama2-7b --batch 1 --batch 16 --prompt-len 2048 --max-new-tokens 1024 --output out.json
-    minikv bench generate --shape llama2-7b --find batch --memory-gb 40 --prompt-len 2048 --max-new-tokens 1024
+    minikv bench generate --shape llama2-7b --batch 1 --batch 16 --prompt-len 2048 --output out.json
+    minikv bench generate --shape llama2-7b --find batch --memory-gb 40 --prompt-len 2048
 
 A run's floor is the time that the device takes to read the weights and the valid part of the cache at the rate it reads
 memory at (`timing.rates`): no decode step can be faster.
@@ -24,15 +24,16 @@ from typing import Any
 import jax
 
 from minikv_jax import hub
-from minikv_jax.bench import timing
+from minikv_jax.bench import huggingface, timing
 from minikv_jax.bench.end_to_end import Case, measure
-from minikv_jax.bench.fit import FIND, find
+from minikv_jax.bench.fit import FIELDS, find
 from minikv_jax.bench.worker import TaskError, run_task
 from minikv_jax.kernels import IMPLEMENTATIONS
 from minikv_jax.model import DTYPES
 
 _PACKAGES = ("jax", "jaxlib", "flax")
 _PROBE_SHARE = 0.5  # of the device's memory that the process which looks at the device may use
+METHODS = f"see `minikv methods`, or {', '.join(huggingface.METHODS)}; repeatable; default: minikv and full"
 _SMALLER = 0.98  # what a size that was found is multiplied by when it runs out of memory after all
 
 
@@ -56,8 +57,8 @@ def device() -> dict[str, Any]:
 
 
 def measured(case: dict[str, Any]) -> dict[str, Any]:
-    """`measure`, from JSON values."""
-    return measure(Case(**case))
+    """`measure`, from JSON values; of a Hugging Face method, its counterpart in torch."""
+    return (huggingface.measure if case["method"] in huggingface.METHODS else measure)(Case(**case))
 
 
 def found(case: dict[str, Any], what: str, limit: int) -> dict[str, Any]:
@@ -110,10 +111,11 @@ class Bench:
     def fitted(self, case: Case, what: str) -> dict[str, Any]:
         """The row of the largest batch or the longest prompt within the limit, confirmed by running it."""
         found = self._run("found", dataclasses.asdict(case), what, self.limit, share=self.share)
-        field = {"batch": "batch", "prompt": "prompt_len"}[what]
         size, failed = found["size"], []
         while True:
-            row = self.row(dataclasses.replace(case, **{field: size})) | {"found": found | {"out_of_memory": failed}}
+            row = self.row(dataclasses.replace(case, **{FIELDS[what]: size})) | {
+                "found": found | {"out_of_memory": failed}
+            }
             if "out of memory" not in row.get("error", "") or size == 1:
                 return row
             failed.append(size)
@@ -122,19 +124,18 @@ class Bench:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs everything, prints a table and writes one JSON file."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if options.find and options.memory_gb is None:
-        parser.error("--find needs --memory-gb")
-    for name in ("batch", "prompt_len", "max_new_tokens", "steps"):
-        for value in _listed(getattr(options, name)):
-            if value is not None and value < 1:
-                parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        raise ValueError(f"--find {options.find}: expected --memory-gb, the limit to find it for")
     if options.memory_gb is not None and not options.memory_gb > 0:
-        parser.error(f"--memory-gb {options.memory_gb:g}: expected more than 0")
+        raise ValueError(f"--memory-gb {options.memory_gb:g}: expected more than 0")
     cases = list(_cases(options))
-    for case in cases:
-        case.config()  # an unknown shape or a malformed config is found before anything runs
+    for case in cases:  # what can be wrong is found before anything runs
+        case.config()
+        if case.method not in huggingface.METHODS:
+            case.preset()
+        elif options.find:
+            raise ValueError(f"--find {options.find}: not with {case.method}, whose needs are not known ahead")
     given = sys.argv[1:] if arguments is None else ["bench", "generate", *arguments]
     bench = Bench(shlex.join(["minikv", *given]), options.memory_gb)
     for case in cases:
@@ -153,14 +154,18 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shape", help="random weights: llama2-7b, llama-3.1-8b, a config.json or its directory")
     source.add_argument("--model", help="real weights: a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
-    parser.add_argument("--method", action="append", metavar="NAME", help="repeatable; default: minikv and full")
+    parser.add_argument("--method", action="append", metavar="NAME", help=METHODS)
     parser.add_argument("--plugin", action="append", metavar="FILE", default=[], help="a Python file with methods")
-    parser.add_argument("--batch", action="append", type=int, metavar="N", help="rows; repeatable; default: 1")
-    parser.add_argument("--prompt-len", action="append", type=int, metavar="N", help="repeatable; default: 2048")
-    parser.add_argument("--max-new-tokens", action="append", type=int, metavar="N", help="repeatable; default: 1024")
-    parser.add_argument("--steps", type=int, metavar="N", help="time N decode steps amid and at the end of the new ones")
+    parser.add_argument("--batch", action="append", type=_positive, metavar="N", help="rows; repeatable; default: 1")
+    parser.add_argument("--prompt-len", action="append", type=_positive, metavar="N", help="repeatable; default: 2048")
+    parser.add_argument(
+        "--max-new-tokens", action="append", type=_positive, metavar="N", help="repeatable; default: 1024"
+    )
+    parser.add_argument(
+        "--steps", type=_positive, metavar="N", help="time N decode steps amid and at the end of the new ones"
+    )
     parser.add_argument("--memory-gb", type=float, metavar="G", help="limit each run to G * 10^9 bytes of the device")
-    parser.add_argument("--find", choices=FIND, help="the largest batch or longest prompt that --memory-gb holds")
+    parser.add_argument("--find", choices=FIELDS, help="the largest batch or longest prompt that --memory-gb holds")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the fastest measured")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
@@ -187,8 +192,10 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
         )
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1")
+    return int(text)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -29,7 +29,9 @@ def run_task(module: str, function: str, *arguments: Any, environment: dict[str,
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory) / "result.json"
         command = [sys.executable, "-m", "minikv_jax.bench.worker", module, function, json.dumps(arguments), str(out)]
-        done = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=os.environ | (environment or {}), capture_output=True, text=True, check=False
+        )
         if not out.is_file():
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise TaskError(f"exit code {done.returncode}: {lines[-1]}")

@@ -42,14 +42,14 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     series: dict[str, list[Mapping[str, Any]]] = {}
     for point in points.values():
         series.setdefault(point["method"], []).append(point["means"])
-    figure, axes = _panels(len(qualities), 3.6)
+    figure, axes = panels(len(qualities), 3.6)
     for axis, quality in zip(axes, qualities, strict=True):
         _pareto_panel(axis, series, quality)
     figure.suptitle(f"{title}: quality against stored bytes", fontsize=11)
     figure.supxlabel("allocated bytes, share of the full cache", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _pareto_panel(axis: Axes, series: Mapping[str, list[Mapping[str, Any]]], quality: str) -> None:
@@ -96,14 +96,15 @@ def _frontier(axis: Axes, spots: list[tuple[float, float]], more_is_better: bool
     axis.step(xs, ys, where="post", color="0.75", linewidth=5, zorder=0, label="frontier")
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels side by side, at least one."""
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, max(count, 1), squeeze=False)[0])
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file's bytes, the same for the same figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

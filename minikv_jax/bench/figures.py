@@ -1,0 +1,131 @@
+"""Pictures of end-to-end measurements: `minikv bench figures RESULT.json ... --out DIRECTORY`.
+
+They show what figures 7 and 8 of MiniKV's paper (arXiv 2411.18077) show: the seconds of a generation against the
+prompt's length, and tokens per second and peak memory against the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from minikv_jax.evaluation.figures import COLOURS, MARKERS, panels, png
+
+Row = Mapping[str, Any]
+
+
+def latency(rows: Sequence[Row], title: str) -> bytes:
+    """Seconds to generate, prefill included, and prefill alone, against the prompt's length; rows of one batch."""
+    figure, axes = panels(2, 3.6)
+    _lines(axes[0], rows, "prompt_len", generation_s)
+    _lines(axes[1], rows, "prompt_len", lambda row: row["prefill_s"])
+    new = " or ".join(f"{count:,}" for count in sorted({row["max_new_tokens"] for row in rows}))
+    axes[0].set_ylabel(f"seconds for {new} tokens, prefill included", fontsize=9)
+    axes[1].set_ylabel("seconds of prefill", fontsize=9)
+    for axis in axes:
+        axis.set_xlabel(f"prompt tokens (batch {rows[0]['batch']})", fontsize=9)
+        axis.set_ylim(bottom=0)
+    return _finished(figure, axes, title)
+
+
+def batches(rows: Sequence[Row], title: str) -> bytes:
+    """Generated tokens per second, and peak memory, against the batch."""
+    figure, axes = panels(2, 3.6)
+    _lines(axes[0], rows, "batch", lambda row: row["decode_tokens_per_s"])
+    _lines(axes[1], rows, "batch", lambda row: row["peak_bytes"] and row["peak_bytes"] / 1e9)
+    axes[0].set_ylabel("generated tokens per second", fontsize=9)
+    axes[1].set_ylabel("peak memory, GB", fontsize=9)
+    for axis in axes:
+        axis.set_xlabel(f"batch (prompts of {rows[0]['prompt_len']:,} tokens)", fontsize=9)
+        axis.set_ylim(bottom=0)
+    return _finished(figure, axes, title)
+
+
+def generation_s(row: Row) -> float:
+    """Seconds of prefill and of all decode steps, at the steps' measured mean."""
+    return row["prefill_s"] + row["max_new_tokens"] * row["decode_ms"] / 1e3
+
+
+def _lines(axis: Axes, rows: Sequence[Row], x: str, y: Callable[[Row], float | None]) -> None:
+    """One line per method, in its own colour and marker."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for index, method in enumerate(methods):
+        spots = sorted((row[x], value) for row in rows if row["method"] == method and (value := y(row)) is not None)
+        axis.plot(
+            [spot[0] for spot in spots],
+            [spot[1] for spot in spots],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linewidth=1.5,
+            markersize=5.5,
+            label=method,
+        )
+    sizes = sorted({row[x] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(alpha=0.3)
+
+
+def _short(size: float) -> str:
+    return f"{size / 1024:g}k" if size >= 1024 else f"{size:g}"
+
+
+def _finished(figure: Any, axes: Sequence[Axes], title: str) -> bytes:
+    figure.suptitle(title, fontsize=11)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    return png(figure)
+
+
+def draw(rows: Sequence[Row], device: str) -> dict[str, bytes]:
+    """The pictures that there are at least two sizes for, by file name."""
+    pictures = {}
+    for model in dict.fromkeys(_model(row) for row in rows):
+        of_model = [row for row in rows if _model(row) == model]
+        for name, picture, fixed, varied in (
+            ("latency", latency, "batch", "prompt_len"),
+            ("batches", batches, "prompt_len", "batch"),
+        ):
+            if series := _series(of_model, fixed, varied):
+                pictures[f"{pathlib.Path(model).stem}-{name}.png"] = picture(series, f"{model}, {device}")
+    return pictures
+
+
+def _model(row: Row) -> str:
+    return row.get("shape") or row["model"]
+
+
+def _series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
+    """The rows with the value of `fixed` that has the most values of `varied`; none where that is one."""
+    found = [[row for row in rows if row[fixed] == value] for value in sorted({row[fixed] for row in rows})]
+    best = max(found, key=lambda series: len({row[varied] for row in series}))
+    return best if len({row[varied] for row in best}) > 1 else []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the pictures that the results have at least two sizes for."""
+    parser = argparse.ArgumentParser(prog="minikv bench figures", description="Pictures of `minikv bench generate`.")
+    parser.add_argument("results", nargs="+", type=pathlib.Path, metavar="RESULT.json", help="of one device")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIRECTORY", help="where the PNGs go")
+    options = parser.parse_args(arguments)
+    reports = [json.loads(file.read_text()) for file in options.results]
+    devices = sorted({report["device"] for report in reports})
+    if len(devices) > 1:
+        raise ValueError(f"results of {', '.join(devices)}: expected one device")
+    rows = [row for report in reports for row in report["results"] if "error" not in row]
+    pictures = draw(rows, devices[0])
+    if not pictures:
+        raise ValueError("nothing to draw: expected several prompt lengths or several batches")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        (options.out / name).write_bytes(content)
+        print(options.out / name)
+    return 0

@@ -1,0 +1,104 @@
+"""The baseline outside this library: Hugging Face transformers' `generate` in torch, with random or real weights.
+
+`minikv bench generate --method huggingface-dynamic`. Attention is scaled_dot_product_attention. "dynamic" grows its
+cache at every step; "static" allocates it at once, and `generate` then compiles the decode step with torch.compile.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+from minikv_jax import memory, presets
+from minikv_jax.bench.end_to_end import SHAPES, Case
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = {"huggingface-dynamic": None, "huggingface-static": "static"}  # and `cache_implementation` of `generate`
+_RUNS = 2
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """A row as `end_to_end.measure` gives. Times are warm medians; a decode step is the difference of two lengths.
+
+    A stretch of steps is timed behind a prompt as long as the sequence is there. `prefill_s` is the time to the first
+    token.
+
+    Raises:
+      NotImplementedError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise NotImplementedError(f"{case.method}: torch is not installed") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _model(case, device)
+
+    def seconds(prompt: int, new: int) -> tuple[float, list[float]]:
+        """Of `generate`: the first call, and the ones after."""
+        ids = torch.randint(0, model.config.vocab_size, (case.batch, prompt), device=device)
+        times = []
+        for _ in range(_RUNS + 1):
+            begin = time.perf_counter()
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                cache_implementation=METHODS[case.method],
+            )
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return times[0], times[1:]
+
+    cold, first = seconds(case.prompt_len, 1)
+    compile_s, decode = cold - min(first), {}
+    for name, (start, steps) in case.stretches().items():
+        prompt = case.prompt_len + start
+        _, one = seconds(prompt, 1)
+        cold, more = seconds(prompt, 1 + steps)
+        compile_s += cold - min(more)
+        ms = 1e3 * (statistics.median(more) - statistics.median(one)) / steps
+        read = sum(_full_bytes(case, prompt + step) for step in range(1, steps + 1)) // steps
+        decode[name] = {"first_step": start, "steps": steps, "ms_per_step": ms, "cache_bytes_read": read}
+    ms = next(iter(decode.values()))["ms_per_step"]
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "compile_s": {"first_calls": compile_s},
+        "prefill_s": statistics.median(first),
+        "time_to_first_token_s": statistics.median(first),
+        "decode": decode,
+        "decode_ms": ms,
+        "decode_tokens_per_s": 1e3 * case.batch / ms,
+        "weight_bytes": memory.weight_bytes(case.config(), case.dtype),
+        "cache_bytes": _full_bytes(case, case.prompt_len + case.max_new_tokens),
+        "predicted_bytes": None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    }
+
+
+def _model(case: Case, device: str) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    if case.model is not None:
+        return AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype, attn_implementation="sdpa").to(device)
+    named = SHAPES / f"{case.shape}.json"
+    config = AutoConfig.from_pretrained(named if named.is_file() else pathlib.Path(case.shape or ""))
+    config.max_position_embeddings = case.config().max_position_embeddings
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def _full_bytes(case: Case, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens a row in the model's dtype."""
+    sizes = {"prompt_length": tokens - 1, "max_new_tokens": 1, "batch": case.batch, "dtype": case.dtype}
+    return memory.report(case.config(), presets.get("full"), **sizes).full_bytes
