@@ -141,8 +141,8 @@ def test_find_agrees_with_the_whole_model(shape: str, tmp_path: pathlib.Path):
     path.write_text(json.dumps(deep))
     asked = case(str(path), method="full", batch=3, max_new_tokens=20)
     whole = end_to_end.Programs(asked).needed_bytes
-    assert fit.needed_bytes(asked) == pytest.approx(whole, rel=0.01)
-    found = fit.find(dataclasses.replace(asked, batch=1), "batch", round(1.01 * whole))
+    assert fit.needed_bytes(asked) == pytest.approx(whole, rel=0.03)
+    found = fit.find(dataclasses.replace(asked, batch=1), "batch", round(1.03 * whole))
     assert found["size"] == 3
     with pytest.raises(ValueError, match=r"full needs .* GB at batch 1, --memory-gb is 0.0001"):
         fit.find(asked, "batch", 100_000)
