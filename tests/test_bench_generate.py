@@ -27,7 +27,8 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def case(shape: str, **changes: Any) -> Case:
     fields: dict[str, Any] = {"method": "minikv", "batch": 2, "prompt_len": 100, "max_new_tokens": 160, "steps": 8}
-    return Case(shape=shape, **fields | {"dtype": "float32"} | changes)
+    fields |= {"dtype": "float32"} | changes
+    return Case(shape=shape, **fields)
 
 
 def test_command_reports_a_run_that_fails(shape: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):

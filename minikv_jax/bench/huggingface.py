@@ -36,7 +36,7 @@ def measure(case: Case) -> dict[str, Any]:
     except ImportError as error:
         raise NotImplementedError(f"{case.method}: torch is not installed") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _model(case, device)
+    model: Any = _model(case, device)
 
     def seconds(prompt: int, new: int) -> tuple[float, list[float]]:
         """Of `generate`: the first call, and the ones after."""
@@ -89,7 +89,8 @@ def _model(case: Case, device: str) -> Any:
 
     dtype: torch.dtype = getattr(torch, case.dtype)
     if case.model is not None:
-        return AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype, attn_implementation="sdpa").to(device)
+        real: Any = AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype, attn_implementation="sdpa")
+        return real.to(device)
     named = SHAPES / f"{case.shape}.json"
     config = AutoConfig.from_pretrained(named if named.is_file() else pathlib.Path(case.shape or ""))
     config.max_position_embeddings = case.config().max_position_embeddings
