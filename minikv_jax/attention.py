@@ -132,6 +132,34 @@ def decode_attention(
     return layer.rotate(out, "values", back=True)
 
 
+def decode_attention_weights(
+    q: Float[Array, "B N H"],
+    layer: LayerCache,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K C"]]:
+    """`decode_attention` over a full-precision cache, and the weights that each tail slot got.
+
+    Weights are float32, summed over the `G` query heads of a KV head, and zero in empty slots.
+
+    Raises:
+      ValueError: shapes that disagree, or a quantised cache. NotImplementedError: an `implementation` other than "xla".
+    """
+    _check_cache(q.shape[0], q.shape[1], q.shape[2], layer)
+    if layer.k is not None or layer.window is not None:
+        raise ValueError(
+            f"k_bits={layer.config.k_bits}, window={layer.window}: weights are of full-precision tails only"
+        )
+    scale = _scale(scale, q.shape[-1])
+    return kernels.run(
+        "decode_attention_weights",
+        implementation,
+        {},
+        {"xla": lambda: reference.decode_attention_weights(q, layer, scale=scale)},
+    )
+
+
 def extend_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from minikv_jax import kernels, quantizers
 from minikv_jax.config import CacheConfig
+from minikv_jax.eviction import Eviction, most_tokens
 from minikv_jax.quantizers import Packed
 from minikv_jax.schemes import Kind, Operand
 from minikv_jax.selection import Kept, kept_capacity
@@ -41,6 +42,7 @@ class LayerCache:
       packed_length, tail_length: valid tokens per row. What lies beyond them is garbage.
       packed_positions, tail_positions: original positions, kept only for layers with a sliding window.
       number: the layer's number in the model.
+      eviction: under `evict_every`, what decides which tokens leave the tail.
     """
 
     k: Packed | None
@@ -54,6 +56,7 @@ class LayerCache:
     config: CacheConfig = _static()
     window: int | None = _static()
     number: int = _static(default=0)
+    eviction: Eviction | None = None
 
     def operand(self, kind: Kind) -> Operand:
         """What its quantiser is told about the keys or the values."""
@@ -119,7 +122,10 @@ class KVCache:
         return jnp.stack([layer.tokens for layer in self.layers])
 
     def room(self) -> int:
-        """Tokens that can still be appended to every row. Reads the lengths: not for use under `jit`."""
+        """Tokens that can still be appended to every row; no limit where rows are cut back.
+
+        Reads the lengths: not for use under `jit`.
+        """
         return min(int(_room(layer).min()) for layer in self.layers)
 
     def grow(self, tokens: int) -> KVCache:
@@ -149,7 +155,10 @@ def layer_capacity(
     """Capacities of a layer with the heavy budget `heavy` for prompts of at most `prompt_tokens`."""
     kept = kept_capacity(config, heavy, prompt_tokens, window)
     if not config.quantized:
-        return LayerCapacity(kept, 0, max(kept, config.sinks) + max_new_tokens)
+        tail = max(kept, config.sinks) + max_new_tokens
+        return LayerCapacity(
+            kept, 0, min(tail, most_tokens(config, heavy, prompt_tokens)) if config.evict_every else tail
+        )
     block = config.packing_block
     full_precision = config.sinks + config.tail_keep
     packed = max(kept + max_new_tokens - full_precision, block) // block * block
@@ -357,6 +366,10 @@ def _pack_block(layer: LayerCache, full: Array, implementation: str | None) -> L
 
 def _room(layer: LayerCache) -> Array:
     free = layer.tail_capacity - layer.tail_length
+    if layer.eviction is not None:
+        assert layer.config.evict_every is not None
+        most = layer.eviction.budget(layer.config) + layer.config.evict_every
+        return jnp.where(most <= layer.tail_capacity, jnp.iinfo(jnp.int32).max, free)
     if not layer.config.quantized:
         return free
     blocks = (layer.packed_capacity - layer.packed_length) // layer.config.flush_block
@@ -370,7 +383,12 @@ def _grow(layer: LayerCache, tokens: int) -> LayerCache:
     if layer.k is None or layer.v is None:
         tail_positions = None if layer.tail_positions is None else pad(layer.tail_positions, tokens)
         tail_k, tail_v = pad(layer.tail_k, tokens), pad(layer.tail_v, tokens)
-        return dataclasses.replace(layer, tail_k=tail_k, tail_v=tail_v, tail_positions=tail_positions)
+        eviction = layer.eviction
+        if eviction is not None and eviction.scores is not None:
+            eviction = dataclasses.replace(eviction, scores=pad(eviction.scores, tokens))
+        return dataclasses.replace(
+            layer, tail_k=tail_k, tail_v=tail_v, tail_positions=tail_positions, eviction=eviction
+        )
     block = layer.config.flush_block
     extra = -(-tokens // block) * block
     positions = None if layer.packed_positions is None else pad(layer.packed_positions, extra)

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from minikv_jax import quantizers
 from minikv_jax.cache import KVCache, LayerCache
 from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax.eviction import Eviction
 from minikv_jax.schemes import Operand
 
 _DESCRIPTION = "cache.json"
@@ -98,6 +99,12 @@ def _blank(description: dict) -> KVCache:
         places = lambda size: None if window is None else jnp.zeros((batch, kv_heads, size), jnp.int32)  # noqa: E731
         full = jnp.zeros((batch, kv_heads, tail, dim), description["dtype"])
         packed_positions = places(packed) if config.quantized else None
-        return LayerCache(k, v, full, full, zero, zero, packed_positions, places(tail), config, window, number)
+        eviction = None
+        if config.evict_every is not None:
+            scores = jnp.zeros((batch, kv_heads, tail)) if config.heavy else None
+            eviction = Eviction(scores, zero, zero)
+        return LayerCache(
+            k, v, full, full, zero, zero, packed_positions, places(tail), config, window, number, eviction
+        )
 
     return KVCache(tuple(layer(number, **sizes) for number, sizes in enumerate(description["layers"])), zero)

@@ -26,7 +26,7 @@ class CacheConfig:
     """One KV-cache compression method: which tokens are kept, and how the kept ones are stored.
 
     Budgets are shares of the prompt (a float in 0..1, resolved to 1/10000) or token counts (an int). They are chosen
-    once, at prefill, per layer and KV head; every generated token is kept.
+    once, at prefill, per layer and KV head; every generated token is kept, unless `evict_every` says otherwise.
 
     `scorer`, `budget` and `quantizer` are names (`minikv_jax.schemes`), of the library's schemes or of a user's.
     `options` are settings of these schemes' own, given as a mapping, kept as sorted pairs: `option` reads one.
@@ -46,6 +46,9 @@ class CacheConfig:
     observation_window: int = 32  # "window" scorer: the last queries that vote (SnapKV)
     pooling: str = "max"  # "window" scorer: pooling of the votes along tokens
     pooling_kernel: int = 7
+    evict_every: int | None = (
+        None  # new tokens after which a layer is cut back to its budget; None: never (eviction.py)
+    )
 
     # Storage. Bits of None keep the model's dtype, and then nothing is quantised.
     quantizer: str = "minmax"
@@ -87,6 +90,8 @@ class CacheConfig:
                 raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
         if self.pooling_kernel % 2 == 0:
             raise ValueError(f"pooling_kernel={self.pooling_kernel}: expected an odd number")
+        if self.evict_every is not None:
+            _check_eviction(self)
         for name in ("pyramid_beta", "variance_cap"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number >= 1")
@@ -134,6 +139,25 @@ class CacheConfig:
     def tail_keep(self) -> int:
         """Newest tokens that stay in full precision after a flush."""
         return 0 if self.residual == "minikv" else self.residual_length
+
+
+def _check_eviction(config: CacheConfig) -> None:
+    """Raises ValueError where tokens cannot leave the cache during generation."""
+    every = f"evict_every={config.evict_every!r}"
+    if not isinstance(config.evict_every, int) or isinstance(config.evict_every, bool) or config.evict_every < 1:
+        raise ValueError(f"{every}: expected an integer >= 1, or None")
+    if config.quantized:
+        raise ValueError(
+            f"{every} with k_bits={config.k_bits}: only full-precision tokens can leave, those of a packed block share "
+            "their metadata"
+        )
+    if config.keeps_all:
+        raise ValueError(f"{every} with recent=1.0: there is no budget to cut back to")
+    if config.heavy > 0 and SCORERS[config.scorer].update is None:
+        able = ", ".join(name for name in SCORERS if SCORERS[name].update is not None)
+        raise ValueError(
+            f"{every} with scorer={config.scorer!r}: expected a scorer that goes on during generation ({able})"
+        )
 
 
 def _sorted_options(config: CacheConfig) -> tuple[tuple[str, Option], ...]:

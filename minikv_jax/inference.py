@@ -6,12 +6,14 @@ Each function takes a cache value and returns a new one, and can stand inside `j
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import attention, memory
+from minikv_jax import attention, eviction, memory
 from minikv_jax.cache import KVCache, LayerCache, LayerCapacity, append, compress, layer_capacity
 from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.model import Llama
@@ -70,7 +72,12 @@ def prefill_layer(
 
     Raises:
       ValueError: shapes that disagree, or a budget rule that has to see the scores of all layers.
+      NotImplementedError: a method that evicts during generation, which `decode` does.
     """
+    if config.evict_every is not None:
+        raise NotImplementedError(
+            f"evict_every={config.evict_every}: only this library's own models evict during generation"
+        )
     if BUDGETS[config.budget].needs_scores:
         raise ValueError(f"budget={config.budget!r} reads the scores of all layers: a layer alone cannot be prefilled")
     scorer = SCORERS[config.scorer]
@@ -145,7 +152,7 @@ class Compressor:
         if BUDGETS[self.config.budget].needs_scores:
             self._pending.append((inputs, scores))
         else:
-            self._compress(inputs, scores, budget_tokens(self._heavy[len(self._layers)], inputs.lengths))
+            self._compress(inputs, scores, eviction.granted(self._heavy[len(self._layers)], inputs.lengths))
 
     def cache(self, lengths: Int[Array, "B"]) -> KVCache:
         """The cache, once every layer has been added."""
@@ -159,7 +166,11 @@ class Compressor:
         capacity = self._capacities[len(self._layers)]
         kept = choose(scores, inputs.lengths, heavy, self.config, capacity, inputs.window)
         where = inputs.window, self._implementation, len(self._layers)
-        self._layers.append(compress(inputs.k, inputs.v, kept, self.config, capacity, *where))
+        layer = compress(inputs.k, inputs.v, kept, self.config, capacity, *where)
+        if self.config.evict_every is not None:
+            state = eviction.begin(scores, kept, inputs.lengths, heavy, self.config, capacity.tail)
+            layer = dataclasses.replace(layer, eviction=state)
+        self._layers.append(layer)
 
 
 def _scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
@@ -197,11 +208,14 @@ def extend(
     """Appends each row's first `lengths[b]` of `T` tokens: a further turn of a chat, or a teacher-forced continuation.
 
     The new tokens see the cache as it is stored and one another in full precision; then they enter the tail, and full
-    tails are packed. Without quantisation this equals running the whole sequence at once.
+    tails are packed. Without quantisation this equals running the whole sequence at once. A method that evicts during
+    generation takes them one by one instead, each a decode step.
 
     Returns:
       The final hidden states (garbage in the padding) and the new cache.
     """
+    if cache.layers[0].eviction is not None:
+        return _extend_by_steps(model, cache, ids, lengths, implementation)
     offsets = jnp.arange(ids.shape[1])
     positions = cache.length[:, None] + offsets
     layers: list[LayerCache] = []
@@ -216,6 +230,19 @@ def extend(
     return hidden, KVCache(tuple(layers), cache.length + lengths)
 
 
+def _extend_by_steps(
+    model: Llama, cache: KVCache, ids: Array, lengths: Array, implementation: str | None
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    def step(cache: KVCache, column: tuple[Array, Array]) -> tuple[KVCache, Array]:
+        token, number = column
+        active = (number < lengths).astype(jnp.int32)
+        hidden, cache = decode(model, cache, token, active, implementation)
+        return cache, hidden
+
+    cache, hidden = lax.scan(step, cache, (ids.T, jnp.arange(ids.shape[1])))
+    return hidden.swapaxes(0, 1), cache
+
+
 def decode(
     model: Llama,
     cache: KVCache,
@@ -223,14 +250,18 @@ def decode(
     active: Int[Array, "B"],
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """One decode step: appends each active row's token (`active[b]` is 1 or 0), then attends over the cache."""
+    """One decode step: appends each active row's token (`active[b]` is 1 or 0), attends over the cache, then evicts."""
     positions = cache.length[:, None]
     layers: list[LayerCache] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         new = append(cache.layers[layer], k, v, active, positions, implementation)
-        layers.append(new)
-        out = attention.decode_attention(q[:, 0], new, positions[:, 0], implementation=implementation)
+        weights = None
+        if new.eviction is not None and new.eviction.scores is not None:
+            out, weights = attention.decode_attention_weights(q[:, 0], new, implementation=implementation)
+        else:
+            out = attention.decode_attention(q[:, 0], new, positions[:, 0], implementation=implementation)
+        layers.append(new if new.eviction is None else eviction.evict(new, weights, active))
         return out[:, None]
 
     hidden = model.forward(token[:, None], positions, attend)

@@ -21,7 +21,8 @@ class MemoryReport:
       packed_bytes: codes, scales and zero points at their capacity: kept and generated tokens. MiniKV's paper counts
         this.
       tail_bytes: the full-precision tail, sinks included.
-      index_bytes: lengths, and positions where a layer has a sliding window.
+      index_bytes: lengths, positions where a layer has a sliding window, scores and budgets where tokens leave during
+        generation.
       bytes: everything allocated, `KVCache.nbytes`.
       full_bytes: the same tokens, all of them, in the model's dtype: what an uncompressed cache holds.
       layers: tokens per layer (`kept` of the prompt; capacities of the packed region and of the tail).
@@ -97,7 +98,7 @@ def report(
         batch * packed_bytes(config, number, layer.packed, heads, dim, dtype) for number, layer in enumerate(layers)
     ]
     tail = [batch * heads * 2 * layer.tail * dim * size for layer in layers]
-    index = [_index_bytes(layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
+    index = [_index_bytes(config, layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
     return MemoryReport(
         packed_bytes=sum(packed),
         tail_bytes=sum(tail),
@@ -118,11 +119,18 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     return _BYTES[dtype] * (model.num_hidden_layers * (attention + mlp + norms) + d + model.vocab_size * d)
 
 
-def _index_bytes(layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
-    """Two lengths per row, and every token's position where the layer has a window."""
-    return 2 * 4 * batch + (0 if window is None else 4 * batch * heads * (layer.packed + layer.tail))
+def _index_bytes(config: CacheConfig, layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
+    """Two lengths per row, every token's position where the layer has a window, and what eviction needs."""
+    positions = 0 if window is None else 4 * batch * heads * (layer.packed + layer.tail)
+    eviction = 0 if config.evict_every is None else 2 * 4 * batch + bool(config.heavy) * 4 * batch * heads * layer.tail
+    return 2 * 4 * batch + positions + eviction
 
 
 def check_model(model: ModelConfig, config: CacheConfig) -> None:
     """Raises ValueError where the method does not fit the model, or one of its schemes breaks its contract."""
+    windows = {model.window(layer) for layer in range(model.num_hidden_layers)} - {None}
+    if config.evict_every is not None and windows:
+        raise ValueError(
+            f"evict_every={config.evict_every}: a layer with a sliding window ({windows.pop()}) evicts by it"
+        )
     schemes.check(config, model)

@@ -1,7 +1,7 @@
 """Named methods: each a frozen `CacheConfig` with its paper's defaults. `dataclasses.replace` changes any field.
 
-All of them choose tokens once, at prefill, and keep every generated token, as MiniKV does; H2O's and StreamingLLM's
-eviction during generation is not part of these presets.
+All of them choose tokens once, at prefill, and keep every generated token, as MiniKV does; H2O, TOVA and StreamingLLM
+evict during generation too, which is `evict_every=1` here.
 """
 
 from __future__ import annotations

@@ -270,6 +270,19 @@ def decode_attention(
     return finish(part, q.shape[1] // layer.tail_k.shape[1], q.dtype)[:, 0]
 
 
+def decode_attention_weights(
+    q: Float[Array, "B N H"], layer: LayerCache, *, scale: float
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K C"]]:
+    """See `attention.decode_attention_weights`."""
+    kv_heads = layer.tail_k.shape[1]
+    part = attend_cache(q[:, None], layer, jnp.zeros((q.shape[0], 1), jnp.int32), scale)
+    seen = (jnp.arange(layer.tail_capacity) < layer.tail_length[:, None])[:, None, None]  # [B, 1, 1, C]
+    logits = _logits(_split(q[:, None], kv_heads)[:, :, :, 0], layer.tail_k, seen, scale)
+    top, total = (jnp.where(part.total > 0, x, 1.0)[..., None] for x in (part.top, part.total))
+    weights = jnp.sum(jnp.exp(logits - top) / total, axis=2)
+    return finish(part, q.shape[1] // kv_heads, q.dtype)[:, 0], weights
+
+
 def extend_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

@@ -57,11 +57,16 @@ class ScorerInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A score per key: `score(inputs, config) -> float [B, K, T]`, higher is kept first. Padding may score anything."""
+    """A score per key: `score(inputs, config) -> float [B, K, T]`, higher is kept first. Padding may score anything.
+
+    `update(scores, weights, config) -> float [B, K, C]`, if there is one, takes a decode step in: the `scores` of the
+    cache's `C` slots (0 for a new token) and the attention `weights` that they got, summed over the KV head's queries.
+    """
 
     score: Callable[[ScorerInputs, CacheConfig], Array]
     needs_column_sums: bool = False
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    update: Callable[[Array, Array, CacheConfig], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,17 +187,23 @@ _REGISTRIES = (SCORERS, BUDGETS, QUANTIZERS, METHODS)
 
 
 def register_scorer(
-    name: str, /, *, needs_column_sums: bool = False, **options: Option
+    name: str,
+    /,
+    *,
+    needs_column_sums: bool = False,
+    update: Callable[[Array, Array, CacheConfig], Array] | None = None,
+    **options: Option,
 ) -> Callable[[Callable[[ScorerInputs, CacheConfig], Array]], Callable]:
     """Registers the decorated function as `CacheConfig(scorer=name)`: see `Scorer`.
 
     Args:
       needs_column_sums: have the prefill give `ScorerInputs.column_sums`, a second pass over its attention.
+      update: how the scores go on during generation, which `evict_every` needs.
       options: settings of the scorer's own and their defaults, read with `config.option(name)`.
     """
 
     def register(score: Callable[[ScorerInputs, CacheConfig], Array]) -> Callable:
-        SCORERS.add(name, Scorer(score, needs_column_sums, options))
+        SCORERS.add(name, Scorer(score, needs_column_sums, options, update))
         return score
 
     return register
@@ -308,6 +319,11 @@ def _check_scorer(config: CacheConfig, heads: int, kv_heads: int, head_dim: int)
     what = f"scorer {config.scorer!r}"
     out = _abstract(what, scorer.score, run, q, k, lengths, scores, frequencies)
     _expect(what, out, scores.shape, "[B, K, T]")
+    update = scorer.update
+    if config.evict_every and update is not None:
+        what += ": update"
+        out = _abstract(what, update, lambda scores, weights: update(scores, weights, config), scores, scores)
+        _expect(what, out, scores.shape, "[B, K, C]")
 
 
 def _check_budget(config: CacheConfig, kv_heads: int, layers: int) -> None:

@@ -20,7 +20,13 @@ def no_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"
     return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
 
 
-@register_scorer("cumulative", needs_column_sums=True)
+def _add(scores: Float[Array, "B K C"], weights: Float[Array, "B K C"], config: CacheConfig) -> Array:
+    """A column sum with the row of one more query."""
+    del config
+    return scores + weights
+
+
+@register_scorer("cumulative", needs_column_sums=True, update=_add)
 def cumulative_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
     """Column sums of the causal softmax map over all queries of the KV head's group (H2O eq. 2; MiniKV section 3.1)."""
     del config
@@ -94,7 +100,13 @@ def _window_votes(inputs: ScorerInputs, size: int) -> Float[Array, "B K T"]:
     return add(0, votes) if size == voters else lax.fori_loop(0, -(-size // voters), add, votes)
 
 
-@register_scorer("tova")
+def _mean_over_heads(scores: Float[Array, "B K C"], weights: Float[Array, "B K C"], config: CacheConfig) -> Array:
+    """The newest query's weights alone; the same for all KV heads."""
+    del scores, config
+    return jnp.broadcast_to(jnp.mean(weights, axis=1, keepdims=True), weights.shape)
+
+
+@register_scorer("tova", update=_mean_over_heads)
 def tova_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
     """Weights of the last query, averaged over all heads: every KV head keeps the same tokens (TOVA section 3.2)."""
     del config
