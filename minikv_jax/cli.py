@@ -19,7 +19,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from minikv_jax import prompt
 from minikv_jax.evaluation.command import add_evaluate, add_sweep
+from minikv_jax.evaluation.inspect_command import add_inspect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.set_defaults(run=_methods)
     add_evaluate(commands.add_parser("evaluate", help="what methods cost in quality"))
     add_sweep(commands.add_parser("sweep", help="the same over a grid of methods and fields, with figures"))
+    add_inspect(commands.add_parser("inspect", help="what methods keep of one prompt, layer by layer, with figures"))
     bench = commands.add_parser("bench", help="measure this machine")
     suites = bench.add_subparsers(required=True, metavar="SUITE")
     for name, text in _SUITES.items():
@@ -86,9 +89,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate)
     parser.add_argument("--model", required=True, help="a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT")
-    source.add_argument("--prompt-file", type=pathlib.Path, metavar="FILE", help="a UTF-8 text")
-    source.add_argument("--tokens-file", type=pathlib.Path, metavar="FILE", help="a JSON list of token ids")
+    prompt.add_sources(source)
     source.add_argument("--chat", action="store_true", help="a conversation: one message per line of stdin")
     _add_method(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
@@ -99,9 +100,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--implementation", metavar="NAME", help="xla, pallas or cuda; default: the fastest measured")
-    parser.add_argument(
-        "--no-chat-template", "--raw", action="store_true", help="give the prompt to the model as it is"
-    )
+    prompt.add_template(parser)
     parser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument(
         "--verbose", action="store_true", help="name the implementation of each op; show the traceback of an error"
@@ -237,44 +236,19 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"max_new_tokens={arguments.max_new_tokens}: expected at least 1")
     if arguments.chat and arguments.json:
         raise ValueError("--json holds one result: not with --chat")
-    prompt = None if arguments.chat else _read_prompt(arguments)
+    given = None if arguments.chat else prompt.read(arguments)
     model, tokenizer = _load(arguments, method)
     session = _Session(
         model, tokenizer, method, sampling, arguments.max_new_tokens, arguments.seed, arguments.implementation
     )
-    if prompt is None:
+    if given is None:
         return _chat(session)
-    ids = prompt if isinstance(prompt, list) else _encode(tokenizer, prompt, raw=arguments.no_chat_template)
-    turn = session.turn(ids)
+    turn = session.turn(prompt.encode(tokenizer, given, raw=arguments.no_chat_template))
     report = _report(arguments, session, turn)
     print()
     _print_report(report)
     _write_json(arguments.json, report)
     return 0
-
-
-def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
-    """The prompt as text, or as the token ids of a --tokens-file."""
-    if arguments.tokens_file is not None:
-        try:
-            ids = json.loads(arguments.tokens_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{arguments.tokens_file} is not valid JSON: {error}") from error
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise ValueError(f"{arguments.tokens_file}: expected a JSON list of token ids")
-        if not ids:
-            raise ValueError(f"{arguments.tokens_file} is empty: expected at least one token id")
-        return ids
-    if arguments.prompt_file is None:
-        text = arguments.prompt
-    else:
-        try:
-            text = arguments.prompt_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{arguments.prompt_file} is not UTF-8 text: {error}") from error
-    if not text.strip():
-        raise ValueError("the prompt is empty")
-    return text
 
 
 def _load(arguments: argparse.Namespace, method: CacheConfig) -> tuple[Llama, PreTrainedTokenizerBase | None]:
@@ -290,16 +264,6 @@ def _load(arguments: argparse.Namespace, method: CacheConfig) -> tuple[Llama, Pr
     with _progress(f"loading {arguments.model}"):
         memory.check_model(hub.load_config(arguments.model), method)
         return hub.load(arguments.model, dtype=dtype)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase | None, text: str, *, raw: bool) -> list[int]:
-    from minikv_jax import chat
-
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer: pass token ids with --tokens-file")
-    if raw or tokenizer.chat_template is None:
-        return list(tokenizer.encode(text))
-    return chat.first_turn(tokenizer, text)
 
 
 def _chat(session: _Session) -> int:

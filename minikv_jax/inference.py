@@ -124,6 +124,9 @@ class Compressor:
     """Makes the cache that `config` keeps of a prompt, from one layer's keys and values after the other.
 
     Prefill attention does not depend on the method, so several compressors may see the same layers.
+
+    Attributes:
+      kept: which tokens each layer's cache holds.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class Compressor:
         self._implementation = implementation
         self._heavy = layer_budgets(config, model.num_hidden_layers)
         self._capacities = memory.capacities(model, config, tokens, max_new_tokens)
+        self.kept: list[Kept] = []
         self._pending: list[tuple[ScorerInputs, Array]] = []
         self._layers: list[LayerCache] = []
 
@@ -165,6 +169,7 @@ class Compressor:
     def _compress(self, inputs: ScorerInputs, scores: Array, heavy: Array) -> None:
         capacity = self._capacities[len(self._layers)]
         kept = choose(scores, inputs.lengths, heavy, self.config, capacity, inputs.window)
+        self.kept.append(kept)
         where = inputs.window, self._implementation, len(self._layers)
         layer = compress(inputs.k, inputs.v, kept, self.config, capacity, *where)
         if self.config.evict_every is not None:

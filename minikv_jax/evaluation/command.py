@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from minikv_jax.evaluation.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from transformers import PreTrainedTokenizerBase
 
     from minikv_jax.evaluation.method import Method
     from minikv_jax.evaluation.run import Evaluator
+    from minikv_jax.model import Llama
 
 _COLUMNS = {
     "nll": ("NLL", "{:.4f}"),
@@ -95,11 +97,11 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE[,SHARE...]",
         help="fit every method's token budget to these shares of the full cache's bytes",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="cases at a time; default: %(default)s")
 
 
 def add_task(parser: argparse.ArgumentParser, task: type[Task]) -> None:
-    """An argument per option of the task."""
+    """An argument per option of the task, and how many of its cases run at a time."""
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="cases at a time; default: %(default)s")
     for field in dataclasses.fields(typing.cast(Any, task)):
         parse, text = field.metadata["parse"], field.metadata["help"]
         flag = f"--{field.name.replace('_', '-')}"
@@ -147,19 +149,24 @@ def make_methods(arguments: argparse.Namespace) -> dict[str, Method]:
 
 def make_evaluator(arguments: argparse.Namespace) -> Evaluator:
     """The task's cases and the loaded model; the task's options are looked at first."""
+    from minikv_jax.evaluation.run import Evaluator
+
+    task = make_task(arguments)
+    return Evaluator.create(*load_model(arguments), task, arguments.implementation)
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[Llama, PreTrainedTokenizerBase | None]:
+    """The model and tokenizer of `add_model`'s arguments."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
     from minikv_jax import hub, kernels
-    from minikv_jax.evaluation.run import Evaluator
 
     kernels.check_implementation(arguments.implementation)
-    task = make_task(arguments)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "compiled"))
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model, tokenizer = hub.load(arguments.model, dtype=dtype)
-    return Evaluator.create(model, tokenizer, task, arguments.implementation)
+    return hub.load(arguments.model, dtype=dtype)
 
 
 def progress(description: str, total: int) -> AbstractContextManager[_Bar]:
@@ -195,15 +202,18 @@ class _Bar:
 def table(means: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of means, a row per method; columns that no method has are left out."""
     shown = [key for key in _COLUMNS if any(key in values for values in means.values())]
-    rows = [
-        ["method", *(_COLUMNS[key][0] for key in shown), "of full"],
-        ["---"] + ["--:"] * (len(shown) + 1),
-    ]
+    rows = []
     for name, values in means.items():
         cells = [_COLUMNS[key][1].format(values[key]) if key in values else "" for key in shown]
         share = f"{values['cache_bytes'] / values['full_cache_bytes']:.1%}" if "cache_bytes" in values else ""
         rows.append([name, *cells, share])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["method", *(_COLUMNS[key][0] for key in shown), "of full"], rows)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def warn_not_finite(means: Mapping[str, Mapping[str, Any]]) -> None:
@@ -240,7 +250,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     at_least(1, batch=arguments.batch)
     if not arguments.no_figures:
-        _need_matplotlib()
+        need_matplotlib(", or pass --no-figures")
     for file in arguments.plugin:
         load_plugin(file)
     axes = dict(arguments.sweep)
@@ -262,9 +272,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib(otherwise: str = "") -> None:
+    """Raises ValueError where there is no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("figures need matplotlib: pip install minikv_jax[evaluation], or pass --no-figures")
+        raise ValueError(f"figures need matplotlib: pip install minikv_jax[evaluation]{otherwise}")
 
 
 def _axis(text: str) -> tuple[str, tuple[str, ...]]:

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+if TYPE_CHECKING:
+    from minikv_jax.evaluation.inspection import Inspection
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
 MARKERS = "osD^vPX*<>ph"
@@ -96,10 +102,152 @@ def _frontier(axis: Axes, spots: list[tuple[float, float]], more_is_better: bool
     axis.step(xs, ys, where="post", color="0.75", linewidth=5, zorder=0, label="frontier")
 
 
-def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, at least one."""
+_BINS = 512  # columns of a map: each has at least a pixel of a README's width
+
+
+def kept_map(inspection: Inspection, title: str) -> bytes:
+    """Which prompt tokens each layer and KV head kept; of a long prompt, the share kept of each run of tokens."""
+    kept = inspection.kept
+    tokens = kept.shape[-1]
+    size = -(-tokens // _BINS)
+    starts = np.arange(0, tokens, size)
+    share = np.add.reduceat(kept, starts, axis=-1, dtype=np.float64) / np.diff(starts, append=tokens)
+    figure, (axis,) = panels(1, 4.2)
+    image = _head_rows(axis, 100 * share, 100, right=len(starts) * size)
+    axis.set_xlim(0, tokens)
+    axis.set_xlabel("position in the prompt, tokens", fontsize=10)
+    what = "kept" if size == 1 else f"kept of {size} tokens"
+    figure.colorbar(image, label=f"{what}, %", pad=0.015)
+    figure.suptitle(f"{title}: which tokens each layer and head kept", fontsize=11)
+    return png(figure)
+
+
+def error_map(inspection: Inspection, title: str) -> bytes:
+    """Quantisation error per layer, KV head and channel, of keys and of values, relative to the head's own RMS."""
+    figure, axes = panels(2, 4.2)
+    maps = []
+    for error, rms in ((inspection.key_error, inspection.key_rms), (inspection.value_error, inspection.value_rms)):
+        assert error is not None and rms is not None
+        maps.append(100 * error / np.sqrt(np.mean(rms**2, axis=-1, keepdims=True)))
+    most = max(float(np.nanpercentile(x, 99.5)) for x in maps)
+    images = [_head_rows(axis, x, most) for axis, x in zip(axes, maps, strict=True)]
+    for axis, name in zip(axes, ("keys", "values"), strict=True):
+        axis.set_xlabel("channel", fontsize=10)
+        axis.set_title(name, fontsize=10)
+    figure.colorbar(images[0], ax=axes, label="RMS error, % of the head's RMS", extend="max", pad=0.015)
+    figure.suptitle(f"{title}: quantisation error per channel", fontsize=11)
+    return png(figure)
+
+
+def budgets(inspections: Mapping[str, Inspection]) -> bytes:
+    """Tokens that each layer holds, a panel per method."""
+    columns = min(len(inspections), 3)
+    rows = -(-len(inspections) // columns)
+    figure = _figure(1.2 + 2.2 * rows)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axis in grid.flat[len(inspections) :]:
+        axis.set_visible(False)
+    for axis, (name, found) in zip(grid.flat, inspections.items(), strict=False):
+        layers = np.arange(len(found.packed_tokens))
+        kept = found.kept_tokens.mean(axis=1)
+        axis.bar(layers, found.packed_tokens, width=1.0, color=COLOURS[0], label="as codes")
+        axis.bar(
+            layers,
+            kept - found.packed_tokens,
+            width=1.0,
+            bottom=found.packed_tokens,
+            color=COLOURS[5],
+            label="in full precision",
+        )
+        axis.set_title(textwrap.fill(name.replace(",", ", "), 32), fontsize=9)
+        axis.set_xlabel("layer", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(axis="y", alpha=0.3)
+    figure.suptitle("What each layer holds of the prompt", fontsize=11)
+    figure.supylabel("tokens per KV head", fontsize=10)
+    _legend(figure, grid[0, 0])
+    return png(figure)
+
+
+def layer_errors(inspections: Mapping[str, Inspection]) -> bytes:
+    """Quantisation error per layer, of keys and of values, a line per method that quantises."""
+    sections = {
+        "keys": {name: found.layer_key_error for name, found in inspections.items()},
+        "values": {name: found.layer_value_error for name, found in inspections.items()},
+    }
+    return _layer_lines(sections, "Quantisation error", "RMS error, % of RMS", None)
+
+
+def attention_kept(inspections: Mapping[str, Inspection]) -> bytes:
+    """Of the attention that the next tokens pay to the prompt, the share on kept tokens, per layer."""
+    sections = {
+        "mean of the heads": {name: found.attention_kept.mean(axis=1) for name, found in inspections.items()},
+        "worst head": {name: found.attention_kept.min(axis=1) for name, found in inspections.items()},
+    }
+    return _layer_lines(sections, "Attention of the next tokens that falls on kept tokens", "share kept, %", 100)
+
+
+def _layer_lines(
+    sections: Mapping[str, Mapping[str, np.ndarray | None]], title: str, label: str, most: float | None
+) -> bytes:
+    """Shares per layer as per cent; a method without them has no line, and the others keep their colours."""
+    figure = _figure(3.6)
+    axes = figure.subplots(1, len(sections), sharey=True)
+    for axis, (heading, series) in zip(axes, sections.items(), strict=True):
+        for index, (name, values) in enumerate(series.items()):
+            if values is None:
+                continue
+            axis.plot(
+                100 * values,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                linewidth=1,
+                markersize=max(7 - index, 3),  # hollow, and of different sizes: lines may coincide
+                markerfacecolor="none",
+                label=name,
+            )
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("layer", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    if most is not None:
+        axes[0].set_ylim(top=most + 2)
+    axes[0].set_ylabel(label, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    _legend(figure, axes[0])
+    return png(figure)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+
+
+def _head_rows(axis: Axes, values: np.ndarray, most: float, right: int | None = None) -> AxesImage:
+    """`values [L, K, X]` as a picture: a row per KV head, layers from the top; columns span 0 to `right`, or `X`."""
+    layers, heads, columns = values.shape
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylabel("layer" if heads == 1 else f"layer (of {heads} KV heads, a row each)", fontsize=10)
+    return axis.imshow(
+        values.reshape(layers * heads, columns),
+        cmap="cividis",
+        vmin=0,
+        vmax=most,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, right or columns, layers, 0),
+    )
+
+
+def _figure(height: float) -> Figure:
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels side by side, at least one."""
+    figure = _figure(height)
     return figure, list(figure.subplots(1, max(count, 1), squeeze=False)[0])
 
 

@@ -27,6 +27,7 @@ from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length, last_valid
 from minikv_jax.model import Llama
 from minikv_jax.schemes import SCORERS
+from minikv_jax.selection import Kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +103,15 @@ def measure(
         memory.check_model(model.config, config)
     batch = _batch(model.config, cases, new_tokens)
     graphdef, params = nnx.split(model)
-    sums = any(_needs_column_sums(config) for config in methods.values())
-    hidden, layers = _prefill(graphdef, params, batch.ids, batch.lengths, sums, implementation)
+    sums = any(needs_column_sums(config) for config in methods.values())
+    hidden, layers = prefill_layers(graphdef, params, batch.ids, batch.lengths, sums, implementation)
     full = presets.get("full")
     full_bytes = memory.report(
         model.config, full, prompt_length=batch.ids.shape[1], max_new_tokens=new_tokens, dtype=model.dtype.name
     ).bytes
 
     def run(config: CacheConfig, *, answer: bool) -> _Run:
-        cache = _compress(model.config, config, layers, batch.lengths, new_tokens, implementation)
+        cache, _ = compress_layers(model.config, config, layers, batch.lengths, new_tokens, implementation)
         decode = functools.partial(_decode, graphdef, params, cache, hidden, batch, implementation=implementation)
         forced = decode(jnp.asarray(batch.known)) if batch.known.any() else None
         answered = decode(jnp.zeros_like(batch.known)) if answer and batch.wanted.any() else None
@@ -174,7 +175,8 @@ def _padded(rows: Sequence[Sequence[int]], size: int, filler: int) -> np.ndarray
     return array
 
 
-def _needs_column_sums(config: CacheConfig) -> bool:
+def needs_column_sums(config: CacheConfig) -> bool:
+    """Whether the method's scorer reads column sums, a second pass over the prompt's attention."""
     return SCORERS[config.scorer].needs_column_sums
 
 
@@ -207,7 +209,7 @@ def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_byt
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _prefill(
+def prefill_layers(
     graphdef: nnx.GraphDef,
     params: Any,
     ids: Int[Array, "B T"],
@@ -229,18 +231,19 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
-def _compress(
+def compress_layers(
     model: ModelConfig,
     config: CacheConfig,
     layers: list[tuple[Array, Array, Array, Array | None]],
     lengths: Int[Array, "B"],
     new_tokens: int,
     implementation: str | None,
-) -> KVCache:
+) -> tuple[KVCache, list[Kept]]:
+    """The cache that a method keeps of `prefill_layers`' prompt, and which tokens it holds in each layer."""
     compressor = inference.Compressor(model, config, layers[0][1].shape[1], new_tokens, implementation)
     for layer, (q, k, v, sums) in enumerate(layers):
         compressor.add(inference.scorer_inputs(model, layer, q, k, v, lengths, sums))
-    return compressor.cache(lengths)
+    return compressor.cache(lengths), compressor.kept
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "implementation"))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
+
+if TYPE_CHECKING:
+    from minikv_jax.evaluation.inspection import Inspection
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -76,3 +81,80 @@ def sweep_report(results: Mapping[str, Any], image: bytes) -> str:
     cases = len(results["cases"])
     lead = f"{len(points)} points over {cases} {'case' if cases == 1 else 'cases'} of {results['task']}."
     return page(f"Sweep: {results['task']}", lead, [("Quality against stored bytes", image)], tables, details)
+
+
+INSPECTION_COLUMNS = (
+    "method",
+    "tokens kept",
+    "key error",
+    "value error",
+    "attention kept",
+    "worst head",
+    "cache bytes",
+    "of full",
+)
+
+
+def inspection_rows(inspections: Mapping[str, Inspection], full_bytes: int) -> list[list[str]]:
+    """`INSPECTION_COLUMNS` of each method: over all layers, or the worst head of any."""
+    rows = []
+    for name, found in inspections.items():
+        size = int(found.layer_bytes.sum())
+        cells = [
+            f"{found.kept.mean():.1%}",
+            *(
+                _percent(None if x is None else _finite_mean(x))
+                for x in (found.layer_key_error, found.layer_value_error)
+            ),
+            _percent(found.attention_kept.mean()),
+            _percent(found.attention_kept.min()),
+        ]
+        rows.append([name, *cells, f"{size:,}", f"{size / full_bytes:.1%}"])
+    return rows
+
+
+def inspection_report(
+    inspections: Mapping[str, Inspection],
+    images: Sequence[tuple[str, bytes]],
+    full_bytes: int,
+    details: Mapping[str, Any],
+) -> str:
+    """The page of `minikv inspect`: every picture, the methods side by side, and each method layer by layer."""
+    tables: list[Table] = [("Methods", INSPECTION_COLUMNS, inspection_rows(inspections, full_bytes))]
+    columns = ("layer", "tokens per head", "of these as codes", "key error", "value error")
+    columns = (*columns, "attention kept", "worst head", "bytes")
+    for name, found in inspections.items():
+        none = [None] * len(found.layer_bytes)
+        errors = found.layer_key_error, found.layer_value_error
+        rows = [
+            [str(layer), f"{kept:,.0f}", f"{packed:,}", *map(_percent, (keys, values, mean, least)), f"{size:,}"]
+            for layer, (kept, packed, keys, values, mean, least, size) in enumerate(
+                zip(
+                    found.kept_tokens.mean(axis=1),
+                    found.packed_tokens,
+                    *(none if error is None else error for error in errors),
+                    found.attention_kept.mean(axis=1),
+                    found.attention_kept.min(axis=1),
+                    found.layer_bytes,
+                    strict=True,
+                )
+            )
+        ]
+        tables.append((f"{name}, layer by layer", columns, rows))
+    lead = (
+        f"What {len(inspections)} {'method keeps' if len(inspections) == 1 else 'methods keep'} of a prompt of "
+        f"{details['prompt_tokens']:,} tokens. Errors are root mean squares over the tokens held as codes, relative to "
+        "what was stored. Attention kept is, of the attention that the next tokens pay to the prompt, the share on "
+        f"tokens that were kept; the full-cache model generates these, up to {details['max_new_tokens']} of them."
+    )
+    return page("What the cache keeps", lead, images, tables, details)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+def _finite_mean(values: np.ndarray) -> float:
+    """The mean over the layers that have a value; NaN where none has."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else math.nan

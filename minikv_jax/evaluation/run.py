@@ -145,13 +145,16 @@ def summary(results: Sequence[tuple[Case, Mapping[str, Mapping[str, Any]]]]) -> 
 
 def describe(evaluator: Evaluator, model_source: str) -> dict[str, Any]:
     """What a run's numbers depend on, methods excepted: task, options, data, model, versions, device."""
-    model = evaluator.model
+    task = {"task": evaluator.task.name, "options": _options(evaluator.task)}
+    return task | describe_model(evaluator.model, model_source, evaluator.implementation)
+
+
+def describe_model(model: Llama, model_source: str, implementation: str | None) -> dict[str, Any]:
+    """What any result depends on: model, versions, device."""
     return {
-        "task": evaluator.task.name,
-        "options": _options(evaluator.task),
         "model": {"source": pathlib.Path(model_source).name, "sha256": parameters_sha256(model)},
         "dtype": model.dtype.name,
-        "implementation": evaluator.implementation,
+        "implementation": implementation,
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }

@@ -1,0 +1,228 @@
+"""What methods keep of one prompt, layer by layer and head by head: the arrays behind `minikv inspect`.
+
+The full-cache model goes on from the prompt greedily. How much of the attention that these next tokens pay to the
+prompt falls on tokens that a method kept is then a measure of its choice that no scorer has seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from minikv_jax import memory
+from minikv_jax.cache import LayerCache
+from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax.evaluation.measure import check_case, compress_layers, needs_column_sums, padded_length, prefill_layers
+from minikv_jax.evaluation.task import Case
+from minikv_jax.generate import bucket_length, generate
+from minikv_jax.model import Llama
+from minikv_jax.selection import Kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """One method on one prompt of `T` tokens, as NumPy arrays over `L` layers, `K` KV heads and `H` channels.
+
+    Attributes:
+      kept: bool `[L, K, T]`, the prompt tokens that the cache holds.
+      packed_tokens: int `[L]`, of a head's kept tokens, those held as codes; the others are in full precision.
+      layer_bytes: int `[L]`, everything allocated for the padded prompt and the new tokens.
+      attention_kept: float32 `[L, K]`, of the attention that the tokens after the prompt pay to the prompt's, the share
+        that falls on kept ones; 1 where a sliding window hides the whole prompt from them.
+      key_error, value_error: float32 `[L, K, H]`, root mean square, over the packed tokens, of what is read back minus
+        what was stored, in the model's own basis; None under a method that does not quantise, NaN in a layer that
+        packs no token.
+      key_rms, value_rms: likewise, of what was stored: what the errors are small against.
+    """
+
+    kept: np.ndarray
+    packed_tokens: np.ndarray
+    layer_bytes: np.ndarray
+    attention_kept: np.ndarray
+    key_error: np.ndarray | None
+    value_error: np.ndarray | None
+    key_rms: np.ndarray | None
+    value_rms: np.ndarray | None
+
+    @property
+    def kept_tokens(self) -> np.ndarray:
+        """Prompt tokens that each layer and KV head holds, int `[L, K]`."""
+        return self.kept.sum(axis=-1)
+
+    @property
+    def layer_key_error(self) -> np.ndarray | None:
+        """Each layer's error of its keys relative to their size, over heads and channels, `[L]`."""
+        return _relative(self.key_error, self.key_rms)
+
+    @property
+    def layer_value_error(self) -> np.ndarray | None:
+        """Likewise of its values."""
+        return _relative(self.value_error, self.value_rms)
+
+
+def inspect(
+    model: Llama,
+    prompt: Sequence[int],
+    methods: Mapping[str, CacheConfig],
+    max_new_tokens: int = 32,
+    implementation: str | None = None,
+) -> dict[str, Inspection]:
+    """Looks at what each method keeps of `prompt`, right after the prefill.
+
+    Args:
+      prompt: token ids.
+      max_new_tokens: tokens that the full-cache model generates at most; their queries weigh `attention_kept`. The
+        caches have room for as many.
+      implementation: of the attention ops.
+
+    Raises:
+      ValueError: a prompt or a method that does not fit the model.
+    """
+    case = Case("the prompt", tuple(prompt), max_new_tokens=max_new_tokens)
+    check_case(model.config, case, max_new_tokens)
+    for config in methods.values():
+        memory.check_model(model.config, config)
+    graphdef, params = nnx.split(model)
+    ids, length = _padded(prompt, padded_length(model.config, case))
+    sums = any(needs_column_sums(config) for config in methods.values())
+    _, layers = prefill_layers(graphdef, params, ids, length, sums, implementation)
+    later = _later_queries(model, prompt, max_new_tokens, implementation)
+    run = functools.partial(_inspect, model.config, layers=layers, later=later, length=length)
+    found = {}
+    for name, config in methods.items():
+        arrays = jax.device_get(run(config, room=max_new_tokens, implementation=implementation))
+        found[name] = Inspection(**arrays | {"kept": arrays["kept"][..., : len(prompt)]})
+    return found
+
+
+class _Later(NamedTuple):
+    """What the tokens after the prompt ask, and of which keys: one pair per layer."""
+
+    q: list[Float[Array, "M N H"]]
+    k: list[Float[Array, "S K H"]]
+    queries: Int[Array, ""]  # how many of the M there are
+
+
+def _padded(ids: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+    row = np.zeros((1, size), np.int32)
+    row[0, : len(ids)] = ids
+    return row, np.array([len(ids)], np.int32)
+
+
+def _later_queries(model: Llama, prompt: Sequence[int], count: int, implementation: str | None) -> _Later:
+    """Queries of what the model says next under a full cache, up to its end of sequence."""
+    result = generate(model, [prompt], cache="full", max_new_tokens=count, implementation=implementation)
+    said = result.tokens[0, : int(result.lengths[0])].tolist()
+    ids, length = _padded([*prompt, *said], bucket_length(len(prompt) + count, model.config.max_position_embeddings))
+    graphdef, params = nnx.split(model)
+    _, layers = prefill_layers(graphdef, params, ids, length, False, implementation)
+    q = [layer[0][0, len(prompt) : len(prompt) + count] for layer in layers]
+    return _Later(q, [layer[1][0] for layer in layers], jnp.int32(len(said)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("room", "implementation"))
+def _inspect(
+    model: ModelConfig,
+    config: CacheConfig,
+    *,
+    layers: list[tuple[Array, Array, Array, Array | None]],
+    later: _Later,
+    length: Int[Array, "1"],
+    room: int,
+    implementation: str | None,
+) -> dict[str, Any]:
+    """The fields of `Inspection`; `kept` is over the padded prompt."""
+    cache, kept = compress_layers(model, config, layers, length, room, implementation)
+    maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
+    shares = [
+        attention_share(of_layer, q, k, length[0], later.queries, model.window(number))
+        for number, (of_layer, q, k) in enumerate(zip(maps, later.q, later.k, strict=True))
+    ]
+    found = {
+        "kept": jnp.stack(maps),
+        "packed_tokens": jnp.stack([layer.packed_length[0] for layer in cache.layers]),
+        "layer_bytes": np.array([layer.nbytes for layer in cache.layers]),
+        "attention_kept": jnp.stack(shares),
+    }
+    names = ("key_error", "value_error", "key_rms", "value_rms")
+    if not config.quantized:
+        return found | dict.fromkeys(names)
+    errors = [
+        _errors(layer, choice, k, v) for layer, choice, (_, k, v, _) in zip(cache.layers, kept, layers, strict=True)
+    ]
+    return found | {name: jnp.stack(values) for name, values in zip(names, zip(*errors, strict=True), strict=True)}
+
+
+def _kept_map(kept: Kept, tokens: int) -> Bool[Array, "K T"]:
+    positions = kept.positions[0]
+    heads = jnp.arange(positions.shape[0])[:, None]
+    return jnp.zeros((positions.shape[0], tokens), bool).at[heads, positions].set(True, mode="drop")
+
+
+def attention_share(
+    kept: Bool[Array, "K T"],
+    q: Float[Array, "M N H"],
+    k: Float[Array, "S K H"],
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+    window: int | None = None,
+) -> Float[Array, "K"]:
+    """Of the attention that `count` queries from position `first` on pay to keys before it, the share on kept ones.
+
+    A query sees the keys up to its own position, within `window`. Weights are summed over the queries and over the
+    heads of a group before the share is taken; it is 1 where there are none.
+
+    Args:
+      k: of the positions from 0 on, the queries' own included; `S` is at least `T`.
+    """
+    queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[:2]
+    q = q.reshape(queries, kv_heads, heads // kv_heads, dim)
+    logits = jnp.einsum("mkgh,skh->kgms", q, k, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
+    position, key = first + jnp.arange(queries)[:, None], jnp.arange(keys)
+    seen = key <= position
+    if window is not None:
+        seen &= key > position - window
+    weights = jax.nn.softmax(jnp.where(seen, logits * dim**-0.5, -jnp.inf), axis=-1)
+    asked = jnp.arange(queries)[:, None] < count
+    weights = jnp.sum(jnp.where(asked & (key < first), weights, 0.0), axis=(1, 2))  # [K, S]
+    size = min(keys, kept.shape[1])
+    on_kept = jnp.sum(jnp.where(kept[:, :size], weights[:, :size], 0.0), axis=-1)
+    total = jnp.sum(weights, axis=-1)
+    return jnp.where(total > 0, on_kept / jnp.where(total > 0, total, 1.0), 1.0)
+
+
+def _errors(
+    layer: LayerCache, kept: Kept, k: Float[Array, "1 S K H"], v: Float[Array, "1 S K H"]
+) -> tuple[Array, Array, Array, Array]:
+    """RMS over the packed tokens of the errors of keys and values, and of the tokens themselves; float32 `[K, H]`."""
+    slots = jnp.arange(layer.packed_capacity)
+    positions = jnp.take(kept.positions, layer.config.sinks + slots, axis=-1, mode="clip")  # [1, K, P]
+    valid = (slots < layer.packed_length[:, None])[:, None, :, None]
+
+    def rms(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.where(valid, x**2, 0.0), axis=2) / layer.packed_length[0])[0]
+
+    stored_k, stored_v = layer.packed_tokens(0, layer.packed_capacity, jnp.float32)
+    back_k, back_v = layer.rotate(stored_k, "keys", back=True), layer.rotate(stored_v, "values", back=True)
+    k, v = (
+        jnp.take_along_axis(x.swapaxes(1, 2), positions[..., None], axis=2, mode="clip").astype(jnp.float32)
+        for x in (k, v)
+    )
+    return rms(back_k - k), rms(back_v - v), rms(k), rms(v)
+
+
+def _relative(error: np.ndarray | None, rms: np.ndarray | None) -> np.ndarray | None:
+    if error is None or rms is None:
+        return None
+    squares = [np.sum(np.square(x, dtype=np.float64), axis=(1, 2)) for x in (error, rms)]
+    return np.sqrt(squares[0] / squares[1])
