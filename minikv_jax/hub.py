@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path
     if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         state = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
         raise ValueError(f"model {name!r} {state}: pass {SOURCES}")
-    return _download(name, patterns)
+    return download(name, patterns, advice=SOURCES)
 
 
 def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str | os.PathLike[str]) -> None:
@@ -100,14 +101,18 @@ def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"{directory} holds a tokenizer that transformers cannot read: {error}") from error
 
 
-def _download(name: str, patterns: list[str]) -> pathlib.Path:
-    """A hub model's files, from huggingface_hub's own cache where it has them."""
+def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", advice: str) -> pathlib.Path:
+    """The files of a hub repository, from huggingface_hub's own cache where it has them.
+
+    Raises ConnectionError where that fails, with `advice` on what to pass instead.
+    """
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        files = huggingface_hub.snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns))
+        return pathlib.Path(files)
     except (OSError, HfHubHTTPError) as error:
         raise ConnectionError(
             f"could not download {name!r} from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}). Check the name and the network, or pass {SOURCES}"
+            f"{str(error).strip().splitlines()[0]}). Check the name and the network, or pass {advice}"
         ) from error
 
 

@@ -84,7 +84,8 @@ def test_a_hub_id_is_downloaded_without_other_formats(tmp_path: pathlib.Path, mo
     config, calls = tiny_config(), []
     write_hf(tmp_path, config, random_tensors(config))
 
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, *, repo_type: str, allow_patterns: list[str]) -> str:
+        assert repo_type == "model"
         calls.append((name, allow_patterns))
         return str(tmp_path)
 
@@ -97,7 +98,7 @@ def test_a_hub_id_is_downloaded_without_other_formats(tmp_path: pathlib.Path, mo
 
 
 def test_a_failed_hub_download_names_the_alternatives(monkeypatch: pytest.MonkeyPatch):
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, *, repo_type: str, allow_patterns: list[str]) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

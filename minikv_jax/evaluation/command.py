@@ -123,10 +123,15 @@ def key_value(text: str) -> tuple[str, str]:
 
 
 def make_task(arguments: argparse.Namespace) -> Task:
-    """The task with its options as given."""
+    """The task with its options as given; a data set on the hub becomes a local directory."""
+    from minikv_jax.evaluation import data
+
     task = TASKS[arguments.task]
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, task))]
-    return task(**{name: getattr(arguments, name) for name in names})
+    options = {}
+    for field in dataclasses.fields(typing.cast(Any, task)):
+        value = getattr(arguments, field.name)
+        options[field.name] = data.locate(value, field.metadata["hub"]) if field.metadata["hub"] else value
+    return task(**options)
 
 
 def make_methods(arguments: argparse.Namespace) -> dict[str, Method]:

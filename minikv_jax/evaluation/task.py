@@ -67,9 +67,15 @@ class Task(Protocol):
         ...
 
 
-def option(help: str, default: Any = dataclasses.MISSING, *, parse: Callable[[str], Any] = str) -> Any:
-    """A dataclass field that is also a command-line option; without a default it must be given."""
-    return dataclasses.field(default=default, metadata={"help": help, "parse": parse})
+def option(
+    help: str, default: Any = dataclasses.MISSING, *, parse: Callable[[str], Any] = str, hub: Sequence[str] = ()
+) -> Any:
+    """A dataclass field that is also a command-line option; without a default it must be given.
+
+    With `hub`, the option is a directory that may also be given as the name of a data set on the hub, from which these
+    files are downloaded (`evaluation.data.locate`).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "hub": tuple(hub)})
 
 
 def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:

@@ -34,7 +34,11 @@ class GSM8K:
     name: ClassVar[str] = "gsm8k"
     summary: ClassVar[str] = "grade-school mathematics, from a directory with test.jsonl and train.jsonl"
 
-    data: pathlib.Path = option("a directory with test.jsonl and train.jsonl", parse=pathlib.Path)
+    data: pathlib.Path = option(
+        "a directory with test.jsonl and train.jsonl, or a data set on the hub (openai/gsm8k)",
+        parse=pathlib.Path,
+        hub=("main/*.parquet", "test.jsonl", "train.jsonl"),
+    )
     shots: int = option("worked examples in the prompt", 8, parse=int)
     max_new_tokens: int = option("tokens of an answer at most", 256, parse=int)
     limit: int | None = option("take the first N questions", None, parse=int)

@@ -61,7 +61,14 @@ class InfiniteBench:
     name: ClassVar[str] = "infinitebench"
     summary: ClassVar[str] = "InfiniteBench, from a directory in the official format"
 
-    data: pathlib.Path = option(f"a directory with DATASET.jsonl and {_PROMPTS}", parse=pathlib.Path)
+    data: pathlib.Path = option(
+        f"a directory with DATASET.jsonl and {_PROMPTS}, or a data set on the hub (xinrongzhang2022/InfiniteBench)",
+        parse=pathlib.Path,
+        hub=(*(f"{name}.jsonl" for name in DATASETS), _PROMPTS),
+    )
+    prompts: pathlib.Path | None = option(
+        f"the benchmark's templates; default: DATA/{_PROMPTS}", None, parse=pathlib.Path
+    )
     datasets: tuple[str, ...] = option("which sets", tuple(DATASETS), parse=numbers(str))
     context: int | None = option("prompt tokens at most; default: what the model can take", None, parse=int)
     limit: int | None = option("take the first N cases of each set", None, parse=int)
@@ -72,9 +79,11 @@ class InfiniteBench:
         for name in self.datasets:
             if name not in DATASETS:
                 raise ValueError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
-        need_files(self.data, [_PROMPTS, *(f"{name}.jsonl" for name in self.datasets)], SOURCE)
-        templates = json.loads((self.data / _PROMPTS).read_text(encoding="utf-8"))
-        need_fields(str(self.data / _PROMPTS), templates, self.datasets)
+        prompts = self.prompts or self.data / _PROMPTS
+        need_files(prompts.parent, [prompts.name], SOURCE)
+        need_files(self.data, [f"{name}.jsonl" for name in self.datasets], SOURCE)
+        templates = json.loads(prompts.read_text(encoding="utf-8"))
+        need_fields(str(prompts), templates, self.datasets)
         tokenizer = need_tokenizer(tokenizer)
         positions -= max(DATASETS[name].max_new_tokens for name in self.datasets)
         found = []

@@ -1,4 +1,4 @@
-"""`longbench`: LongBench v1 and LongBench-E (arXiv 2308.14508), from a directory in the official formats.
+"""`longbench`: LongBench v1 and LongBench-E (arXiv 2308.14508), from data in the official formats.
 
 The directory holds `<dataset>.jsonl` (`<dataset>_e.jsonl` for E) with the official fields, and `dataset2prompt.json`,
 the benchmark's own prompts; or rows with a complete `prompt` and `answers`. Prompts, the lengths of answers, which data
@@ -74,7 +74,14 @@ class LongBench:
     name: ClassVar[str] = "longbench"
     summary: ClassVar[str] = "LongBench v1 or E, from a directory in the official formats"
 
-    data: pathlib.Path = option(f"a directory with DATASET.jsonl and {_PROMPTS}", parse=pathlib.Path)
+    data: pathlib.Path = option(
+        f"a directory with DATASET.jsonl and {_PROMPTS}, or a data set on the hub (THUDM/LongBench)",
+        parse=pathlib.Path,
+        hub=("data.zip", "*.jsonl", _PROMPTS),
+    )
+    prompts: pathlib.Path | None = option(
+        f"the benchmark's prompts; default: DATA/{_PROMPTS}", None, parse=pathlib.Path
+    )
     datasets: tuple[str, ...] | None = option("which sets; default: all that are there", None, parse=numbers(str))
     e: bool = option("LongBench-E: DATASET_e.jsonl", False, parse=bool)
     context: int | None = option("prompt tokens at most; default: what the model can take", None, parse=int)
@@ -119,10 +126,11 @@ class LongBench:
 
     def _prompt(self, dataset: str, where: str, row: Mapping[str, Any]) -> str:
         need_fields(where, row, ("context", "input"))
-        need_files(self.data, [_PROMPTS], SOURCE)
-        template = _templates(self.data / _PROMPTS).get(dataset)
+        path = self.prompts or self.data / _PROMPTS
+        need_files(path.parent, [path.name], SOURCE)
+        template = _templates(path).get(dataset)
         if not isinstance(template, str):
-            raise ValueError(f"{self.data / _PROMPTS} has no prompt for {dataset}")
+            raise ValueError(f"{path} has no prompt for {dataset}")
         return template.replace("{context}", row["context"]).replace("{input}", row["input"])
 
     def _case(

@@ -1,0 +1,86 @@
+"""Where a benchmark's files come from: a local directory, or a data set on the Hugging Face hub.
+
+A downloaded data set becomes a directory in the official formats: archives are unpacked, Parquet becomes JSON Lines
+(with pyarrow, `pip install minikv_jax[evaluation]`). No JAX here until something is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
+    """The directory `source`; or, where there is none, that of the hub data set of this name, downloaded once.
+
+    Args:
+      patterns: the files to download.
+
+    Raises:
+      FileNotFoundError: neither a directory nor a possible name, or a data set without such files.
+      ConnectionError: a download that fails. ValueError: a file that cannot be read.
+    """
+    name = source.as_posix()
+    if source.is_dir():
+        return source
+    if source.exists() or not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"data {name!r} is neither a directory nor a data set on the hub (OWNER/NAME)")
+    from minikv_jax import hub
+
+    wanted = ", ".join(patterns)
+    snapshot = hub.download(name, patterns, repo_type="dataset", advice=f"a local directory with {wanted}")
+    directory = hub.cache_directory() / "datasets" / f"{name.replace('/', '--')}@{snapshot.name[:12]}"
+    if not directory.is_dir():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+            files = pathlib.Path(scratch) / "files"
+            files.mkdir()
+            if not _collect(snapshot, files):
+                raise FileNotFoundError(f"the data set {name!r} on the hub has none of {wanted}")
+            files.replace(directory)  # all of the files or none
+    return directory
+
+
+def _collect(snapshot: pathlib.Path, directory: pathlib.Path) -> int:
+    """Puts the JSON and JSON Lines files of a download into one directory; returns how many files it read."""
+    paths = [path for path in sorted(snapshot.rglob("*")) if path.suffix in (".json", ".jsonl", ".zip", ".parquet")]
+    for path in paths:
+        if path.suffix == ".zip":
+            _unpack(path, directory)
+        elif path.suffix == ".parquet":
+            _append_rows(path, directory)
+        else:
+            shutil.copyfile(path, directory / path.name)
+    return len(paths)
+
+
+def _unpack(path: pathlib.Path, directory: pathlib.Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                if member.endswith((".json", ".jsonl")):
+                    with archive.open(member) as packed, (directory / pathlib.PurePath(member).name).open("wb") as file:
+                        shutil.copyfileobj(packed, file)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a zip archive: {error}") from error
+
+
+def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
+    """Rows of `test-00000-of-00001.parquet`, say, go to `test.jsonl`."""
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ValueError(f"{path} is Parquet, which needs pyarrow: pip install minikv_jax[evaluation]") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    with (directory / f"{path.name.split('-')[0].removesuffix('.parquet')}.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
