@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +39,8 @@ _QUALITIES = {
 def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     """Quality against stored bytes, a panel per quality that was measured; the frontier is a grey line.
 
+    Where there are more methods than colours, those on a frontier get one, then the first ones; the others are grey.
+
     Args:
       points: of `Sweep.results`. A method's points are one series.
     """
@@ -48,9 +50,15 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     series: dict[str, list[Mapping[str, Any]]] = {}
     for point in points.values():
         series.setdefault(point["method"], []).append(point["means"])
+    spots = [
+        {name: sorted(_spot(mean, quality) for mean in values if quality in mean) for name, values in series.items()}
+        for quality in qualities
+    ]
+    best = [_best(found, _QUALITIES[quality][1]) for found, quality in zip(spots, qualities, strict=True)]
+    styles = _styles(list(series), {name for frontier in best for _, _, name in frontier})
     figure, axes = panels(len(qualities), 3.6)
-    for axis, quality in zip(axes, qualities, strict=True):
-        _pareto_panel(axis, series, quality)
+    for axis, quality, found, frontier in zip(axes, qualities, spots, best, strict=True):
+        _pareto_panel(axis, quality, found, frontier, styles)
     figure.suptitle(f"{title}: quality against stored bytes", fontsize=11)
     figure.supxlabel("allocated bytes, share of the full cache", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -58,24 +66,54 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     return png(figure)
 
 
-def _pareto_panel(axis: Axes, series: Mapping[str, list[Mapping[str, Any]]], quality: str) -> None:
+_Spot = tuple[float, float]  # per cent of the full cache's bytes, quality
+
+
+def _spot(mean: Mapping[str, Any], quality: str) -> _Spot:
+    return 100 * mean["cache_bytes"] / mean["full_cache_bytes"], mean[quality]
+
+
+def _best(spots: Mapping[str, list[_Spot]], more_is_better: bool) -> list[tuple[float, float, str]]:
+    """The points that no other one beats in both bytes and quality, with their methods."""
+    best: list[tuple[float, float, str]] = []
+    found = [(x, y, name) for name, values in spots.items() for x, y in values]
+    for x, y, name in sorted(found, key=lambda spot: (spot[0], -spot[1] if more_is_better else spot[1])):
+        if not best or (y > best[-1][1] if more_is_better else y < best[-1][1]):
+            best.append((x, y, name))
+    return best
+
+
+def _styles(names: list[str], leading: Collection[str]) -> dict[str, dict[str, Any]]:
+    """How each method's points are drawn."""
+    coloured = names
+    if len(names) > len(COLOURS):
+        first = sorted(names, key=lambda name: name not in leading)[: len(COLOURS) - 1]
+        coloured = [name for name in names if name in first]
+    styles: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name in coloured:
+            index = coloured.index(name)
+            styles[name] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5.5, "label": name}
+        else:
+            styles[name] = {"color": "0.6", "marker": ".", "markersize": 4, "zorder": 1}
+    return styles
+
+
+def _pareto_panel(
+    axis: Axes,
+    quality: str,
+    spots: Mapping[str, list[_Spot]],
+    best: list[tuple[float, float, str]],
+    styles: Mapping[str, Mapping[str, Any]],
+) -> None:
     label, more_is_better = _QUALITIES[quality]
-    found: list[tuple[float, float]] = []
-    for index, (name, values) in enumerate(series.items()):
-        spots = sorted(
-            (100 * mean["cache_bytes"] / mean["full_cache_bytes"], mean[quality]) for mean in values if quality in mean
-        )
-        found += spots
-        axis.plot(
-            [x for x, _ in spots],
-            [y for _, y in spots],
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linewidth=1,
-            markersize=5.5,
-            label=name,
-        )
-    _frontier(axis, found, more_is_better)
+    for name, values in spots.items():
+        axis.plot([x for x, _ in values], [y for _, y in values], linewidth=1, **styles[name])
+    if any("label" not in style for style in styles.values()):
+        axis.plot([], [], linewidth=1, color="0.6", marker=".", markersize=4, label="other methods")
+    xs, ys = [x for x, _, _ in best], [y for _, y, _ in best]
+    axis.step(xs, ys, where="post", color="0.85", linewidth=5, zorder=0, label="frontier")
+    found = [spot for values in spots.values() for spot in values]
     axis.set_xscale("log", base=2)
     low, high = min(x for x, _ in found), max(x for x, _ in found)
     axis.set_xlim(low / 1.15, high * 1.15)
@@ -85,21 +123,11 @@ def _pareto_panel(axis: Axes, series: Mapping[str, list[Mapping[str, Any]]], qua
     if not more_is_better and any(y > 0 for _, y in found):
         least = min(y for _, y in found if y > 0)
         axis.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(least)))
-        axis.set_ylim(bottom=0 if any(y == 0 for _, y in found) else least / 1.5)
+        axis.set_ylim(0 if any(y == 0 for _, y in found) else least / 1.5, 1.5 * max(y for _, y in found))
     if more_is_better:
         axis.set_ylim(-0.05, 1.05)
     axis.set_ylabel(f"{label} ({'higher' if more_is_better else 'lower'} is better)", fontsize=9)
     axis.grid(alpha=0.3)
-
-
-def _frontier(axis: Axes, spots: list[tuple[float, float]], more_is_better: bool) -> None:
-    """The points that no other one beats in both, as steps."""
-    best: list[tuple[float, float]] = []
-    for x, y in sorted(spots, key=lambda spot: (spot[0], -spot[1] if more_is_better else spot[1])):
-        if not best or (y > best[-1][1] if more_is_better else y < best[-1][1]):
-            best.append((x, y))
-    xs, ys = [x for x, _ in best], [y for _, y in best]
-    axis.step(xs, ys, where="post", color="0.75", linewidth=5, zorder=0, label="frontier")
 
 
 _BINS = 512  # columns of a map: each has at least a pixel of a README's width
