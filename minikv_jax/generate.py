@@ -178,19 +178,19 @@ def _decode_chunk(graphdef, settings: _Settings, params, state: _State, last: Ar
 
 def _prefill(model: Llama, settings: _Settings, config: CacheConfig, ids: Array, lengths: Array, key: Array) -> _State:
     hidden, cache = inference.prefill(model, ids, lengths, config, settings.max_new_tokens, settings.implementation)
-    return _start(model, settings, hidden, lengths, cache, key)
+    return _start(model, settings, hidden, cache, key)
 
 
 def _extend(model: Llama, settings: _Settings, cache: KVCache, ids: Array, lengths: Array, key: Array) -> _State:
     hidden, cache = inference.extend(model, cache, ids, lengths, settings.implementation)
-    return _start(model, settings, hidden, lengths, cache, key)
+    return _start(model, settings, inference.last_valid(hidden, lengths), cache, key)
 
 
-def _start(model: Llama, settings: _Settings, hidden: Array, lengths: Array, cache: KVCache, key: Array) -> _State:
+def _start(model: Llama, settings: _Settings, hidden: Array, cache: KVCache, key: Array) -> _State:
     batch, size = hidden.shape[0], settings.max_new_tokens
     return _State(
         step=jnp.int32(0),
-        logits=model.logits(last_valid(hidden, lengths)),
+        logits=model.logits(hidden),
         tokens=jnp.zeros((batch, size), jnp.int32),
         log_probabilities=jnp.zeros((batch, size), jnp.float32) if settings.log_probabilities else None,
         active=jnp.ones(batch, bool),
@@ -229,11 +229,6 @@ def _decode_until(model: Llama, settings: _Settings, state: _State, last: Array 
         )
 
     return lax.while_loop(lambda state: (state.step < last) & jnp.any(state.active), body, state)
-
-
-def last_valid(hidden: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
-    """The hidden state of each row's last valid token."""
-    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
 
 def resolve_method(method: str | CacheConfig) -> CacheConfig:

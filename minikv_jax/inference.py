@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import attention, eviction, memory
 from minikv_jax.cache import KVCache, LayerCache, LayerCapacity, append, compress, layer_capacity
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.model import Llama
+from minikv_jax.model import CHUNK_TOKENS, Llama
 from minikv_jax.rotary import inverse_frequencies
 from minikv_jax.schemes import BUDGETS, SCORERS, ScorerInputs
 from minikv_jax.selection import Kept, budget_tokens, budgets_from_scores, layer_budgets, select_tokens
@@ -29,18 +31,49 @@ def prefill(
     config: CacheConfig,
     max_new_tokens: int,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T D"], KVCache]:
+) -> tuple[Float[Array, "B D"], KVCache]:
     """Runs right-padded prompts and makes the cache that `config` keeps of them (MiniKV algorithm 1).
 
     Each layer is compressed as soon as its attention is done, so that one layer's full K and V live at a time; only
-    a budget rule that reads scores ("variance") has to see all layers' first.
+    a budget rule that reads scores ("variance") has to see all layers' first. A large batch runs some rows at a time,
+    about `CHUNK_TOKENS` tokens, so that its activations take no more than those of one long prompt.
 
     Returns:
-      The final hidden states (garbage in the padding) and a cache with room for `max_new_tokens`.
+      The final hidden state of each row's last token, and a cache with room for `max_new_tokens`.
     """
-    compressor = Compressor(model.config, config, ids.shape[1], max_new_tokens, implementation)
-    hidden = run_prompt(model, ids, lengths, compressor.add, compressor.needs_column_sums, implementation)
-    return hidden, compressor.cache(lengths)
+
+    def run(ids: Array, lengths: Array) -> tuple[Array, KVCache]:
+        compressor = Compressor(model.config, config, ids.shape[1], max_new_tokens, implementation)
+        hidden = run_prompt(model, ids, lengths, compressor.add, compressor.needs_column_sums, implementation)
+        return last_valid(hidden, lengths), compressor.cache(lengths)
+
+    return _by_rows(run, ids, lengths)
+
+
+def _by_rows(function: Callable[[Array, Array], Any], ids: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Any:
+    """`function`, whose results have a leading axis of rows, over as many rows at a time as `CHUNK_TOKENS` holds."""
+    batch, tokens = ids.shape
+    chunks = -(-batch // max(CHUNK_TOKENS // tokens, 1))
+    rows = -(-batch // chunks)
+    if chunks == 1:
+        return function(ids, lengths)
+    function = jax.jit(function)  # traced once, for the shapes and for the loop
+
+    def put(i: Array, whole: Any) -> Any:
+        # The last chunk is moved back to end with the batch; the rows that it repeats come out the same.
+        start = jnp.minimum(i * rows, batch - rows)
+        cut = (lax.dynamic_slice_in_dim(x, start, rows) for x in (ids, lengths))
+        write = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis=0)  # noqa: E731
+        return jax.tree.map(write, whole, function(*cut))
+
+    part = jax.eval_shape(function, ids[:rows], lengths[:rows])
+    whole = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), part)
+    return lax.fori_loop(0, chunks, put, whole)
+
+
+def last_valid(hidden: Float[Array, "B T *D"], lengths: Int[Array, "B"]) -> Float[Array, "B *D"]:
+    """The hidden state of each row's last valid token."""
+    return hidden[jnp.arange(hidden.shape[0]), lengths - 1]
 
 
 def prefill_layer(
@@ -95,19 +128,22 @@ def run_prompt(
     model: Llama,
     ids: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    visit: Callable[[ScorerInputs], None],
+    visit: Callable[[ScorerInputs], Any],
     column_sums: bool,
     implementation: str | None = None,
 ) -> Float[Array, "B T D"]:
-    """Final hidden states of right-padded prompts in full attention; `visit` sees each layer's inputs, in order."""
+    """Final hidden states of right-padded prompts in full attention; `visit` sees each layer's inputs, in order.
+
+    What `visit` returns is made before the next layer begins: nothing it was made from has to live on.
+    """
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         window = model.window(layer)
         out, sums = attention.prefill_attention(
             q, k, v, lengths, window=window, with_scores=column_sums, implementation=implementation
         )
-        visit(scorer_inputs(model.config, layer, q, k, v, lengths, sums))
-        return out
+        made = visit(scorer_inputs(model.config, layer, q, k, v, lengths, sums))
+        return lax.optimization_barrier((out, made))[0]
 
     return model.forward(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), attend)
 
@@ -150,13 +186,13 @@ class Compressor:
         """Whether `add` reads `ScorerInputs.column_sums`."""
         return SCORERS[self.config.scorer].needs_column_sums
 
-    def add(self, inputs: ScorerInputs) -> None:
-        """Takes the next layer."""
+    def add(self, inputs: ScorerInputs) -> LayerCache | None:
+        """Takes the next layer; returns its cache, unless the budget waits for other layers."""
         scores = _scores(inputs, self.config)
         if BUDGETS[self.config.budget].needs_scores:
             self._pending.append((inputs, scores))
-        else:
-            self._compress(inputs, scores, eviction.granted(self._heavy[len(self._layers)], inputs.lengths))
+            return None
+        return self._compress(inputs, scores, eviction.granted(self._heavy[len(self._layers)], inputs.lengths))
 
     def cache(self, lengths: Int[Array, "B"]) -> KVCache:
         """The cache, once every layer has been added."""
@@ -166,7 +202,7 @@ class Compressor:
                 self._compress(inputs, scores, count)
         return KVCache(tuple(self._layers), lengths)
 
-    def _compress(self, inputs: ScorerInputs, scores: Array, heavy: Array) -> None:
+    def _compress(self, inputs: ScorerInputs, scores: Array, heavy: Array) -> LayerCache:
         capacity = self._capacities[len(self._layers)]
         kept = choose(scores, inputs.lengths, heavy, self.config, capacity, inputs.window)
         self.kept.append(kept)
@@ -176,6 +212,7 @@ class Compressor:
             state = eviction.begin(scores, kept, inputs.lengths, heavy, self.config, capacity.tail)
             layer = dataclasses.replace(layer, eviction=state)
         self._layers.append(layer)
+        return layer
 
 
 def _scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:

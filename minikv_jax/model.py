@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -24,12 +25,28 @@ DTYPES = ("float32", "bfloat16", "float16")
 # attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k come normalised and rotated.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
+# Tokens that run at a time. The three arrays of `intermediate_size` that an MLP makes of them take about what attention
+# takes for as many, and there are enough of them to keep a matmul busy.
+CHUNK_TOKENS = 1 << 14
+
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+# Projections of the same input are one matmul: a decode step waits for fewer kernels, each of which reads longer.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def joined_widths(config: ModelConfig, module: str) -> dict[str, int]:
+    """The columns of a joined projection that belong to each of its parts, in order."""
+    q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    wide = config.intermediate_size
+    columns = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": wide, "up_proj": wide}
+    return {name: columns[name] for name in JOINED[module]}
 
 
 class RMSNorm(nnx.Module):
@@ -52,13 +69,11 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
         d, h, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.q_proj = linear(d, config.num_attention_heads * h, use_bias=bias)
-        self.k_proj = linear(d, config.num_key_value_heads * h, use_bias=bias)
-        self.v_proj = linear(d, config.num_key_value_heads * h, use_bias=bias)
+        self.qkv_proj = linear(d, sum(joined_widths(config, "qkv_proj").values()), use_bias=bias)
         self.o_proj = linear(config.num_attention_heads * h, d, use_bias=config.attention_bias)
         self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.head_dim = h
+        self.heads = config.num_attention_heads, config.num_key_value_heads, h
 
     def __call__(
         self,
@@ -67,10 +82,9 @@ class Attention(nnx.Module):
         sin: Float[Array, "B T H2"],
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> Float[Array, "B T D"]:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).reshape(heads)  # [B, T, N, H]
-        k = self.k_proj(x).reshape(heads)  # [B, T, K, H]
-        v = self.v_proj(x).reshape(heads)  # [B, T, K, H]
+        query_heads, kv_heads, head_dim = self.heads
+        qkv = self.qkv_proj(x).reshape(*x.shape[:2], -1, head_dim)  # [B, T, N + 2K, H]
+        q, k, v = jnp.split(qkv, (query_heads, query_heads + kv_heads), axis=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, T, N, H]
@@ -82,13 +96,13 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
         self.activation = _ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # [B, T, F] each
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Layer(nnx.Module):
@@ -110,7 +124,23 @@ class Layer(nnx.Module):
         with jax.named_scope("attention"):
             x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x))
+            return _by_chunks(lambda x: x + self.mlp(self.post_attention_layernorm(x)), x)
+
+
+def _by_chunks(function: Callable[[jax.Array], jax.Array], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """`function`, which sees each token by itself, over at most `CHUNK_TOKENS` tokens at a time, in `x`'s place."""
+    tokens = x.shape[1]
+    size = min(max(CHUNK_TOKENS // x.shape[0], 1), tokens)
+
+    def put(x: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+        part = function(lax.dynamic_slice_in_dim(x, start, size, axis=1))
+        return lax.dynamic_update_slice_in_dim(x, part, start, axis=1)
+
+    if size == tokens:
+        return function(x)
+    chunks, rest = divmod(tokens, size)
+    x = lax.fori_loop(0, chunks, lambda i, x: put(x, i * size, size), x)
+    return put(x, chunks * size, rest) if rest else x
 
 
 class Llama(nnx.Module):

@@ -148,7 +148,7 @@ def causal_attention(
     batch, kv_heads, group, padded, dim = blocks.q.shape
 
     def query_block(i: Array, out: Partial) -> Partial:
-        q_i = blocks.queries(i)
+        q_i = blocks._replace(q=out.acc).queries(i).astype(q.dtype)
 
         def key_block(j: Array, part: Partial) -> Partial:
             seen = blocks.seen(i, j)
@@ -164,8 +164,10 @@ def causal_attention(
         return Partial(*map(put, out, part))
 
     shape = (batch, kv_heads, group, padded)
-    out = Partial(jnp.zeros((*shape, dim)), jnp.full(shape, -jnp.inf), jnp.zeros(shape))
+    # Outputs take the queries' place: zeros to begin with would be one constant that XLA copies ahead for every layer.
+    out = Partial(blocks.q.astype(jnp.float32), jnp.full(shape, -jnp.inf), jnp.zeros(shape))
     out = lax.fori_loop(0, blocks.used, query_block, out)
+    out = out._replace(acc=jnp.where(out.total[..., None] > 0, out.acc, 0.0))
     tokens = q.shape[1]
     return Partial(*(x[:, :, :, :tokens].reshape(batch, kv_heads, group * tokens, *x.shape[4:]) for x in out))
 

@@ -1,8 +1,8 @@
 """Checkpoints into the Flax model: Hugging Face safetensors, GGUF, and Orbax (save and restore).
 
 A table per format maps every tensor name to a parameter. The parameters' shapes come from `nnx.eval_shape`, so nothing
-is allocated before the names and shapes are known to fit. Tensors then go one by one, in blocks of rows, to the device
-in the model's dtype: beside the memory-mapped checkpoint the host holds one tensor.
+is allocated before the names and shapes are known to fit. Parameters then go one by one, in blocks of rows, to the
+device in the model's dtype: beside the memory-mapped checkpoint the host holds one parameter.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from safetensors import SafetensorError, safe_open
 
 from minikv_jax.config import ModelConfig
 from minikv_jax.gguf_file import GGUFFile, config_from_gguf
-from minikv_jax.model import Llama, resolve_dtype
+from minikv_jax.model import JOINED, Llama, joined_widths, resolve_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Tensor names that match `pattern` in full fill the parameter at `path`; no path: the tensor is not needed.
 
-    Both formats store matrices `[out, in]`; a path that ends in "kernel" is transposed. `heads` names the config field
-    with the number of heads whose channels llama.cpp has reordered.
+    A path may name a part of a joined projection (`model.JOINED`) as if it were a parameter. Both formats store
+    matrices `[out, in]`; a path that ends in "kernel" is transposed. `heads` names the config field with the number of
+    heads whose channels llama.cpp has reordered.
     """
 
     pattern: str
@@ -184,10 +185,12 @@ def _path(name: str) -> tuple[str | int, ...]:
 def _fill(config: ModelConfig, source: _Source, dtype: np.dtype) -> Llama:
     """A model of `config` with the tensors of `source`. Raises ValueError listing everything that does not fit."""
     graph, parameters = _skeleton(config, dtype)
-    plan, repeats = _plan(config, source, parameters)
+    parts = {path: _parts(config, path, leaf.shape) for path, leaf in parameters.items()}
+    plan, repeats = _plan(config, source, {name: shape for part in parts.values() for name, shape in part.items()})
     arrays: dict[str, jax.Array] = {}
-    for name, (rule, path) in plan.items():
-        host = _to_parameter(_read(source, name, dtype), rule, path, config)
+    for path, part in parts.items():
+        hosts = [_to_parameter(_read(source, plan[name][0], dtype), plan[name][1], name, config) for name in part]
+        host = hosts[0] if len(hosts) == 1 else np.concatenate(hosts, axis=-1)
         arrays[path] = jnp.array(host).block_until_ready()  # a copy, done before the host buffer is dropped
     for name in repeats:
         if not jnp.array_equal(_read(source, name, dtype), arrays["embed_tokens.embedding"]):
@@ -195,29 +198,37 @@ def _fill(config: ModelConfig, source: _Source, dtype: np.dtype) -> Llama:
     return _merge(graph, parameters, arrays)
 
 
+def _parts(config: ModelConfig, path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint's tensors fill of a parameter: all of it, or blocks of columns, in order; names and shapes."""
+    *parents, module, kind = path.split(".")
+    if module not in JOINED:
+        return {path: shape}
+    widths = joined_widths(config, module)
+    return {".".join((*parents, name, kind)): (*shape[:-1], width) for name, width in widths.items()}
+
+
 def _plan(
-    config: ModelConfig, source: _Source, parameters: Mapping[str, Any]
-) -> tuple[dict[str, tuple[Rule, str]], list[str]]:
-    """Which tensor fills which parameter, and the tensors that only repeat a tied embedding."""
-    plan: dict[str, tuple[Rule, str]] = {}
+    config: ModelConfig, source: _Source, wanted: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[str, Rule]], list[str]]:
+    """Which tensor fills what is wanted, given by shape, and the tensors that only repeat a tied embedding."""
+    plan: dict[str, tuple[str, Rule]] = {}
     repeats: list[str] = []
-    unknown, misshapen, named = [], [], set()
+    unknown, misshapen = [], []
     for name, shape in source.shapes.items():
         rule, path = _match(name, source.rules)
         if rule is not None and path is None:
             continue
         if path == "lm_head.kernel" and config.tie_word_embeddings:
             repeats.append(name)
-        elif rule is None or path is None or path not in parameters:
+        elif rule is None or path is None or path not in wanted:
             unknown.append(name)
         else:
-            named.add(path)
-            plan[name] = rule, path
-            needed = parameters[path].shape
+            plan[path] = name, rule
+            needed = wanted[path]
             needed = needed[::-1] if path.endswith("kernel") else needed
             if shape != needed:
                 misshapen.append(f"{name} is {list(shape)}, the config needs {list(needed)}")
-    unfilled = [path for path in parameters if path not in named]
+    unfilled = [path for path in wanted if path not in plan]
     _raise_misfits(source.origin, unknown=unknown, unfilled=unfilled, misshapen=misshapen)
     return plan, repeats
 

@@ -15,7 +15,8 @@ from tiny import tiny_model
 import minikv_jax as mk
 from minikv_jax import inference, memory, presets
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.generate import _generate, _Settings, bucket_length, last_valid
+from minikv_jax.generate import _generate, _Settings, bucket_length
+from minikv_jax.inference import last_valid
 from minikv_jax.sampling import sample
 
 VOCABULARY = 96
@@ -42,7 +43,7 @@ def test_full_equals_one_shot_forward(model: mk.Llama):
     generated = tokens(model, [row], cache="full", max_new_tokens=40)[0].tolist()
     one_shot = model(jnp.asarray([row + generated]))
     hidden, cache = inference.prefill(model, jnp.asarray([row]), jnp.asarray([37]), presets.get("full"), 40)
-    steps = [model.logits(hidden[:, -1])]
+    steps = [model.logits(hidden)]
     for token in generated[:-1]:
         hidden, cache = inference.decode(model, cache, jnp.asarray([token]), jnp.ones(1, jnp.int32))
         steps.append(model.logits(hidden))

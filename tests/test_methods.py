@@ -13,6 +13,7 @@ from layers import Rows, assert_close, assert_same, naive_append
 from projections import VOCABULARY, Projections, projections
 
 from minikv_jax import inference, memory, presets
+from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig
 from minikv_jax.model import Llama
 from minikv_jax.rotary import inverse_frequencies
@@ -80,7 +81,12 @@ def test_method_matches_naive(name: str, heads: tuple[int, int]):
     new_ids = rng.integers(0, VOCABULARY, (len(LENGTHS), STEPS))
     llama = cast(Llama, model)
 
-    prefill = jax.jit(lambda ids, lengths: inference.prefill(llama, ids, lengths, config, STEPS))
+    @jax.jit
+    def prefill(ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, KVCache]:
+        compressor = inference.Compressor(llama.config, config, BUCKET, STEPS)
+        hidden = inference.run_prompt(llama, ids, lengths, compressor.add, compressor.needs_column_sums)
+        return hidden, compressor.cache(lengths)
+
     hidden, cache = prefill(ids, np.array(LENGTHS))
     want, caches = naive_prefill(model, config, ids)
     valid = np.arange(BUCKET) < np.array(LENGTHS)[:, None]

@@ -30,13 +30,22 @@ FAMILIES = {
 
 
 def parameter(model: Llama, path: str) -> np.ndarray:
+    """By its path; or the columns of a joined one that belong to the projection of that name."""
     flat = {".".join(map(str, at)): leaf[...] for at, leaf in nnx.to_flat_state(nnx.state(model))}
+    for joined, names in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+        *at, module, kind = path.split(".")
+        if module in names:
+            whole, index = np.asarray(flat[".".join((*at, joined, kind))]), names.index(module)
+            config = model.config
+            q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+            ends = (q, q + kv) if joined == "qkv_proj" else (config.intermediate_size,)
+            return np.split(whole, ends, axis=-1)[index]
     return np.asarray(flat[path])
 
 
 def assert_holds(model: Llama, tensors: Tensors) -> None:
     """Every tensor is in the model, bit for bit and at its place; nothing else is."""
-    assert len(jax.tree.leaves(nnx.state(model))) == len(tensors)
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == sum(x.size for x in tensors.values())
     for name, tensor in tensors.items():
         path = name.removeprefix("model.").removesuffix(".weight")
         if name.endswith("bias"):
@@ -302,7 +311,7 @@ def test_orbax_that_does_not_fit_its_config_is_an_error(tmp_path: pathlib.Path):
     for part in (
         "unknown tensors: layers.1.",
         "layers.0.self_attn.o_proj.bias",
-        "layers.0.mlp.up_proj.kernel is [48, 80], the config needs [48, 96]",
+        "layers.0.mlp.gate_up_proj.kernel is [48, 160], the config needs [48, 192]",
     ):
         assert part in str(error.value)
 

@@ -24,7 +24,7 @@ from minikv_jax import inference, memory, presets
 from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.evaluation.task import Case
-from minikv_jax.generate import bucket_length, last_valid
+from minikv_jax.generate import bucket_length
 from minikv_jax.model import Llama
 from minikv_jax.schemes import SCORERS
 from minikv_jax.selection import Kept
@@ -227,7 +227,7 @@ def prefill_layers(
         column_sums,
         implementation,
     )
-    return last_valid(hidden, lengths), layers
+    return inference.last_valid(hidden, lengths), layers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
