@@ -55,6 +55,9 @@ def test_the_grid_is_every_combination():
     config = points[-1].resolve([("heavy", "0.5"), ("v_bits", "4")]).config
     assert (config.k_bits, config.v_bits, config.heavy, config.sinks) == (4, 4, 0.2, 4)
     assert [point.label for point in grid(["full"], {})] == ["full"]
+    shared = grid(["h2o", "kivi-2", "nosuch"], {}, (0.25, 0.5))  # what keeps every token has no budget to fit
+    assert [point.label for point in shared] == ["h2o @ 0.25", "h2o @ 0.5", "kivi-2", "nosuch @ 0.25", "nosuch @ 0.5"]
+    assert [point.label for point in grid(["kivi-2"], {}, (0.25,), [("recent", "0.5")])] == ["kivi-2 @ 0.25"]
 
 
 def test_what_a_sweep_writes(sweep: Run, tmp_path: pathlib.Path):
@@ -121,7 +124,7 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
         ((*GRID, "--sweep", "group"), "expected KEY=VALUE"),
         (("--method", "h2o", "--method", "h2o"), "a point of the sweep is given twice: h2o, h2o"),
         (("--method", "h2o", "--sweep", "nosuch=1"), "no point of the sweep can be measured: unknown setting 'nosuch'"),
-        (("--method", "full", "--budget-bytes", "0.5"), "'full' keeps every token"),
+        (("--method", "h2o", "--budget-bytes", "0.01"), "'h2o' does not fit 1.00%"),
     ],
 )
 def test_a_wrong_sweep_is_one_line_and_exit_code_2(sweep: Run, arguments: tuple[str, ...], message: str):

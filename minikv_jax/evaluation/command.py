@@ -261,7 +261,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     axes = dict(arguments.sweep)
     if len(axes) < len(arguments.sweep):
         raise ValueError("--sweep names a field twice: give all its values at once")
-    points = grid(arguments.method, axes, arguments.budget_bytes)
+    points = grid(arguments.method, axes, arguments.budget_bytes, arguments.set)
     evaluator = make_evaluator(arguments)
     sweep = Sweep.open(arguments.out, evaluator, points, arguments.set, arguments.model)
     for label, reason in sweep.skipped.items():

@@ -39,13 +39,29 @@ class Point:
         return Method(parse_method(self.method, [*settings, *self.settings]), self.byte_share)
 
 
-def grid(methods: Sequence[str], sweep: Mapping[str, Sequence[str]], byte_shares: Sequence[float] = ()) -> list[Point]:
-    """Every method with every combination of the swept values, and with every share of bytes."""
+def grid(
+    methods: Sequence[str],
+    sweep: Mapping[str, Sequence[str]],
+    byte_shares: Sequence[float] = (),
+    settings: Sequence[tuple[str, str]] = (),
+) -> list[Point]:
+    """Every method with every combination of the swept values, and with every share of bytes.
+
+    A method that keeps every token (after `settings`, as in `Point.resolve`) has no budget to fit: it is one point.
+    """
     axes = [[(key, value) for value in values] for key, values in sweep.items()]
     return [
-        Point(method, settings, share)
-        for method, settings, share in itertools.product(methods, itertools.product(*axes), byte_shares or (None,))
+        Point(method, swept, share)
+        for method, swept in itertools.product(methods, itertools.product(*axes))
+        for share in (byte_shares if byte_shares and not _keeps_all(method, [*settings, *swept]) else (None,))
     ]
+
+
+def _keeps_all(method: str, settings: Sequence[tuple[str, str]]) -> bool:
+    try:
+        return parse_method(method, settings).keeps_all
+    except ValueError:
+        return False  # `Sweep.open` says what is wrong
 
 
 @dataclasses.dataclass
