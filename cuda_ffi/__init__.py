@@ -5,7 +5,7 @@ Imports nothing from `minikv_jax`: the functions take plain arrays in the layout
 
 from cuda_ffi import registration
 from cuda_ffi.append import append
-from cuda_ffi.decode_attention import decode_attention
+from cuda_ffi.decode_attention import decode_attention, decode_unpacked
 from cuda_ffi.prefill_attention import prefill_attention
 from cuda_ffi.quantize import quantize
 
@@ -24,4 +24,12 @@ def available() -> bool:
     return why_unavailable() is None
 
 
-__all__ = ["append", "available", "decode_attention", "prefill_attention", "quantize", "why_unavailable"]
+__all__ = [
+    "append",
+    "available",
+    "decode_attention",
+    "decode_unpacked",
+    "prefill_attention",
+    "quantize",
+    "why_unavailable",
+]

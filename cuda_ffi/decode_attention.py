@@ -140,6 +140,40 @@ def decode_attention(
     return out
 
 
+def decode_unpacked(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float | None = None
+) -> jax.Array:
+    """Attention of one query token over `lengths[b]` full-precision tokens, by cuDNN.
+
+    Args:
+      q: `[B, N, H]`, bfloat16 or float16.
+      k, v: `[B, K, C, H]` in q's dtype. What lies beyond the lengths must be finite.
+      lengths: int32 `[B]`, 1 to `C`.
+      scale: softmax scale; `H ** -0.5` unless given.
+
+    Returns:
+      `[B, N, H]` in q's dtype.
+
+    Raises:
+      NotImplementedError: for a case cuDNN does not cover, or where the kernels cannot run.
+    """
+    registration.load()
+    batch, heads, head_dim = q.shape
+    kv_heads, tokens = k.shape[1:3]
+    # cuDNN wants [B, S, K, H]: with every KV head a row of one head that is the layout in place.
+    rows = (batch * kv_heads, tokens, 1, head_dim)
+    out = jax.nn.dot_product_attention(
+        q.reshape(batch * kv_heads, 1, heads // kv_heads, head_dim),
+        k.reshape(rows),
+        v.reshape(rows),
+        scale=scale,
+        query_seq_lengths=jnp.ones(batch * kv_heads, jnp.int32),
+        key_value_seq_lengths=jnp.repeat(lengths, kv_heads),
+        implementation="cudnn",
+    )
+    return out.reshape(q.shape)
+
+
 def check(
     q: jax.Array,
     k_planes: tuple[jax.Array, ...],

@@ -143,10 +143,12 @@ def cuda_quantize(
 
 
 def cuda_decode_attention(q: Float[Array, "B N H"], layer: LayerCache, *, scale: float) -> Float[Array, "B N H"]:
-    """`attention.decode_attention` by `cuda_ffi`."""
+    """`attention.decode_attention` by `cuda_ffi`, or by cuDNN where nothing is packed."""
     import cuda_ffi
 
     k, v = _packed(layer)
+    if layer.k is None:
+        return cuda_ffi.decode_unpacked(q, layer.tail_k, layer.tail_v, layer.tail_length, scale=scale)
     return cuda_ffi.decode_attention(q, **_arrays(layer, k, v), scale=scale, **_storage(k, v))
 
 

@@ -25,8 +25,8 @@ _RUNS = 2
 def measure(case: Case) -> dict[str, Any]:
     """A row as `end_to_end.measure` gives. Times are warm medians; a decode step is the difference of two lengths.
 
-    A stretch of steps is timed behind a prompt as long as the sequence is there. `prefill_s` is the time to the first
-    token.
+    Of the case's stretches only the first is timed, behind a prompt as long as the sequence is there. `prefill_s` is
+    the time to the first token.
 
     Raises:
       NotImplementedError: torch is not installed.
@@ -58,22 +58,18 @@ def measure(case: Case) -> dict[str, Any]:
         return times[0], times[1:]
 
     cold, first = seconds(case.prompt_len, 1)
-    compile_s, decode = cold - min(first), {}
-    for name, (start, steps) in case.stretches().items():
-        prompt = case.prompt_len + start
-        _, one = seconds(prompt, 1)
-        cold, more = seconds(prompt, 1 + steps)
-        compile_s += cold - min(more)
-        ms = 1e3 * (statistics.median(more) - statistics.median(one)) / steps
-        read = sum(_full_bytes(case, prompt + step) for step in range(1, steps + 1)) // steps
-        decode[name] = {"first_step": start, "steps": steps, "ms_per_step": ms, "cache_bytes_read": read}
-    ms = next(iter(decode.values()))["ms_per_step"]
+    name, (start, steps) = next(iter(case.stretches().items()))
+    prompt = case.prompt_len + start
+    _, one = seconds(prompt, 1)
+    again, more = seconds(prompt, 1 + steps)
+    ms = 1e3 * (statistics.median(more) - statistics.median(one)) / steps
+    read = sum(_full_bytes(case, prompt + step) for step in range(1, steps + 1)) // steps
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "compile_s": {"first_calls": compile_s},
+        "compile_s": {"first_calls": cold - min(first) + again - min(more)},
         "prefill_s": statistics.median(first),
         "time_to_first_token_s": statistics.median(first),
-        "decode": decode,
+        "decode": {name: {"first_step": start, "steps": steps, "ms_per_step": ms, "cache_bytes_read": read}},
         "decode_ms": ms,
         "decode_tokens_per_s": 1e3 * case.batch / ms,
         "weight_bytes": memory.weight_bytes(case.config(), case.dtype),
