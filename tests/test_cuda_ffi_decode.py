@@ -224,3 +224,22 @@ def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> No
     arguments: dict[str, Any] = abstract(Case()) | {"k_bits": 2, "v_bits": 2, "group_size": 16} | change
     with pytest.raises(NotImplementedError, match=message):
         cuda_ffi.decode_attention(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 128), (4, 128), (3, 64)])
+def test_unpacked_tokens_are_read_up_to_the_lengths(group: int, head_dim: int):
+    rng = np.random.default_rng(3)
+    dtype, kv_heads, lengths = DTYPES["bfloat16"], 2, (300, 1, 77)
+    q = rng.normal(size=(3, kv_heads * group, head_dim)).astype(dtype)
+    k, v = (rng.normal(size=(3, kv_heads, 300, head_dim)).astype(dtype) for _ in "kv")
+    expected, rounded = np.zeros(q.shape), np.zeros(q.shape)
+    for b, length in enumerate(lengths):
+        k[b, :, length:], v[b, :, length:] = 100.0, 1000.0
+        for h in range(kv_heads):
+            heads = slice(h * group, (h + 1) * group)
+            keys, values = (x[b, h, :length].astype(np.float32) for x in (k, v))
+            expected[b, heads] = attention(q[b, heads].astype(np.float32), keys, values, head_dim**-0.5)
+            rounded[b, heads] = attention_in(dtype, q[b, heads], keys, values, head_dim**-0.5)
+    out = cuda_ffi.decode_unpacked(*map(jnp.asarray, (q, k, v)), jnp.asarray(lengths, jnp.int32))
+    assert relative_error(np.asarray(out), expected) <= FACTOR * relative_error(rounded, expected)

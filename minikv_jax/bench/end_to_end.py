@@ -80,10 +80,15 @@ class Case:
         return {"middle": ((new - steps) // 2, steps), "end": (new - steps, steps)}
 
     def preset(self) -> CacheConfig:
-        """The method, the plugins loaded. Raises ValueError for an unknown one."""
+        """The method, the plugins loaded. Raises ValueError for an unknown one, or one that evicts while it generates."""
         for file in self.plugins:
             load_plugin(file)
-        return presets.get(self.method)
+        method = presets.get(self.method)
+        if method.evict_every is not None:
+            raise ValueError(
+                f"{self.method}: evict_every={method.evict_every} is not benched: lengths do not just grow"
+            )
+        return method
 
     def load(self) -> Llama:
         """The model, its weights on the device."""
