@@ -211,22 +211,30 @@ def test_huggingface_baseline_fills_the_same_row(shape: str):
     assert row["decode"][name]["cache_bytes_read"] == other["decode"][name]["cache_bytes_read"]
 
 
-def test_figures_draw_what_varies(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+def test_figures_and_table_show_what_was_measured(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    measured = {"prefill_s": 1.0, "decode_ms": 2.0, "times_floor": 1.25, "peak_bytes": 10**9, "cache_bytes": 5 * 10**8}
+    measured |= {"max_new_tokens": 10, "compile_s": {"prefill": 3.0, "decode": 1.6}}
+
     def row(method: str, batch: int, prompt: int) -> dict[str, Any]:
-        timing = {"prefill_s": 1.0, "decode_ms": 2.0, "decode_tokens_per_s": batch / 0.002, "peak_bytes": 10**9}
-        return (
-            {"shape": "llama2-7b", "method": method, "batch": batch, "prompt_len": prompt}
-            | timing
-            | {"max_new_tokens": 10}
-        )
+        sizes = {"shape": "llama2-7b", "method": method, "batch": batch, "prompt_len": prompt}
+        return sizes | measured | {"decode_tokens_per_s": batch / 0.002}
 
     assert figures.generation_s(row("full", 1, 64)) == pytest.approx(1.02)
     rows = [row(method, *sizes) for method in ("minikv", "full") for sizes in ((1, 2048), (1, 4096), (4, 2048))]
+    failed = {"method": "full", "batch": 8, "prompt_len": 64, "max_new_tokens": 10, "error": "out of memory: 9 GB"}
     file = tmp_path / "results.json"
-    file.write_text(json.dumps({"device": "D", "results": [*rows, {"error": "out of memory"}]}))
+    file.write_text(json.dumps({"device": "D", "results": [*rows, failed]}))
     assert cli.main(["bench", "figures", str(file), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "| `minikv` | 4 | 2,048 + 10 | 1.000 | 2.00 | 1.25 | 2,000 | 1.0 | 0.50 | 5 |\n" in out
+    assert "| `full` | 8 | 64 + 10 | out of memory | | | | | | |\n" in out
     names = {"llama2-7b-latency.png", "llama2-7b-batches.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == names
-    file.write_text(json.dumps({"device": "D", "results": rows[:1]}))
-    assert cli.main(["bench", "figures", str(file), "--out", str(tmp_path)]) == 2
-    assert "nothing to draw" in capsys.readouterr().err
+
+
+def test_figures_of_two_devices_are_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        file.write_text(json.dumps({"device": file.stem, "results": []}))
+    assert cli.main(["bench", "figures", *map(str, files), "--out", str(tmp_path)]) == 2
+    assert "results of a, b: expected one device" in capsys.readouterr().err

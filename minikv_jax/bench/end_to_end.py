@@ -80,7 +80,11 @@ class Case:
         return {"middle": ((new - steps) // 2, steps), "end": (new - steps, steps)}
 
     def preset(self) -> CacheConfig:
-        """The method, the plugins loaded. Raises ValueError for an unknown one, or one that evicts while it generates."""
+        """The method, the plugins loaded.
+
+        Raises:
+          ValueError: an unknown one, or one that evicts during generation.
+        """
         for file in self.plugins:
             load_plugin(file)
         method = presets.get(self.method)

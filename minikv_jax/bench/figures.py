@@ -1,4 +1,4 @@
-"""Pictures of end-to-end measurements: `minikv bench figures RESULT.json ... --out DIRECTORY`.
+"""Tables and pictures of end-to-end measurements: `minikv bench figures RESULT.json ... --out DIRECTORY`.
 
 They show what figures 7 and 8 of MiniKV's paper (arXiv 2411.18077) show: the seconds of a generation against the
 prompt's length, and tokens per second and peak memory against the batch.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -85,6 +85,30 @@ def _finished(figure: Any, axes: Sequence[Axes], title: str) -> bytes:
     return png(figure)
 
 
+_COLUMNS = {
+    "method": lambda row: f"`{row['method']}`",
+    "batch": lambda row: f"{row['batch']:,}",
+    "prompt + new": lambda row: f"{row['prompt_len']:,} + {row['max_new_tokens']:,}",
+    "prefill, s": lambda row: f"{row['prefill_s']:.3f}",
+    "decode, ms a step": lambda row: f"{row['decode_ms']:.2f}",
+    "x floor": lambda row: "" if row["times_floor"] is None else f"{row['times_floor']:.2f}",
+    "tokens/s": lambda row: f"{row['decode_tokens_per_s']:,.0f}",
+    "peak, GB": lambda row: "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}",
+    "cache, GB": lambda row: f"{row['cache_bytes'] / 1e9:.2f}",
+    "compile, s": lambda row: f"{sum(row['compile_s'].values()):.0f}",
+}
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows in Markdown; what failed says why."""
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "--:|" * (len(_COLUMNS) - 1)]
+    for row in rows:
+        names = list(_COLUMNS)[:3] if "error" in row else _COLUMNS
+        cells = [_COLUMNS[name](row) for name in names] + ([row["error"].split(":")[0]] if "error" in row else [])
+        lines.append("| " + " | ".join(cells) + " |" + " |" * (len(_COLUMNS) - len(cells)))
+    return "\n".join(lines) + "\n"
+
+
 def draw(rows: Sequence[Row], device: str) -> dict[str, bytes]:
     """The pictures that there are at least two sizes for, by file name."""
     pictures = {}
@@ -111,8 +135,8 @@ def _series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the pictures that the results have at least two sizes for."""
-    parser = argparse.ArgumentParser(prog="minikv bench figures", description="Pictures of `minikv bench generate`.")
+    """Prints the results as Markdown, and writes the pictures that they have at least two sizes for."""
+    parser = argparse.ArgumentParser(prog="minikv bench figures", description="Shows what `bench generate` measured.")
     parser.add_argument("results", nargs="+", type=pathlib.Path, metavar="RESULT.json", help="of one device")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIRECTORY", help="where the PNGs go")
     options = parser.parse_args(arguments)
@@ -120,10 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = sorted({report["device"] for report in reports})
     if len(devices) > 1:
         raise ValueError(f"results of {', '.join(devices)}: expected one device")
-    rows = [row for report in reports for row in report["results"] if "error" not in row]
-    pictures = draw(rows, devices[0])
-    if not pictures:
-        raise ValueError("nothing to draw: expected several prompt lengths or several batches")
+    rows = [row for report in reports for row in report["results"]]
+    print(table(rows))
+    pictures = draw([row for row in rows if "error" not in row], devices[0])
     options.out.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         (options.out / name).write_bytes(content)

@@ -15,6 +15,9 @@ import tempfile
 from typing import Any
 
 
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")  # XLA's, CUDA's and torch's words
+
+
 class TaskError(RuntimeError):
     """What went wrong in a task, in one line."""
 
@@ -49,7 +52,7 @@ def main(arguments: list[str]) -> None:
         answer = {"result": getattr(importlib.import_module(module), function)(*json.loads(values))}
     except Exception as error:  # whatever it is, the caller is told
         text = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" in text:
+        if any(mark in text for mark in _OUT_OF_MEMORY):
             text = f"out of memory: {text[:200]}"
         answer = {"error": text or type(error).__name__, "kind": type(error).__name__}
     pathlib.Path(out).write_text(json.dumps(answer))
