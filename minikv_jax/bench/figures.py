@@ -66,12 +66,20 @@ def _lines(axis: Axes, rows: Sequence[Row], x: str, y: Callable[[Row], float | N
             markersize=5.5,
             label=method,
         )
-    sizes = sorted({row[x] for row in rows})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes)
+    axis.set_xticks(_apart(sorted({row[x] for row in rows})))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
+
+
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """The sizes whose labels do not run into the one before."""
+    kept = list(sizes[:1])
+    for size in sizes[1:]:
+        if size >= 1.4 * kept[-1]:
+            kept.append(size)
+    return kept
 
 
 def _short(size: float) -> str:
