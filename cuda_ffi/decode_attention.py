@@ -147,12 +147,12 @@ def decode_unpacked(
 
     Args:
       q: `[B, N, H]`, bfloat16 or float16.
-      k, v: `[B, K, C, H]` in q's dtype. What lies beyond the lengths must be finite.
-      lengths: int32 `[B]`, 1 to `C`.
+      k, v: `[B, K, C, H]` in q's dtype. What lies beyond the lengths may be anything, NaN included.
+      lengths: int32 `[B]`, at most `C`.
       scale: softmax scale; `H ** -0.5` unless given.
 
     Returns:
-      `[B, N, H]` in q's dtype.
+      `[B, N, H]` in q's dtype. A row without tokens gives zeros.
 
     Raises:
       NotImplementedError: for a case cuDNN does not cover, or where the kernels cannot run.

@@ -189,8 +189,8 @@ def compress(
     """
     tokens = k.shape[1]
     positions = kept.positions
-    # Filler slots point past the end; reading the first kept token instead keeps them finite wherever kept tokens are.
-    source = jnp.minimum(jnp.where(positions < tokens, positions, positions[..., :1]), tokens - 1)
+    # Filler slots point past the end; reading the last token instead keeps them finite wherever the prompt is.
+    source = jnp.minimum(positions, tokens - 1)
     take = lambda x: jnp.take_along_axis(x.swapaxes(1, 2), source[..., None], axis=2)  # noqa: E731
     kept_k, kept_v = take(k), take(v)  # [B, K, M, H]
     if not config.quantized:
