@@ -10,6 +10,8 @@ memory at (`timing.rates`): no decode step can be faster.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -25,7 +27,7 @@ import jax
 
 from minikv_jax import hub
 from minikv_jax.bench import huggingface, timing
-from minikv_jax.bench.end_to_end import Case, measure
+from minikv_jax.bench.end_to_end import Case, Programs, measure
 from minikv_jax.bench.fit import FIELDS, find
 from minikv_jax.bench.worker import TaskError, run_task
 from minikv_jax.kernels import IMPLEMENTATIONS
@@ -61,6 +63,11 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     return (huggingface.measure if case["method"] in huggingface.METHODS else measure)(Case(**case))
 
 
+def compiled(case: dict[str, Any]) -> dict[str, float]:
+    """Compiles a case's programs into the compilation cache. Returns the seconds that each took."""
+    return Programs(Case(**case)).compile_s
+
+
 def found(case: dict[str, Any], what: str, limit: int) -> dict[str, Any]:
     """`find`, from JSON values."""
     return find(Case(**case), what, limit)
@@ -87,6 +94,16 @@ class Bench:
     def _run(self, function: str, *arguments: Any, share: float) -> Any:
         environment = self.environment | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}"}
         return run_task(__name__, function, *arguments, environment=environment)
+
+    def compile_ahead(self, cases: Sequence[Case], jobs: int) -> None:
+        """Compiles all cases, `jobs` at a time; what does not compile will say so when it is run."""
+
+        def compile_one(case: Case) -> None:
+            with contextlib.suppress(TaskError, NotImplementedError):
+                self._run("compiled", dataclasses.asdict(case), share=self.share)
+
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(compile_one, cases))
 
     def row(self, case: Case) -> dict[str, Any]:
         """A case's sizes and what was measured, or why nothing was."""
@@ -138,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--find {options.find}: not with {case.method}, whose needs are not known ahead")
     given = sys.argv[1:] if arguments is None else ["bench", "generate", *arguments]
     bench = Bench(shlex.join(["minikv", *given]), options.memory_gb)
+    if options.compile_ahead and not options.find:
+        bench.compile_ahead([case for case in cases if case.method not in huggingface.METHODS], options.compile_ahead)
     for case in cases:
         row = bench.fitted(case, options.find) if options.find else bench.row(case)
         bench.report["results"].append(row)
@@ -168,6 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--find", choices=FIELDS, help="the largest batch or longest prompt that --memory-gb holds")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the fastest measured")
+    parser.add_argument(
+        "--compile-ahead",
+        type=_positive,
+        metavar="N",
+        help="compile all runs first, N at a time: `compile_s` is then the time to fetch them from the cache",
+    )
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     return parser
 
