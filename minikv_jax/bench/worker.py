@@ -14,7 +14,6 @@ import sys
 import tempfile
 from typing import Any
 
-
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")  # XLA's, CUDA's and torch's words
 
 
