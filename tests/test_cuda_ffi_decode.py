@@ -241,5 +241,5 @@ def test_unpacked_tokens_are_read_up_to_the_lengths(group: int, head_dim: int):
             keys, values = (x[b, h, :length].astype(np.float32) for x in (k, v))
             expected[b, heads] = attention(q[b, heads].astype(np.float32), keys, values, head_dim**-0.5)
             rounded[b, heads] = attention_in(dtype, q[b, heads], keys, values, head_dim**-0.5)
-    out = cuda_ffi.decode_unpacked(*map(jnp.asarray, (q, k, v)), jnp.asarray(lengths, jnp.int32))
+    out = cuda_ffi.decode_unpacked(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths, jnp.int32))
     assert relative_error(np.asarray(out), expected) <= FACTOR * relative_error(rounded, expected)
