@@ -1,4 +1,6 @@
-// Decode attention: merge of the partial outputs, and the XLA FFI handler. The main kernel is in decode_attention.cuh.
+// Decode attention: the XLA FFI handler. The kernel is in decode_attention.cuh.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "decode_attention.cuh"
@@ -7,117 +9,10 @@
 namespace minikv {
 
 constexpr const char* kOp = "decode_attention";
-constexpr int kMergeThreads = 512;
-constexpr int kMaxEntries = 1024;
-
-// Joins the partial outputs of one row and query. A row has a packed and a tail segment, each a run of the tile list;
-// which warps hold parts of it follows from the lengths alone.
-template <int H>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_partials_kernel(const DecodeParams p, int blocks, int warps_per_block) {
-  constexpr int kGroups = kMergeThreads / H;  // threads that share a channel
-  constexpr int kAhead = 8;                   // loads a thread has in flight
-  __shared__ int slot_of[kMaxEntries];
-  __shared__ float2 state[kMaxEntries];  // maximum and denominator of an entry
-  __shared__ float highest_of[kMergeThreads / kWarpSize];
-  __shared__ float sums[kGroups][H], denominators[kGroups];
-  const int queries = p.partial_queries(), slot_floats = queries * (H + 2);
-  const int row = blockIdx.x / queries, query = blockIdx.x % queries;
-  const int batch = row / p.rows_per_batch(), row_in_batch = row % p.rows_per_batch();
-  const int head_in_group = row_in_batch % p.query_blocks * kQueries + query;
-  if (head_in_group >= p.group) return;
-  const int lane = threadIdx.x % kWarpSize;
-
-  const TileCounts counts = count_tiles(p, batch, lane);
-  const Split split(counts.total, blocks * warps_per_block);
-  const int packed_tiles = (p.packed_length[batch] + kTileTokens - 1) / kTileTokens;
-  const int tail_tiles = (p.tail_length[batch] + kTailTokens - 1) / kTailTokens;
-  int begin = counts.before + row_in_batch * (packed_tiles + tail_tiles);
-
-  int entries = 0;
-  for (int part = 0; part < 2; ++part) {
-    const int end = begin + (part == 0 ? packed_tiles : tail_tiles);
-    if (end > begin) {
-      const int first_block = split.warp_of(begin) / warps_per_block;
-      const int last_block = split.warp_of(end - 1) / warps_per_block;
-      // All warps of the first block, one entry for each block between, all warps of the last block.
-      const int between = max(0, last_block - first_block - 1);
-      const int count = warps_per_block + (last_block > first_block ? between + warps_per_block : 0);
-      for (int e = threadIdx.x; e < count; e += kMergeThreads) {
-        int block = first_block, warp = e;
-        if (e >= warps_per_block + between) {
-          block = last_block, warp = e - warps_per_block - between;
-        } else if (e >= warps_per_block) {
-          block = first_block + 1 + e - warps_per_block, warp = 0;
-        }
-        const int block_first = split.first(block * warps_per_block);
-        const int block_last = split.first((block + 1) * warps_per_block);
-        const bool joined = block_first < block_last && block_first >= begin && block_last <= end;
-        const int w = block * warps_per_block + warp;
-        const bool valid = joined ? warp == 0 : max(split.first(w), begin) < min(split.first(w + 1), end);
-        slot_of[entries + e] = valid ? w + segment_number(row, part == 0) : -1;
-      }
-      entries += count;
-    }
-    begin = end;
-  }
-  __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-
-  const int channel = threadIdx.x % H, group = threadIdx.x / H;
-  const auto partial = [&](int e) {
-    const int slot = group < kGroups && e < entries ? slot_of[e] : -1;
-    return slot < 0 ? 0.0f : p.partial[static_cast<int64_t>(slot) * slot_floats + query * H + channel];
-  };
-  float ahead[kAhead];  // asked for before the weights are known: one latency, not two
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) ahead[i] = partial(group + i * kGroups);
-
-  float highest = kMasked;
-  for (int e = threadIdx.x; e < entries; e += kMergeThreads) {
-    const int slot = slot_of[e];
-    const float* end_of_slot = p.partial + static_cast<int64_t>(slot) * slot_floats + queries * H + query;
-    state[e] = slot < 0 ? make_float2(kMasked, 0.0f) : make_float2(end_of_slot[0], end_of_slot[queries]);
-    highest = fmaxf(highest, state[e].x);
-  }
-  for (int d = 16; d; d >>= 1) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, d));
-  if (lane == 0) highest_of[threadIdx.x / kWarpSize] = highest;
-  __syncthreads();
-  for (int i = 0; i < kMergeThreads / kWarpSize; ++i) highest = fmaxf(highest, highest_of[i]);
-
-  float sum = 0.0f, denominator = 0.0f;
-  for (int first = group; first < entries; first += kAhead * kGroups) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int e = first + i * kGroups;
-      const float2 s = e < entries ? state[e] : make_float2(kMasked, 0.0f);
-      const float weight = exp2_approx(s.x - highest);
-      sum += weight * ahead[i];
-      denominator += weight * s.y;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead[i] = partial(first + (kAhead + i) * kGroups);
-  }
-  if (group < kGroups) {
-    sums[group][channel] = sum;
-    if (channel == 0) denominators[group] = denominator;
-  }
-  __syncthreads();
-  if (group == 0) {
-    sum = denominator = 0.0f;
-    for (int g = 0; g < kGroups; ++g) sum += sums[g][channel], denominator += denominators[g];
-    const float value = denominator > 0.0f ? sum / denominator : 0.0f;  // a row without tokens gives zeros
-    const int head = row_in_batch / p.query_blocks * p.group + head_in_group;
-    const int64_t at = (static_cast<int64_t>(batch) * p.kv_heads * p.group + head) * H + channel;
-    if (p.bfloat16) {
-      static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(value);
-    } else {
-      static_cast<__half*>(p.out)[at] = __float2half(value);
-    }
-  }
-}
+// Counters of launches: a launch takes the next ones, so that two share some only if about a million lie between them
+// (those must not run at the same time). Every launch leaves its own at zero.
+constexpr uint32_t kCounters = 1 << 20;
+__device__ int counters[kCounters];
 
 namespace {
 
@@ -145,7 +40,6 @@ EncodeTiled encode_tiled() {
 // `rows` rows of `row_bytes`, read in boxes of `box_rows` rows that land as `SwizzledTile` says; `all_spans` false
 // reads one span of each row at a time.
 bool encode_rows(CUtensorMap* map, const void* base, int64_t rows, int row_bytes, int box_rows, bool all_spans) {
-  if (rows == 0) return true;
   const int span = row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : row_bytes % 32 == 0 ? 32 : 16;
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(span), static_cast<cuuint64_t>(rows),
                                static_cast<cuuint64_t>(row_bytes / span)};
@@ -178,19 +72,20 @@ DecodeInstance find_instance(int64_t head_dim, int v_bits, Metadata metadata, bo
   }
 }
 
-using MergeKernel = void (*)(DecodeParams, int, int);
-
-MergeKernel find_merge(int64_t head_dim) {
-  switch (head_dim) {
-    case 64:
-      return merge_partials_kernel<64>;
-    case 96:
-      return merge_partials_kernel<96>;
-    case 128:
-      return merge_partials_kernel<128>;
-    default:
-      return merge_partials_kernel<256>;
+// `count` counters of the current device, at most kCounters.
+int* take_counters(uint32_t count) {
+  static std::atomic<uint32_t> next{0};
+  thread_local int known = -1;
+  thread_local int* all = nullptr;
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device != known) {
+    cudaGetSymbolAddress(reinterpret_cast<void**>(&all), counters);
+    known = device;
   }
+  uint32_t first = next.fetch_add(count) % kCounters;
+  if (first + count > kCounters) first = next.fetch_add(count) % kCounters;
+  return all + (first + count > kCounters ? 0 : first);
 }
 
 }  // namespace
@@ -290,18 +185,22 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   const int blocks = device.multiprocessors;
   p.stages = requested_stages;
   const int warp_bytes = p.stages * (instance.stage_bytes + 16) + kQueries * 2 * static_cast<int>(H);  // 2 barriers
-  const int warps =
-      std::min({max_warps(static_cast<int>(H)), requested_warps, device.shared_bytes_per_block / warp_bytes});
   const int rows = p.batch * p.rows_per_batch();
+  const int64_t most = static_cast<int64_t>(rows) * p.tiles(p.packed_capacity, p.tail_capacity);  // tiles, cache full
+  const int useful =
+      static_cast<int>(std::clamp<int64_t>((most + blocks - 1) / blocks, 2, max_warps(static_cast<int>(H))));
+  const int warps = std::min({max_warps(static_cast<int>(H)), requested_warps > 0 ? requested_warps : useful,
+                              (device.shared_bytes_per_block - static_cast<int>(sizeof(BlockWork))) / warp_bytes});
   const int64_t slots = static_cast<int64_t>(blocks) * warps + 2 * rows;
   check.require(warps >= 1, "stages=" + std::to_string(p.stages) + " do not fit into shared memory");
-  check.require(static_cast<int64_t>(partial->element_count()) >= slots * p.partial_queries() * (H + 2),
+  check.require(static_cast<int64_t>(partial->element_count()) >= slots * p.slot_floats(static_cast<int>(H)),
                 "scratch of " + std::to_string(partial->element_count()) + " floats is too small for " +
                     std::to_string(slots) + " slots");
-  check.require(2 * (2 * warps + blocks) <= kMaxEntries, "device has more multiprocessors than the merge can join");
+  const int row_counters = rows * p.partial_queries();
+  check.require(row_counters <= static_cast<int>(kCounters), "more than a million query heads");
   if (!check.ok()) return check.error();
 
-  const int shared_bytes = warps * warp_bytes;
+  const int shared_bytes = warps * warp_bytes + static_cast<int>(sizeof(BlockWork));
   DecodeMaps maps{};
   if (device.major >= 9) {
     const int meta_bytes = metadata == kFloat8 ? 1 : 2, h = static_cast<int>(H);
@@ -309,42 +208,31 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
     check.require(encode_tiled() != nullptr, "the driver has no cuTensorMapEncodeTiled");
     if (!check.ok()) return check.error();
     bool encoded = true;
+    const auto map_rows = [&](int source, int64_t rows, int row_bytes, int box_rows, bool all_spans) {
+      if (rows == 0) return;
+      encoded &= encode_rows(&maps.map[source], p.base[source], rows, row_bytes, box_rows, all_spans);
+      p.mapped |= 1u << source;
+    };
     for (int i : {kKeyWords, kValueWords}) {
       const int bits = i == kKeyWords ? k_bits : v_bits;
-      encoded &= encode_rows(&maps.map[i], p.base[i], kv_rows * P * bits / 32, 4 * h, kTileTokens * bits / 32, true);
+      map_rows(i, kv_rows * P * bits / 32, 4 * h, kTileTokens * bits / 32, true);
     }
-    const int key_rows = kTileTokens / group_size;
     for (int i : {kKeyScale, kKeyZero}) {
-      encoded &=
-          encode_rows(&maps.map[i], p.base[i], kv_rows * P / group_size, meta_bytes * h, key_rows, group_size == 16);
+      map_rows(i, kv_rows * P / group_size, meta_bytes * h, kTileTokens / group_size, group_size == 16);
     }
     for (int i : {kValueScale, kValueZero}) {
-      if (vector_metadata) encoded &= encode_rows(&maps.map[i], p.base[i], kv_rows * P / 16, meta_bytes * h, 8, true);
+      if (vector_metadata) map_rows(i, kv_rows * P / 16, meta_bytes * h, 8, true);
     }
-    for (int i : {kTailKeys, kTailValues}) {
-      encoded &= encode_rows(&maps.map[i], p.base[i], kv_rows * C, 2 * h, kTailTokens, true);
-    }
+    for (int i : {kTailKeys, kTailValues}) map_rows(i, kv_rows * C, 2 * h, kTailTokens, true);
     check.require(encoded, "the driver refused a tensor map");
     if (!check.ok()) return check.error();
   }
 
   cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  p.counters = take_counters(row_counters);
   void* arguments[] = {&maps, &p};
   cudaLaunchKernel(instance.kernel, dim3(blocks), dim3((warps + producers(H)) * kWarpSize), arguments, shared_bytes,
                    stream);
-  if (cudaError_t status = cudaGetLastError(); status != cudaSuccess) return cuda_status(kOp, status);
-
-  // The merge may start while the last blocks of the main kernel finish: it waits for them itself.
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(rows * p.partial_queries());
-  config.blockDim = dim3(kMergeThreads);
-  config.stream = stream;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  cudaLaunchKernelEx(&config, find_merge(H), p, blocks, warps);
   return cuda_status(kOp, cudaGetLastError());
 }
 

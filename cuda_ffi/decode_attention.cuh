@@ -3,58 +3,22 @@
 // Operands are swapped, S^T = K Q^T and O^T = V^T P^T, so that the large operand (codes, dequantised in registers) is
 // the row operand of the tensor cores and the few queries of a KV head are the 8 columns.
 //
-// Work is cut into tiles of equal bytes: 128 packed tokens, or 32 tokens of the tail. The tiles of all rows (a row is
-// one batch entry, KV head and block of 8 queries) form one list, split evenly over every warp of a grid that fills the
-// device once. Each of these warps has a private ring of shared-memory stages (keys of a tile, values of a tile, keys
-// of the next, ...), which one more warp of the block, the producer, keeps full. A run of tiles of one kind in one row
-// is a segment; each segment leaves an unnormalised partial output with its softmax maximum and denominator, and
-// `merge_partials_kernel` joins those of a row.
+// Each computing warp has a private ring of shared-memory stages (keys of a tile, values of a tile, keys of the next,
+// ...), which further warps of the block, the producers, keep full. Each segment of a warp's tiles (decode_work.cuh)
+// leaves an unnormalised partial output with its softmax maximum and denominator; those of a row are joined at the end
+// (decode_merge.cuh).
 #pragma once
 
-#include "device.cuh"
+#include "decode_merge.cuh"
 
 namespace minikv {
 
 enum Metadata { kFloat16, kBFloat16, kFloat8 };
 
-constexpr int kTileTokens = 128;
-constexpr int kTailTokens = 32;
-constexpr int kQueries = 8;  // columns of one tensor-core product
-constexpr int kWarpSize = 32;
 // Warps of a block that compute, and that copy for them: as many as the registers allow, since one warp alone cannot
 // hide the latency of its own chain (unpack, product, softmax, product), nor one copying warp keep up with eight.
 __host__ __device__ constexpr int max_warps(int head_dim) { return head_dim <= 128 ? 8 : 6; }
 __host__ __device__ constexpr int producers(int head_dim) { return head_dim <= 64 ? 4 : head_dim <= 128 ? 3 : 2; }
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-// The eight arrays a tile is read from.
-enum Source { kKeyWords, kKeyScale, kKeyZero, kValueWords, kValueScale, kValueZero, kTailKeys, kTailValues, kSources };
-
-struct DecodeMaps {
-  CUtensorMap map[kSources];
-};
-
-struct DecodeParams {
-  // What a block needs to find its work comes first: one line of the constant cache.
-  const int32_t* packed_length;              // [B]
-  const int32_t* tail_length;                // [B]
-  int batch, kv_heads, group, query_blocks;  // group: query heads of one KV head
-  int packed_capacity, tail_capacity, stages;
-  int group_log2, factor_log2;  // of the group size and of the packing block
-  bool bfloat16;                // dtype of q, tail and out; float16 otherwise
-  float scale_log2;
-  const void* q;   // [B, N, H]
-  float* partial;  // [slots][G'] x (H + 2), G' = min(G, 8)
-  void* out;       // [B, N, H]
-  const uint8_t* base[kSources];
-  const float* factor[4];  // second level of 8-bit metadata: key scale, key zero, value scale, value zero
-
-  __host__ __device__ int rows_per_batch() const { return kv_heads * query_blocks; }
-  __host__ __device__ int partial_queries() const { return group < kQueries ? group : kQueries; }
-  __host__ __device__ int tiles(int packed, int tail) const {
-    return (packed + kTileTokens - 1) / kTileTokens + (tail + kTailTokens - 1) / kTailTokens;
-  }
-};
 
 // Shared-memory geometry of one instance of the kernel.
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
@@ -114,111 +78,6 @@ struct TokenMap {
   }
   __host__ __device__ static constexpr int p_high(int u) { return KBits == 4 && VBits == 4 ? (u / 8) % 2 : u / 16; }
 };
-
-// A place in the list of tiles.
-struct TileCursor {
-  int batch = 0, tile = 0;
-  int kv_row = 0, query_block = 0;  // batch * K + KV head, and which 8 of its queries
-  int packed_length = 0, tail_length = 0, packed_tiles = 0, tiles = 0;
-
-  __device__ void load_lengths(const DecodeParams& p) {
-    packed_length = p.packed_length[batch];
-    tail_length = p.tail_length[batch];
-    packed_tiles = (packed_length + kTileTokens - 1) / kTileTokens;
-    tiles = packed_tiles + (tail_length + kTailTokens - 1) / kTailTokens;
-  }
-
-  // Moves `count` tiles on, over as many rows as that takes.
-  __device__ void advance(const DecodeParams& p, int count) {
-    tile += count;
-    while (tile >= tiles && batch < p.batch) {
-      tile -= tiles;
-      if (++query_block < p.query_blocks) continue;
-      query_block = 0;
-      if (++kv_row < (batch + 1) * p.kv_heads) continue;
-      do {
-        if (++batch >= p.batch) break;
-        kv_row = batch * p.kv_heads;
-        load_lengths(p);
-      } while (tiles == 0);
-    }
-  }
-
-  __device__ int row(const DecodeParams& p) const { return kv_row * p.query_blocks + query_block; }
-  __device__ bool packed() const { return tile < packed_tiles; }
-};
-
-// Tiles before batch entry `batch`, and all of them. Every lane gets both sums.
-struct TileCounts {
-  int before, total;
-};
-
-__device__ inline TileCounts count_tiles(const DecodeParams& p, int batch, int lane) {
-  TileCounts sum{0, 0};
-#pragma unroll 1
-  for (int b = lane; b < p.batch; b += kWarpSize) {
-    const int tiles = p.tiles(p.packed_length[b], p.tail_length[b]);
-    sum.total += tiles;
-    if (b < batch) sum.before += tiles;
-  }
-  for (int d = 16; d; d >>= 1) {
-    sum.before += __shfl_xor_sync(kAllLanes, sum.before, d);
-    sum.total += __shfl_xor_sync(kAllLanes, sum.total, d);
-  }
-  return {sum.before * p.rows_per_batch(), sum.total * p.rows_per_batch()};
-}
-
-__device__ inline TileCursor locate(const DecodeParams& p, int target, int lane) {
-  TileCursor c;
-  int start = 0;
-#pragma unroll 1
-  for (int first = 0; first < p.batch; first += kWarpSize) {
-    const int b = first + lane;
-    int inclusive = b < p.batch ? p.tiles(p.packed_length[b], p.tail_length[b]) * p.rows_per_batch() : 0;
-    const int own = inclusive;
-    for (int d = 1; d < kWarpSize; d <<= 1) {
-      const int other = __shfl_up_sync(kAllLanes, inclusive, d);
-      if (lane >= d) inclusive += other;
-    }
-    const unsigned found = __ballot_sync(kAllLanes, start + inclusive > target);
-    if (found) {
-      const int source = __ffs(found) - 1;
-      const int rest = target - start - __shfl_sync(kAllLanes, inclusive - own, source);
-      c.batch = first + source;
-      c.load_lengths(p);
-      const int row = quick_divide(rest, c.tiles), head = quick_divide(row, p.query_blocks);
-      c.tile = rest - row * c.tiles;
-      c.kv_row = c.batch * p.kv_heads + head;
-      c.query_block = row - head * p.query_blocks;
-      return c;
-    }
-    start += __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
-  }
-  return c;
-}
-
-// An even split of `total` tiles over `warps` warps.
-struct Split {
-  int total, warps, each, rest;
-
-  __device__ Split(int tiles, int parts)
-      : total(tiles), warps(parts), each(quick_divide(tiles, parts)), rest(tiles - each * parts) {}
-
-  // floor(total * warp / warps).
-  __device__ __forceinline__ int first(int warp) const { return each * warp + quick_divide(rest * warp, warps); }
-
-  // The warp that tile `tile` belongs to: the last one whose first tile is not behind it.
-  __device__ int warp_of(int tile) const {
-    int warp = min(static_cast<int>(__fdividef((tile + 1.0f) * warps, total)), warps - 1);
-    while (warp > 0 && first(warp) > tile) --warp;
-    while (first(warp + 1) <= tile) ++warp;
-    return warp;
-  }
-};
-
-// Where a segment's partial output goes: unique, because along the list of tiles each next segment has a larger warp or
-// a larger segment number. A row has two segments: packed and tail.
-__device__ __forceinline__ int segment_number(int row, bool packed) { return 2 * row + (packed ? 0 : 1); }
 
 template <typename T>
 __device__ __forceinline__ T uniform(T x) {
@@ -762,35 +621,37 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warps_per_block = blockDim.x / kWarpSize - producers(H), lane = threadIdx.x % kWarpSize;
   const int warp = uniform(static_cast<int>(threadIdx.x / kWarpSize));
-  const int warps = gridDim.x * warps_per_block, block_warp = blockIdx.x * warps_per_block;
+  const int block_warp = blockIdx.x * warps_per_block;
   const int ring_bytes = p.stages * Layout::kStageBytes, stages = warps_per_block * p.stages;
   uint8_t* queries_of_warps = shared + warps_per_block * ring_bytes;
-  const uint32_t full = shared_address(queries_of_warps + warps_per_block * kQueries * 2 * H),
-                 empty = full + 8 * stages;
-  for (int i = threadIdx.x; i < stages; i += blockDim.x) {
-    barrier_init(full + 8 * i, kBulkCopies ? 1 : kWarpSize);
-    barrier_init(empty + 8 * i, 1);
+  uint8_t* barriers = queries_of_warps + warps_per_block * kQueries * 2 * H;
+  const uint32_t full = shared_address(barriers), empty = full + 8 * stages;
+  BlockWork& block = *reinterpret_cast<BlockWork*>(barriers + 16 * stages);  // not in registers, which the loop needs
+  const bool producer = warp >= warps_per_block;
+  const Lengths lengths(p, lane);  // asked for first: all else waits for them
+  if (!producer && lane == 0) {  // one lane a warp: initialisations by several lanes of a warp run one after the other
+    for (int i = warp * p.stages; i < (warp + 1) * p.stages; ++i) {
+      barrier_init(full + 8 * i, kBulkCopies ? 1 : kWarpSize);
+      barrier_init(empty + 8 * i, 1);
+    }
   }
 #if __CUDA_ARCH__ >= 900
+  if (producer && lane == 0) {
+    for (int i = warp - warps_per_block; i < kSources; i += producers(H)) {
+      if (p.mapped >> i & 1) prefetch_map(&maps.map[i]);
+    }
+  }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");  // the merge takes the place of the first block that ends
 #endif
-  __syncthreads();
 
-  const Split split(count_tiles(p, 0, lane).total, warps);
-  const int block_first = split.first(block_warp), block_last = split.first(block_warp + warps_per_block);
-  const TileCursor block_at = locate(p, block_first, lane);
-  // A block whose tiles all lie in one segment joins its warps' results itself.
-  const int segment_end = block_first - block_at.tile + (block_at.packed() ? block_at.packed_tiles : block_at.tiles);
-  const bool joined = block_first < block_last && block_last <= segment_end;
-  const int queries = p.partial_queries(), slot_floats = queries * (H + 2);
-
+  const BlockWork work(p, lengths, warps_per_block, lane);
   // The producer's lanes follow one warp each, so `own` is the lane's there.
-  const bool producer = warp >= warps_per_block;
   const int own = block_warp + (producer ? min(lane, warps_per_block - 1) : warp);
-  const int first = split.first(own), last = split.first(own + 1);
-  TileCursor at = block_at;
-  if (first < last) at.advance(p, first - block_first);
+  const int first = work.split.first(own), last = work.split.first(own + 1);
+  TileCursor at = work.at;
+  if (first < last) at.advance(p, first - work.first);
+  if (threadIdx.x == 0) block = work;
+  __syncthreads();  // the barriers exist
 
   if (producer) {
     const DecodeProducer<H, KBits, VBits, kMetadata, kVectorMetadata> copies{p, maps, lane};
@@ -820,39 +681,17 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
         for (int i = 0; i < count; ++i) w.tail_tile(at.tail_length - (at.tile + i - at.packed_tiles) * kTailTokens);
       }
       const int slot = block_warp + warp + segment_number(at.row(p), packed);
-      w.store(joined ? result : p.partial + static_cast<int64_t>(slot) * slot_floats, packed);
+      w.store(block.joined() ? result : p.partial + static_cast<int64_t>(slot) * p.slot_floats(H), packed);
       left -= count;
       at.advance(p, count);
     }
-    if (joined && first == last) {
-      for (int i = lane; i < slot_floats; i += kWarpSize) {
-        result[i] = i / queries == H ? kMasked : 0.0f;  // the maxima follow the outputs
-      }
-    }
+    if (first == last && block.joined()) clear_result<H>(p, result, lane);
   }
 
-  if (joined) {
-    __syncthreads();
-    const int slot = block_warp + segment_number(block_at.row(p), block_at.packed());
-    float* destination = p.partial + static_cast<int64_t>(slot) * slot_floats;
-    const int stride = ring_bytes / 4;
-    const float* parts = reinterpret_cast<const float*>(shared);
-    for (int i = threadIdx.x; i < queries * H; i += blockDim.x) {
-      const int query = i / H;
-      float highest = kMasked, sum = 0.0f, denominator = 0.0f;
-      for (int k = 0; k < warps_per_block; ++k) highest = fmaxf(highest, parts[k * stride + queries * H + query]);
-      for (int k = 0; k < warps_per_block; ++k) {
-        const float weight = exp2_approx(parts[k * stride + queries * H + query] - highest);
-        sum += weight * parts[k * stride + i];
-        denominator += weight * parts[k * stride + queries * (H + 1) + query];
-      }
-      destination[i] = sum;
-      if (i % H == 0) {
-        destination[queries * H + query] = highest;
-        destination[queries * (H + 1) + query] = denominator;
-      }
-    }
-  }
+  if (block.joined()) join_warps<H>(p, block, reinterpret_cast<const float*>(shared), ring_bytes / 4, warps_per_block);
+  __syncthreads();  // the block's partial outputs are stored
+  merge_rows<H>(p, block, warps_per_block, warp, lane);
+  clear_empty_rows<H>(p);
 }
 
 // What the host needs to launch one instance.

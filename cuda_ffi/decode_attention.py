@@ -23,15 +23,16 @@ class Config:
     """Tuning only: never changes the meaning.
 
     Attributes:
-      warps: warps of a thread block, each with a private ring of copies. Fewer where shared memory is short.
+      warps: computing warps of a thread block, each with a private ring of copies; fewer where shared memory or
+        registers are short. None: as many as a full cache gives work to, at least 2.
       stages: stages of a ring; one holds the keys or the values of a tile.
     """
 
-    warps: int = 12
+    warps: int | None = None
     stages: int = 2
 
     def __post_init__(self) -> None:
-        if not 1 <= self.warps <= 16:
+        if self.warps is not None and not 1 <= self.warps <= 16:
             raise ValueError(f"warps={self.warps}: expected 1 to 16")
         if not 2 <= self.stages <= 16:
             raise ValueError(f"stages={self.stages}: expected 2 to 16")
@@ -115,6 +116,7 @@ def decode_attention(
     call = jax.ffi.ffi_call(
         "minikv_decode_attention",
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((scratch,), jnp.float32)),
+        input_output_aliases={0: 0},  # a loop that carries q to its output then copies nothing
     )
     out, _ = call(
         q,
@@ -134,7 +136,7 @@ def decode_attention(
         group_size=np.int32(group_size),
         factor_block=np.int32(factor_block),
         scale=np.float32(softmax_scale),
-        warps=np.int32(config.warps),
+        warps=np.int32(config.warps or 0),  # 0: the handler chooses
         stages=np.int32(config.stages),
     )
     return out

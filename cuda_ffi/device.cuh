@@ -190,6 +190,10 @@ __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* sour
       : "memory");
 }
 
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // One box of a three-dimensional tensor map: {byte in span, row, span}.
 __device__ __forceinline__ void tensor_copy(uint32_t destination, const CUtensorMap* map, int row, int span,
                                             uint32_t barrier) {

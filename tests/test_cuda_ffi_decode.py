@@ -35,7 +35,7 @@ class Case:
     metadata: str = "float16"
     lengths: tuple[tuple[int, int], ...] | None = None
     scale: float | None = None
-    warps: int = 8
+    warps: int | None = None
     stages: int = 2
 
 

@@ -1,0 +1,188 @@
+// Decode attention: the arguments of a launch, and how its work is cut up.
+//
+// Work is cut into tiles of equal bytes: 128 packed tokens, or 32 tokens of the tail. The tiles of all rows (a row is
+// one batch entry, KV head and block of 8 queries) form one list, split evenly over every computing warp of a grid that
+// fills the device once. A run of tiles of one kind in one row is a segment.
+#pragma once
+
+#include "device.cuh"
+
+namespace minikv {
+
+constexpr int kTileTokens = 128;
+constexpr int kTailTokens = 32;
+constexpr int kQueries = 8;  // columns of one tensor-core product
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// The eight arrays a tile is read from.
+enum Source { kKeyWords, kKeyScale, kKeyZero, kValueWords, kValueScale, kValueZero, kTailKeys, kTailValues, kSources };
+
+struct DecodeMaps {
+  CUtensorMap map[kSources];
+};
+
+struct DecodeParams {
+  // What a block needs to find its work comes first: one line of the constant cache.
+  const int32_t* packed_length;              // [B]
+  const int32_t* tail_length;                // [B]
+  int batch, kv_heads, group, query_blocks;  // group: query heads of one KV head
+  int packed_capacity, tail_capacity, stages;
+  int group_log2, factor_log2;  // of the group size and of the packing block
+  bool bfloat16;                // dtype of q, tail and out; float16 otherwise
+  float scale_log2;
+  uint32_t mapped;  // bit i: source i has a tensor map
+  const void* q;    // [B, N, H]
+  float* partial;   // [slots][G'] x (H + 2), G' = min(G, 8)
+  int* counters;    // [rows][G'], zero before and after a launch
+  void* out;        // [B, N, H]
+  const uint8_t* base[kSources];
+  const float* factor[4];  // second level of 8-bit metadata: key scale, key zero, value scale, value zero
+
+  __host__ __device__ int rows_per_batch() const { return kv_heads * query_blocks; }
+  __host__ __device__ int partial_queries() const { return group < kQueries ? group : kQueries; }
+  __host__ __device__ int slot_floats(int head_dim) const { return partial_queries() * (head_dim + 2); }
+  __host__ __device__ int tiles(int packed, int tail) const {
+    return (packed + kTileTokens - 1) / kTileTokens + (tail + kTailTokens - 1) / kTailTokens;
+  }
+};
+
+// A place in the list of tiles.
+struct TileCursor {
+  int batch = 0, tile = 0;
+  int kv_row = 0, query_block = 0;  // batch * K + KV head, and which 8 of its queries
+  int packed_length = 0, tail_length = 0, packed_tiles = 0, tiles = 0;
+
+  __device__ void set_lengths(int packed, int tail) {
+    packed_length = packed;
+    tail_length = tail;
+    packed_tiles = (packed_length + kTileTokens - 1) / kTileTokens;
+    tiles = packed_tiles + (tail_length + kTailTokens - 1) / kTailTokens;
+  }
+
+  // Moves `count` tiles on, over as many rows as that takes.
+  __device__ void advance(const DecodeParams& p, int count) {
+    tile += count;
+    while (tile >= tiles && batch < p.batch) {
+      tile -= tiles;
+      if (++query_block < p.query_blocks) continue;
+      query_block = 0;
+      if (++kv_row < (batch + 1) * p.kv_heads) continue;
+      do {
+        if (++batch >= p.batch) break;
+        kv_row = batch * p.kv_heads;
+        set_lengths(p.packed_length[batch], p.tail_length[batch]);
+      } while (tiles == 0);
+    }
+  }
+
+  __device__ int row(const DecodeParams& p) const { return kv_row * p.query_blocks + query_block; }
+  __device__ bool packed() const { return tile < packed_tiles; }
+};
+
+// Lengths of 32 batch entries, one a lane; zero past the last.
+struct Lengths {
+  int packed, tail;
+
+  __device__ Lengths(const DecodeParams& p, int batch) {
+    packed = batch < p.batch ? p.packed_length[batch] : 0;
+    tail = batch < p.batch ? p.tail_length[batch] : 0;
+  }
+};
+
+// Tiles before batch entry `batch`, and all of them. Every lane gets both sums.
+struct TileCounts {
+  int before, total;
+};
+
+// `lengths`: those of the first 32 batch entries.
+__device__ inline TileCounts count_tiles(const DecodeParams& p, Lengths lengths, int batch, int lane) {
+  TileCounts sum{0, 0};
+#pragma unroll 1
+  for (int b = lane;;) {
+    const int tiles = p.tiles(lengths.packed, lengths.tail);
+    sum.total += tiles;
+    if (b < batch) sum.before += tiles;
+    if ((b += kWarpSize) >= p.batch) break;
+    lengths = Lengths(p, b);
+  }
+  for (int d = 16; d; d >>= 1) {
+    sum.before += __shfl_xor_sync(kAllLanes, sum.before, d);
+    sum.total += __shfl_xor_sync(kAllLanes, sum.total, d);
+  }
+  return {sum.before * p.rows_per_batch(), sum.total * p.rows_per_batch()};
+}
+
+// The place of tile `target` of the list. `lengths`: those of the first 32 batch entries.
+__device__ inline TileCursor locate(const DecodeParams& p, Lengths lengths, int target, int lane) {
+  TileCursor c;
+  int start = 0;
+#pragma unroll 1
+  for (int first = 0; first < p.batch; first += kWarpSize) {
+    if (first) lengths = Lengths(p, first + lane);
+    const int own = p.tiles(lengths.packed, lengths.tail) * p.rows_per_batch();
+    int inclusive = own;
+    for (int d = 1; d < kWarpSize; d <<= 1) {
+      const int other = __shfl_up_sync(kAllLanes, inclusive, d);
+      if (lane >= d) inclusive += other;
+    }
+    const unsigned found = __ballot_sync(kAllLanes, start + inclusive > target);
+    if (found) {
+      const int source = __ffs(found) - 1;
+      const int rest = target - start - __shfl_sync(kAllLanes, inclusive - own, source);
+      c.batch = first + source;
+      c.set_lengths(__shfl_sync(kAllLanes, lengths.packed, source), __shfl_sync(kAllLanes, lengths.tail, source));
+      const int row = quick_divide(rest, c.tiles), head = quick_divide(row, p.query_blocks);
+      c.tile = rest - row * c.tiles;
+      c.kv_row = c.batch * p.kv_heads + head;
+      c.query_block = row - head * p.query_blocks;
+      return c;
+    }
+    start += __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
+  }
+  return c;
+}
+
+// An even split of `total` tiles over `warps` warps.
+struct Split {
+  int total, warps, each, rest;
+
+  __device__ Split(int tiles, int parts)
+      : total(tiles), warps(parts), each(quick_divide(tiles, parts)), rest(tiles - each * parts) {}
+
+  // floor(total * warp / warps).
+  __device__ __forceinline__ int first(int warp) const { return each * warp + quick_divide(rest * warp, warps); }
+
+  // The warp that tile `tile` belongs to: the last one whose first tile is not behind it.
+  __device__ int warp_of(int tile) const {
+    int warp = min(static_cast<int>(__fdividef((tile + 1.0f) * warps, total)), warps - 1);
+    while (warp > 0 && first(warp) > tile) --warp;
+    while (first(warp + 1) <= tile) ++warp;
+    return warp;
+  }
+};
+
+// A block's share of the list: tiles first .. last - 1.
+struct BlockWork {
+  Split split;
+  TileCursor at;  // of the first tile
+  int first, last;
+
+  __device__ BlockWork(const DecodeParams& p, const Lengths& lengths, int warps_per_block, int lane)
+      : split(count_tiles(p, lengths, 0, lane).total, gridDim.x * warps_per_block),
+        first(split.first(blockIdx.x * warps_per_block)),
+        last(split.first((blockIdx.x + 1) * warps_per_block)) {
+    at = locate(p, lengths, first, lane);
+  }
+
+  // Whether all tiles lie in one segment: then the block joins its warps' results itself.
+  __device__ bool joined() const {
+    return first < last && last <= first - at.tile + (at.packed() ? at.packed_tiles : at.tiles);
+  }
+};
+
+// Where a segment's partial output goes: unique, because along the list of tiles each next segment has a larger warp or
+// a larger segment number. A row has two segments: packed and tail.
+__device__ __forceinline__ int segment_number(int row, bool packed) { return 2 * row + (packed ? 0 : 1); }
+
+}  // namespace minikv
