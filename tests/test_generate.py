@@ -1,6 +1,7 @@
 """The compiled loop: what it must equal, what it must refuse, and what it must not allocate."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from typing import Any
@@ -15,7 +16,7 @@ from tiny import tiny_model
 import minikv_jax as mk
 from minikv_jax import inference, memory, presets
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.generate import _generate, _Settings, bucket_length
+from minikv_jax.generate import _decode_chunk, _generate, _prefill_only, _Settings, bucket_length
 from minikv_jax.inference import last_valid
 from minikv_jax.sampling import sample
 
@@ -241,6 +242,24 @@ def test_memory_of_a_long_prompt(name: str, batch: int):
     assert big
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", program.as_text())
     assert not big & {tuple(map(int, dims.split(","))) for dims in copied}
+
+
+@pytest.mark.parametrize("name", ["minikv", "full"])
+def test_a_decode_step_works_in_the_cache_itself(name: str):
+    """What decoding allocates does not grow with the cache, which goes in and comes out in the same buffers."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: mk.Llama(SMOLLM2, rngs=nnx.Rngs(0))))
+    settings = _Settings(128, mk.Sampling(), (), None, False)
+
+    def program(size: int) -> tuple[Any, int]:
+        ids, lengths = jnp.zeros((2, size), jnp.int32), jnp.zeros((2,), jnp.int32)
+        prefill = functools.partial(_prefill_only, graphdef, settings, presets.get(name))
+        state = jax.eval_shape(lambda params: prefill(params, ids, lengths, jax.random.key(0)), params)
+        compiled = _decode_chunk.lower(graphdef, settings, params, state, np.int32(1)).compile()
+        return compiled.memory_analysis(), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+
+    (long, cache), (short, _) = program(8192), program(2048)
+    assert long.alias_size_in_bytes >= cache
+    assert long.temp_size_in_bytes <= 1.1 * short.temp_size_in_bytes
 
 
 BASE = CacheConfig(scorer="window", heavy=0.25, recent=0.125, sinks=2, k_bits=2, v_bits=2, residual_length=32)
