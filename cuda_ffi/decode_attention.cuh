@@ -314,10 +314,10 @@ struct DecodeWarp {
   // ---- Packed tiles.
 
   // 2**8 * factor, for 8-bit metadata (float8x2_to_half2_scaled leaves 2**-8 of the value).
-  __device__ __forceinline__ float factor_of(int which, int64_t kv_row, int token) const {
+  __device__ __forceinline__ float factor_of(int which, int kv_row, int token) const {
     if constexpr (kMetadata != kFloat8) return 0.0f;
     const int blocks = p.packed_capacity >> p.factor_log2;
-    return 256.0f * p.factor[which][kv_row * blocks + min(token >> p.factor_log2, blocks - 1)];
+    return 256.0f * p.factor[which][static_cast<int64_t>(kv_row) * blocks + min(token >> p.factor_log2, blocks - 1)];
   }
 
   // Scale or zero of the lane's four key channels in step s, as two half pairs.
@@ -354,7 +354,7 @@ struct DecodeWarp {
   }
 
   // Logits of a tile. `valid` is how many of its tokens exist.
-  __device__ __forceinline__ void packed_logits(float (&s)[Map::kTiles][4], const uint8_t* stage, int64_t kv_row,
+  __device__ __forceinline__ void packed_logits(float (&s)[Map::kTiles][4], const uint8_t* stage, int kv_row,
                                                 int first_token, int valid) {
     const uint8_t* scales = stage + Layout::KeyWords::kBytes;
     const uint8_t* zeros = scales + Layout::kMetaStride;
@@ -486,7 +486,7 @@ struct DecodeWarp {
     }
   }
 
-  __device__ __forceinline__ void packed_tile(int64_t kv_row, int first_token, int valid) {
+  __device__ __forceinline__ void packed_tile(int kv_row, int first_token, int valid) {
     float s[Map::kTiles][4];
     packed_logits(s, wait_stage(), kv_row, first_token, valid);
     release_stage();
@@ -666,10 +666,11 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
     w.empty = empty + 8 * warp * p.stages;
     w.queries = reinterpret_cast<uint2*>(queries_of_warps) + warp * Warp::kSteps * kWarpSize + lane;
     float* result = reinterpret_cast<float*>(w.ring);
+    if (first == last && block.joined()) clear_result<H>(p, result, lane);
     for (int left = last - first; left > 0;) {
       const bool packed = at.packed();
       const int count = min(left, (packed ? at.packed_tiles : at.tiles) - at.tile);
-      const int64_t kv_row = at.kv_row;
+      const int kv_row = at.kv_row;
       w.reset();
       w.load_queries(at);
       if (packed) {
@@ -685,7 +686,6 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
       left -= count;
       at.advance(p, count);
     }
-    if (first == last && block.joined()) clear_result<H>(p, result, lane);
   }
 
   if (block.joined()) join_warps<H>(p, block, reinterpret_cast<const float*>(shared), ring_bytes / 4, warps_per_block);
