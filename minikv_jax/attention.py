@@ -62,8 +62,8 @@ def prefill_attention(
         sizes,
         {
             "xla": lambda: reference.prefill_attention(q, k, v, lengths, **case),
-            "pallas": lambda: kernels.pallas_prefill_attention(q, k, v, lengths, **case),
-            "cuda": lambda: kernels.cuda_prefill_attention(q, k, v, lengths, **case),
+            "pallas": lambda: kernels.prefill_attention("pallas", q, k, v, lengths, **case),
+            "cuda": lambda: kernels.prefill_attention("cuda", q, k, v, lengths, **case),
         },
     )
 
@@ -89,7 +89,11 @@ def quantize(
         "quantize",
         implementation,
         sizes,
-        {"xla": lambda: quantization.quantize(x, **case), "cuda": lambda: kernels.cuda_quantize(x, **case)},
+        {
+            "xla": lambda: quantization.quantize(x, **case),
+            "pallas": lambda: kernels.quantize("pallas", x, **case),
+            "cuda": lambda: kernels.quantize("cuda", x, **case),
+        },
     )
 
 
@@ -126,7 +130,8 @@ def decode_attention(
         sizes,
         {
             "xla": lambda: reference.decode_attention(q, layer, positions, scale=scale),
-            "cuda": lambda: kernels.cuda_decode_attention(q, layer, scale=scale),
+            "pallas": lambda: kernels.decode_attention("pallas", q, layer, scale=scale),
+            "cuda": lambda: kernels.decode_attention("cuda", q, layer, scale=scale),
         },
     )
     return layer.rotate(out, "values", back=True)

@@ -264,6 +264,7 @@ def append(
             sizes,
             {
                 "xla": lambda: _append_once(layer, k, v, lengths, positions, "xla"),
+                "pallas": lambda: _append_once(layer, k, v, lengths, positions, "pallas"),  # its kernel packs
                 "cuda": lambda: kernels.cuda_append(layer, k[:, :, 0], v[:, :, 0], lengths),
             },
         )

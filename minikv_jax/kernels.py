@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import logging
 import math
 import pathlib
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -97,7 +99,8 @@ def _distance(recorded: Mapping[str, int], sizes: Mapping[str, int]) -> float:
     return sum(abs(math.log2(max(recorded[name], 1) / max(sizes[name], 1))) for name in sizes if name in recorded)
 
 
-def cuda_prefill_attention(
+def prefill_attention(
+    implementation: str,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -107,49 +110,40 @@ def cuda_prefill_attention(
     window: int | None,
     with_scores: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]:
-    """`attention.prefill_attention` by `cuda_ffi`."""
-    import cuda_ffi
+    """`attention.prefill_attention` by a kernel package."""
+    package = _package(implementation)
+    return package.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
 
-    return cuda_ffi.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
 
-
-def pallas_prefill_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    lengths: Int[Array, "B"],
+def quantize(
+    implementation: str,
+    x: Float[Array, "B K S H"],
     *,
-    scale: float,
-    window: int | None,
-    with_scores: bool,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]:
-    """`attention.prefill_attention` by `pallas_kernels`."""
-    import pallas_kernels
-
-    return pallas_kernels.prefill_attention(q, k, v, lengths, scale=scale, window=window, with_scores=with_scores)
-
-
-def cuda_quantize(
-    x: Float[Array, "B K S H"], *, bits: int, group_size: int, axis: Axis, metadata_dtype: str, factor_block: int | None
+    bits: int,
+    group_size: int,
+    axis: Axis,
+    metadata_dtype: str,
+    factor_block: int | None,
 ) -> QuantizedArray:
-    """`attention.quantize` by `cuda_ffi`."""
-    import cuda_ffi
-
-    block = factor_block or max(group_size, 32 // min(PLANES[bits]))
-    planes, scale, zero, *factors = cuda_ffi.quantize(
-        x, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata_dtype, factor_block=block
+    """`attention.quantize` by a kernel package."""
+    options: dict[str, Any] = {"metadata_dtype": metadata_dtype}
+    if metadata_dtype == "float8_e4m3fn":  # 16-bit metadata have no factors
+        options["factor_block"] = factor_block or max(group_size, 32 // min(PLANES[bits]))
+    planes, scale, zero, *factors = _package(implementation).quantize(
+        x, bits=bits, group_size=group_size, axis=axis, **options
     )
     return QuantizedArray(planes, scale, zero, *(factors or (None, None)), bits=bits, group_size=group_size, axis=axis)
 
 
-def cuda_decode_attention(q: Float[Array, "B N H"], layer: LayerCache, *, scale: float) -> Float[Array, "B N H"]:
-    """`attention.decode_attention` by `cuda_ffi`, or by cuDNN where nothing is packed."""
-    import cuda_ffi
-
+def decode_attention(
+    implementation: str, q: Float[Array, "B N H"], layer: LayerCache, *, scale: float
+) -> Float[Array, "B N H"]:
+    """`attention.decode_attention` by a kernel package; under "cuda" by cuDNN where nothing is packed."""
     k, v = _packed(layer)
-    if layer.k is None:
-        return cuda_ffi.decode_unpacked(q, layer.tail_k, layer.tail_v, layer.tail_length, scale=scale)
-    return cuda_ffi.decode_attention(q, **_arrays(layer, k, v), scale=scale, **_storage(k, v))
+    package = _package(implementation)
+    if implementation == "cuda" and layer.k is None:
+        return package.decode_unpacked(q, layer.tail_k, layer.tail_v, layer.tail_length, scale=scale)
+    return package.decode_attention(q, **_arrays(layer, k, v), scale=scale, **_storage(k, v))
 
 
 def cuda_append(
@@ -189,22 +183,26 @@ def cuda_append(
     return dataclasses.replace(layer, k=packed(old_k, "k"), v=packed(old_v, "v"), **rest)
 
 
+def _package(implementation: str) -> ModuleType:
+    return importlib.import_module({"pallas": "pallas_kernels", "cuda": "cuda_ffi"}[implementation])
+
+
 def _packed(layer: LayerCache) -> tuple[QuantizedArray, QuantizedArray]:
     """The packed keys and values; an unquantised layer has an empty packed region.
 
     Raises:
-      NotImplementedError: where the CUDA kernels do not know what the layer stores.
+      NotImplementedError: where the kernels do not know what the layer stores.
     """
     from minikv_jax.quantizers import MinMax
     from minikv_jax.schemes import QUANTIZERS
 
     if layer.window is not None:
-        raise NotImplementedError(f"window={layer.window}: the CUDA kernels keep no positions for a sliding window")
+        raise NotImplementedError(f"window={layer.window}: the kernels keep no positions for a sliding window")
     if layer.k is None and layer.v is None:
         return _empty(layer, "tokens"), _empty(layer, "channels")
     plain = getattr(type(QUANTIZERS[layer.config.quantizer]), "dequantize", None) is MinMax.dequantize
     if not plain or not isinstance(layer.k, QuantizedArray) or not isinstance(layer.v, QuantizedArray):
-        raise NotImplementedError(f"quantizer={layer.config.quantizer!r}: the CUDA kernels read min/max codes only")
+        raise NotImplementedError(f"quantizer={layer.config.quantizer!r}: the kernels read min/max codes only")
     return layer.k, layer.v
 
 

@@ -3,8 +3,10 @@
 Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/architecture.md`.
 """
 
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.hopper import why_unavailable
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.quantize import quantize
 
 
 def available() -> bool:
@@ -12,4 +14,4 @@ def available() -> bool:
     return why_unavailable() is None
 
 
-__all__ = ["available", "prefill_attention", "why_unavailable"]
+__all__ = ["available", "decode_attention", "prefill_attention", "quantize", "why_unavailable"]

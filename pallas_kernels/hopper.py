@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 COMPUTE_CAPABILITY = "9.0"
 MAX_SHARED_BYTES = 227 * 1024  # of one thread block
 _RESERVED_BYTES = 3 * 1024  # barriers, alignment, and what reductions exchange
+MULTIPROCESSORS = 132  # of the largest Hopper devices: what work is split for
 COMPUTE_WARPGROUPS = 2  # a third one copies
 
 # Registers a thread once the warpgroups have split the register file among them.

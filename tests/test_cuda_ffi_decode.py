@@ -2,171 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+import decode_checks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_ffi_reference import DTYPES, attention, attention_in, dequantize, packing_block, quantize, relative_error
+from cuda_ffi_reference import DTYPES, attention, attention_in, packing_block, relative_error
+from decode_checks import FACTOR, Case, abstract, check
 
 import cuda_ffi
 from cuda_ffi.decode_attention import Config
 
-# Of the error that XLA makes over the dequantised cache in the same dtype: both round weights and results to 16
-# bits, in another order.
-FACTOR = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One shape and configuration; lengths are drawn, ragged, unless given."""
-
-    batch: int = 2
-    kv_heads: int = 2
-    group: int = 4
-    head_dim: int = 128
-    packed: int = 512
-    tail: int = 96
-    k_bits: int = 2
-    v_bits: int = 2
-    group_size: int = 16
-    metadata: str = "float16"
-    lengths: tuple[tuple[int, int], ...] | None = None
-    scale: float | None = None
-    warps: int | None = None
-    stages: int = 2
-
-
-def make(case: Case, seed: int) -> tuple[dict, np.ndarray, float]:
-    """Arguments of `decode_attention` (NaN where the lengths do not reach), the expected output and the error bound."""
-    rng = np.random.default_rng(seed)
-    dtype = DTYPES["bfloat16"]
-    block = max(packing_block(b, case.group_size) for b in (case.k_bits, case.v_bits))
-    shape = (case.batch, case.kv_heads)
-    spread = np.exp(rng.normal(size=(*shape, 1, case.head_dim)))  # channels of different size, as keys have
-    k = (rng.normal(size=(*shape, case.packed, case.head_dim)) * spread).astype(dtype)
-    v = rng.normal(size=(*shape, case.packed, case.head_dim)).astype(dtype)
-    k[:, :, : case.packed // 4, 0] = 1.0  # groups without range
-    v[:, 0, :, : case.group_size] = -0.5
-    tail_k = (rng.normal(size=(*shape, case.tail, case.head_dim)) * spread).astype(dtype)
-    tail_v = rng.normal(size=(*shape, case.tail, case.head_dim)).astype(dtype)
-    q = rng.normal(size=(case.batch, case.kv_heads * case.group, case.head_dim)).astype(dtype)
-    packed_k = quantize(k, case.k_bits, case.group_size, "tokens", case.metadata, block)
-    packed_v = quantize(v, case.v_bits, case.group_size, "channels", case.metadata, block)
-    if case.lengths is None:
-        lengths = [
-            (int(rng.integers(0, case.packed // block + 1)) * block, int(rng.integers(0, case.tail + 1)))
-            for _ in range(case.batch)
-        ]
-    else:
-        lengths = list(case.lengths)
-
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    dense_k, dense_v = dequantize(packed_k), dequantize(packed_v)
-    expected, rounded = np.zeros(q.shape), np.zeros(q.shape)
-    for b, (n_packed, n_tail) in enumerate(lengths):
-        for h in range(case.kv_heads):
-            keys = np.concatenate([dense_k[b, h, :n_packed], tail_k[b, h, :n_tail].astype(np.float32)])
-            values = np.concatenate([dense_v[b, h, :n_packed], tail_v[b, h, :n_tail].astype(np.float32)])
-            heads = slice(h * case.group, (h + 1) * case.group)
-            expected[b, heads] = attention(q[b, heads].astype(np.float32), keys, values, scale)
-            rounded[b, heads] = attention_in(dtype, q[b, heads], keys, values, scale)
-
-    def poison(x: np.ndarray, ratio: int) -> np.ndarray:
-        x = x.copy()
-        bad = np.iinfo(np.uint32).max if x.dtype == np.uint32 else np.nan
-        for b, (n_packed, _) in enumerate(lengths):
-            x[b, :, n_packed // ratio :] = bad
-        return x
-
-    def arrays(x) -> list[np.ndarray]:
-        return [poison(a, case.packed // a.shape[2]) if a.shape[2] else a for a in x.arrays]
-
-    for b, (_, n_tail) in enumerate(lengths):
-        tail_k[b, :, n_tail:] = np.nan
-        tail_v[b, :, n_tail:] = np.nan
-    k_words, k_scale, k_zero, *k_factors = arrays(packed_k)
-    v_words, v_scale, v_zero, *v_factors = arrays(packed_v)
-    arguments = {
-        "q": q,
-        "k_planes": (k_words,),
-        "k_scale": k_scale,
-        "k_zero": k_zero,
-        "v_planes": (v_words,),
-        "v_scale": v_scale,
-        "v_zero": v_zero,
-        "tail_k": tail_k,
-        "tail_v": tail_v,
-        "packed_length": np.array([n for n, _ in lengths], np.int32),
-        "tail_length": np.array([n for _, n in lengths], np.int32),
-        "k_factors": tuple(k_factors) or None,
-        "v_factors": tuple(v_factors) or None,
-    }
-    return arguments, expected, FACTOR * relative_error(rounded, expected)
-
-
-def run(case: Case, arguments: dict) -> np.ndarray:
-    out = cuda_ffi.decode_attention(
-        **jax.tree.map(jnp.asarray, arguments),
-        k_bits=case.k_bits,
-        v_bits=case.v_bits,
-        group_size=case.group_size,
-        scale=case.scale,
-        config=Config(warps=case.warps, stages=case.stages),
-    )
-    return np.asarray(out)
-
-
-def check(case: Case, seed: int) -> None:
-    arguments, expected, bound = make(case, seed)
-    out = run(case, arguments)
-    assert out.shape == expected.shape
-    error = relative_error(out, expected)
-    assert error <= bound, f"relative error {error}, bound {bound}"
-    assert np.array_equal(out, run(case, arguments)), "second run differs"
-
-
-CASES = {
-    "defaults": Case(),
-    "bfloat16 metadata": Case(metadata="bfloat16"),
+CASES = decode_checks.CASES | {
     "float8 metadata": Case(metadata="float8_e4m3fn"),
     "float8 metadata, 4 bits, groups of 64": Case(metadata="float8_e4m3fn", k_bits=4, v_bits=4, group_size=64),
-    "4 bits": Case(k_bits=4, v_bits=4, group_size=32),
-    "keys 2, values 4": Case(k_bits=2, v_bits=4),
-    "keys 4, values 2": Case(k_bits=4, v_bits=2),
-    "groups of 32": Case(group_size=32),
-    "groups of 64": Case(group_size=64, metadata="bfloat16"),
-    "groups of 128": Case(group_size=128),
-    "head_dim 64": Case(head_dim=64),
     "head_dim 64, groups of 64": Case(head_dim=64, group_size=64, metadata="float8_e4m3fn"),
     "head_dim 96": Case(head_dim=96, group_size=32),
     "head_dim 96, 4 bits": Case(head_dim=96, group_size=16, k_bits=4, v_bits=4, metadata="float8_e4m3fn"),
     "head_dim 256": Case(head_dim=256),
     "head_dim 256, groups of 128": Case(head_dim=256, group_size=128, k_bits=4, v_bits=4),
-    "one query head": Case(group=1),
-    "three query heads": Case(group=3),
-    "eight query heads": Case(group=8),
-    "sixteen query heads": Case(group=16),
-    "nothing packed": Case(packed=0, lengths=((0, 96), (0, 5))),
-    "no tail": Case(tail=0, lengths=((512, 0), (48, 0))),
-    "empty tail": Case(lengths=((512, 0), (16, 0))),
-    "an empty row": Case(lengths=((0, 0), (160, 3))),
-    "all rows empty": Case(lengths=((0, 0), (0, 0))),
-    "many short rows": Case(batch=70, kv_heads=8, packed=64, tail=8),
-    "one long row": Case(batch=1, kv_heads=1, packed=40960, tail=130, lengths=((40944, 129),)),
-    "long rows": Case(batch=3, kv_heads=2, packed=16384, tail=64, lengths=((16384, 64), (8192, 1), (16, 33))),
-    "a small block": Case(warps=3, stages=5, packed=2048),
-    "given scale": Case(scale=0.3),
-    "capacity below a tile": Case(packed=16, lengths=((16, 1), (0, 96))),
+    "a small block": Case(config=Config(warps=3, stages=5), packed=2048),
 }
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_matches_attention_over_the_dequantised_cache(name: str) -> None:
-    check(CASES[name], seed=len(name))
+    check(cuda_ffi.decode_attention, CASES[name], seed=len(name))
 
 
 def random_case(seed: int) -> Case:
@@ -186,8 +50,7 @@ def random_case(seed: int) -> Case:
         v_bits=v_bits,
         group_size=group_size,
         metadata=str(rng.choice(["float16", "bfloat16", "float8_e4m3fn"])),
-        warps=int(rng.integers(1, 9)),
-        stages=int(rng.integers(2, 5)),
+        config=Config(warps=int(rng.integers(1, 9)), stages=int(rng.integers(2, 5))),
     )
 
 
@@ -197,16 +60,10 @@ def test_random_cases(first_seed: int) -> None:
     failures = []
     for seed in range(first_seed, first_seed + 25):
         try:
-            check(random_case(seed), seed)
+            check(cuda_ffi.decode_attention, random_case(seed), seed)
         except AssertionError as error:
             failures.append(f"seed {seed}, {random_case(seed)}: {error}")
     assert not failures, "\n".join(failures)
-
-
-def abstract(case: Case) -> dict:
-    """The arguments' shapes alone."""
-    small, _, _ = make(dataclasses.replace(case, lengths=((0, 0),) * case.batch), 0)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import jax
@@ -10,25 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda_ffi_reference import DTYPES, Packed, quantize
+from quantize_checks import check_definition, check_nan_stays_in_its_group, inputs, same_bits
 
 import cuda_ffi
 from cuda_ffi.quantize import GROUP_SIZES
-
-
-def inputs(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Random channels of different sizes, some groups without range."""
-    x = rng.normal(size=shape) * np.exp(2 * rng.normal(size=(*shape[:-2], 1, shape[-1])))
-    x[..., : shape[-2] // 2, 1] = 3.25
-    x[:, 0, 0, :] = 0.0
-    return x.astype(DTYPES[dtype])
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
-    )
 
 
 @pytest.mark.gpu
@@ -44,13 +28,7 @@ def test_quantize_is_the_definition_bit_for_bit(axis: str, bits: int, group_size
         pairs = list(itertools.product(("float32", "bfloat16", "float16"), ("float16", "bfloat16", "float8_e4m3fn")))
         for dtype, metadata in pairs[GROUP_SIZES.index(group_size) :: 4]:
             x = inputs(rng, (2, 3, 384, head_dim), dtype)
-            expected = quantize(x, bits, group_size, axis, metadata)
-            run = functools.partial(
-                cuda_ffi.quantize, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata
-            )
-            for result in (run(jnp.asarray(x)), run(jnp.asarray(x))):  # the second run is bit-equal
-                for got, want in zip(jax.tree.leaves(result), expected.arrays, strict=True):
-                    assert same_bits(np.asarray(got), want), (head_dim, dtype, metadata)
+            check_definition(cuda_ffi.quantize, x, bits, group_size, axis, metadata)
 
 
 @pytest.mark.gpu
@@ -58,21 +36,13 @@ def test_quantize_is_the_definition_bit_for_bit(axis: str, bits: int, group_size
 def test_a_number_of_slabs_that_fills_no_thread_block(axis: str) -> None:
     for tokens, head_dim, metadata in ((16, 32, "float16"), (48, 224, "float8_e4m3fn"), (80, 64, "bfloat16")):
         x = inputs(np.random.default_rng(tokens), (1, 1, tokens, head_dim), "bfloat16")
-        result = cuda_ffi.quantize(jnp.asarray(x), bits=2, group_size=16, axis=axis, metadata_dtype=metadata)
-        for got, want in zip(jax.tree.leaves(result), quantize(x, 2, 16, axis, metadata).arrays, strict=True):
-            assert same_bits(np.asarray(got), want), (tokens, head_dim, metadata)
+        check_definition(cuda_ffi.quantize, x, 2, 16, axis, metadata)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis", ["tokens", "channels"])
 def test_nan_stays_in_its_group(axis: str) -> None:
-    """What lies beyond a cache's length may be NaN: it must not reach the groups before it."""
-    x = inputs(np.random.default_rng(0), (1, 2, 128, 128), "bfloat16")
-    expected = quantize(x[:, :, :64], 2, 16, axis, "float16")
-    x[:, :, 64:] = np.nan
-    result = cuda_ffi.quantize(jnp.asarray(x), bits=2, group_size=16, axis=axis)
-    for got, want in zip(jax.tree.leaves(result), expected.arrays, strict=True):
-        assert same_bits(np.asarray(got)[:, :, : want.shape[2]], want)
+    check_nan_stays_in_its_group(cuda_ffi.quantize, axis)
 
 
 def pack_block(cache: dict, row: int, start: int, part: Packed, name: str) -> None:

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 
 import cuda_ffi
+import pallas_kernels
 from minikv_jax.bench.timing import chained_ms, looped_ms
+
+_KERNELS = {"cuda": cuda_ffi.decode_attention, "pallas": pallas_kernels.decode_attention}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ SHAPES = (
 
 
 def random_cache(shape: DecodeShape) -> dict[str, Any]:
-    """The cache arguments of `cuda_ffi.decode_attention`: random words, metadata and tail."""
+    """The cache arguments of a kernel's `decode_attention`: random words, metadata and tail."""
     keys = iter(jax.random.split(jax.random.key(1), 8))
     lead = (shape.batch, shape.kv_heads)
     words = (*lead, shape.tokens * shape.bits // 32, shape.head_dim)
@@ -79,13 +82,20 @@ def stored_bytes(shape: DecodeShape) -> int:
     return round(values * (shape.tokens * packed_bits / 8 + shape.tail * 2))
 
 
-def bench_decode(shape: DecodeShape, rate: dict[str, float]) -> dict[str, Any]:
+def bench_decode(shape: DecodeShape, implementation: str, rate: dict[str, float]) -> dict[str, Any]:
     """One row: ms of a call in a chain of calls, bytes a second of what is stored, and cuDNN in the same chain."""
     cache = random_cache(shape)
     q = jax.random.normal(jax.random.key(2), (shape.batch, shape.heads, shape.head_dim), jnp.bfloat16)
 
     def decode(q: jax.Array, cache: dict[str, Any]) -> jax.Array:
-        return cuda_ffi.decode_attention(q, **cache, k_bits=shape.bits, v_bits=shape.bits, group_size=shape.group_size)
+        return _KERNELS[implementation](
+            q,
+            **cache,
+            k_bits=shape.bits,
+            v_bits=shape.bits,
+            group_size=shape.group_size,
+            scale=shape.head_dim**-0.5,
+        )
 
     ms, looped = chained_ms(decode, q, cache), looped_ms(decode, q, cache)
     del cache
@@ -103,7 +113,7 @@ def bench_decode(shape: DecodeShape, rate: dict[str, float]) -> dict[str, Any]:
         "op": "decode_attention",
         "shape": shape.name,
         "sizes": sizes,
-        "implementation": "cuda",
+        "implementation": implementation,
         "ms": ms,
         "in_loop_ms": looped,
         "stored_bytes": stored_bytes(shape),

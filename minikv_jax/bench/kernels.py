@@ -26,9 +26,11 @@ from minikv_jax.bench.quantize import bench_quantize
 def rows(rate: dict[str, float]) -> Iterator[dict[str, Any]]:
     """Every measurement, one after the other."""
     for shape in DECODE_SHAPES:
-        yield bench_decode(shape, rate)
-    for axis in ("tokens", "channels"):
-        yield bench_quantize(axis, "cuda", rate)
+        for implementation in ("cuda", "pallas"):
+            yield bench_decode(shape, implementation, rate)
+    for implementation in ("cuda", "pallas"):
+        for axis in ("tokens", "channels"):
+            yield bench_quantize(axis, implementation, rate)
     for shape in PREFILL_SHAPES:
         yield from bench_prefill(shape)
 
