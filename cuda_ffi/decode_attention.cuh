@@ -174,8 +174,9 @@ struct DecodeProducer {
                     barrier);
   }
 
-  // `at` and `tiles`: the lane's warp's first tile and number of tiles. `full`, `empty`: barriers [warp][stage].
-  __device__ void run(TileCursor at, int tiles, int first_warp, int warps, uint32_t rings, uint32_t full,
+  // `at` and `tiles`: the lane's warp's first tile and number of tiles, `stride` apart. `full`, `empty`: barriers
+  // [warp][stage].
+  __device__ void run(TileCursor at, int tiles, int stride, int first_warp, int warps, uint32_t rings, uint32_t full,
                       uint32_t empty) const {
     int most = tiles;
     for (int d = 16; d; d >>= 1) most = max(most, __shfl_xor_sync(kAllLanes, most, d));
@@ -201,7 +202,7 @@ struct DecodeProducer {
         if constexpr (!kBulkCopies) async_copies_arrive(barrier);
         __syncwarp();
       }
-      if (i % 2 && i < 2 * tiles) at.advance(p, 1);
+      if (i % 2 && i < 2 * tiles) at.advance(p, stride);
       if (++slot == p.stages) slot = 0, parity ^= 1;
     }
   }
@@ -621,7 +622,6 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warps_per_block = blockDim.x / kWarpSize - producers(H), lane = threadIdx.x % kWarpSize;
   const int warp = uniform(static_cast<int>(threadIdx.x / kWarpSize));
-  const int block_warp = blockIdx.x * warps_per_block;
   const int ring_bytes = p.stages * Layout::kStageBytes, stages = warps_per_block * p.stages;
   uint8_t* queries_of_warps = shared + warps_per_block * ring_bytes;
   uint8_t* barriers = queries_of_warps + warps_per_block * kQueries * 2 * H;
@@ -645,17 +645,17 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
 #endif
 
   const BlockWork work(p, lengths, warps_per_block, lane);
-  // The producer's lanes follow one warp each, so `own` is the lane's there.
-  const int own = block_warp + (producer ? min(lane, warps_per_block - 1) : warp);
-  const int first = work.split.first(own), last = work.split.first(own + 1);
+  // The producer's lanes follow one warp each, so these are the lane's there.
+  const WarpTiles tiles(work, warps_per_block, producer ? min(lane, warps_per_block - 1) : warp);
   TileCursor at = work.at;
-  if (first < last) at.advance(p, first - work.first);
+  if (tiles.count > 0) at.advance(p, tiles.first - work.first);
   if (threadIdx.x == 0) block = work;
   __syncthreads();  // the barriers exist
 
   if (producer) {
     const DecodeProducer<H, KBits, VBits, kMetadata, kVectorMetadata> copies{p, maps, lane};
-    copies.run(at, last - first, warp - warps_per_block, warps_per_block, shared_address(shared), full, empty);
+    copies.run(at, tiles.count, tiles.stride, warp - warps_per_block, warps_per_block, shared_address(shared), full,
+               empty);
   } else {
     Warp w(p);
     w.lane = lane;
@@ -666,25 +666,25 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
     w.empty = empty + 8 * warp * p.stages;
     w.queries = reinterpret_cast<uint2*>(queries_of_warps) + warp * Warp::kSteps * kWarpSize + lane;
     float* result = reinterpret_cast<float*>(w.ring);
-    if (first == last && block.joined()) clear_result<H>(p, result, lane);
-    for (int left = last - first; left > 0;) {
+    if (tiles.count == 0 && block.joined()) clear_result<H>(p, result, lane);
+    for (int left = tiles.count; left > 0;) {
       const bool packed = at.packed();
-      const int count = min(left, (packed ? at.packed_tiles : at.tiles) - at.tile);
-      const int kv_row = at.kv_row;
+      const int end = packed ? at.packed_tiles : at.tiles;
+      int tile = at.tile;
       w.reset();
       w.load_queries(at);
       if (packed) {
-        for (int i = 0; i < count; ++i) {
-          const int token = (at.tile + i) * kTileTokens;
-          w.packed_tile(kv_row, token, at.packed_length - token);
+        for (; left > 0 && tile < end; --left, tile += tiles.stride) {
+          w.packed_tile(at.kv_row, tile * kTileTokens, at.packed_length - tile * kTileTokens);
         }
       } else {
-        for (int i = 0; i < count; ++i) w.tail_tile(at.tail_length - (at.tile + i - at.packed_tiles) * kTailTokens);
+        for (; left > 0 && tile < end; --left, tile += tiles.stride) {
+          w.tail_tile(at.tail_length - (tile - at.packed_tiles) * kTailTokens);
+        }
       }
-      const int slot = block_warp + warp + segment_number(at.row(p), packed);
+      const int slot = blockIdx.x * warps_per_block + warp + segment_number(at.row(p), packed);
       w.store(block.joined() ? result : p.partial + static_cast<int64_t>(slot) * p.slot_floats(H), packed);
-      left -= count;
-      at.advance(p, count);
+      at.advance(p, tile - at.tile);
     }
   }
 

@@ -181,6 +181,20 @@ struct BlockWork {
   }
 };
 
+// The tiles of one warp of a block: a run of the list, or, where the block joins its warps' results anyway, every
+// so-many-th of the block's, so that the warps read neighbouring memory.
+struct WarpTiles {
+  int first, count, stride;
+
+  __device__ WarpTiles(const BlockWork& work, int warps_per_block, int warp) {
+    const int all = blockIdx.x * warps_per_block + warp;
+    const bool joined = work.joined();
+    stride = joined ? warps_per_block : 1;
+    first = joined ? work.first + warp : work.split.first(all);
+    count = joined ? quick_divide(max(work.last - first, 0) + stride - 1, stride) : work.split.first(all + 1) - first;
+  }
+};
+
 // Where a segment's partial output goes: unique, because along the list of tiles each next segment has a larger warp or
 // a larger segment number. A row has two segments: packed and tail.
 __device__ __forceinline__ int segment_number(int row, bool packed) { return 2 * row + (packed ? 0 : 1); }
