@@ -1,14 +1,16 @@
 """Column sums of a causal softmax map, recomputed block by block from the log-sum-exp of its rows.
 
-A thread block owns 128 keys of one KV head, 64 a warpgroup, which stay in registers as the left operand: logits come
-out transposed, a key's weights lie in one row, and summing them needs no other warp. Queries of all heads of the group
-stream through a ring, from the keys' own tile to the row's end. Each warpgroup starts the product of the next tile
-before it exponentiates the present one. Every sum has one owner and one order, so equal runs are bit-equal.
+A thread block owns 64 keys of one KV head for each warpgroup that computes. They are the left operand: logits come out
+transposed, so that a key's weights lie in one row. Queries of all heads of the group stream through a ring, from the
+keys' own tiles to the row's end; only tiles at an edge (the diagonal, the row's end, the window's) are masked, and go
+last. The special function unit is the bound, so some warpgroups are to exponentiate while others multiply; weights are
+added elementwise, and across threads only once. Every sum has one owner and one order, so equal runs are bit-equal.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -18,42 +20,44 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuning
 
 BLOCK_K = 64  # keys of a warpgroup
-BLOCK = BLOCK_K * hopper.COMPUTE_WARPGROUPS
+_CHUNK = 32  # queries whose weights are added at a time
 _LOG2E = math.log2(math.e)
 
-_ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+_WGMMA = plgpu.Layout.WGMMA
+_ROWS, _COLUMNS = _WGMMA.reduce(1), _WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tuning only: never changes the meaning.
+class Config(tuning.Config):
+    """Tuning of the second pass.
 
     Attributes:
+      warpgroups: that compute.
       block_q: queries of a tile.
       stages: tiles of queries in flight.
     """
 
-    block_q: int = 128
-    stages: int = 4
-
-    def __post_init__(self) -> None:
-        if self.block_q not in (64, 128):
-            raise ValueError(f"block_q={self.block_q}: expected 64 or 128")
-        if self.stages < 2:
-            raise ValueError(f"stages={self.stages}: expected at least 2")
+    warpgroups: int = tuning.choice(2, 4, default=4)
+    block_q: int = tuning.choice(64, 128, default=128)
+    stages: int = tuning.choice(2, 4, 8, default=4)
 
 
 def heuristic_config(head_dim: int) -> Config:
-    """What is tested on an H100."""
+    """What runs on a kind of device with no record."""
     return Config()
 
 
-def scratch(config: Config, head_dim: int, dtype: Any) -> dict[str, Any]:
+def default_config(head_dim: int) -> Config:
+    """The winner recorded for this kind of device, else the heuristic."""
+    return tuning.winner("column_sums", Config, head_dim=head_dim) or heuristic_config(head_dim)
+
+
+def scratch(config: Config, head_dim: int, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """Shared memory and barriers of a thread block."""
-    warpgroups, stages = hopper.COMPUTE_WARPGROUPS, config.stages
+    warpgroups, stages = config.warpgroups, config.stages
     return {
         "k_smem": hopper.operand(warpgroups, BLOCK_K, head_dim, dtype=dtype),
         "q_smem": hopper.operand(stages, config.block_q, head_dim, dtype=dtype),
@@ -65,6 +69,7 @@ def scratch(config: Config, head_dim: int, dtype: Any) -> dict[str, Any]:
     }
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "config"))  # lowered once for all layers of a model
 def column_sums(
     q: jax.Array,
     k: jax.Array,
@@ -73,23 +78,26 @@ def column_sums(
     *,
     scale: float,
     window: int | None,
-    config: Config | None = None,
+    config: Config,
 ) -> jax.Array:
     """Pass 2: what each key gets from its row's queries and the heads of its KV head, float32 `[B, K, T]`.
 
     Args:
-      q, k: as in `prefill_attention`; `T` is a multiple of `BLOCK`.
-      lse: float32 `[B, N, T]`, log-sum-exp of each query's scaled logits, in units of log 2.
+      q, k: as in `prefill_attention`; `T` is a multiple of 128.
+      lse: as `flash_attention` returns it.
       lengths: int32 `[B]`.
     """
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    group = heads // kv_heads
-    config = config or heuristic_config(head_dim)
-    block_q, stages = config.block_q, config.stages
+    warpgroups, block_q, stages = config.warpgroups, config.block_q, config.stages
+    block_k = BLOCK_K * warpgroups
     arrays = scratch(config, head_dim, q.dtype)
     hopper.check_shared_memory(arrays, config)
     logit_scale = scale * _LOG2E
+    k_tiles, group = pl.cdiv(tokens, block_k), heads // kv_heads
+    parts = parts_of(group, k_tiles, batch * kv_heads)
+    members = group // parts  # heads of a block
+    section = parts * hopper.streams_per_section(batch * kv_heads)  # parts whose blocks start side by side
 
     def kernel(
         lengths_gmem,
@@ -106,100 +114,132 @@ def column_sums(
         q_ready,
         q_consumed,
     ):
-        b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_head")
-        first_key = lax.axis_index("k_tile") * BLOCK
+        row_part = lax.axis_index("section") * section + lax.axis_index("member")
+        b, part = lax.div(row_part, jnp.int32(kv_heads * parts)), lax.rem(row_part, jnp.int32(kv_heads * parts))
+        first_head = part * members
+        kv_head = lax.div(first_head, jnp.int32(group))
+        first_key = lax.axis_index("k_tile") * block_k
         length = lengths_gmem[b]
-        end = length if window is None else jnp.minimum(length, first_key + BLOCK - 1 + window)
-        # Query tiles of one head; all heads' tiles make one sequence of steps.
-        tiles = jnp.maximum(lax.div(end - first_key + (block_q - 1), jnp.int32(block_q)), 0)
-        steps = jnp.where(first_key < length, tiles * group, 0)
+        # Every key is seen by the queries in front of `seen_by_all`, some key by those in front of `seen_by_any`.
+        seen_by_all = seen_by_any = length
+        if window is not None:
+            seen_by_all = jnp.minimum(length, first_key + window)
+            seen_by_any = jnp.minimum(length, first_key + window + (block_k - 1))
+        # Tiles of one head's queries; the first ones hold the diagonal, `inner` after them need no mask, the rest do.
+        tiles = lax.div(jnp.maximum(seen_by_any - first_key, 0) + (block_q - 1), jnp.int32(block_q))
+        diagonal = jnp.minimum(tiles, pl.cdiv(block_k, block_q))
+        inner = jnp.maximum(lax.div(jnp.maximum(seen_by_all - first_key, 0), jnp.int32(block_q)) - diagonal, 0)
         wg = lax.axis_index("warpgroup")
 
-        def query_tile(step):
-            return first_key + lax.rem(step, tiles) * block_q
+        def slot_of(step):
+            return lax.rem(step, jnp.int32(stages))
 
-        @pl.when(wg < hopper.COMPUTE_WARPGROUPS)
+        def first_query(tile):
+            """Unmasked tiles go first, the diagonal last."""
+            return first_key + block_q * (tile + jnp.where(tile < tiles - diagonal, diagonal, diagonal - tiles))
+
+        @pl.when(wg < warpgroups)
         def compute():
-            plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(hopper.REGISTERS[warpgroups][0], action="increase")
             start = first_key + wg * BLOCK_K
-            tile = pl.ds(start, BLOCK_K)
-            plgpu.copy_gmem_to_smem(k_gmem.at[b, tile, kv_head], k_smem.at[wg], k_ready.at[wg])
+            own = pl.ds(start, BLOCK_K)
+            plgpu.copy_gmem_to_smem(k_gmem.at[b, own, kv_head], k_smem.at[wg], k_ready.at[wg])
             plgpu.barrier_wait(k_ready.at[wg])
-            keys = plgpu.load(k_smem.at[wg], (), layout=plgpu.Layout.WGMMA)
+            keys = k_smem.at[wg]
+            if warpgroups == 2:  # there are registers for them
+                keys = plgpu.layout_cast(keys[...], _WGMMA)
+            rows = plgpu.broadcasted_iota(jnp.int32, (BLOCK_K,), 0, layout=_ROWS) + start
+            # A query sees a key if its age, how far behind it the key lies, is from 0 to below this.
+            oldest = jnp.maximum(length - rows, 0)
+            if window is not None:
+                oldest = jnp.minimum(oldest, window)
 
-            def mask(logits, step):
-                rows = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=plgpu.Layout.WGMMA) + start
-                columns = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
-                columns += query_tile(step)
-                seen = (columns >= rows) & (columns < length)
+            def mask(weights, query):
+                columns = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=_WGMMA)
+                ages = columns + lax.broadcast_in_dim(query - rows, weights.shape, [0])
+                limit = lax.broadcast_in_dim(oldest.astype(jnp.uint32), weights.shape, [0])
+                return jnp.where(ages.astype(jnp.uint32) < limit, weights, 0.0)  # a negative age is a large one
+
+            def add_tile(masked, slot, query, sums):
+                def multiply(acc_ref):
+                    plgpu.wgmma(acc_ref, keys, q_smem.at[slot].transpose((1, 0)))
+                    return acc_ref[...]
+
+                logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((BLOCK_K, block_q), jnp.float32))
+                for i in range(0, block_q, _CHUNK):
+                    lse = plgpu.layout_cast(lse_smem[slot, pl.ds(i, _CHUNK)], _COLUMNS)
+                    exponents = logits[:, i : i + _CHUNK] * logit_scale
+                    weights = jnp.exp2(exponents - lax.broadcast_in_dim(lse, exponents.shape, [1]))
+                    sums += mask(weights, query + i) if masked else weights
+                return sums
+
+            def add_inner(step, query, sums):
+                return add_tile(False, slot_of(step), query, sums)
+
+            def add_edge(step, query, sums):
+                """A tile at the block's edge may still be all seen, or not at all, by this warpgroup's keys."""
+                last_query = query + (block_q - 1)
+                unseen = last_query < start
+                seen = (query >= start + (BLOCK_K - 1)) & (last_query < length)
                 if window is not None:
-                    seen &= columns < rows + window
-                return jnp.where(seen, logits, -jnp.inf)
+                    seen &= last_query < start + window
+                kind = jnp.where(unseen, 0, jnp.where(seen, 1, 2))
+                add = [functools.partial(add_tile, masked, slot_of(step), query) for masked in (False, True)]
+                return lax.switch(kind, [lambda sums: sums, *add], sums)
 
-            def multiply(acc_ref, step):
-                slot = lax.rem(step, jnp.int32(stages))
+            def consume(add, member, tile, sums):
+                step = member * tiles + tile
+                slot = slot_of(step)
                 plgpu.barrier_wait(q_ready.at[slot])
-                plgpu.wgmma(acc_ref, keys, plgpu.transpose_ref(q_smem.at[slot], (1, 0)))
-
-            def masked(logits, step):
-                query = query_tile(step)
-                at_edge = (query < first_key + BLOCK) | (query + block_q > length)
-                if window is not None:
-                    at_edge |= query + block_q > first_key + window
-                return lax.cond(at_edge, lambda x: mask(x, step), lambda x: x, logits)
-
-            def add(logits, sums, step):
-                slot = lax.rem(step, jnp.int32(stages))
-                lse = plgpu.load(lse_smem.at[slot], (), layout=_COLUMNS)
+                sums = add(step, first_query(tile), sums)
                 plgpu.barrier_arrive(q_consumed.at[slot])
-                weights = jnp.exp2(logits * logit_scale - lax.broadcast_in_dim(lse, logits.shape, [1]))
-                return sums + weights.sum(axis=1)
+                return sums
 
-            acc_type = plgpu.WGMMAAccumulatorRef((BLOCK_K, block_q), jnp.float32)
+            def add_head(member, sums):
+                sums = lax.fori_loop(0, inner, functools.partial(consume, add_inner, member), sums)
+                return lax.fori_loop(inner, tiles, functools.partial(consume, add_edge, member), sums)
 
-            def first_product(acc_ref):
-                multiply(acc_ref, 0)
-                return acc_ref[...]
-
-            def step_and_next(step, carry):
-                logits, sums = carry
-                logits = masked(logits, step)
-
-                def overlap(acc_ref):
-                    multiply(acc_ref, step + 1)
-                    new_sums = add(logits, sums, step)
-                    return acc_ref[...], new_sums
-
-                return pl.run_scoped(overlap, acc_type)
-
-            sums_smem[wg] = plgpu.layout_cast(jnp.zeros((BLOCK_K,), jnp.float32), _ROWS)
-
-            @pl.when(steps > 0)
-            def _():
-                logits = pl.run_scoped(first_product, acc_type)
-                sums = plgpu.layout_cast(jnp.zeros((BLOCK_K,), jnp.float32), _ROWS)
-                logits, sums = lax.fori_loop(0, steps - 1, step_and_next, (logits, sums))
-                sums = add(masked(logits, steps - 1), sums, steps - 1)
-                valid = plgpu.broadcasted_iota(jnp.int32, (BLOCK_K,), 0, layout=_ROWS) + start < length
-                sums_smem[wg] = jnp.where(valid, sums, 0.0)
-
+            sums = plgpu.layout_cast(jnp.zeros((BLOCK_K, _CHUNK), jnp.float32), _WGMMA)
+            sums = lax.fori_loop(0, members, add_head, sums)
+            sums_smem[wg] = sums.sum(axis=1)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums_smem.at[wg], sums_gmem.at[b, kv_head, tile])
-            plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == hopper.COMPUTE_WARPGROUPS)
+            @pl.when(start < tokens)
+            def _():
+                plgpu.copy_smem_to_gmem(sums_smem.at[wg], sums_gmem.at[b, part, own])
+                plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == warpgroups)
         def copy():
-            plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(hopper.REGISTERS[warpgroups][1], action="decrease")
 
-            @pl.loop(0, steps)
-            def _(step):
-                slot = lax.rem(step, jnp.int32(stages))
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
-                head = kv_head * group + lax.div(step, tiles)
-                tile = pl.ds(query_tile(step), block_q)
-                plgpu.copy_gmem_to_smem(q_gmem.at[b, tile, head], q_smem.at[slot], q_ready.at[slot])
-                plgpu.copy_gmem_to_smem(lse_gmem.at[b, head, tile], lse_smem.at[slot], q_ready.at[slot])
+            @pl.loop(0, members)
+            def _(member):
+                head = first_head + member
 
-    sums = jax.ShapeDtypeStruct((batch, kv_heads, tokens), jnp.float32)
-    grid = {"kv_head": kv_heads, "batch": batch, "k_tile": tokens // BLOCK}
-    return hopper.launch(kernel, sums, arrays, grid)(lengths, q, k, lse)
+                @pl.loop(0, tiles)
+                def _(tile):
+                    step = member * tiles + tile
+                    slot = slot_of(step)
+                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
+                    queries = pl.ds(first_query(tile), block_q)
+                    plgpu.copy_gmem_to_smem(q_gmem.at[b, queries, head], q_smem.at[slot], q_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(lse_gmem.at[b, head, queries], lse_smem.at[slot], q_ready.at[slot])
+
+    # Early keys have the most queries: they go first.
+    grid = {"section": batch * kv_heads * parts // section, "k_tile": k_tiles, "member": section}
+    sums = jax.ShapeDtypeStruct((batch, kv_heads * parts, tokens), jnp.float32)
+    sums = hopper.launch(kernel, sums, arrays, grid, warpgroups)(lengths, q, k, lse)
+    return sums.reshape(batch, kv_heads, parts, tokens).sum(axis=2)
+
+
+def parts_of(group: int, k_tiles: int, streams: int) -> int:
+    """Among how many thread blocks the heads of a group are divided.
+
+    So many that the longest block takes no more than a multiprocessor's share of all work, where that can be had: of
+    `k_tiles` blocks that see 1, 2, ... tiles of queries, for each of `streams` KV heads, it is 2 / (k_tiles + 1).
+    """
+    blocks = (k_tiles + 1) * streams // 2
+    return next(
+        (parts for parts in range(1, group) if group % parts == 0 and parts * blocks >= hopper.MULTIPROCESSORS), group
+    )

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COMPUTE_CAPABILITY = "9.0"
-MAX_SHARED_BYTES = 227 * 1024  # of one thread block
-_RESERVED_BYTES = 3 * 1024  # barriers, alignment, and what reductions exchange
 MULTIPROCESSORS = 132  # of the largest Hopper devices: what work is split for
-COMPUTE_WARPGROUPS = 2  # a third one copies
+MAX_SHARED_BYTES = 227 * 1024  # of one thread block
+_STREAMS = 16
+_RESERVED_BYTES = 3 * 1024  # barriers, alignment, and what reductions exchange
+COMPUTE_WARPGROUPS = 2  # unless a kernel's config says otherwise; one more copies
 
-# Registers a thread once the warpgroups have split the register file among them.
-COMPUTE_REGISTERS = 232
-MEMORY_REGISTERS = 40
+# Registers a thread, of a computing and of the copying warpgroup, once they have split the register file among them.
+REGISTERS = {2: (232, 40), 4: (112, 32)}
+COMPUTE_REGISTERS, MEMORY_REGISTERS = REGISTERS[COMPUTE_WARPGROUPS]
 
 
 def why_unavailable() -> str | None:
@@ -32,28 +33,61 @@ def why_unavailable() -> str | None:
     return None
 
 
+def device_kind() -> str | None:
+    """What the GPU calls itself, or None where there is none."""
+    try:
+        return jax.devices("gpu")[0].device_kind
+    except RuntimeError:
+        return None
+
+
 def operand(*shape: int, dtype: Any) -> Any:
     """Shared memory for a wgmma operand whose last dimension is a multiple of 64 16-bit values."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
+def shared_bytes(scratch: dict[str, Any]) -> int:
+    """Bytes of a thread block's shared memory that the arrays of `scratch` take."""
+    arrays = [x for x in scratch.values() if hasattr(x, "shape")]
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays) + _RESERVED_BYTES
+
+
+def fits(scratch: dict[str, Any]) -> bool:
+    """Whether a thread block has the shared memory that `scratch` takes."""
+    return shared_bytes(scratch) <= MAX_SHARED_BYTES
+
+
 def check_shared_memory(scratch: dict[str, Any], config: Any) -> None:
     """Raises ValueError where the arrays of `scratch` do not fit into one thread block's shared memory."""
-    arrays = [x for x in scratch.values() if hasattr(x, "shape")]
-    used = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays) + _RESERVED_BYTES
-    if used > MAX_SHARED_BYTES:
+    if not fits(scratch):
+        used = shared_bytes(scratch)
         raise ValueError(f"{config} needs {used} bytes of shared memory: a thread block has {MAX_SHARED_BYTES}")
 
 
-def launch(body: Callable[..., None], out: Any, scratch: dict[str, Any], grid: dict[str, int]) -> Callable[..., Any]:
-    """A kernel of two compute warpgroups and one for copies; the first axis of `grid` varies fastest."""
+def streams_per_section(streams: int) -> int:
+    """Of how many KV heads (over all rows) the thread blocks are to start side by side, long ones first.
+
+    Few, so that what many blocks read of each stays in the L2 cache; not one by one, or the long blocks of the last
+    heads would start last.
+    """
+    return max(divisor for divisor in range(1, _STREAMS + 1) if streams % divisor == 0)
+
+
+def launch(
+    body: Callable[..., None],
+    out: Any,
+    scratch: dict[str, Any],
+    grid: dict[str, int],
+    warpgroups: int = COMPUTE_WARPGROUPS,
+) -> Callable[..., Any]:
+    """A kernel of `warpgroups` that compute and one that copies; blocks start with the last axis of `grid` fastest."""
     return plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
