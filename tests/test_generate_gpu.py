@@ -1,0 +1,133 @@
+"""Whole generations on the GPU: thousands of steps, and a real model against the CPU and against "xla"."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from tiny import tiny_model
+
+import minikv_jax as mk
+from minikv_jax import hub, inference, presets
+from minikv_jax.cache import LayerCache, append, compress, layer_capacity
+from minikv_jax.selection import Kept
+
+STEPS = 10_000
+MINIKV = presets.get("minikv")
+TEXT = pathlib.Path(__file__).parents[1] / "examples" / "log.txt"
+
+pytestmark = pytest.mark.gpu
+
+
+def test_ten_thousand_steps_in_flat_memory() -> None:
+    """Every token is counted, every number finite, and from the first chunk of steps on no byte is added."""
+    model = tiny_model(dtype="bfloat16", head_dim=64, hidden_size=128, max_position_embeddings=STEPS + 256)
+    prompts = [np.random.default_rng(0).integers(0, 96, size).tolist() for size in (100, 37)]
+    memory, results = [], []
+    settings: Any = {"max_new_tokens": STEPS, "eos_token_ids": (), "log_probabilities": True, "implementation": "cuda"}
+    for result in mk.stream(model, prompts, chunk=STEPS // 4, **settings):
+        jax.block_until_ready(result)
+        stats = jax.local_devices()[0].memory_stats() or {}
+        memory.append((stats["bytes_in_use"], stats["peak_bytes_in_use"]))
+        results = [result]
+    assert len(memory) == 5
+    assert memory[2:] == [memory[1]] * 3
+    (last,) = results
+    assert last.lengths.tolist() == [STEPS] * 2
+    kept = np.asarray(last.cache.kept_tokens)
+    assert (kept == [2 * (100 // 4) + STEPS, 2 * (37 // 4) + STEPS]).all()
+    assert np.isfinite(np.asarray(last.log_probabilities)).all()
+
+
+def test_ten_thousand_appends_leave_the_bits_that_xla_leaves() -> None:
+    """Three rows at their own pace: the first's tail rolls over 78 times."""
+    rows, kv_heads, head_dim, tokens = 3, 2, 64, 256
+    keys = jax.random.split(jax.random.key(0), 3)
+    new = jax.random.normal(keys[0], (2, 997, rows, 1, kv_heads, head_dim), jnp.bfloat16)
+    capacity = layer_capacity(MINIKV, MINIKV.heavy, tokens, STEPS)
+    lengths = jnp.full((rows,), capacity.kept, jnp.int32)
+    kept = Kept(jnp.broadcast_to(jnp.arange(capacity.kept), (rows, kv_heads, capacity.kept)), lengths)
+    k, v = (jax.random.normal(key, (rows, tokens, kv_heads, head_dim), jnp.bfloat16) for key in keys[1:])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation: str) -> LayerCache:
+        layer = compress(k, v, kept, MINIKV, capacity, implementation=implementation)
+
+        def step(i: jax.Array, layer: LayerCache) -> LayerCache:
+            active = (i % (1 + jnp.arange(rows)) == 0).astype(jnp.int32)
+            new_k, new_v = new[:, i % 997]
+            return append(layer, new_k, new_v, active, jnp.zeros((rows, 1), jnp.int32), implementation)
+
+        return lax.fori_loop(0, STEPS, step, layer)
+
+    ours, theirs = run("cuda"), run("xla")
+    packed, tail = np.asarray(theirs.packed_length), np.asarray(theirs.tail_length)
+    np.testing.assert_array_equal(ours.packed_length, packed)
+    np.testing.assert_array_equal(ours.tail_length, tail)
+    assert (packed + tail).tolist() == [128 + STEPS, 128 + STEPS // 2, 128 + -(-STEPS // 3)]
+
+    def same(a: jax.Array, b: jax.Array, lengths: np.ndarray, size: int) -> None:
+        for row, length in enumerate(lengths):
+            valid = slice(0, length * b.shape[2] // size)
+            assert np.asarray(a[row, :, valid]).tobytes() == np.asarray(b[row, :, valid]).tobytes()
+
+    for a, b in zip(jax.tree.leaves((ours.k, ours.v)), jax.tree.leaves((theirs.k, theirs.v)), strict=True):
+        same(a, b, packed, theirs.packed_capacity)
+    same(ours.tail_k, theirs.tail_k, tail, theirs.tail_capacity)
+    same(ours.tail_v, theirs.tail_v, tail, theirs.tail_capacity)
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    tokenizer = hub.load(hub.DEMO_MODEL)[1]
+    assert tokenizer is not None
+    return tokenizer.encode(TEXT.read_text())
+
+
+def test_smollm2_draws_on_the_gpu_what_it_draws_on_the_cpu(ids: list[int]) -> None:
+    """64 greedy tokens under `full` in float32, the GPU's by whatever runs there by default."""
+    model = hub.load(hub.DEMO_MODEL, dtype="float32")[0]
+    on_gpu = mk.generate(model, [ids[:512]], cache="full", max_new_tokens=64, eos_token_ids=()).tokens
+    graphdef, params = nnx.split(model)
+    cpu_model = nnx.merge(graphdef, jax.device_put(params, jax.devices("cpu")[0]))
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = mk.generate(
+            cpu_model, [ids[:512]], cache="full", max_new_tokens=64, eos_token_ids=(), implementation="xla"
+        ).tokens
+    assert on_gpu.tolist() == on_cpu.tolist()
+
+
+def mean_log_probability(model: mk.Llama, ids: list[int], prompt: int, implementation: str) -> float:
+    """Of the tokens after the first `prompt`, fed one by one to the compressed cache."""
+    graphdef, params = nnx.split(model)
+    tokens, length = jnp.asarray(ids), jnp.asarray([prompt])
+
+    @jax.jit
+    def run(params: nnx.State) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        new = len(ids) - prompt
+        hidden, cache = inference.prefill(model, tokens[None, :prompt], length, MINIKV, new, implementation)
+
+        def step(state: tuple, token: jax.Array) -> tuple[tuple, jax.Array]:
+            hidden, cache = state
+            found = jax.nn.log_softmax(model.logits(hidden))[0, token]
+            return inference.decode(model, cache, token[None], jnp.ones(1, jnp.int32), implementation), found
+
+        return jnp.mean(lax.scan(step, (hidden, cache), tokens[prompt:])[1])
+
+    return float(run(params))
+
+
+def test_smollm2_scores_text_alike_with_the_kernels(ids: list[int]) -> None:
+    """`minikv` over 2048 tokens and the 512 after them, four tails long."""
+    model = hub.load(hub.DEMO_MODEL, dtype="bfloat16")[0]
+    ours, theirs = (mean_log_probability(model, ids[:2560], 2048, name) for name in ("cuda", "xla"))
+    print(f"mean log-probability: cuda {ours:.4f}, xla {theirs:.4f}")
+    assert abs(ours - theirs) < 0.01
