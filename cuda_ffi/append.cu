@@ -2,7 +2,7 @@
 //
 // Everything is decided on the device from the lengths: a first kernel writes the token and, where that fills the tail,
 // quantises `block` tokens into the packed region; a second one, which needs the block read first, moves the rest of
-// the tail down and writes the new lengths.
+// the tail down and writes the new lengths over the old ones, of which the first kernel has left it a copy.
 #include <array>
 
 #include "ffi_checks.h"
@@ -22,14 +22,15 @@ struct AppendParams {
   uint32_t *k_words, *v_words;
   void *k_scale, *k_zero, *v_scale, *v_zero;
   float *k_scale_factor, *k_zero_factor, *v_scale_factor, *v_zero_factor;  // float8 metadata's
-  const int32_t *packed_length, *tail_length, *count;
-  int32_t *new_packed_length, *new_tail_length;
+  const int32_t* count;
+  int32_t *packed_length, *tail_length;
+  int32_t *old_packed_length, *old_tail_length;  // for the second kernel, which writes over the lengths
   int kv_heads, head_dim, packed_capacity, tail_capacity, sinks, block, group, k_bits, v_bits;
 };
 
 // A tail without a free slot takes nothing: its packed region is full too.
-__device__ __forceinline__ int added_tokens(const AppendParams& p, int batch) {
-  return p.count[batch] > 0 && p.tail_length[batch] < p.tail_capacity ? 1 : 0;
+__device__ __forceinline__ int added_tokens(const AppendParams& p, int batch, int tail_length) {
+  return p.count[batch] > 0 && tail_length < p.tail_capacity ? 1 : 0;
 }
 
 // One team of the block's keys or values. `newest` is the new token's place in the tail, or -1; another block may be
@@ -52,13 +53,16 @@ __global__ void __launch_bounds__(kQuantizeMaxThreads) append_kernel(AppendParam
   const bool keys = static_cast<int>(blockIdx.x) < teams;
   const int team = blockIdx.x - (keys ? 0 : teams);
   const int64_t row = static_cast<int64_t>(batch) * p.kv_heads + blockIdx.y;
-  const int length = p.tail_length[batch], added = added_tokens(p, batch);
+  const int length = p.tail_length[batch], start = p.packed_length[batch], added = added_tokens(p, batch, length);
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+    p.old_tail_length[batch] = length;
+    p.old_packed_length[batch] = start;
+  }
   X* tail = static_cast<X*>(keys ? p.tail_k : p.tail_v) + row * p.tail_capacity * H;
   const X* fresh = static_cast<const X*>(keys ? p.k : p.v) + row * H;
   if (added && team == 0) {
     for (int c = threadIdx.x; c < H; c += blockDim.x) tail[static_cast<int64_t>(length) * H + c] = fresh[c];
   }
-  const int start = p.packed_length[batch];
   if (length + added < p.tail_capacity || start + p.block > p.packed_capacity) return;
 
   Slab<M> slab(p.group, H, p.group / kSlabTokens);
@@ -85,11 +89,12 @@ __global__ void __launch_bounds__(kQuantizeMaxThreads) append_kernel(AppendParam
 template <typename X>
 __global__ void __launch_bounds__(kMaxHeadDim) settle_kernel(AppendParams p) {
   const int batch = blockIdx.y, channel = threadIdx.x, H = p.head_dim;
-  const int length = p.tail_length[batch] + added_tokens(p, batch), start = p.packed_length[batch];
+  const int old = p.old_tail_length[batch], start = p.old_packed_length[batch];
+  const int length = old + added_tokens(p, batch, old);
   const bool flush = length == p.tail_capacity && start + p.block <= p.packed_capacity;
   if (blockIdx.x == 0 && channel == 0) {
-    p.new_tail_length[batch] = flush ? length - p.block : length;
-    p.new_packed_length[batch] = flush ? start + p.block : start;
+    p.tail_length[batch] = flush ? length - p.block : length;
+    p.packed_length[batch] = flush ? start + p.block : start;
   }
   if (!flush || channel >= H) return;
   const int64_t row = static_cast<int64_t>(batch) * p.kv_heads + blockIdx.x;
@@ -142,12 +147,12 @@ static void check_side(Checker& check, const Side& side, std::initializer_list<i
   one(" zero factor", side.zero_factor, factor, ffi::F32);
 }
 
-// The tails, words, scales, zeros and factors are updated in place: each argument is its result's buffer.
+// The lengths, tails, words, scales, zeros and factors are updated in place: each argument is its result's buffer.
 ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer count,
                   ffi::AnyBuffer packed_length, ffi::AnyBuffer tail_length, ffi::RemainingArgs cache,
                   ffi::Result<ffi::AnyBuffer> packed_length_out, ffi::Result<ffi::AnyBuffer> tail_length_out,
-                  ffi::RemainingRets cache_out, int32_t k_bits, int32_t v_bits, int32_t group_size, int32_t sinks,
-                  int32_t block) {
+                  ffi::Result<ffi::AnyBuffer> old_lengths, ffi::RemainingRets cache_out, int32_t k_bits, int32_t v_bits,
+                  int32_t group_size, int32_t sinks, int32_t block) {
   Checker check(kOp);
   check.require(cache.size() == kCacheBuffers && cache_out.size() == kCacheBuffers,
                 std::to_string(cache.size()) + " cache buffers, expected " + std::to_string(kCacheBuffers));
@@ -158,6 +163,9 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
     check.require(buffer(i).element_count() == 0 || buffer(i).untyped_data() == out.untyped_data(),
                   "cache buffer " + std::to_string(i) + " is not updated in place");
   }
+  check.require(packed_length.untyped_data() == packed_length_out->untyped_data() &&
+                    tail_length.untyped_data() == tail_length_out->untyped_data(),
+                "the lengths are not updated in place");
   const Side keys{"key", k, buffer(0), buffer(1), buffer(2), buffer(3), buffer(4), buffer(5)};
   const Side values{"value", v, buffer(6), buffer(7), buffer(8), buffer(9), buffer(10), buffer(11)};
   check.rank("key tail", keys.tail, 4);
@@ -190,6 +198,8 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
     check.shape(name, length, {B});
     check.dtype(name, length, {ffi::S32});
   }
+  check.shape("old_lengths", *old_lengths, {2, B});
+  check.dtype("old_lengths", *old_lengths, {ffi::S32});
   if (!check.ok()) return check.error();
 
   AppendParams p{};
@@ -203,11 +213,11 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   p.k_zero_factor = static_cast<float*>(keys.zero_factor.untyped_data());
   p.v_scale_factor = static_cast<float*>(values.scale_factor.untyped_data());
   p.v_zero_factor = static_cast<float*>(values.zero_factor.untyped_data());
-  p.packed_length = static_cast<const int32_t*>(packed_length.untyped_data());
-  p.tail_length = static_cast<const int32_t*>(tail_length.untyped_data());
   p.count = static_cast<const int32_t*>(count.untyped_data());
-  p.new_packed_length = static_cast<int32_t*>(packed_length_out->untyped_data());
-  p.new_tail_length = static_cast<int32_t*>(tail_length_out->untyped_data());
+  p.packed_length = static_cast<int32_t*>(packed_length_out->untyped_data());
+  p.tail_length = static_cast<int32_t*>(tail_length_out->untyped_data());
+  p.old_packed_length = static_cast<int32_t*>(old_lengths->untyped_data());
+  p.old_tail_length = p.old_packed_length + B;
   p.kv_heads = static_cast<int>(K), p.head_dim = static_cast<int>(H);
   p.packed_capacity = static_cast<int>(P), p.tail_capacity = static_cast<int>(C);
   p.sinks = sinks, p.block = block, p.group = group_size, p.k_bits = k_bits, p.v_bits = v_bits;
@@ -236,6 +246,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MinikvAppend, minikv::append,
                                   .RemainingArgs()             // the cache
                                   .Ret<xla::ffi::AnyBuffer>()  // packed_length
                                   .Ret<xla::ffi::AnyBuffer>()  // tail_length
+                                  .Ret<xla::ffi::AnyBuffer>()  // old lengths, scratch
                                   .RemainingRets()             // the cache, updated
                                   .Attr<int32_t>("k_bits")
                                   .Attr<int32_t>("v_bits")

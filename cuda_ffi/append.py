@@ -9,8 +9,8 @@ import numpy as np
 from cuda_ffi import registration
 from cuda_ffi.quantize import BITS, GROUP_SIZES, MAX_HEAD_DIM, METADATA_DTYPES
 
-# Operands 5 to 16, the cache, are results 2 to 13.
-_ALIASES = {5 + i: 2 + i for i in range(12)}
+# Operands 3 and 4, the lengths, are results 0 and 1; operands 5 to 16, the cache, results 3 to 14.
+_ALIASES = {3: 0, 4: 1} | {5 + i: 3 + i for i in range(12)}
 
 
 def append(
@@ -90,8 +90,9 @@ def append(
         *(tail_v, v_planes[0], v_scale, v_zero, *(v_factors or (none, none))),
     )
     lengths = jax.ShapeDtypeStruct(packed_length.shape, jnp.int32)
-    results = [lengths, lengths, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)]
-    new_packed_length, new_tail_length, *new = jax.ffi.ffi_call(
+    old_lengths = jax.ShapeDtypeStruct((2, *packed_length.shape), jnp.int32)  # scratch
+    results = [lengths, lengths, old_lengths, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)]
+    new_packed_length, new_tail_length, _, *new = jax.ffi.ffi_call(
         "minikv_append", results, input_output_aliases=_ALIASES
     )(
         *(k, v, count, packed_length, tail_length, *cache),
