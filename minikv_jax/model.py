@@ -49,6 +49,15 @@ def joined_widths(config: ModelConfig, module: str) -> dict[str, int]:
     return {name: columns[name] for name in JOINED[module]}
 
 
+def _linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
+    return functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, precision=_precision(dtype), rngs=rngs)
+
+
+def _precision(dtype: DTypeLike) -> lax.Precision | None:
+    """Float32 is meant: a GPU would by default round a matmul's float32 factors to TF32, which has 10 bits."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis, reduced in float32 (Zhang and Sennrich 2019)."""
 
@@ -67,7 +76,7 @@ class Attention(nnx.Module):
     """Grouped-query self-attention around the caller's `attend`."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        linear = _linear(dtype, rngs)
         d, h, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.qkv_proj = linear(d, sum(joined_widths(config, "qkv_proj").values()), use_bias=bias)
         self.o_proj = linear(config.num_attention_heads * h, d, use_bias=config.attention_bias)
@@ -95,7 +104,7 @@ class MLP(nnx.Module):
     """Gated feed-forward block: `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        linear = functools.partial(_linear(dtype, rngs), use_bias=config.mlp_bias)
         self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
         self.activation = _ACTIVATIONS[config.hidden_act]
@@ -163,14 +172,7 @@ class Llama(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else nnx.Linear(
-                config.hidden_size,
-                config.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.dtype,
-                rngs=rngs,
-            )
+            else _linear(self.dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=False)
         )
 
     def window(self, layer: int) -> int | None:
@@ -198,12 +200,11 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
         """Scores of every token after `hidden` (from `forward`), accumulated and returned in float32."""
+        product = functools.partial(jnp.einsum, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
         with jax.named_scope("logits"):
             if self.lm_head is None:
-                embedding = self.embed_tokens.embedding[...]
-                return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
-            kernel = self.lm_head.kernel[...]
-            return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+                return product("...d,vd->...v", hidden, self.embed_tokens.embedding[...])
+            return product("...d,dv->...v", hidden, self.lm_head.kernel[...])
 
     def __call__(self, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
         """One-shot causal forward: float32 logits [B, T, V] of right-padded rows of `lengths` tokens (None: all T).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_ffi_reference import quantize
 from flax import nnx
 from jax import lax
 from tiny import tiny_model
@@ -46,42 +48,45 @@ def test_ten_thousand_steps_in_flat_memory() -> None:
     assert np.isfinite(np.asarray(last.log_probabilities)).all()
 
 
-def test_ten_thousand_appends_leave_the_bits_that_xla_leaves() -> None:
-    """Three rows at their own pace: the first's tail rolls over 78 times."""
-    rows, kv_heads, head_dim, tokens = 3, 2, 64, 256
+def test_ten_thousand_appends_leave_the_bits_of_the_definition() -> None:
+    """Three rows at their own pace: the first's tail rolls over 78 times. Lengths and tails are those of "xla".
+
+    Its codes are not asked for: XLA's division on a GPU is not rounded correctly, so a code may come out one off.
+    """
+    rows, kv_heads, head_dim, tokens, table = 3, 2, 64, 256, 997
     keys = jax.random.split(jax.random.key(0), 3)
-    new = jax.random.normal(keys[0], (2, 997, rows, 1, kv_heads, head_dim), jnp.bfloat16)
+    new = jax.random.normal(keys[0], (2, table, rows, 1, kv_heads, head_dim), jnp.bfloat16)
     capacity = layer_capacity(MINIKV, MINIKV.heavy, tokens, STEPS)
     lengths = jnp.full((rows,), capacity.kept, jnp.int32)
     kept = Kept(jnp.broadcast_to(jnp.arange(capacity.kept), (rows, kv_heads, capacity.kept)), lengths)
-    k, v = (jax.random.normal(key, (rows, tokens, kv_heads, head_dim), jnp.bfloat16) for key in keys[1:])
+    prompt = [jax.random.normal(key, (rows, tokens, kv_heads, head_dim), jnp.bfloat16) for key in keys[1:]]
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation: str) -> LayerCache:
-        layer = compress(k, v, kept, MINIKV, capacity, implementation=implementation)
+        layer = compress(*prompt, kept, MINIKV, capacity, implementation=implementation)
 
         def step(i: jax.Array, layer: LayerCache) -> LayerCache:
             active = (i % (1 + jnp.arange(rows)) == 0).astype(jnp.int32)
-            new_k, new_v = new[:, i % 997]
-            return append(layer, new_k, new_v, active, jnp.zeros((rows, 1), jnp.int32), implementation)
+            k, v = new[:, i % table]
+            return append(layer, k, v, active, jnp.zeros((rows, 1), jnp.int32), implementation)
 
         return lax.fori_loop(0, STEPS, step, layer)
 
-    ours, theirs = run("cuda"), run("xla")
-    packed, tail = np.asarray(theirs.packed_length), np.asarray(theirs.tail_length)
-    np.testing.assert_array_equal(ours.packed_length, packed)
-    np.testing.assert_array_equal(ours.tail_length, tail)
-    assert (packed + tail).tolist() == [128 + STEPS, 128 + STEPS // 2, 128 + -(-STEPS // 3)]
-
-    def same(a: jax.Array, b: jax.Array, lengths: np.ndarray, size: int) -> None:
-        for row, length in enumerate(lengths):
-            valid = slice(0, length * b.shape[2] // size)
-            assert np.asarray(a[row, :, valid]).tobytes() == np.asarray(b[row, :, valid]).tobytes()
-
-    for a, b in zip(jax.tree.leaves((ours.k, ours.v)), jax.tree.leaves((theirs.k, theirs.v)), strict=True):
-        same(a, b, packed, theirs.packed_capacity)
-    same(ours.tail_k, theirs.tail_k, tail, theirs.tail_capacity)
-    same(ours.tail_v, theirs.tail_v, tail, theirs.tail_capacity)
+    ours, theirs = (jax.tree.map(np.asarray, run(name)) for name in ("cuda", "xla"))
+    np.testing.assert_array_equal(ours.packed_length, theirs.packed_length)
+    np.testing.assert_array_equal(ours.tail_length, theirs.tail_length)
+    for row, side in itertools.product(range(rows), ("k", "v")):
+        steps = np.arange(0, STEPS, 1 + row) % table
+        which = ("k", "v").index(side)
+        old, fresh = np.asarray(prompt[which])[row, : capacity.kept], np.asarray(new)[which, steps, row, 0]
+        seen = np.concatenate([old, fresh]).swapaxes(0, 1)  # [K, S, H], all that the row has taken
+        packed, tail = int(ours.packed_length[row]), int(ours.tail_length[row])
+        assert packed + tail == seen.shape[1]
+        expected = quantize(seen[:, :packed], 2, 16, {"k": "tokens", "v": "channels"}[side], "float16")
+        for got, want in zip(jax.tree.leaves(getattr(ours, side)), expected.arrays, strict=True):
+            np.testing.assert_array_equal(got[row, :, : want.shape[1]], want)
+        for layer in (ours, theirs):
+            np.testing.assert_array_equal(getattr(layer, f"tail_{side}")[row, :, :tail], seen[:, packed:])
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,15 @@ def test_call_equals_dense_attention(changes: dict[str, Any]):
     np.testing.assert_allclose(model(ids), dense_logits(model, ids), atol=2e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_float32_matmuls_stay_float32_on_devices_that_round_by_default(tied: bool):
+    model = tiny_model(tie_word_embeddings=tied)
+    program = jax.jit(lambda ids: model(ids)).lower(random_ids((1, 8))).as_text()
+    dots = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(dots) > 8
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots)
+
+
 def test_padding_does_not_change_a_row():
     model, ids = tiny_model(), random_ids((2, 12))
     both = model(ids, jnp.array([7, 12], jnp.int32))
