@@ -268,6 +268,7 @@ FIELDS: dict[str, tuple[dict[str, Any], Any]] = {  # field: (what the base has b
     "heavy": ({}, 0.125),
     "recent": ({}, 0.25),
     "sinks": ({}, 0),
+    "evict_every": ({"scorer": "cumulative", "k_bits": None, "v_bits": None}, 8),
     "budget": ({}, "pyramid"),
     "pyramid_beta": ({"budget": "pyramid"}, 20.0),
     "variance_cap": ({"budget": "variance"}, 1.0),

@@ -63,7 +63,7 @@ def test_ten_thousand_appends_leave_the_bits_of_the_definition() -> None:
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation: str) -> LayerCache:
-        layer = compress(*prompt, kept, MINIKV, capacity, implementation=implementation)
+        layer = compress(prompt[0], prompt[1], kept, MINIKV, capacity, implementation=implementation)
 
         def step(i: jax.Array, layer: LayerCache) -> LayerCache:
             active = (i % (1 + jnp.arange(rows)) == 0).astype(jnp.int32)
