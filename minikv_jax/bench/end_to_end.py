@@ -28,7 +28,7 @@ from minikv_jax.schemes import load_plugin
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
 _RUNS = 3
-_ENOUGH = 2.0  # seconds of measurement after which nothing is repeated
+_ENOUGH = 1.0  # seconds of measurement after which nothing is repeated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ def _held(compiled: Any) -> int:
 def measure(case: Case) -> dict[str, Any]:
     """Compiles, runs and times a case: a row of the report. Times are medians of up to three runs.
 
-    All run warm, but for a prefill of over 2 s: that is timed once, and its first run counts.
+    All run warm, but for a prefill of over 1 s: that is timed once, and its first run counts.
     `decode` has an entry per stretch of steps: "all", or "middle" and "end" where `steps` says so. A stretch starts
     from the prompt's cache with its lengths moved on: the tokens between are not generated, their slots hold zeros.
     """
