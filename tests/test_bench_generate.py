@@ -238,3 +238,30 @@ def test_figures_of_two_devices_are_refused(tmp_path: pathlib.Path, capsys: pyte
         file.write_text(json.dumps({"device": file.stem, "results": []}))
     assert cli.main(["bench", "figures", *map(str, files), "--out", str(tmp_path)]) == 2
     assert "results of a, b: expected one device" in capsys.readouterr().err
+
+
+def test_performance_page_shows_the_recorded_rows():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "performance.md").read_text()
+    recorded = sorted((pathlib.Path(figures.__file__).parent / "results").glob("generate_*.json"))
+    assert recorded
+    for file in recorded:
+        assert file.name in page
+        assert figures.table(json.loads(file.read_text())["results"]) in page
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "llama-3.1-8b"])
+@pytest.mark.parametrize("method", ["full", "minikv"])
+def test_performance_page_shows_the_formula(name: str, method: str):
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "performance.md").read_text()
+    config = end_to_end.shape_config(name)
+    weights = memory.weight_bytes(config) + 2 * config.vocab_size * config.hidden_size  # and the embedding table
+
+    def cache(prompt: int) -> int:
+        return memory.report(config, presets.get(method), prompt_length=prompt, max_new_tokens=1024).bytes
+
+    row = cache(2048)
+    rows = [(limit * 10**9 - weights) // row for limit in (40, 80)]
+    line = next(line for line in page.splitlines() if line.startswith(f"| {name} | `{method}` | {row:,} | "))
+    assert f"| {rows[0]} | {rows[1]} |" in line
+    longest = int(line.rstrip("k |").split("| ")[-1].replace(",", ""))
+    assert weights + cache(1024 * longest) <= 40e9 < weights + cache(1024 * (longest + 1))
