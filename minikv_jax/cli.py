@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minikv_jax import prompt
+from minikv_jax.evaluation.calibrate_command import add_calibrate
 from minikv_jax.evaluation.command import add_evaluate, add_sweep
 from minikv_jax.evaluation.inspect_command import add_inspect
 
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands.add_parser("evaluate", help="what methods cost in quality"))
     add_sweep(commands.add_parser("sweep", help="the same over a grid of methods and fields, with figures"))
     add_inspect(commands.add_parser("inspect", help="what methods keep of one prompt, layer by layer, with figures"))
+    add_calibrate(commands.add_parser("calibrate", help="learn ranges and rotations for a method that quantises"))
     bench = commands.add_parser("bench", help="measure this machine")
     suites = bench.add_subparsers(required=True, metavar="SUITE")
     for name, text in _SUITES.items():

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 
-from minikv_jax import quantizers, scorers, selection  # noqa: F401  (they register the schemes named here)
+from minikv_jax import calibration, quantizers, scorers, selection  # noqa: F401  (they register the schemes named here)
 from minikv_jax.config import CacheConfig
 from minikv_jax.schemes import METHODS, register_method
 
@@ -198,10 +198,12 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> CacheConfig:
-    """The method called `name`; ValueError lists the names there are."""
-    if name not in METHODS:
-        raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}")
-    return METHODS[name]
+    """The method called `name`, or that a directory is which `minikv calibrate` wrote; ValueError lists the names."""
+    if name in METHODS:
+        return METHODS[name]
+    if calibration.is_calibration(name):
+        return calibration.method(name)
+    raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}; or a calibration's directory")
 
 
 def override(config: CacheConfig, settings: Mapping[str, str]) -> CacheConfig:

@@ -30,7 +30,7 @@ def quantize(x: Float[Array, "B K S H"], operand: Operand, implementation: str |
     config = operand.config
     quantizer = QUANTIZERS[config.quantizer]
     if packs_by_minmax(config):  # the rule that the op and its kernels know
-        return attention.quantize(x, **_minmax(operand), implementation=implementation)
+        return attention.quantize(x, **minmax_arguments(operand), implementation=implementation)
     if implementation not in (None, "xla"):
         raise NotImplementedError(
             f"quantize: quantizer={config.quantizer!r} has no {implementation!r} kernel; implementation='xla' runs it"
@@ -74,7 +74,8 @@ def packed_bytes(config: CacheConfig, layer: int, tokens: int, kv_heads: int, he
     return tokens // config.packing_block * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
 
 
-def _minmax(operand: Operand) -> dict[str, Any]:
+def minmax_arguments(operand: Operand) -> dict[str, Any]:
+    """How `quantization.quantize` and `encode` are told to store an operand."""
     config = operand.config
     return {
         "bits": operand.bits,
@@ -100,7 +101,7 @@ class MinMax(Quantizer):
         return max(config.group_size, _word(config))
 
     def quantize(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
-        return quantization.quantize(x, **_minmax(operand))
+        return quantization.quantize(x, **minmax_arguments(operand))
 
     def dequantize(self, stored: QuantizedArray, operand: Operand) -> Float[Array, "B K S H"]:
         del operand
@@ -136,7 +137,7 @@ class RoundToNearest(Quantizer):
         return max(config.group_size, _word(config))
 
     def quantize(self, x: Float[Array, "B K S H"], operand: Operand) -> dict[str, QuantizedArray]:
-        arguments = _minmax(operand)
+        arguments = minmax_arguments(operand)
         arguments["axis"] = "channels"
         return {"packed": quantization.quantize(x, **arguments)}
 
@@ -154,7 +155,7 @@ class HalfQuadratic(MinMax):
     """
 
     def quantize(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
-        config, arguments = operand.config, _minmax(operand)
+        config, arguments = operand.config, minmax_arguments(operand)
         bits, axis = arguments["bits"], arguments["axis"]
         groups = quantization.grouped(x, config.group_size, axis)
         reduced = -2 if axis == "tokens" else -1

@@ -128,6 +128,10 @@ class Quantizer(abc.ABC):
     def dequantize(self, stored: Any, operand: Operand) -> Float[Array, "B K S H"]:
         """The tokens that `stored`, any whole number of blocks, stands for."""
 
+    def check(self, config: CacheConfig, model: ModelConfig) -> None:
+        """Raises ValueError where the quantiser cannot serve this method or model; shapes are checked without it."""
+        del config, model
+
     def rotation(self, operand: Operand, head_dim: int) -> Float[Array, "H H"] | None:
         """An orthogonal `R`: the cache then holds `k @ R` (or `v @ R`), its tail too.
 
@@ -289,6 +293,8 @@ def check(config: CacheConfig, model: ModelConfig) -> None:
       ValueError: naming the scheme, what it got, what it returned or raised, and what is expected.
     """
     heads = (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+    if config.quantized:
+        QUANTIZERS[config.quantizer].check(config, model)
     _check(config, *heads, model.num_hidden_layers)
 
 
