@@ -67,19 +67,9 @@ def clipped(
     return low + half - below, (below + above) * (1 / steps)
 
 
-@register_quantizer("calibrated", calibration="")
-class Calibrated(MinMax):
-    """Min/max of rotated keys and values, in ranges of which a learnt part is used: `minikv calibrate`.
-
-    The layout is that of "minmax", so every implementation reads it; "xla" alone packs it. `calibration` is the
-    directory.
-    """
-
-    def quantize(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
-        arguments = minmax_arguments(operand)
-        bits, axis = arguments["bits"], arguments["axis"]
-        groups = quantization.grouped(x, arguments["group_size"], axis)
-        return quantization.encode(x, *clipped(groups, _learnt(operand).ranges, bits, axis), **arguments)
+@register_quantizer("calibrated-rotation", calibration="")
+class CalibratedRotation(MinMax):
+    """Min/max of keys and values in a learnt basis: `minikv calibrate`. `calibration` is the directory."""
 
     def rotation(self, operand: Operand, head_dim: int) -> Float[Array, "H H"]:
         del head_dim
@@ -88,13 +78,26 @@ class Calibrated(MinMax):
     def check(self, config: CacheConfig, model: ModelConfig) -> None:
         path = config.option("calibration")
         if not path:
-            raise ValueError("quantizer='calibrated' needs calibration=DIR, a directory that `minikv calibrate` wrote")
+            raise ValueError(
+                f"quantizer={config.quantizer!r} needs calibration=DIR, a directory that `minikv calibrate` wrote"
+            )
         load(path)  # before anything is traced
         saved = _read(path)
         values = [(name, saved["method"][name], getattr(config, name)) for name in _FITTED]
         values += [(name, saved["model"][name], size) for name, size in model_sizes(model).items()]
         if different := [f"{name}={old}, here {new}" for name, old, new in values if old != new]:
             raise ValueError(f"the calibration {path} was learnt for {'; '.join(different)}")
+
+
+@register_quantizer("calibrated", calibration="")
+class Calibrated(CalibratedRotation):
+    """The same, of whose ranges a learnt part is used; "xla" alone packs it."""
+
+    def quantize(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
+        arguments = minmax_arguments(operand)
+        bits, axis = arguments["bits"], arguments["axis"]
+        groups = quantization.grouped(x, arguments["group_size"], axis)
+        return quantization.encode(x, *clipped(groups, _learnt(operand).ranges, bits, axis), **arguments)
 
 
 def model_sizes(model: ModelConfig) -> dict[str, int]:
@@ -135,14 +138,18 @@ def is_calibration(path: str | os.PathLike[str]) -> bool:
 
 
 def method(path: str | os.PathLike[str]) -> CacheConfig:
-    """The method that a saved calibration is: the one it was learnt for, stored as was learnt."""
+    """The method that a saved calibration is: the one it was learnt for, stored as was learnt.
+
+    Where no ranges were learnt its quantiser is "calibrated-rotation", which kernels pack too.
+    """
     directory = pathlib.Path(path).resolve()
     base = CacheConfig(**_read(directory)["method"])
+    whole = all(np.all(leaf == 1) for part in load(directory) for leaf in part.ranges)
     return dataclasses.replace(
         base,
         name=directory.name,
         citation=f"{base.name}, calibrated: {base.citation}",
-        quantizer="calibrated",
+        quantizer="calibrated-rotation" if whole else "calibrated",
         options=dict(base.options) | {"calibration": str(directory)},
     )
 

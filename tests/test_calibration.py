@@ -25,6 +25,7 @@ from minikv_jax import (
     restore_cache,
     save_cache,
 )
+from minikv_jax.cache import LayerCache
 from minikv_jax.config import CacheConfig
 from minikv_jax.evaluation.calibrate import Learnt, Settings, calibrate
 from minikv_jax.evaluation.measure import compress_layers, prefill_layers
@@ -37,7 +38,7 @@ PROMPT, AFTER = 96, 16
 RNG = np.random.default_rng(0)
 TEXTS = [(RNG.integers(0, 96, PROMPT).tolist(), RNG.integers(0, 96, AFTER).tolist()) for _ in range(2)]
 BASE = dataclasses.replace(presets.get("minikv"), name="base", residual_length=32, sinks=2, quantizer="hadamard")
-SETTINGS = Settings(steps=30)
+SETTINGS = Settings(("ranges", "rotation"), steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,24 @@ def test_what_is_not_to_be_learnt_stays_as_it_is(model: Llama, learnt: Learnt):
         assert np.abs(np.log(part.ranges.high)).max() > 0.01
 
 
+def test_a_rotation_alone_is_packed_by_every_kernel(model: Llama, learnt: Learnt, tmp_path: pathlib.Path):
+    ones = jax.tree.map(np.ones_like, [part.ranges for part in learnt.calibration])
+    parts = [part._replace(ranges=ranges) for part, ranges in zip(learnt.calibration, ones, strict=True)]
+    config = calibration.save(calibration.Calibration(*parts), BASE, model.config, tmp_path / "rotation")
+    assert config.quantizer == "calibrated-rotation"
+    assert packs_by_minmax(config)
+    memory.check_model(model.config, config)
+    rotation = QUANTIZERS["calibrated-rotation"].rotation(Operand("values", 1, config), 16)
+    np.testing.assert_array_equal(rotation, np.asarray(learnt.calibration.values.rotation)[1])
+
+
+@jax.jit
+def attend(later: list[Any], layers: tuple[LayerCache, ...]) -> list[jax.Array]:
+    """Attention of every layer's later tokens over its cache and one another."""
+    lengths = jnp.array([AFTER])
+    return [attention.extend_attention(q, k, v, layer, lengths) for (q, k, v), layer in zip(later, layers, strict=True)]
+
+
 def relative_error(model: Llama, config: CacheConfig) -> np.ndarray:
     """Each layer's squared error of attention over a real cache, against the same tokens in full precision; mean."""
     exact = dataclasses.replace(config, k_bits=None, v_bits=None, quantizer="minmax", options=())
@@ -85,14 +104,9 @@ def relative_error(model: Llama, config: CacheConfig) -> np.ndarray:
         _, layers = prefill_layers(graphdef, params, ids[:, :PROMPT], lengths, True, None)
         _, whole = prefill_layers(graphdef, params, ids, lengths + AFTER, True, None)
         caches = [compress_layers(model.config, c, layers, lengths, AFTER, None)[0].layers for c in (config, exact)]
-        errors = []
-        for (q, k, v, _), quantised, kept in zip(whole, *caches, strict=True):
-            later = q[:, PROMPT:], k[:, PROMPT:], v[:, PROMPT:]
-            out, wanted = (
-                np.asarray(attention.extend_attention(*later, layer, jnp.array([AFTER]))) for layer in (quantised, kept)
-            )
-            errors.append(np.sum((out - wanted) ** 2) / np.sum(wanted**2))
-        found.append(errors)
+        later = [tuple(x[:, PROMPT:] for x in layer[:3]) for layer in whole]
+        pairs = [attend(later, layers) for layers in caches]
+        found.append([np.sum((out - want) ** 2) / np.sum(want**2) for out, want in zip(*pairs, strict=True)])
     return np.mean(found, axis=0)
 
 

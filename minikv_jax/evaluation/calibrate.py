@@ -39,7 +39,7 @@ _START = ("minmax", "hadamard")  # quantisers whose rule is that of the calibrat
 class Settings:
     """How to learn. `learn` names what is learnt, of `LEARNABLE`; `rate` is Adam's, falling to 0 along a cosine."""
 
-    learn: tuple[str, ...] = LEARNABLE
+    learn: tuple[str, ...] = ("rotation",)
     steps: int = 100
     rate: float = 0.02
     seed: int = 0

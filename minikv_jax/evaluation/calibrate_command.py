@@ -39,11 +39,13 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=int, default=default, metavar=metavar, help=f"{text}; default: {default}")
     parser.add_argument("--rate", type=float, default=0.02, metavar="R", help="Adam's step size; default: %(default)s")
     parser.add_argument(
-        "--learn", default="ranges,rotation", metavar="PARTS", help="ranges, rotation, or both; default: %(default)s"
+        "--learn", default="rotation", metavar="PARTS", help="rotation, ranges, or both; default: %(default)s"
     )
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
     from minikv_jax import calibration, hub, schemes
     from minikv_jax.evaluation.calibrate import Settings, calibrate, check_method
     from minikv_jax.evaluation.method import parse_method
@@ -79,7 +81,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "curve": learnt.curve.tolist(),
     }
     calibration.save(learnt.calibration, config, model.config, arguments.out, details)
-    print(f"loss, mean of {len(learnt.before)} layers  {learnt.before.mean():.5f} -> {learnt.after.mean():.5f}")
-    print(f"layers that gained           {(learnt.after < learnt.before).sum()}")
-    print(f"use it as                    --method {arguments.out}")
+    print(f"loss, mean of all layers    {learnt.before.mean():.5f} -> {learnt.after.mean():.5f}")
+    tenths = [part.mean() for part in np.array_split(learnt.curve, min(10, len(learnt.curve)))]
+    print(f"the same, while learning    {' '.join(f'{value:.5f}' for value in tenths)}")
+    print(f"layers that gained          {(learnt.after < learnt.before).sum()}")
+    print(f"use it as                   --method {arguments.out}")
     return 0
