@@ -299,7 +299,7 @@ def attend(
         @pl.when(wg < warpgroups)
         def compute():
             plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
-            queries = plgpu.load(q_gmem.at[kv_row, block], (), layout=storage.queries, optimized=False)
+            queries = hopper.load(q_gmem.at[kv_row, block], storage.queries)
 
             def softmax(logits, state: State):
                 """The weights of new logits, and the state with its output scaled to the new maxima."""
@@ -315,11 +315,8 @@ def attend(
                 slot, barrier = stage(wg, number)
                 plgpu.barrier_wait(ready.at[barrier])
                 words = words_smem.at[wg, slot, pl.ds(0, UNIT * bits)]
-                codes = plgpu.load(words, (), layout=words_layout, optimized=False)
-                scales, zeros = (
-                    plgpu.load(x.at[wg, slot], (), layout=metadata_layout, optimized=False)
-                    for x in (scale_smem, zero_smem)
-                )
+                codes = hopper.load(words, words_layout)
+                scales, zeros = (hopper.load(x.at[wg, slot], metadata_layout) for x in (scale_smem, zero_smem))
                 plgpu.barrier_arrive(consumed.at[barrier])
                 return codes, _float16(scales), _float16(zeros)
 
@@ -346,7 +343,7 @@ def attend(
                 start = (tile - packed_tiles) * TAIL_TILE
                 begin = jnp.minimum(start, tail_gmem[0].shape[1] - TAIL_TILE)
                 keys, values = (
-                    plgpu.load(ref.at[kv_row, pl.ds(begin, TAIL_TILE)], (), layout=layout, optimized=False)
+                    hopper.load(ref.at[kv_row, pl.ds(begin, TAIL_TILE)], layout)
                     for ref, layout in zip(tail_gmem, (storage.tail_k, storage.tail_v), strict=True)
                 )
                 logits = products.tail_key_products(storage, _float16(keys), queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ COMPUTE_CAPABILITY = "9.0"
 MULTIPROCESSORS = 132  # of the largest Hopper devices: what work is split for
 MAX_SHARED_BYTES = 227 * 1024  # of one thread block
 _STREAMS = 16
+# JAX 0.10 wants an index beside the reference that is loaded, JAX 0.11 warns of one.
+_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
 _RESERVED_BYTES = 3 * 1024  # barriers, alignment, and what reductions exchange
 COMPUTE_WARPGROUPS = 2  # unless a kernel's config says otherwise; one more copies
 
@@ -44,6 +47,11 @@ def device_kind() -> str | None:
 def operand(*shape: int, dtype: Any) -> Any:
     """Shared memory for a wgmma operand whose last dimension is a multiple of 64 16-bit values."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """All of `ref` in registers, in any layout: the load need not be a fast one."""
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def shared_bytes(scratch: dict[str, Any]) -> int:

@@ -159,10 +159,7 @@ def _keys_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *, bits: int, rows: 
     tile, per_word = _tile(rows, count), 32 // bits
 
     def load(word: jax.Array) -> list[jax.Array]:
-        tokens = (
-            plgpu.load(x_gmem.at[tile, word * per_word + j], (), layout=layout, optimized=False)
-            for j in range(per_word)
-        )
+        tokens = (hopper.load(x_gmem.at[tile, word * per_word + j], layout) for j in range(per_word))
         return [x.astype(jnp.float32) for x in tokens]
 
     def widen(word: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -184,7 +181,7 @@ def _values_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *, bits: int, rows
     """Reads x `[R, 32 / bits, H / g, g]` -> words `[R, H / g, g]`, scale and zero `[R, 32 / bits, H / g]`."""
     count, per_word, _, _ = x_gmem.shape
     tile = _tile(rows, count)
-    tokens = [plgpu.load(x_gmem.at[tile, j], (), layout=layout, optimized=False) for j in range(per_word)]
+    tokens = [hopper.load(x_gmem.at[tile, j], layout) for j in range(per_word)]
 
     def spread(y: jax.Array) -> jax.Array:
         return plgpu.layout_cast(lax.broadcast_in_dim(y, tokens[0].shape, (0, 1)), layout)
