@@ -37,7 +37,7 @@ _QUALITIES = {
 
 
 def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
-    """Quality against stored bytes, a panel per quality that was measured; the frontier is a grey line.
+    """Quality against stored bytes, a panel per quality that tells points apart; the frontier is a grey line.
 
     Where there are more methods than colours, those on a frontier get one, then the first ones; the others are grey.
 
@@ -47,6 +47,8 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     qualities = [key for key in _QUALITIES if any(key in point["means"] for point in points.values())]
     if "score" in qualities and "exact_match" in qualities:
         qualities.remove("exact_match")  # the score says the same, and less strictly
+    telling = [key for key in qualities if len({point["means"].get(key) for point in points.values()}) > 1]
+    qualities = telling or qualities[:1]
     series: dict[str, list[Mapping[str, Any]]] = {}
     for point in points.values():
         series.setdefault(point["method"], []).append(point["means"])
