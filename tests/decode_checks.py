@@ -63,6 +63,26 @@ CASES = {
 }
 
 
+def random_case(rng: np.random.Generator, head_dims: list[int], metadata: list[str], most_packed: int) -> Case:
+    """A case of what a kernel takes, with at most about `most_packed` packed tokens."""
+    head_dim = int(rng.choice(head_dims))
+    group_size = int(rng.choice([g for g in (16, 32, 64, 128) if head_dim % g == 0]))
+    k_bits, v_bits = (int(b) for b in rng.choice([2, 4], 2))
+    block = max(packing_block(b, group_size) for b in (k_bits, v_bits))
+    return Case(
+        batch=int(rng.integers(1, 6)),
+        kv_heads=int(rng.integers(1, 5)),
+        group=int(rng.integers(1, 17)),
+        head_dim=head_dim,
+        packed=int(rng.integers(1, most_packed // block)) * block,
+        tail=int(rng.integers(1, 200)),
+        k_bits=k_bits,
+        v_bits=v_bits,
+        group_size=group_size,
+        metadata=str(rng.choice(metadata)),
+    )
+
+
 def make(case: Case, seed: int) -> tuple[dict, np.ndarray, float]:
     """Arguments of `decode_attention` (NaN where the lengths do not reach), the expected output and the error bound."""
     rng = np.random.default_rng(seed)

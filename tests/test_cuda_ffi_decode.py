@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import decode_checks
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_ffi_reference import DTYPES, attention, attention_in, packing_block, relative_error
+from cuda_ffi_reference import DTYPES, attention, attention_in, relative_error
 from decode_checks import FACTOR, Case, abstract, check
 
 import cuda_ffi
@@ -35,23 +36,8 @@ def test_matches_attention_over_the_dequantised_cache(name: str) -> None:
 
 def random_case(seed: int) -> Case:
     rng = np.random.default_rng(seed)
-    head_dim = int(rng.choice([64, 96, 128, 256]))
-    group_size = int(rng.choice([g for g in (16, 32, 64, 128) if head_dim % g == 0]))
-    k_bits, v_bits = (int(b) for b in rng.choice([2, 4], 2))
-    block = max(packing_block(b, group_size) for b in (k_bits, v_bits))
-    return Case(
-        batch=int(rng.integers(1, 6)),
-        kv_heads=int(rng.integers(1, 5)),
-        group=int(rng.integers(1, 17)),
-        head_dim=head_dim,
-        packed=int(rng.integers(1, 2048 // block)) * block,
-        tail=int(rng.integers(1, 200)),
-        k_bits=k_bits,
-        v_bits=v_bits,
-        group_size=group_size,
-        metadata=str(rng.choice(["float16", "bfloat16", "float8_e4m3fn"])),
-        config=Config(warps=int(rng.integers(1, 9)), stages=int(rng.integers(2, 5))),
-    )
+    case = decode_checks.random_case(rng, [64, 96, 128, 256], ["float16", "bfloat16", "float8_e4m3fn"], 2048)
+    return dataclasses.replace(case, config=Config(warps=int(rng.integers(1, 9)), stages=int(rng.integers(2, 5))))
 
 
 @pytest.mark.gpu

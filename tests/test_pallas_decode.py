@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_ffi_reference import packing_block
 from decode_checks import Case, abstract, check
 
 import pallas_kernels
@@ -34,23 +33,7 @@ def test_matches_attention_over_the_dequantised_cache(name: str) -> None:
 
 
 def random_case(seed: int) -> Case:
-    rng = np.random.default_rng(seed)
-    head_dim = int(rng.choice([64, 128]))
-    group_size = int(rng.choice([g for g in (16, 32, 64, 128) if head_dim % g == 0]))
-    k_bits, v_bits = (int(b) for b in rng.choice([2, 4], 2))
-    block = max(packing_block(b, group_size) for b in (k_bits, v_bits))
-    return Case(
-        batch=int(rng.integers(1, 6)),
-        kv_heads=int(rng.integers(1, 5)),
-        group=int(rng.integers(1, 17)),
-        head_dim=head_dim,
-        packed=int(rng.integers(1, 4096 // block)) * block,
-        tail=int(rng.integers(1, 200)),
-        k_bits=k_bits,
-        v_bits=v_bits,
-        group_size=group_size,
-        metadata=str(rng.choice(["float16", "bfloat16"])),
-    )
+    return decode_checks.random_case(np.random.default_rng(seed), [64, 128], ["float16", "bfloat16"], 4096)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import pathlib
 
-from minikv_jax.evaluation.command import add_model, key_value, load_model, progress
+from minikv_jax.evaluation.command import add_changes, add_model, load_model, progress
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -14,12 +14,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_calibrate)
     add_model(parser)
     parser.add_argument("--method", required=True, metavar="NAME[:KEY=VALUE,...]", help="what to calibrate")
-    parser.add_argument(
-        "--set", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="change a field of the method"
-    )
-    parser.add_argument(
-        "--plugin", type=pathlib.Path, action="append", default=[], metavar="FILE", help="a Python file with schemes"
-    )
+    add_changes(parser)
     parser.add_argument(
         "--text",
         type=pathlib.Path,

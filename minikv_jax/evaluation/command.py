@@ -79,17 +79,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 
 
-def add_methods(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which methods run."""
-    parser.add_argument(
-        "--method", action="append", required=True, metavar="NAME[:KEY=VALUE,...]", help="may be given several times"
-    )
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Arguments that change the methods given, or add schemes."""
     parser.add_argument(
         "--set", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="change a field of every method"
     )
     parser.add_argument(
         "--plugin", type=pathlib.Path, action="append", default=[], metavar="FILE", help="a Python file with schemes"
     )
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say which methods run."""
+    parser.add_argument(
+        "--method", action="append", required=True, metavar="NAME[:KEY=VALUE,...]", help="may be given several times"
+    )
+    add_changes(parser)
     parser.add_argument(
         "--budget-bytes",
         type=_shares,
