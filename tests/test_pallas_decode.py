@@ -81,10 +81,6 @@ def test_the_heuristic_config_fits(storage: Storage) -> None:
         assert config.splits * rows <= max(rows, 2 * hopper.MULTIPROCESSORS)
 
 
-def test_layouts_give_a_lane_tokens_and_channels_as_named() -> None:
-    """A matrix product by lanes, in NumPy, over what the layouts say each lane holds."""
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
