@@ -71,6 +71,8 @@ def clipped(
 class CalibratedRotation(MinMax):
     """Min/max of keys and values in a learnt basis: `minikv calibrate`. `calibration` is the directory."""
 
+    by_layer = True
+
     def rotation(self, operand: Operand, head_dim: int) -> Float[Array, "H H"]:
         del head_dim
         return jnp.asarray(_learnt(operand).rotation)

@@ -117,7 +117,7 @@ def prefill_layer(
     out, sums = attention.prefill_attention(
         q, k, v, lengths, window=window, with_scores=scorer.needs_column_sums, implementation=implementation
     )
-    scores = _scores(ScorerInputs(q, k, v, lengths, sums, window, layer, frequencies), config)
+    scores = layer_scores(ScorerInputs(q, k, v, lengths, sums, window, jnp.int32(layer), frequencies), config)
     share = layer_budgets(config, num_layers)[layer]
     capacity = layer_capacity(config, share, q.shape[1], max_new_tokens, window)
     kept = choose(scores, lengths, budget_tokens(share, lengths), config, capacity, window)
@@ -153,7 +153,7 @@ def scorer_inputs(
 ) -> ScorerInputs:
     """One layer's arrays with what the model's config says of the layer."""
     frequencies = jnp.asarray(inverse_frequencies(model))
-    return ScorerInputs(q, k, v, lengths, column_sums, model.window(layer), layer, frequencies)
+    return ScorerInputs(q, k, v, lengths, column_sums, model.window(layer), jnp.int32(layer), frequencies)
 
 
 class Compressor:
@@ -188,7 +188,7 @@ class Compressor:
 
     def add(self, inputs: ScorerInputs) -> LayerCache | None:
         """Takes the next layer; returns its cache, unless the budget waits for other layers."""
-        scores = _scores(inputs, self.config)
+        scores = layer_scores(inputs, self.config)
         if BUDGETS[self.config.budget].needs_scores:
             self._pending.append((inputs, scores))
             return None
@@ -203,19 +203,34 @@ class Compressor:
         return KVCache(tuple(self._layers), lengths)
 
     def _compress(self, inputs: ScorerInputs, scores: Array, heavy: Array) -> LayerCache:
-        capacity = self._capacities[len(self._layers)]
-        kept = choose(scores, inputs.lengths, heavy, self.config, capacity, inputs.window)
+        number = len(self._layers)
+        layer, kept = compress_layer(
+            inputs, scores, heavy, self.config, self._capacities[number], number, self._implementation
+        )
         self.kept.append(kept)
-        where = inputs.window, self._implementation, len(self._layers)
-        layer = compress(inputs.k, inputs.v, kept, self.config, capacity, *where)
-        if self.config.evict_every is not None:
-            state = eviction.begin(scores, kept, inputs.lengths, heavy, self.config, capacity.tail)
-            layer = dataclasses.replace(layer, eviction=state)
         self._layers.append(layer)
         return layer
 
 
-def _scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
+def compress_layer(
+    inputs: ScorerInputs,
+    scores: Float[Array, "B K T"],
+    heavy: Int[Array, "B"],
+    config: CacheConfig,
+    capacity: LayerCapacity,
+    number: int,
+    implementation: str | None = None,
+) -> tuple[LayerCache, Kept]:
+    """The cache of layer `number` under a budget of `heavy` top-scored tokens, and which tokens it holds."""
+    kept = choose(scores, inputs.lengths, heavy, config, capacity, inputs.window)
+    layer = compress(inputs.k, inputs.v, kept, config, capacity, inputs.window, implementation, number)
+    if config.evict_every is not None:
+        state = eviction.begin(scores, kept, inputs.lengths, heavy, config, capacity.tail)
+        layer = dataclasses.replace(layer, eviction=state)
+    return layer, kept
+
+
+def layer_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
     """Every token's score; zero where nothing is evicted."""
     batch, tokens, kv_heads, _ = inputs.k.shape
     if config.keeps_all and inputs.window is None:
@@ -297,14 +312,28 @@ def decode(
     layers: list[LayerCache] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        new = append(cache.layers[layer], k, v, active, positions, implementation)
-        weights = None
-        if new.eviction is not None and new.eviction.scores is not None:
-            out, weights = attention.decode_attention_weights(q[:, 0], new, implementation=implementation)
-        else:
-            out = attention.decode_attention(q[:, 0], new, positions[:, 0], implementation=implementation)
-        layers.append(new if new.eviction is None else eviction.evict(new, weights, active))
-        return out[:, None]
+        out, new = decode_layer(cache.layers[layer], q, k, v, active, positions, implementation)
+        layers.append(new)
+        return out
 
     hidden = model.forward(token[:, None], positions, attend)
     return hidden[:, 0], KVCache(tuple(layers), cache.length + active)
+
+
+def decode_layer(
+    layer: LayerCache,
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
+    active: Int[Array, "B"],
+    positions: Int[Array, "B 1"],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
+    """One layer's part in a decode step: its attention output, and its cache with the new token."""
+    new = append(layer, k, v, active, positions, implementation)
+    weights = None
+    if new.eviction is not None and new.eviction.scores is not None:
+        out, weights = attention.decode_attention_weights(q[:, 0], new, implementation=implementation)
+    else:
+        out = attention.decode_attention(q[:, 0], new, positions[:, 0], implementation=implementation)
+    return out[:, None], new if new.eviction is None else eviction.evict(new, weights, active)

@@ -179,11 +179,16 @@ class Llama(nnx.Module):
         """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None where it sees all."""
         return self.config.window(layer)
 
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer is given. An id outside the vocabulary embeds to NaN."""
+        with jax.named_scope("embed"):
+            return jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill")
+
     def forward(self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend) -> Float[Array, "B T D"]:
         """Runs all layers and the final norm.
 
         `attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]` is called once per layer, in order,
-        with q and k already normalised and rotated to `positions`. An id outside the vocabulary embeds to NaN.
+        with q and k already normalised and rotated to `positions`.
         Raises ValueError where T exceeds the model's positions.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
@@ -191,8 +196,7 @@ class Llama(nnx.Module):
                 f"{ids.shape[1]} tokens do not fit max_position_embeddings={self.config.max_position_embeddings}"
             )
         cos, sin = rotary_tables(self.config, positions)  # [B, T, H/2]
-        with jax.named_scope("embed"):
-            x = jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill")  # [B, T, D]
+        x = self.embed(ids)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
                 x = layer(x, cos, sin, functools.partial(attend, index))

@@ -41,7 +41,7 @@ class ScorerInputs(NamedTuple):
       lengths: valid tokens per row.
       column_sums: float32, of the causal softmax map over all queries, if the scorer asks for them, else None.
       window: the layer's sliding window.
-      layer: the layer's number.
+      layer: the layer's number, a traced int32 scalar: layers of equal shapes may share a program.
       frequencies: float32 `[H/2]`, radians per position by which RoPE turned channels (i, i + H/2); None if unknown.
     """
 
@@ -51,7 +51,7 @@ class ScorerInputs(NamedTuple):
     lengths: Int[Array, "B"]
     column_sums: Float[Array, "B K T"] | None
     window: int | None
-    layer: int = 0
+    layer: Int[Array, ""] | int = 0
     frequencies: Float[Array, "F"] | None = None
 
 
@@ -88,8 +88,15 @@ class Operand:
     """What a quantiser is given: the keys or the values of one layer, under a method."""
 
     kind: Kind
-    layer: int
+    number: int
     config: CacheConfig
+
+    @property
+    def layer(self) -> int:
+        """The layer's number, for a quantiser that says `by_layer`; ValueError for others."""
+        if not QUANTIZERS[self.config.quantizer].by_layer:
+            raise ValueError("operand.layer is read: a quantiser that differs between layers sets by_layer = True")
+        return self.number
 
     @property
     def bits(self) -> int:
@@ -104,10 +111,12 @@ class Quantizer(abc.ABC):
 
     Attributes:
       bits: what `k_bits` and `v_bits` may be.
+      by_layer: whether it reads `Operand.layer`. If not, layers of equal shapes may share a program.
       options: settings of its own and their defaults (`register_quantizer`).
     """
 
     bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    by_layer: bool = False
     options: Mapping[str, Option] = {}
 
     def block(self, config: CacheConfig) -> int:
@@ -316,14 +325,15 @@ def _check_scorer(config: CacheConfig, heads: int, kv_heads: int, head_dim: int)
     k = jax.ShapeDtypeStruct((_ROWS, _TOKENS, kv_heads, head_dim), jnp.float32)
     lengths = jax.ShapeDtypeStruct((_ROWS,), jnp.int32)
     scores = jax.ShapeDtypeStruct((_ROWS, kv_heads, _TOKENS), jnp.float32)
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
     frequencies = jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32)
 
-    def run(q: Array, k: Array, lengths: Array, sums: Array, frequencies: Array) -> Array:
+    def run(q: Array, k: Array, lengths: Array, sums: Array, layer: Array, frequencies: Array) -> Array:
         column_sums = sums if scorer.needs_column_sums else None
-        return scorer.score(ScorerInputs(q, k, k, lengths, column_sums, None, 0, frequencies), config)
+        return scorer.score(ScorerInputs(q, k, k, lengths, column_sums, None, layer, frequencies), config)
 
     what = f"scorer {config.scorer!r}"
-    out = _abstract(what, scorer.score, run, q, k, lengths, scores, frequencies)
+    out = _abstract(what, scorer.score, run, q, k, lengths, scores, layer, frequencies)
     _expect(what, out, scores.shape, "[B, K, T]")
     update = scorer.update
     if config.evict_every and update is not None:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from tiny import tiny_config, tiny_model
 
 from minikv_jax import (
@@ -28,7 +27,7 @@ from minikv_jax import (
 from minikv_jax.cache import LayerCache
 from minikv_jax.config import CacheConfig
 from minikv_jax.evaluation.calibrate import Learnt, Settings, calibrate
-from minikv_jax.evaluation.measure import compress_layers, prefill_layers
+from minikv_jax.evaluation.layerwise import compress_layers, prefill_layers
 from minikv_jax.model import Llama
 from minikv_jax.quantization import QuantizedArray, dequantize
 from minikv_jax.quantizers import hadamard, packs_by_minmax
@@ -97,12 +96,11 @@ def attend(later: list[Any], layers: tuple[LayerCache, ...]) -> list[jax.Array]:
 def relative_error(model: Llama, config: CacheConfig) -> np.ndarray:
     """Each layer's squared error of attention over a real cache, against the same tokens in full precision; mean."""
     exact = dataclasses.replace(config, k_bits=None, v_bits=None, quantizer="minmax", options=())
-    graphdef, params = nnx.split(model)
     found = []
     for prompt, after in TEXTS:
         lengths, ids = np.array([PROMPT]), np.array([prompt + after])
-        _, layers = prefill_layers(graphdef, params, ids[:, :PROMPT], lengths, True, None)
-        _, whole = prefill_layers(graphdef, params, ids, lengths + AFTER, True, None)
+        _, layers = prefill_layers(model, ids[:, :PROMPT], lengths, True, None)
+        _, whole = prefill_layers(model, ids, lengths + AFTER, True, None)
         caches = [compress_layers(model.config, c, layers, lengths, AFTER, None)[0].layers for c in (config, exact)]
         later = [tuple(x[:, PROMPT:] for x in layer[:3]) for layer in whole]
         pairs = [attend(later, layers) for layers in caches]

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import memory, quantization
 from minikv_jax.calibration import Calibration, OperandCalibration, Ranges, clipped
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.evaluation.measure import compress_layers, needs_column_sums, prefill_layers
+from minikv_jax.evaluation.layerwise import compress_layers, prefill_layers
+from minikv_jax.evaluation.measure import needs_column_sums
 from minikv_jax.evaluation.task import at_least
 from minikv_jax.model import Llama
 from minikv_jax.quantizers import minmax_arguments
@@ -116,14 +116,13 @@ class _Samples(NamedTuple):
 
 def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]], config: CacheConfig) -> list[_Samples]:
     """Each layer's, as NumPy arrays."""
-    graphdef, params = nnx.split(model)
     found = []
     for prompt, after in texts:
         ids, length = np.array([[*prompt, *after]], np.int32), np.array([len(prompt)], np.int32)
         sums = needs_column_sums(config)
-        _, layers = prefill_layers(graphdef, params, ids[:, : len(prompt)], length, sums, None)
+        _, layers = prefill_layers(model, ids[:, : len(prompt)], length, sums, None)
         cache, kept = compress_layers(model.config, config, layers, length, len(after), None)
-        _, whole = prefill_layers(graphdef, params, ids, length + len(after), False, None)
+        _, whole = prefill_layers(model, ids, length + len(after), False, None)
         rows = [
             _sample(q, k, v, chosen.positions, layer.packed_length, prompt=len(prompt))
             for (q, k, v, _), chosen, layer in zip(whole, kept, cache.layers, strict=True)

@@ -244,7 +244,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     at_least(1, batch=arguments.batch)
     methods = make_methods(arguments)
     evaluator = make_evaluator(arguments)
-    with progress(arguments.task, len(evaluator.cases)) as bar:
+    with progress(arguments.task, len(evaluator.cases) * len(methods)) as bar:
         report = evaluate(evaluator, methods, model_source=arguments.model, batch=arguments.batch, done=bar.advance_to)
     print(table(report["means"]))
     warn_not_finite(report["means"])

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import memory
 from minikv_jax.cache import LayerCache
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.evaluation.measure import check_case, compress_layers, needs_column_sums, padded_length, prefill_layers
+from minikv_jax.evaluation.layerwise import PromptLayer, compress_layers, prefill_layers
+from minikv_jax.evaluation.measure import check_case, needs_column_sums, padded_length
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length, generate
 from minikv_jax.model import Llama
@@ -91,10 +91,9 @@ def inspect(
     check_case(model.config, case, max_new_tokens)
     for config in methods.values():
         memory.check_model(model.config, config)
-    graphdef, params = nnx.split(model)
     ids, length = _padded(prompt, padded_length(model.config, case))
     sums = any(needs_column_sums(config) for config in methods.values())
-    _, layers = prefill_layers(graphdef, params, ids, length, sums, implementation)
+    _, layers = prefill_layers(model, ids, length, sums, implementation)
     later = _later_queries(model, prompt, max_new_tokens, implementation)
     run = functools.partial(_inspect, model.config, layers=layers, later=later, length=length)
     found = {}
@@ -123,8 +122,7 @@ def _later_queries(model: Llama, prompt: Sequence[int], count: int, implementati
     result = generate(model, [prompt], cache="full", max_new_tokens=count, implementation=implementation)
     said = result.tokens[0, : int(result.lengths[0])].tolist()
     ids, length = _padded([*prompt, *said], bucket_length(len(prompt) + count, model.config.max_position_embeddings))
-    graphdef, params = nnx.split(model)
-    _, layers = prefill_layers(graphdef, params, ids, length, False, implementation)
+    _, layers = prefill_layers(model, ids, length, False, implementation)
     q = [layer[0][0, len(prompt) : len(prompt) + count] for layer in layers]
     return _Later(q, [layer[1][0] for layer in layers], jnp.int32(len(said)))
 
@@ -134,7 +132,7 @@ def _inspect(
     model: ModelConfig,
     config: CacheConfig,
     *,
-    layers: list[tuple[Array, Array, Array, Array | None]],
+    layers: list[PromptLayer],
     later: _Later,
     length: Int[Array, "1"],
     room: int,

@@ -3,31 +3,29 @@
 Sharing the prefill is exact: attention over the prompt is full and does not depend on the method. All layers' queries,
 keys and values are held meanwhile. Then, per method, the true continuation is fed token by token through the compressed
 cache ("teacher forcing"), as generation would do it, and the logits are compared with those of the full cache; or text
-is generated greedily. Both are one compiled program per method, padded prompt length and number of new tokens.
+is generated greedily. The model runs layer by layer (`layerwise.py`), which compiles little.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import inference, memory, presets
+from minikv_jax import memory, presets
 from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax.evaluation.layerwise import compress_layers, decode_step, prefill_layers
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length
 from minikv_jax.model import Llama
 from minikv_jax.schemes import SCORERS
-from minikv_jax.selection import Kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +95,28 @@ def measure(
     Raises:
       ValueError: a case or a method that does not fit the model.
     """
+    results: list[dict[str, Measurement]] = [{} for _ in cases]
+    for name, found in measure_each(model, cases, methods, new_tokens, implementation):
+        for row, measurement in zip(results, found, strict=True):
+            row[name] = measurement
+    return results
+
+
+def measure_each(
+    model: Llama,
+    cases: Sequence[Case],
+    methods: Mapping[str, CacheConfig],
+    new_tokens: int,
+    implementation: str | None = None,
+) -> Iterator[tuple[str, list[Measurement]]]:
+    """`measure`, one method after the other: yields its name and every case's measurement."""
     for case in cases:
         check_case(model.config, case, new_tokens)
     for config in methods.values():
         memory.check_model(model.config, config)
     batch = _batch(model.config, cases, new_tokens)
-    graphdef, params = nnx.split(model)
     sums = any(needs_column_sums(config) for config in methods.values())
-    hidden, layers = prefill_layers(graphdef, params, batch.ids, batch.lengths, sums, implementation)
+    hidden, layers = prefill_layers(model, batch.ids, batch.lengths, sums, implementation)
     full = presets.get("full")
     full_bytes = memory.report(
         model.config, full, prompt_length=batch.ids.shape[1], max_new_tokens=new_tokens, dtype=model.dtype.name
@@ -112,22 +124,21 @@ def measure(
 
     def run(config: CacheConfig, *, answer: bool) -> _Run:
         cache, _ = compress_layers(model.config, config, layers, batch.lengths, new_tokens, implementation)
-        decode = functools.partial(_decode, graphdef, params, cache, hidden, batch, implementation=implementation)
-        forced = decode(jnp.asarray(batch.known)) if batch.known.any() else None
-        answered = decode(jnp.zeros_like(batch.known)) if answer and batch.wanted.any() else None
+        decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
+        forced = decode(batch.known) if batch.known.any() else None
+        answered = decode(np.zeros_like(batch.known)) if answer and batch.wanted.any() else None
         return _Run(cache.nbytes // len(cases), forced, answered)
 
     # One method at a time: a run's logits are large, and only those of the full cache are needed again.
     whole = run(full, answer=full in methods.values())
-    found = {
-        config: _measurements(whole if config == full else run(config, answer=True), whole.forced, batch, full_bytes)
-        for config in set(methods.values())
-    }
-    results: list[dict[str, Measurement]] = [{} for _ in cases]
+    names: dict[CacheConfig, list[str]] = {}
     for name, config in methods.items():
-        for row, measurement in enumerate(found[config][: len(cases)]):
-            results[row][name] = measurement
-    return results
+        names.setdefault(config, []).append(name)
+    for config, alike in names.items():
+        result = whole if config == full else run(config, answer=True)
+        found = _measurements(result, whole.forced, batch, full_bytes)
+        for name in alike:
+            yield name, found
 
 
 class _Batch(NamedTuple):
@@ -135,7 +146,7 @@ class _Batch(NamedTuple):
 
     ids: np.ndarray  # int32 [B, T]
     lengths: np.ndarray  # int32 [B]
-    truth: np.ndarray  # int32 [B, M]
+    truth: np.ndarray  # int32 [B, R], for the room there is
     known: np.ndarray  # int32 [B], tokens of the continuation
     wanted: np.ndarray  # int32 [B], tokens to generate at most
     stop: np.ndarray  # int32 [B, E], padded with -1
@@ -143,7 +154,7 @@ class _Batch(NamedTuple):
 
 class _Decoded(NamedTuple):
     tokens: Int[Array, "B M"]  # -1 beyond a row's end
-    logits: Float[Array, "B M V"]
+    logits: Float[Array, "B M V"] | None  # None where tokens were generated
     finite: Bool[Array, "B"]
 
 
@@ -186,6 +197,7 @@ def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_byt
     finite = np.ones(rows, bool)
     values: list[np.ndarray] = []
     if run.forced is not None and reference is not None:
+        assert run.forced.logits is not None and reference.logits is not None
         finite &= np.asarray(run.forced.finite)
         values = [np.asarray(x) for x in _fidelity(reference.logits, run.forced.logits, batch.truth, batch.known)]
     answers: list[tuple[int, ...] | None] = [None] * rows
@@ -208,93 +220,59 @@ def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_byt
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def prefill_layers(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    column_sums: bool,
-    implementation: str | None,
-) -> tuple[Float[Array, "B D"], list[tuple[Array, Array, Array, Array | None]]]:
-    """The hidden state of each row's last token, and each layer's q, k, v and column sums."""
-    layers = []
-    hidden = inference.run_prompt(
-        nnx.merge(graphdef, params),
-        ids,
-        lengths,
-        lambda inputs: layers.append((inputs.q, inputs.k, inputs.v, inputs.column_sums)),
-        column_sums,
-        implementation,
-    )
-    return inference.last_valid(hidden, lengths), layers
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
-def compress_layers(
-    model: ModelConfig,
-    config: CacheConfig,
-    layers: list[tuple[Array, Array, Array, Array | None]],
-    lengths: Int[Array, "B"],
-    new_tokens: int,
-    implementation: str | None,
-) -> tuple[KVCache, list[Kept]]:
-    """The cache that a method keeps of `prefill_layers`' prompt, and which tokens it holds in each layer."""
-    compressor = inference.Compressor(model, config, layers[0][1].shape[1], new_tokens, implementation)
-    for layer, (q, k, v, sums) in enumerate(layers):
-        compressor.add(inference.scorer_inputs(model, layer, q, k, v, lengths, sums))
-    return compressor.cache(lengths), compressor.kept
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "implementation"))
 def _decode(
-    graphdef: nnx.GraphDef,
-    params: Any,
+    model: Llama,
     cache: KVCache,
     hidden: Float[Array, "B D"],
     batch: _Batch,
-    forced: Int[Array, "B"],
-    *,
+    forced: np.ndarray,
     implementation: str | None,
 ) -> _Decoded:
     """Feeds each row's first `forced[b]` true tokens; or, where all are 0, generates up to `wanted[b]` greedily."""
-    model = nnx.merge(graphdef, params)
-    forcing = jnp.any(forced > 0)
-    steps = jnp.where(forcing, forced, batch.wanted)
-    rows, size = batch.truth.shape
-
-    def body(state: tuple) -> tuple:
-        step, active, hidden, cache, tokens, all_logits, finite = state
+    forcing = bool(forced.any())
+    steps = forced if forcing else batch.wanted
+    cache = jax.tree.map(jnp.copy, cache)  # the steps work in place, and the caller's is needed again
+    active, finite = jnp.asarray(steps > 0), jnp.ones(len(steps), bool)
+    tokens, all_logits = [], []
+    for step in range(last := int(steps.max())):
         logits = model.logits(hidden)
-        finite &= jnp.all(jnp.isfinite(logits), axis=-1) | ~active
-        token = jnp.where(forcing, batch.truth[:, step], jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        token = jnp.where(active, token, 0)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
-        tokens = put(tokens, jnp.where(active, token, -1)[:, None])
-        all_logits = put(all_logits, logits[:, None])
-        ended = ~forcing & jnp.any(token[:, None] == batch.stop, axis=1)
-        hidden, cache = inference.decode(model, cache, token, active.astype(jnp.int32), implementation)
-        active &= ~ended & (step + 1 < steps)
-        return step + 1, active, hidden, cache, tokens, all_logits, finite
+        truth = batch.truth[:, step] if forcing else None
+        token, going, finite = _next_token(logits, truth, active, finite, steps > step + 1, batch.stop)
+        tokens.append(jnp.where(active, token, -1))
+        if forcing:
+            all_logits.append(logits)
+        if step + 1 == last or not (forcing or going.any()):
+            break
+        hidden, cache = decode_step(model, cache, token, active.astype(jnp.int32), implementation)
+        active = going
+    return _Decoded(jnp.stack(tokens, axis=1), jnp.stack(all_logits, axis=1) if forcing else None, finite)
 
-    start = (
-        jnp.int32(0),
-        steps > 0,
-        hidden,
-        cache,
-        jnp.full((rows, size), -1, jnp.int32),
-        jnp.zeros((rows, size, model.config.vocab_size), jnp.float32),
-        jnp.ones(rows, bool),
-    )
-    *_, tokens, logits, finite = lax.while_loop(lambda state: jnp.any(state[1]), body, start)
-    return _Decoded(tokens, logits, finite)
+
+@jax.jit
+def _next_token(
+    logits: Float[Array, "B V"],
+    truth: Int[Array, "B"] | None,
+    active: Bool[Array, "B"],
+    finite: Bool[Array, "B"],
+    more: Bool[Array, "B"],
+    stop: Int[Array, "B E"],
+) -> tuple[Int[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
+    """The true token or else the likeliest; which rows go on after it; whether all logits so far were finite."""
+    finite &= jnp.all(jnp.isfinite(logits), axis=-1) | ~active
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32) if truth is None else truth
+    token = jnp.where(active, token, 0)
+    going = active & more
+    if truth is None:
+        going &= ~jnp.any(token[:, None] == stop, axis=1)
+    return token, going, finite
 
 
 @jax.jit
 def _fidelity(
-    full: Float[Array, "B M V"], other: Float[Array, "B M V"], truth: Int[Array, "B M"], known: Int[Array, "B"]
+    full: Float[Array, "B M V"], other: Float[Array, "B M V"], truth: Int[Array, "B R"], known: Int[Array, "B"]
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Each row's means over its `known` tokens (NLL, the full cache's, KL, agreement); whether all are the argmax."""
+    truth = truth[:, : full.shape[1]]  # no row knows more
     full, other = jax.nn.log_softmax(full), jax.nn.log_softmax(other)
     valid = jnp.arange(truth.shape[1]) < known[:, None]
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from minikv_jax import memory
 from minikv_jax.config import CacheConfig
-from minikv_jax.evaluation.measure import Measurement, check_case, measure, padded_length
+from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
 from minikv_jax.evaluation.method import Method
 from minikv_jax.evaluation.task import Case, Task
 from minikv_jax.model import Llama
@@ -79,8 +79,8 @@ class Evaluator:
 
     def run(
         self, methods: Mapping[str, Method], batch: int = 1, cases: Iterable[Case] | None = None
-    ) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
-        """Yields each case with every method's row, cases of one padded length together.
+    ) -> Iterator[tuple[Case, str, dict[str, Any]]]:
+        """Yields a case, a method's name and its row as they are measured: cases of one padded length together.
 
         A row holds `METRICS` as far as the case has them, `text` and `budget` where there are any, and `finite`;
         where that is false, a logit was NaN or infinite and the row's numbers are None, its bytes excepted.
@@ -96,9 +96,9 @@ class Evaluator:
             for start in range(0, len(alike), batch):
                 chunk = alike[start : start + batch]
                 filled = [*chunk, *[chunk[-1]] * (batch - len(chunk))]  # a smaller batch would compile anew
-                results = measure(self.model, filled, configs, self.room, self.implementation)
-                for case, result in zip(chunk, results, strict=False):
-                    yield case, {name: self._row(case, configs[name], value) for name, value in result.items()}
+                for name, found in measure_each(self.model, filled, configs, self.room, self.implementation):
+                    for case, value in zip(chunk, found, strict=False):
+                        yield case, name, self._row(case, configs[name], value)
 
     def _row(self, case: Case, config: CacheConfig, value: Measurement) -> dict[str, Any]:
         row = dataclasses.asdict(value)
@@ -198,21 +198,23 @@ def evaluate(
     *,
     model_source: str = "",
     batch: int = 1,
-    done: Callable[[int], None] = lambda cases: None,
+    done: Callable[[int], None] = lambda rows: None,
 ) -> Report:
     """Runs every case and method; the report is plain JSON, and the same for the same arguments.
+
+    Args:
+      done: is told how many rows there are, one per case and method.
 
     Raises:
       ValueError: a method that does not fit the model, or its bytes: before anything runs.
     """
     for length in evaluator.lengths:
         evaluator.fit(methods, length)
-    results = []
-    for result in evaluator.run(methods, batch):
-        results.append(result)
-        done(len(results))
-    order = {case.name: index for index, case in enumerate(evaluator.cases)}
-    results.sort(key=lambda result: order[result[0].name])
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for case, name, row in evaluator.run(methods, batch):
+        rows[case.name, name] = row
+        done(len(rows))
+    results = [(case, {name: rows[case.name, name] for name in methods}) for case in evaluator.cases]
     return describe(evaluator, model_source) | {
         "methods": {name: dataclasses.asdict(method.config) for name, method in methods.items()},
         "byte_share": {name: method.byte_share for name, method in methods.items() if method.byte_share is not None},

@@ -130,12 +130,10 @@ class Sweep:
         with (self.directory / "rows.jsonl").open("a", encoding="utf-8") as stream:
             for labels, cases in todo.items():
                 methods = {label: self.methods[label] for label in labels}
-                for case, rows in self.evaluator.run(methods, batch, cases):
-                    for label, row in rows.items():
-                        record = {"case": case.name, "point": label, **row}
-                        stream.write(json.dumps(record) + "\n")
-                        self.rows[case.name, label] = row
+                for case, label, row in self.evaluator.run(methods, batch, cases):
+                    stream.write(json.dumps({"case": case.name, "point": label, **row}) + "\n")
                     stream.flush()
+                    self.rows[case.name, label] = row
                     done(total - self.missing)
 
     def results(self) -> dict[str, Any]:

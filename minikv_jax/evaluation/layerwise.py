@@ -1,0 +1,180 @@
+"""A model and a cache run layer by layer, each layer a compiled program of its own.
+
+`generate` is one program for all layers: the fastest to run, and the longest to compile. An evaluation runs many
+methods, each for a short while. Here layers of equal shapes share a program, so that what is compiled does not grow
+with their number. What lies between them (embedding, final norm, logits) runs op by op.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minikv_jax import attention, eviction, inference, memory
+from minikv_jax.cache import KVCache, LayerCache, LayerCapacity
+from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax.model import Layer, Llama
+from minikv_jax.rotary import inverse_frequencies, rotary_tables
+from minikv_jax.schemes import BUDGETS, QUANTIZERS, ScorerInputs
+from minikv_jax.selection import Kept, budgets_from_scores, layer_budgets
+
+
+class PromptLayer(NamedTuple):
+    """What one layer's attention saw of a prompt: enough for any method to compress it."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    column_sums: Float[Array, "B K T"] | None
+
+
+def prefill_layers(
+    model: Llama,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    column_sums: bool,
+    implementation: str | None,
+) -> tuple[Float[Array, "B D"], list[PromptLayer]]:
+    """The hidden state of each row's last token, and what every layer saw."""
+    x, found = model.embed(jnp.asarray(ids)), []
+    for number, layer in enumerate(model.layers):
+        case = {"window": model.window(number), "column_sums": column_sums, "implementation": implementation}
+        x, seen = _prefill_layer(layer, x, lengths, model=model.config, **case)
+        found.append(seen)
+    return model.norm(inference.last_valid(x, lengths)), found
+
+
+@functools.partial(jax.jit, static_argnames=("model", "window", "column_sums", "implementation"))
+def _prefill_layer(
+    layer: Layer,
+    x: Float[Array, "B T D"],
+    lengths: Int[Array, "B"],
+    *,
+    model: ModelConfig,
+    window: int | None,
+    column_sums: bool,
+    implementation: str | None,
+) -> tuple[Float[Array, "B T D"], PromptLayer]:
+    found: list[PromptLayer] = []
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        out, sums = attention.prefill_attention(
+            q, k, v, lengths, window=window, with_scores=column_sums, implementation=implementation
+        )
+        found.append(PromptLayer(q, k, v, sums))
+        return out
+
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return layer(x, *rotary_tables(model, positions), attend), found[0]
+
+
+def compress_layers(
+    model: ModelConfig,
+    config: CacheConfig,
+    layers: list[PromptLayer],
+    lengths: Int[Array, "B"],
+    new_tokens: int,
+    implementation: str | None,
+) -> tuple[KVCache, list[Kept]]:
+    """The cache that a method keeps of `prefill_layers`' prompt, and which tokens it holds in each layer."""
+    lengths = jnp.asarray(lengths)
+    windows = [model.window(number) for number in range(len(layers))]
+    by_layer = QUANTIZERS[config.quantizer].by_layer
+    scores = [
+        _score_layer(layer, np.int32(number), lengths, model=model, config=config, window=windows[number])
+        for number, layer in enumerate(layers)
+    ]
+    if BUDGETS[config.budget].needs_scores:
+        heavy = list(budgets_from_scores(scores, lengths, config))
+    else:
+        heavy = [eviction.granted(share, lengths) for share in layer_budgets(config, len(layers))]
+    found = [
+        _compress_layer(
+            layer,
+            scores[number],
+            heavy[number],
+            lengths,
+            config=config,
+            capacity=capacity,
+            number=number if by_layer else 0,
+            window=windows[number],
+            implementation=implementation,
+        )
+        for number, (layer, capacity) in enumerate(
+            zip(layers, memory.capacities(model, config, layers[0].k.shape[1], new_tokens), strict=True)
+        )
+    ]
+    return KVCache(tuple(cache for cache, _ in found), lengths), [kept for _, kept in found]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config", "window"))
+def _score_layer(
+    layer: PromptLayer,
+    number: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    *,
+    model: ModelConfig,
+    config: CacheConfig,
+    window: int | None,
+) -> Float[Array, "B K T"]:
+    inputs = ScorerInputs(*layer[:3], lengths, layer.column_sums, window, number, inverse_frequencies(model))
+    return inference.layer_scores(inputs, config)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "number", "window", "implementation"))
+def _compress_layer(
+    layer: PromptLayer,
+    scores: Float[Array, "B K T"],
+    heavy: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    *,
+    config: CacheConfig,
+    capacity: LayerCapacity,
+    number: int,
+    window: int | None,
+    implementation: str | None,
+) -> tuple[LayerCache, Kept]:
+    inputs = ScorerInputs(*layer[:3], lengths, layer.column_sums, window)
+    return inference.compress_layer(inputs, scores, heavy, config, capacity, number, implementation)
+
+
+def decode_step(
+    model: Llama,
+    cache: KVCache,
+    token: Int[Array, "B"],
+    active: Int[Array, "B"],
+    implementation: str | None,
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """`inference.decode` layer by layer. The cache is donated."""
+    positions = cache.length[:, None]
+    x, layers = model.embed(token[:, None]), []
+    for layer, old in zip(model.layers, cache.layers, strict=True):
+        x, new = _decode_layer(layer, old, x, positions, active, model=model.config, implementation=implementation)
+        layers.append(new)
+    return model.norm(x)[:, 0], KVCache(tuple(layers), cache.length + active)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "implementation"), donate_argnames="cache")
+def _decode_layer(
+    layer: Layer,
+    cache: LayerCache,
+    x: Float[Array, "B 1 D"],
+    positions: Int[Array, "B 1"],
+    active: Int[Array, "B"],
+    *,
+    model: ModelConfig,
+    implementation: str | None,
+) -> tuple[Float[Array, "B 1 D"], LayerCache]:
+    found: list[LayerCache] = []
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        out, new = inference.decode_layer(cache, q, k, v, active, positions, implementation)
+        found.append(new)
+        return out
+
+    return layer(x, *rotary_tables(model, positions), attend), found[0]
