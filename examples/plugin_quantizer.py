@@ -15,7 +15,7 @@ class AbsMax(minikv_jax.Quantizer):
     bits = (8,)
 
     def quantize(self, x, operand):
-        """X [B, K, S, H] -> any pytree of arrays [B, K, S, ...]; `operand` tells keys from values, and the layer."""
+        """X [B, K, S, H] -> any pytree of arrays [B, K, S, ...]; `operand` tells keys from values."""
         scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127
         scale = scale.astype(jnp.bfloat16)
         codes = jnp.round(x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from minikv_jax import schemes
 from minikv_jax.cache import LayerCapacity, layer_capacity
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.quantizers import packed_bytes
+from minikv_jax.quantizers import block_bytes
+from minikv_jax.schemes import QUANTIZERS
 from minikv_jax.selection import layer_budgets
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -94,9 +96,7 @@ def report(
     check_model(model, config)
     layers = capacities(model, config, prompt_length, max_new_tokens)
     heads, dim, size = model.num_key_value_heads, model.head_dim, _BYTES[dtype]
-    packed = [
-        batch * packed_bytes(config, number, layer.packed, heads, dim, dtype) for number, layer in enumerate(layers)
-    ]
+    packed = _packed_bytes(model, config, layers, batch, dtype)
     tail = [batch * heads * 2 * layer.tail * dim * size for layer in layers]
     index = [_index_bytes(config, layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
     return MemoryReport(
@@ -107,6 +107,21 @@ def report(
         layers=layers,
         layer_bytes=tuple(map(sum, zip(packed, tail, index, strict=True))),
     )
+
+
+def _packed_bytes(
+    model: ModelConfig, config: CacheConfig, layers: tuple[LayerCapacity, ...], batch: int, dtype: str
+) -> list[int]:
+    if not config.quantized:
+        return [0] * len(layers)
+    of_layer = functools.cache(
+        lambda number: block_bytes(config, number, model.num_key_value_heads, model.head_dim, dtype)
+    )
+    alike = not QUANTIZERS[config.quantizer].by_layer
+    return [
+        batch * layer.packed // config.packing_block * of_layer(0 if alike else number)
+        for number, layer in enumerate(layers)
+    ]
 
 
 def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:

@@ -62,16 +62,14 @@ def rotate(x: Float[Array, "*lead H"], operand: Operand, *, back: bool = False) 
     return jnp.matmul(x.astype(jnp.float32), rotation.astype(jnp.float32), precision=exact).astype(x.dtype)
 
 
-def packed_bytes(config: CacheConfig, layer: int, tokens: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
-    """Bytes of the keys and values of one row's `tokens` packed tokens, from the shapes that the quantiser returns."""
-    if not config.quantized:
-        return 0
+def block_bytes(config: CacheConfig, layer: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
+    """Bytes of one packing block's keys and values, of all heads of a row, from the shapes the quantiser returns."""
     block = jax.ShapeDtypeStruct((1, kv_heads, config.packing_block, head_dim), dtype)
     stored = [
         jax.eval_shape(lambda x, operand=operand: quantize(x, operand), block)
         for operand in (Operand("keys", layer, config), Operand("values", layer, config))
     ]
-    return tokens // config.packing_block * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
 
 
 def minmax_arguments(operand: Operand) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`minikv sweep`: the grid, resuming, and what it writes."""
 
 import csv
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -89,15 +90,18 @@ def test_what_a_sweep_writes(sweep: Run, tmp_path: pathlib.Path):
 
 def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     assert sweep("whole", *GRID, "--no-figures")[0] == 0
-    measured, original = [], run_module.measure
+    original = run_module.measure_each
 
-    def measure(model: Any, cases: Any, methods: Any, *rest: Any) -> Any:
-        if len(measured) == 1:
+    def killed(model: Any, cases: Any, methods: Any, *rest: Any) -> Any:
+        """The first case's methods, and half of the second's."""
+        found = original(model, cases, methods, *rest)
+        if cases[0].name == "line 1":
+            yield from found
+        else:
+            yield from itertools.islice(found, 2)
             raise KeyboardInterrupt
-        measured.append((cases[0].name, tuple(methods)))
-        return original(model, cases, methods, *rest)
 
-    monkeypatch.setattr(run_module, "measure", measure)
+    monkeypatch.setattr(run_module, "measure_each", killed)
     assert sweep("killed", *GRID, "--no-figures")[0] == 130
     rows = tmp_path / "killed" / "rows.jsonl"
     with rows.open("a") as stream:
@@ -105,16 +109,21 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
     assert not (tmp_path / "killed" / "results.json").exists()
 
     seen = []
-    monkeypatch.setattr(run_module, "measure", lambda *args: seen.append(args[1][0].name) or original(*args))
+
+    def watched(model: Any, cases: Any, methods: Any, *rest: Any) -> Any:
+        seen.append((cases[0].name, len(methods)))
+        return original(model, cases, methods, *rest)
+
+    monkeypatch.setattr(run_module, "measure_each", watched)
     assert sweep("killed", *GRID, "--no-figures")[0] == 0
-    assert seen == ["line 2"]
+    assert seen == [("line 2", 2)]
     assert (tmp_path / "killed" / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
     assert len(rows.read_text().splitlines()) == 2 * 4
 
     assert sweep("killed", *GRID, "--method", "full:sinks=1", "--no-figures")[0] == 0  # heavy needs a scorer: skipped
-    assert seen == ["line 2"]
+    assert seen == [("line 2", 2)]
     assert sweep("killed", *GRID, "--method", "snapkv", "--no-figures")[0] == 0
-    assert seen == ["line 2", "line 1", "line 2"]
+    assert seen == [("line 2", 2), ("line 1", 2), ("line 2", 2)]
 
 
 @pytest.mark.parametrize(

@@ -259,3 +259,28 @@ def test_bits_of_a_quantizer():
         mk.CacheConfig(quantizer="narrow")
     with pytest.raises(ValueError, match="quantizer='nosuch': expected one of minmax"):
         mk.CacheConfig(quantizer="nosuch")
+
+
+def test_the_number_of_a_layer_is_asked_for():
+    """A scorer's is traced; a quantiser that reads it says so, since layers may share a program otherwise."""
+
+    @mk.register_quantizer("undeclared")
+    class Undeclared(mk.Quantizer):
+        bits = (16,)
+
+        def quantize(self, x: jax.Array, operand: mk.Operand) -> jax.Array:
+            return x * (1 + operand.layer)
+
+        def dequantize(self, stored: jax.Array, operand: mk.Operand) -> jax.Array:
+            return stored / (1 + operand.layer)
+
+    @mk.register_scorer("branching")
+    def branching(inputs: mk.ScorerInputs, config: mk.CacheConfig) -> jax.Array:
+        del config
+        norm = jnp.linalg.norm(inputs.k, axis=-1).swapaxes(1, 2)
+        return norm if inputs.layer == 0 else -norm
+
+    with pytest.raises(ValueError, match=r"'undeclared'.* sets by_layer = True"):
+        memory.check_model(MODEL, mk.CacheConfig(quantizer="undeclared", k_bits=16, v_bits=16))
+    with pytest.raises(ValueError, match=r"scorer 'branching' fails .*line \d+\): TracerBoolConversionError"):
+        memory.check_model(MODEL, mk.CacheConfig(scorer="branching", heavy=0.5, recent=0.1))
