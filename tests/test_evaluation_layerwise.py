@@ -17,7 +17,7 @@ from minikv_jax.schemes import register_quantizer
 
 LENGTHS = np.array([96, 70], np.int32)
 ROOM = 8
-PLAIN = {"num_hidden_layers": 3, "max_position_embeddings": 256}
+PLAIN: dict[str, Any] = {"num_hidden_layers": 3, "max_position_embeddings": 256}
 WINDOWED = PLAIN | {
     "model_type": "qwen2",
     "sliding_window": 50,
@@ -60,7 +60,7 @@ def test_layer_by_layer_is_the_whole_model(config: mk.CacheConfig, model_fields:
     """Prompt, cache, which tokens, and decode steps of which one row skips some."""
     model = tiny_model(**model_fields)
     ids = np.random.default_rng(0).integers(0, 96, (2, 96)).astype(np.int32)
-    whole = jax.jit(functools.partial(inference.prefill, config=config, max_new_tokens=ROOM), static_argnums=())
+    whole = jax.jit(functools.partial(inference.prefill, config=config, max_new_tokens=ROOM))
     step = jax.jit(inference.decode)
     wanted, wanted_cache = whole(model, ids, LENGTHS)
     hidden, layers = layerwise.prefill_layers(model, ids, LENGTHS, True, None)

@@ -35,13 +35,14 @@ class PromptLayer(NamedTuple):
 
 def prefill_layers(
     model: Llama,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    ids: Int[Array | np.ndarray, "B T"],
+    lengths: Int[Array | np.ndarray, "B"],
     column_sums: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "B D"], list[PromptLayer]]:
     """The hidden state of each row's last token, and what every layer saw."""
-    x, found = model.embed(jnp.asarray(ids)), []
+    ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
+    x, found = model.embed(ids), []
     for number, layer in enumerate(model.layers):
         case = {"window": model.window(number), "column_sums": column_sums, "implementation": implementation}
         x, seen = _prefill_layer(layer, x, lengths, model=model.config, **case)
@@ -77,7 +78,7 @@ def compress_layers(
     model: ModelConfig,
     config: CacheConfig,
     layers: list[PromptLayer],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array | np.ndarray, "B"],
     new_tokens: int,
     implementation: str | None,
 ) -> tuple[KVCache, list[Kept]]:
@@ -122,7 +123,9 @@ def _score_layer(
     config: CacheConfig,
     window: int | None,
 ) -> Float[Array, "B K T"]:
-    inputs = ScorerInputs(*layer[:3], lengths, layer.column_sums, window, number, inverse_frequencies(model))
+    inputs = ScorerInputs(
+        *layer[:3], lengths, layer.column_sums, window, number, jnp.asarray(inverse_frequencies(model))
+    )
     return inference.layer_scores(inputs, config)
 
 
