@@ -151,10 +151,17 @@ def dequantized(word: Pair, bits: int, slot: int, scale: Pair, zero: Pair) -> Pa
         word = arith.shrui(word, _constant(8))
     mask, power = ((1 << bits) - 1) << low, 10 - low  # whose last place is worth 2**-low
     both = 1 << 16 | 1
-    raised = arith.ori(arith.andi(word, _constant(mask * both)), _constant((15 + power << 10) * both))
+    raised = _asm(
+        _i32(),
+        "lop3.b32 $0, $1, $2, $3, 0xEA;",  # $1 & $2 | $3
+        "=r,r,r,r",
+        word,
+        _constant(mask * both),
+        _constant((15 + power << 10) * both),
+    )
     offset = arith.constant(ir.F16Type.get(), 2.0**power)
     codes = arith.subf(_halves(raised), vector.broadcast(_half2(), offset))
-    return _bits(mlir_math.fma(codes, _halves(scale), _halves(zero)))
+    return _asm(_i32(), "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", _bits(codes), scale, zero)
 
 
 def zeros() -> list[ir.Value]:
