@@ -57,8 +57,8 @@ class Config:
 
 
 def heuristic_config(rows: int, tokens: int, storage: Storage) -> Config:
-    """As many stages as fit, and about two thread blocks for each multiprocessor, which was faster than one."""
-    splits = min(max(2 * hopper.MULTIPROCESSORS // rows, 1), -(-tokens // TILE))
+    """As many stages as fit, and as many thread blocks as multiprocessors, or one a row where there are more rows."""
+    splits = min(max(hopper.MULTIPROCESSORS // rows, 1), -(-tokens // TILE))
     words = 4 * UNIT * max(storage.k_bits, storage.v_bits) * storage.head_dim
     stage = words + 2 * 2 * TILE // storage.group_size * storage.head_dim
     return Config(stages=min(6, hopper.MAX_SHARED_BYTES // (hopper.COMPUTE_WARPGROUPS * stage)), splits=splits)
@@ -182,10 +182,9 @@ def scratch(config: Config, storage: Storage, metadata_dtype: Any) -> dict[str, 
     """Shared memory and barriers of a thread block."""
     ring = (hopper.COMPUTE_WARPGROUPS, config.stages)
     word_rows = UNIT * max(storage.k_bits, storage.v_bits)
-    metadata_rows = TILE // storage.group_size
     words = plgpu.SMEM((*ring, word_rows, storage.head_dim), jnp.uint32, transforms=_swizzled(32))
     metadata = plgpu.SMEM(
-        (*ring, metadata_rows, storage.head_dim), metadata_dtype, transforms=_swizzled(64) if metadata_rows >= 8 else ()
+        (*ring, TILE // storage.group_size, storage.head_dim), metadata_dtype, transforms=_swizzled(64)
     )
     barriers = math.prod(ring)
     return {
@@ -198,7 +197,8 @@ def scratch(config: Config, storage: Storage, metadata_dtype: Any) -> dict[str, 
 
 
 def _swizzled(columns: int) -> tuple[Any, ...]:
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+    """Tiles of one row: of taller ones, an array in device memory would have to hold a whole number."""
+    return plgpu.TilingTransform((1, columns)), plgpu.SwizzleTransform(128)
 
 
 def launch(

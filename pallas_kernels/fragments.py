@@ -16,7 +16,6 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxlib.mlir.dialects import math as mlir_math
 
 Factor = tuple[str, int]
 Pair = Any  # 32 bits: two 16-bit floats, or a word
@@ -151,17 +150,20 @@ def dequantized(word: Pair, bits: int, slot: int, scale: Pair, zero: Pair) -> Pa
         word = arith.shrui(word, _constant(8))
     mask, power = ((1 << bits) - 1) << low, 10 - low  # whose last place is worth 2**-low
     both = 1 << 16 | 1
-    raised = _asm(
-        _i32(),
-        "lop3.b32 $0, $1, $2, $3, 0xEA;",  # $1 & $2 | $3
-        "=r,r,r,r",
-        word,
-        _constant(mask * both),
-        _constant((15 + power << 10) * both),
-    )
+    raised = _and_or(word, _constant(mask * both), _constant((15 + power << 10) * both))
     offset = arith.constant(ir.F16Type.get(), 2.0**power)
     codes = arith.subf(_halves(raised), vector.broadcast(_half2(), offset))
-    return _asm(_i32(), "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", _bits(codes), scale, zero)
+    return _fma(_bits(codes), scale, zero)
+
+
+def _and_or(word: Pair, mask: Pair, bits: Pair) -> Pair:
+    """`word & mask | bits` as one instruction; of an expression with two constants the compiler makes two."""
+    return _asm(_i32(), "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", word, mask, bits)
+
+
+def _fma(a: Pair, b: Pair, c: Pair) -> Pair:
+    """`a * b + c` of float16, rounded once; MLIR's own is converted to float32 and back."""
+    return _asm(_i32(), "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", a, b, c)
 
 
 def zeros() -> list[ir.Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import decode_checks
@@ -61,8 +62,8 @@ STORAGES = [
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_kernel_lowers_without_a_gpu(storage: Storage) -> None:
-    case = Case(k_bits=storage.k_bits, v_bits=storage.v_bits, group_size=storage.group_size, head_dim=storage.head_dim)
-    x = abstract(case)
+    """For a capacity that is a multiple of the group alone."""
+    x = abstract(Case(packed=1024 + storage.group_size, **dataclasses.asdict(storage)))
 
     def run(x: dict[str, Any]) -> jax.Array:
         words, metadata = (x["k_planes"][0], x["v_planes"][0]), (x["k_scale"], x["k_zero"], x["v_scale"], x["v_zero"])
@@ -78,7 +79,7 @@ def test_the_heuristic_config_fits(storage: Storage) -> None:
     for rows, tokens in ((8, 131072), (64, 32768), (256, 32768), (3, 128)):
         config = heuristic_config(rows, tokens, storage)
         hopper.check_shared_memory(scratch(config, storage, jnp.float16), config)
-        assert config.splits * rows <= max(rows, 2 * hopper.MULTIPROCESSORS)
+        assert config.splits * rows <= max(rows, hopper.MULTIPROCESSORS)
 
 
 @pytest.mark.parametrize(

@@ -196,14 +196,13 @@ def test_codes_become_halves_exactly(bits: int, monkeypatch: pytest.MonkeyPatch)
         return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
 
     numpy_arith = types.SimpleNamespace(
-        andi=np.bitwise_and,
-        ori=np.bitwise_or,
         shrui=np.right_shift,
         subf=np.subtract,
         constant=lambda _, value: np.float16(value),
     )
     monkeypatch.setattr(fragments, "arith", numpy_arith)
-    monkeypatch.setattr(fragments, "mlir_math", types.SimpleNamespace(fma=fma))
+    monkeypatch.setattr(fragments, "_and_or", lambda word, mask, bits: word & mask | bits)
+    monkeypatch.setattr(fragments, "_fma", fma)
     monkeypatch.setattr(fragments, "vector", types.SimpleNamespace(broadcast=lambda _, value: value))
     monkeypatch.setattr(fragments, "ir", types.SimpleNamespace(F16Type=types.SimpleNamespace(get=lambda: None)))
     monkeypatch.setattr(fragments, "_half2", lambda: None)
@@ -212,5 +211,5 @@ def test_codes_become_halves_exactly(bits: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fragments, "_bits", lambda x: x)
     for slot in range(16 // bits):
         codes = np.stack([words >> (16 * half + bits * slot) & ((1 << bits) - 1) for half in range(2)], -1)
-        result = fragments.dequantized(words, bits, slot, scale.view(np.uint32), zero.view(np.uint32))
+        result = fragments.dequantized(words, bits, slot, scale, zero)
         assert np.array_equal(result, fma(codes, scale, zero))
