@@ -101,9 +101,14 @@ def relative_error(model: Llama, config: CacheConfig) -> np.ndarray:
         lengths, ids = np.array([PROMPT]), np.array([prompt + after])
         _, layers = prefill_layers(model, ids[:, :PROMPT], lengths, True, None)
         _, whole = prefill_layers(model, ids, lengths + AFTER, True, None)
-        caches = [compress_layers(model.config, c, layers, lengths, AFTER, None)[0].layers for c in (config, exact)]
+        caches = [
+            compress_layers(model.config, c, layers, lengths, memory.capacities(model.config, c, PROMPT, AFTER), None)[
+                0
+            ]
+            for c in (config, exact)
+        ]
         later = [tuple(x[:, PROMPT:] for x in layer[:3]) for layer in whole]
-        pairs = [attend(later, layers) for layers in caches]
+        pairs = [attend(later, cache.layers) for cache in caches]
         found.append([np.sum((out - want) ** 2) / np.sum(want**2) for out, want in zip(*pairs, strict=True)])
     return np.mean(found, axis=0)
 

@@ -11,7 +11,8 @@ import pytest
 from tiny import tiny_model
 
 import minikv_jax as mk
-from minikv_jax import inference, presets
+from minikv_jax import inference, memory, presets
+from minikv_jax.cache import LayerCapacity
 from minikv_jax.evaluation import layerwise
 from minikv_jax.schemes import register_quantizer
 
@@ -64,7 +65,8 @@ def test_layer_by_layer_is_the_whole_model(config: mk.CacheConfig, model_fields:
     step = jax.jit(inference.decode)
     wanted, wanted_cache = whole(model, ids, LENGTHS)
     hidden, layers = layerwise.prefill_layers(model, ids, LENGTHS, True, None)
-    cache, kept = layerwise.compress_layers(model.config, config, layers, LENGTHS, ROOM, None)
+    capacities = memory.capacities(model.config, config, 96, ROOM)
+    cache, kept = layerwise.compress_layers(model.config, config, layers, LENGTHS, capacities, None)
     assert [chosen.tokens.tolist() for chosen in kept] == wanted_cache.kept_tokens.tolist()
     for number in range(ROOM):
         close(hidden, wanted)
@@ -84,14 +86,24 @@ def close(got: Any, wanted: Any) -> None:
 
 
 def test_layers_share_their_programs():
-    """Three layers, three programs: one per part, and none for a second batch."""
-    model = tiny_model(**PLAIN)
-    ids = np.random.default_rng(1).integers(0, 96, (1, 64)).astype(np.int32)
+    """Three layers of different budgets, a program per part, and none for a second batch; the room changes nothing."""
+    model, config = tiny_model(**PLAIN), dataclasses.replace(presets.get("minikv-pyramid"), residual_length=32)
+    ids, lengths = np.random.default_rng(1).integers(0, 96, (1, 96)).astype(np.int32), LENGTHS[1:]
+    own = memory.capacities(model.config, config, 96, ROOM)
+    shared = layerwise.shared_capacities(model.config, config, 96, ROOM)
+    assert len({*own}) > len({*shared}) == 1
     parts = ("_prefill_layer", "_score_layer", "_compress_layer", "_decode_layer")
     programs = [getattr(layerwise, name) for name in parts]
+
+    def run(capacities: tuple[LayerCapacity, ...]) -> jax.Array:
+        hidden, layers = layerwise.prefill_layers(model, ids, lengths, True, None)
+        cache, _ = layerwise.compress_layers(model.config, config, layers, lengths, capacities, None)
+        for _ in range(2):
+            hidden, cache = layerwise.decode_step(model, cache, jnp.array([1]), jnp.array([1]), None)
+        return hidden
+
     before = [program._cache_size() for program in programs]
-    for _ in range(2):
-        _, layers = layerwise.prefill_layers(model, ids, LENGTHS[1:] - 20, True, None)
-        cache, _ = layerwise.compress_layers(model.config, presets.get("minikv"), layers, LENGTHS[1:] - 20, ROOM, None)
-        layerwise.decode_step(model, cache, jnp.array([1]), jnp.array([1]), None)
+    first, second = run(shared), run(shared)
     assert [program._cache_size() - old for program, old in zip(programs, before, strict=True)] == [1, 1, 1, 1]
+    np.testing.assert_array_equal(first, second)
+    close(first, run(own))

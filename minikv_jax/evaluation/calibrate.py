@@ -121,7 +121,8 @@ def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
         ids, length = np.array([[*prompt, *after]], np.int32), np.array([len(prompt)], np.int32)
         sums = needs_column_sums(config)
         _, layers = prefill_layers(model, ids[:, : len(prompt)], length, sums, None)
-        cache, kept = compress_layers(model.config, config, layers, length, len(after), None)
+        capacities = memory.capacities(model.config, config, len(prompt), len(after))
+        cache, kept = compress_layers(model.config, config, layers, length, capacities, None)
         _, whole = prefill_layers(model, ids, length + len(after), False, None)
         rows = [
             _sample(q, k, v, chosen.positions, layer.packed_length, prompt=len(prompt))

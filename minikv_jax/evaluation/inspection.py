@@ -139,7 +139,8 @@ def _inspect(
     implementation: str | None,
 ) -> dict[str, Any]:
     """The fields of `Inspection`; `kept` is over the padded prompt."""
-    cache, kept = compress_layers(model, config, layers, length, room, implementation)
+    capacities = memory.capacities(model, config, layers[0].k.shape[1], room)
+    cache, kept = compress_layers(model, config, layers, length, capacities, implementation)
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
     shares = [
         attention_share(of_layer, q, k, length[0], later.queries, model.window(number))

@@ -8,6 +8,7 @@ with their number. What lies between them (embedding, final norm, logits) runs o
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -74,15 +75,34 @@ def _prefill_layer(
     return layer(x, *rotary_tables(model, positions), attend), found[0]
 
 
+def shared_capacities(
+    model: ModelConfig, config: CacheConfig, prompt_length: int, max_new_tokens: int
+) -> tuple[LayerCapacity, ...]:
+    """`memory.capacities`, but layers whose budgets alone differ all get the largest, and so can share a program.
+
+    What a cache holds does not change, only the room that it leaves unused.
+    """
+    own = memory.capacities(model, config, prompt_length, max_new_tokens)
+    windows = [model.window(number) for number in range(len(own))]
+    largest = {
+        window: LayerCapacity(*map(max, zip(*(own[i] for i, w in enumerate(windows) if w == window), strict=True)))
+        for window in set(windows)
+    }
+    return tuple(largest[window] for window in windows)
+
+
 def compress_layers(
     model: ModelConfig,
     config: CacheConfig,
     layers: list[PromptLayer],
     lengths: Int[Array | np.ndarray, "B"],
-    new_tokens: int,
+    capacities: Sequence[LayerCapacity],
     implementation: str | None,
 ) -> tuple[KVCache, list[Kept]]:
-    """The cache that a method keeps of `prefill_layers`' prompt, and which tokens it holds in each layer."""
+    """The cache that a method keeps of `prefill_layers`' prompt, and which tokens it holds in each layer.
+
+    `capacities` are the layers', of `memory.capacities` or larger ones (`shared_capacities`).
+    """
     lengths = jnp.asarray(lengths)
     windows = [model.window(number) for number in range(len(layers))]
     by_layer = QUANTIZERS[config.quantizer].by_layer
@@ -106,9 +126,7 @@ def compress_layers(
             window=windows[number],
             implementation=implementation,
         )
-        for number, (layer, capacity) in enumerate(
-            zip(layers, memory.capacities(model, config, layers[0].k.shape[1], new_tokens), strict=True)
-        )
+        for number, (layer, capacity) in enumerate(zip(layers, capacities, strict=True))
     ]
     return KVCache(tuple(cache for cache, _ in found), lengths), [kept for _, kept in found]
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import memory, presets
 from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.evaluation.layerwise import compress_layers, decode_step, prefill_layers
+from minikv_jax.evaluation.layerwise import compress_layers, decode_step, prefill_layers, shared_capacities
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length
 from minikv_jax.model import Llama
@@ -118,16 +118,17 @@ def measure_each(
     sums = any(needs_column_sums(config) for config in methods.values())
     hidden, layers = prefill_layers(model, batch.ids, batch.lengths, sums, implementation)
     full = presets.get("full")
-    full_bytes = memory.report(
-        model.config, full, prompt_length=batch.ids.shape[1], max_new_tokens=new_tokens, dtype=model.dtype.name
-    ).bytes
+    sizes = {"prompt_length": batch.ids.shape[1], "max_new_tokens": new_tokens}
+    bytes_of = functools.partial(memory.report, model.config, **sizes, dtype=model.dtype.name)
+    full_bytes = bytes_of(full).bytes
 
     def run(config: CacheConfig, *, answer: bool) -> _Run:
-        cache, _ = compress_layers(model.config, config, layers, batch.lengths, new_tokens, implementation)
+        capacities = shared_capacities(model.config, config, **sizes)
+        cache, _ = compress_layers(model.config, config, layers, batch.lengths, capacities, implementation)
         decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
         forced = decode(batch.known) if batch.known.any() else None
         answered = decode(np.zeros_like(batch.known)) if answer and batch.wanted.any() else None
-        return _Run(cache.nbytes // len(cases), forced, answered)
+        return _Run(bytes_of(config).bytes, forced, answered)
 
     # One method at a time: a run's logits are large, and only those of the full cache are needed again.
     whole = run(full, answer=full in methods.values())
