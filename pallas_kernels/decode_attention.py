@@ -10,6 +10,7 @@ which are few, are read into registers directly.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -201,6 +202,7 @@ def _swizzled(columns: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((1, columns)), plgpu.SwizzleTransform(128)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "storage", "config"))  # lowered once for all layers of a model
 def launch(
     q: jax.Array,
     words: tuple[jax.Array, jax.Array],

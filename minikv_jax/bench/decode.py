@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 
 import cuda_ffi
 import pallas_kernels
-from minikv_jax.bench.timing import chained_ms, looped_ms
+from minikv_jax.bench.timing import chain, chained_ms, compiled, loop, looped_ms
 
 _KERNELS = {"cuda": cuda_ffi.decode_attention, "pallas": pallas_kernels.decode_attention}
 
@@ -82,43 +84,50 @@ def stored_bytes(shape: DecodeShape) -> int:
     return round(values * (shape.tokens * packed_bits / 8 + shape.tail * 2))
 
 
-def bench_decode(shape: DecodeShape, implementation: str, rate: dict[str, float]) -> dict[str, Any]:
-    """One row: ms of a call in a chain of calls, bytes a second of what is stored, and cuDNN in the same chain."""
-    cache = random_cache(shape)
+def bench_decode(shape: DecodeShape, rate: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """One row per implementation: ms of a call in a chain of calls, bytes a second of what is stored, and cuDNN's."""
     q = jax.random.normal(jax.random.key(2), (shape.batch, shape.heads, shape.head_dim), jnp.bfloat16)
-
-    def decode(q: jax.Array, cache: dict[str, Any]) -> jax.Array:
-        return _KERNELS[implementation](
-            q,
-            **cache,
-            k_bits=shape.bits,
-            v_bits=shape.bits,
-            group_size=shape.group_size,
-            scale=shape.head_dim**-0.5,
-        )
-
-    ms, looped = chained_ms(decode, q, cache), looped_ms(decode, q, cache)
-    del cache
     size = (shape.batch, shape.tokens + shape.tail, shape.kv_heads, shape.head_dim)
-    k, v = (jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in (3, 4))
+    dense = jax.ShapeDtypeStruct(size, jnp.bfloat16)
+    steps = {name: functools.partial(_decode, kernel, shape) for name, kernel in _KERNELS.items()}
+    abstract = jax.eval_shape(lambda: random_cache(shape))
+    programs = {"cudnn": chain(_cudnn, q, dense, dense)}
+    for name, step in steps.items():
+        programs |= {f"{name} chain": chain(step, q, abstract), f"{name} loop": loop(step, q, abstract)}
+    ready = compiled(programs)
 
-    def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q[:, None], k, v, implementation="cudnn")[:, 0]
-
-    cudnn_ms = chained_ms(cudnn, q, k, v)
-    achieved = stored_bytes(shape) / ms * 1e3
+    cache = random_cache(shape)
+    times = {
+        name: (chained_ms(ready[f"{name} chain"], q, cache), looped_ms(ready[f"{name} loop"], q, cache))
+        for name in steps
+    }
+    del cache
+    cudnn_ms = chained_ms(
+        ready["cudnn"], q, *(jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in (3, 4))
+    )
     sizes = {"batch": shape.batch, "tokens": shape.tokens + shape.tail, "heads": shape.heads}
     sizes |= {"kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "bits": shape.bits}
-    return {
-        "op": "decode_attention",
-        "shape": shape.name,
-        "sizes": sizes,
-        "implementation": implementation,
-        "ms": ms,
-        "in_loop_ms": looped,
-        "stored_bytes": stored_bytes(shape),
-        "bytes_per_s": achieved,
-        "fraction_of_floor": achieved / rate["read_bytes_per_s"],
-        "cudnn_bf16_ms": cudnn_ms,
-        "times_faster_than_cudnn": cudnn_ms / ms,
-    }
+    for name, (ms, looped) in times.items():
+        achieved = stored_bytes(shape) / ms * 1e3
+        yield {
+            "op": "decode_attention",
+            "shape": shape.name,
+            "sizes": sizes,
+            "implementation": name,
+            "ms": ms,
+            "in_loop_ms": looped,
+            "stored_bytes": stored_bytes(shape),
+            "bytes_per_s": achieved,
+            "fraction_of_floor": achieved / rate["read_bytes_per_s"],
+            "cudnn_bf16_ms": cudnn_ms,
+            "times_faster_than_cudnn": cudnn_ms / ms,
+        }
+
+
+def _decode(kernel: Callable[..., jax.Array], shape: DecodeShape, q: jax.Array, cache: dict[str, Any]) -> jax.Array:
+    bits = {"k_bits": shape.bits, "v_bits": shape.bits, "group_size": shape.group_size}
+    return kernel(q, **cache, **bits, scale=shape.head_dim**-0.5)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q[:, None], k, v, implementation="cudnn")[:, 0]

@@ -26,8 +26,7 @@ from minikv_jax.bench.quantize import bench_quantize
 def rows(rate: dict[str, float]) -> Iterator[dict[str, Any]]:
     """Every measurement, one after the other."""
     for shape in DECODE_SHAPES:
-        for implementation in ("cuda", "pallas"):
-            yield bench_decode(shape, implementation, rate)
+        yield from bench_decode(shape, rate)
     for implementation in ("cuda", "pallas"):
         for axis in ("tokens", "channels"):
             yield bench_quantize(axis, implementation, rate)

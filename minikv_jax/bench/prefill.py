@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
 from minikv_jax.attention import prefill_attention
-from minikv_jax.bench.timing import kernel_ms
+from minikv_jax.bench.timing import compiled, kernel_ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,36 +39,40 @@ SHAPES = (
 
 
 def bench_prefill(shape: PrefillShape) -> Iterator[dict[str, Any]]:
-    """One row per implementation that takes the shape: attention with scores, and cuDNN without."""
+    """One row per implementation: attention with scores, and cuDNN without."""
     sizes = ((shape.batch, shape.tokens, heads, shape.head_dim) for heads in (shape.heads, *[shape.kv_heads] * 2))
     q, k, v = (jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i, size in enumerate(sizes))
     lengths = jnp.full((shape.batch,), shape.tokens, jnp.int32)
-
-    def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
-    cudnn_ms = kernel_ms(cudnn, q, k, v)
-    for implementation in ("cuda", "pallas"):
-
-        def run(q: jax.Array, k: jax.Array, v: jax.Array, name: str = implementation) -> Any:
-            return prefill_attention(q, k, v, lengths, with_scores=True, implementation=name)
-
-        ms = kernel_ms(run, q, k, v)
-        row = {
+    row = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.tokens), jnp.float32)
+    ready = compiled(
+        {name: jax.jit(functools.partial(_attend, name)).lower(q, k, v, lengths) for name in ("cuda", "pallas")}
+        | {
+            "cudnn": jax.jit(_cudnn).lower(q, k, v),
+            "rows": jax.jit(row_log_sum_exp).lower(q, k, lengths),
+            "columns": jax.jit(column_sums).lower(q, k, lengths, row),
+        }
+    )
+    cudnn_ms = kernel_ms(ready["cudnn"], q, k, v)
+    for name in ("cuda", "pallas"):
+        ms = kernel_ms(ready[name], q, k, v, lengths)
+        result = {
             "op": "prefill_attention",
             "shape": shape.name,
             "sizes": dataclasses.asdict(shape),
-            "implementation": implementation,
+            "implementation": name,
             "ms": ms,
             "cudnn_bf16_ms": cudnn_ms,
             "times_cudnn": ms / cudnn_ms,
         }
-        yield row | (_passes(q, k, lengths) if implementation == "cuda" else {})
+        if name == "cuda":
+            result["row_log_sum_exp_ms"] = kernel_ms(ready["rows"], q, k, lengths)
+            result["column_sums_ms"] = kernel_ms(ready["columns"], q, k, lengths, ready["rows"](q, k, lengths))
+        yield result
 
 
-def _passes(q: jax.Array, k: jax.Array, lengths: jax.Array) -> dict[str, float]:
-    row = row_log_sum_exp(q, k, lengths)
-    return {
-        "row_log_sum_exp_ms": kernel_ms(lambda q, k: row_log_sum_exp(q, k, lengths), q, k),
-        "column_sums_ms": kernel_ms(lambda q, k, row: column_sums(q, k, lengths, row), q, k, row),
-    }
+def _attend(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> Any:
+    return prefill_attention(q, k, v, lengths, with_scores=True, implementation=implementation)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,52 +16,71 @@ from jax.experimental.mosaic.gpu import profiler
 from cuda_ffi.bandwidth import read_checksum
 
 _RUNS = 15
-_CHAIN, _REPEATS = 40, 10
-_LOOP = 1000
+_CHAIN, _REPEATS, _CHAIN_RUNS = 40, 5, 9
+_LOOP, _LOOP_RUNS = 500, 3
+
+Program = jax.stages.Lowered
+
+
+def compiled(programs: Mapping[str, Program]) -> dict[str, Any]:
+    """The programs, compiled side by side: before anything is timed, which more threads would disturb."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(programs, pool.map(lambda program: program.compile(), programs.values()), strict=True))
 
 
 def kernel_ms(function: Callable[..., Any], *arguments: Any) -> float:
     """Median over warm runs of the device time of a call, the sum of its kernels, in ms."""
-    compiled = jax.jit(function)
+    program = function if isinstance(function, jax.stages.Compiled) else jax.jit(function)
     for _ in range(2):
-        jax.block_until_ready(compiled(*arguments))
-    _, times = profiler.measure(compiled, iterations=_RUNS)(*arguments)
+        jax.block_until_ready(program(*arguments))
+    _, times = profiler.measure(program, iterations=_RUNS)(*arguments)
     return statistics.median(float(t) for t in times or ())
 
 
-def chained_ms(step: Callable[..., jax.Array], start: jax.Array, *arguments: Any) -> float:
-    """Time of one of many calls that each wait for the one before, in ms; the gaps between kernels count.
+def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> Program:
+    """A program of many calls that each wait for the one before, and whose input is donated.
 
-    A program of many calls runs again and again without a wait between. It gets its own result as its input, donated,
-    so that it keeps its buffers and its CUDA graph, as a decode loop does.
+    It gets its own result as its input, so that it keeps its buffers and its CUDA graph, as a decode loop does.
     """
 
-    def chain(x: jax.Array, *arguments: Any) -> jax.Array:
+    def calls(x: jax.Array, *arguments: Any) -> jax.Array:
         for _ in range(_CHAIN):
             x = step(x, *arguments)
         return x
 
-    compiled = jax.jit(chain, donate_argnums=0)
-    x = jax.block_until_ready(compiled(compiled(jnp.copy(start), *arguments), *arguments))
+    return jax.jit(calls, donate_argnums=0).lower(start, *arguments)
+
+
+def chained_ms(program: Any, start: jax.Array, *arguments: Any) -> float:
+    """Time of one call in a compiled `chain`, in ms; the gaps between kernels count.
+
+    The program runs again and again without a wait between.
+    """
+    x = jax.block_until_ready(program(program(jnp.copy(start), *arguments), *arguments))
     times = []
-    for _ in range(_RUNS):
+    for _ in range(_CHAIN_RUNS):
         begin = time.perf_counter()
         for _ in range(_REPEATS):
-            x = compiled(x, *arguments)
+            x = program(x, *arguments)
         jax.block_until_ready(x)
         times.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(times) / (_CHAIN * _REPEATS)
 
 
-def looped_ms(step: Callable[..., jax.Array], start: jax.Array, *arguments: Any) -> float:
-    """Time of one of 1000 calls inside `lax.fori_loop`, in ms."""
-    looped = jax.jit(lambda x, *rest: lax.fori_loop(0, _LOOP, lambda _, x: step(x, *rest), x))
+def loop(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> Program:
+    """A program of many calls inside `lax.fori_loop`."""
+    return jax.jit(lambda x, *rest: lax.fori_loop(0, _LOOP, lambda _, x: step(x, *rest), x)).lower(start, *arguments)
+
+
+def looped_ms(program: Any, start: jax.Array, *arguments: Any) -> float:
+    """Time of one call in a compiled `loop`, in ms."""
+    jax.block_until_ready(program(start, *arguments))
     times = []
-    for _ in range(5):
+    for _ in range(_LOOP_RUNS):
         begin = time.perf_counter()
-        jax.block_until_ready(looped(start, *arguments))
+        jax.block_until_ready(program(start, *arguments))
         times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times[2:]) / _LOOP
+    return 1e3 * statistics.median(times) / _LOOP
 
 
 def rates() -> dict[str, float]:
