@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import time
 from collections.abc import Callable
 
 import pytest
@@ -176,25 +177,44 @@ def test_a_plugins_methods_run_and_nan_is_reported(run: Run, model_directory: pa
     assert "broken: NaN or infinite logits in 1 of 1 cases" in log
 
 
-def test_a_researchers_path(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
-    """A scheme of one's own, from its file to a report; `--durations` shows what it takes."""
-    plugin, out = tmp_path / "mine.py", tmp_path / "sweep"
-    plugin.write_text(PLUGIN)
+def test_a_researchers_path(
+    run: Run,
+    model_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+):
+    """A scheme of one's own, from its file over `evaluate` and `sweep` to a report; says what each step takes."""
+    plugin, out = pathlib.Path(__file__).parents[1] / "examples" / "plugin_scorer.py", tmp_path / "sweep"
     (tmp_path / "book.txt").write_text(TEXT)
-    common = ["--model", model_directory, "--plugin", plugin, "--method", "even", "--method", "h2o"]
+    common = ["--model", model_directory, "--plugin", plugin, "--method", "vatp", "--method", "h2o"]
     task = ["perplexity", "--text", tmp_path / "book.txt", "--context", 200, "--continuation", 10, "--limit", 1]
+    common += ["--set", "group_size=16"]  # the tiny model's heads
+    began = time.perf_counter()
     code, text, log = run("evaluate", *task, *common)
+    evaluated = time.perf_counter()
     assert code == 0, log
-    assert "| even |" in text
+    assert "| vatp |" in text
     code, text, log = run("sweep", *task, *common, "--sweep", "heavy=0.1,0.3", "--out", out)
+    swept = time.perf_counter()
     assert code == 0, log
     points = json.loads((out / "results.json").read_text())["points"]
-    assert [point["method"] for point in points.values()] == ["even"] * 2 + ["h2o"] * 2
-    small, large = (points[f"even:heavy={share}"]["means"] for share in (0.1, 0.3))
+    assert [point["method"] for point in points.values()] == ["vatp"] * 2 + ["h2o"] * 2
+    small, large = (points[f"vatp:heavy={share}"]["means"] for share in (0.1, 0.3))
     assert small["cache_bytes"] < large["cache_bytes"]
-    assert "even:heavy=0.3" in (out / "report.html").read_text()
+    assert "vatp:heavy=0.3" in (out / "report.html").read_text()
+    took = f"evaluate {evaluated - began:.1f} s, sweep and report {swept - evaluated:.1f} s"
+    record_property("took", took)
+    with capsys.disabled():
+        print(f"\na plugin file, {took}")
 
 
+FLAT = """
+import minikv_jax as mk
+
+mk.register_scorer("flat")(lambda inputs, config: inputs.k.sum(axis=(2, 3)).astype("float32"))
+mk.register_method(mk.CacheConfig(name="flat", scorer="flat", heavy=0.5, recent=0.1))
+"""
 CASES = ["evaluate", "cases", "--model", "{model}", "--method", "minikv", "--data"]
 BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/book.txt"]
 
@@ -222,6 +242,10 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
         ([*CASES, "{scratch}/good.jsonl", "--budget-bytes", "0.01"], "does not fit 1.00%"),
         ([*CASES, "{scratch}/good.jsonl", "--plugin", "{scratch}/fails.py"], "fails.py (fails.py, line 2)"),
         ([*CASES, "{scratch}/good.jsonl", "--plugin", "{scratch}/none.py"], "none.py does not exist"),
+        (
+            [*CASES, "{scratch}/good.jsonl", "--plugin", "{scratch}/flat.py", "--method", "flat"],
+            "scorer 'flat' returns float32[2, 96]: expected floating-point [2, 2, 96], that is [B, K, T]",
+        ),
         (["evaluate", "nosuch"], "invalid choice: 'nosuch'"),
         ([*BOOK, "--method", "full", "--context", "2000"], "context=2000 + continuation=120 exceed"),
         ([*BOOK, "--method", "full", "--context", "99", "--limit", "9"], "9 windows of 219 need 1971"),
@@ -246,6 +270,7 @@ def test_user_error_is_one_line_and_exit_code_2(
         (tmp_path / f"{name}.jsonl").write_text(text)
     (tmp_path / "book.txt").write_text(TEXT)
     (tmp_path / "fails.py").write_text("\nimport nosuch\n")
+    (tmp_path / "flat.py").write_text(FLAT)
     code, out, err = run(*(text.format(model=model_directory, scratch=tmp_path) for text in arguments))
     assert code == 2
     assert not out

@@ -124,12 +124,23 @@ def _pareto_panel(
     axis.xaxis.set_minor_locator(NullLocator())
     if not more_is_better and any(y > 0 for _, y in found):
         least = min(y for _, y in found if y > 0)
+        most = 1.5 * max(y for _, y in found)
         axis.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(least)))
-        axis.set_ylim(0 if any(y == 0 for _, y in found) else least / 1.5, 1.5 * max(y for _, y in found))
+        axis.set_ylim(0 if any(y == 0 for _, y in found) else least / 1.5, most)
+        axis.set_yticks(_log_ticks(least / 1.5, most))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
     if more_is_better:
         axis.set_ylim(-0.05, 1.05)
     axis.set_ylabel(f"{label} ({'higher' if more_is_better else 'lower'} is better)", fontsize=9)
     axis.grid(alpha=0.3)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between `low` and `high`; the powers alone where these are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(powers) <= 4 else (1,)
+    return [tick for power in powers for digit in digits if low <= (tick := digit * 10.0**power) <= high]
 
 
 _BINS = 512  # columns of a map: each has at least a pixel of a README's width
