@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from minikv_jax.evaluation.run import Evaluator
     from minikv_jax.model import Llama
 
-_COLUMNS = {
+# What a table of means shows: heading and format of each metric.
+COLUMNS = {
     "nll": ("NLL", "{:.4f}"),
     "kl_to_full": ("KL to full", "{:.4f}"),
     "top1_agreement": ("top-1 agreement", "{:.3f}"),
@@ -211,13 +212,13 @@ class _Bar:
 
 def table(means: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of means, a row per method; columns that no method has are left out."""
-    shown = [key for key in _COLUMNS if any(key in values for values in means.values())]
+    shown = [key for key in COLUMNS if any(key in values for values in means.values())]
     rows = []
     for name, values in means.items():
-        cells = [_COLUMNS[key][1].format(values[key]) if key in values else "" for key in shown]
+        cells = [COLUMNS[key][1].format(values[key]) if key in values else "" for key in shown]
         share = f"{values['cache_bytes'] / values['full_cache_bytes']:.1%}" if "cache_bytes" in values else ""
         rows.append([name, *cells, share])
-    return markdown(["method", *(_COLUMNS[key][0] for key in shown), "of full"], rows)
+    return markdown(["method", *(COLUMNS[key][0] for key in shown), "of full"], rows)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from minikv_jax.evaluation.command import COLUMNS
+
 if TYPE_CHECKING:
     from minikv_jax.evaluation.inspection import Inspection
 
@@ -21,7 +23,9 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0 }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child { text-align: left; white-space: nowrap }
+.wide { overflow-x: auto }
+figure { margin: 1.5rem 0 }
 img { max-width: 100% }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 12px }
 </style></head><body>
@@ -32,9 +36,9 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 12px }
 {% endfor %}
 {% for heading, columns, rows in tables %}
 <h2>{{ heading }}</h2>
-<table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
+<div class="wide"><table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% endfor %}
 <h2>What the numbers depend on</h2>
 <pre>{{ details }}</pre>
@@ -43,15 +47,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 12px }
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # heading, columns, rows
 
-_COLUMNS = {
-    "nll": "{:.4f}",
-    "kl_to_full": "{:.4f}",
-    "top1_agreement": "{:.3f}",
-    "exact_match": "{:.3f}",
-    "score": "{:.3f}",
-    "cache_bytes": "{:,.0f}",
-    "not_finite": "{}",
-}
+_COLUMNS = COLUMNS | {"not_finite": ("not finite", "{}")}
 
 
 def page(
@@ -71,10 +67,10 @@ def sweep_report(results: Mapping[str, Any], image: bytes) -> str:
     rows = []
     for label, point in points.items():
         values = point["means"]
-        cells = [_COLUMNS[key].format(values[key]) if key in values else "" for key in keys]
+        cells = [_COLUMNS[key][1].format(values[key]) if key in values else "" for key in keys]
         share = values["cache_bytes"] / values["full_cache_bytes"] if "cache_bytes" in values else None
         rows.append([label, *cells, "" if share is None else f"{share:.1%}"])
-    tables: list[Table] = [("Means", ["point", *keys, "of full"], rows)]
+    tables: list[Table] = [("Means", ["point", *(_COLUMNS[key][0] for key in keys), "of full"], rows)]
     if results["skipped"]:
         tables.append(("Points that could not be measured", ["point", "why"], list(results["skipped"].items())))
     details = {key: value for key, value in results.items() if key not in ("points", "cases", "skipped")}
