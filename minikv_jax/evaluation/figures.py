@@ -126,8 +126,9 @@ def _pareto_panel(
         least = min(y for _, y in found if y > 0)
         most = 1.5 * max(y for _, y in found)
         axis.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(least)))
-        axis.set_ylim(0 if any(y == 0 for _, y in found) else least / 1.5, most)
-        axis.set_yticks(_log_ticks(least / 1.5, most))
+        zero = [0.0] * any(y == 0 for _, y in found)
+        axis.set_ylim(0 if zero else least / 1.5, most)
+        axis.set_yticks([*zero, *_log_ticks(least / 1.5, most)])
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_locator(NullLocator())
     if more_is_better:
