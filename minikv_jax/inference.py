@@ -23,6 +23,8 @@ from minikv_jax.rotary import inverse_frequencies
 from minikv_jax.schemes import BUDGETS, SCORERS, ScorerInputs
 from minikv_jax.selection import Kept, budget_tokens, budgets_from_scores, layer_budgets, select_tokens
 
+Store = Callable[[LayerCache], LayerCache]  # where a compressed layer goes; the cache is made of what it returns
+
 
 def prefill(
     model: Llama,
@@ -42,33 +44,34 @@ def prefill(
       The final hidden state of each row's last token, and a cache with room for `max_new_tokens`.
     """
 
-    def run(ids: Array, lengths: Array) -> tuple[Array, KVCache]:
-        compressor = Compressor(model.config, config, ids.shape[1], max_new_tokens, implementation)
-        hidden = run_prompt(model, ids, lengths, compressor.add, compressor.needs_column_sums, implementation)
-        return last_valid(hidden, lengths), compressor.cache(lengths)
-
-    return _by_rows(run, ids, lengths)
-
-
-def _by_rows(function: Callable[[Array, Array], Any], ids: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Any:
-    """`function`, whose results have a leading axis of rows, over as many rows at a time as `CHUNK_TOKENS` holds."""
     batch, tokens = ids.shape
     chunks = -(-batch // max(CHUNK_TOKENS // tokens, 1))
     rows = -(-batch // chunks)
-    if chunks == 1:
-        return function(ids, lengths)
-    function = jax.jit(function)  # traced once, for the shapes and for the loop
 
-    def put(i: Array, whole: Any) -> Any:
+    def run(ids: Array, lengths: Array, store: Store = lambda layer: layer) -> tuple[Array, KVCache]:
+        compressor = Compressor(model.config, config, tokens, max_new_tokens, implementation, store)
+        hidden = run_prompt(model, ids, lengths, compressor.add, compressor.needs_column_sums, implementation)
+        return last_valid(hidden, lengths), compressor.cache(lengths)
+
+    if chunks == 1:
+        return run(ids, lengths)
+
+    def run_rows(i: Array, whole: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         # The last chunk is moved back to end with the batch; the rows that it repeats come out the same.
         start = jnp.minimum(i * rows, batch - rows)
         cut = (lax.dynamic_slice_in_dim(x, start, rows) for x in (ids, lengths))
-        write = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis=0)  # noqa: E731
-        return jax.tree.map(write, whole, function(*cut))
 
-    part = jax.eval_shape(function, ids[:rows], lengths[:rows])
+        def put(whole: Any, part: Any) -> Any:
+            write = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis=0)  # noqa: E731
+            return jax.tree.map(write, whole, part)
+
+        # A layer's rows enter the whole cache before the next layer runs: the chunk's cache never lives as one.
+        hidden, cache = run(*cut, lambda layer: put(whole[1].layers[layer.number], layer))
+        return put(whole[0], hidden), KVCache(cache.layers, lengths)
+
+    part = jax.eval_shape(run, ids[:rows], lengths[:rows])
     whole = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), part)
-    return lax.fori_loop(0, chunks, put, whole)
+    return lax.fori_loop(0, chunks, run_rows, whole)
 
 
 def last_valid(hidden: Float[Array, "B T *D"], lengths: Int[Array, "B"]) -> Float[Array, "B *D"]:
@@ -172,9 +175,11 @@ class Compressor:
         tokens: int,
         max_new_tokens: int,
         implementation: str | None = None,
+        store: Store = lambda layer: layer,
     ):
         self.config = config
         self._implementation = implementation
+        self._store = store
         self._heavy = layer_budgets(config, model.num_hidden_layers)
         self._capacities = memory.capacities(model, config, tokens, max_new_tokens)
         self.kept: list[Kept] = []
@@ -208,8 +213,8 @@ class Compressor:
             inputs, scores, heavy, self.config, self._capacities[number], number, self._implementation
         )
         self.kept.append(kept)
-        self._layers.append(layer)
-        return layer
+        self._layers.append(self._store(layer))
+        return self._layers[-1]
 
 
 def compress_layer(

@@ -130,9 +130,14 @@ def mean_log_probability(model: mk.Llama, ids: list[int], prompt: int, implement
     return float(run(params))
 
 
-def test_smollm2_scores_text_alike_with_the_kernels(ids: list[int]) -> None:
+@pytest.fixture(scope="module")
+def xla_log_probability(ids: list[int]) -> float:
+    return mean_log_probability(hub.load(hub.DEMO_MODEL, dtype="bfloat16")[0], ids[:2560], 2048, "xla")
+
+
+@pytest.mark.parametrize("name", ["cuda", "pallas"])
+def test_smollm2_scores_text_alike_with_the_kernels(name: str, ids: list[int], xla_log_probability: float) -> None:
     """`minikv` over 2048 tokens and the 512 after them, four tails long."""
-    model = hub.load(hub.DEMO_MODEL, dtype="bfloat16")[0]
-    ours, theirs = (mean_log_probability(model, ids[:2560], 2048, name) for name in ("cuda", "xla"))
-    print(f"mean log-probability: cuda {ours:.4f}, xla {theirs:.4f}")
-    assert abs(ours - theirs) < 0.01
+    ours = mean_log_probability(hub.load(hub.DEMO_MODEL, dtype="bfloat16")[0], ids[:2560], 2048, name)
+    print(f"mean log-probability: {name} {ours:.4f}, xla {xla_log_probability:.4f}")
+    assert abs(ours - xla_log_probability) < 0.01
