@@ -43,7 +43,6 @@ def prefill(
     Returns:
       The final hidden state of each row's last token, and a cache with room for `max_new_tokens`.
     """
-
     batch, tokens = ids.shape
     chunks = -(-batch // max(CHUNK_TOKENS // tokens, 1))
     rows = -(-batch // chunks)
@@ -59,14 +58,14 @@ def prefill(
     def run_rows(i: Array, whole: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         # The last chunk is moved back to end with the batch; the rows that it repeats come out the same.
         start = jnp.minimum(i * rows, batch - rows)
-        cut = (lax.dynamic_slice_in_dim(x, start, rows) for x in (ids, lengths))
+        some_ids, some_lengths = (lax.dynamic_slice_in_dim(x, start, rows) for x in (ids, lengths))
 
         def put(whole: Any, part: Any) -> Any:
             write = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis=0)  # noqa: E731
             return jax.tree.map(write, whole, part)
 
         # A layer's rows enter the whole cache before the next layer runs: the chunk's cache never lives as one.
-        hidden, cache = run(*cut, lambda layer: put(whole[1].layers[layer.number], layer))
+        hidden, cache = run(some_ids, some_lengths, lambda layer: put(whole[1].layers[layer.number], layer))
         return put(whole[0], hidden), KVCache(cache.layers, lengths)
 
     part = jax.eval_shape(run, ids[:rows], lengths[:rows])
