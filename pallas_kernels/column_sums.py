@@ -97,7 +97,8 @@ def column_sums(
     k_tiles, group = pl.cdiv(tokens, block_k), heads // kv_heads
     parts = parts_of(group, k_tiles, batch * kv_heads)
     members = group // parts  # heads of a block
-    section = parts * hopper.streams_per_section(batch * kv_heads)  # parts whose blocks start side by side
+    read = q.nbytes // (batch * heads)  # of one head at a time
+    section = parts * hopper.streams_per_section(batch * kv_heads, read)  # parts whose blocks start side by side
 
     def kernel(
         lengths_gmem,

@@ -94,7 +94,8 @@ def flash_attention(
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    section = group * hopper.streams_per_section(batch * kv_heads)  # heads whose blocks start side by side
+    read = (k.nbytes + v.nbytes) // (batch * kv_heads)
+    section = group * hopper.streams_per_section(batch * kv_heads, read)  # heads whose blocks start side by side
     block_kv, stages = config.block_kv, config.stages
     arrays = scratch(config, head_dim, q.dtype)
     hopper.check_shared_memory(arrays, config)

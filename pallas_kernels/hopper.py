@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 COMPUTE_CAPABILITY = "9.0"
 MULTIPROCESSORS = 132  # of the largest Hopper devices: what work is split for
 MAX_SHARED_BYTES = 227 * 1024  # of one thread block
-_STREAMS = 16
+_CACHED_BYTES = 16 * 2**20  # of the L2 cache, for what thread blocks that run side by side all read
 # JAX 0.10 wants an index beside the reference that is loaded, JAX 0.11 warns of one.
 _INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
 _RESERVED_BYTES = 3 * 1024  # barriers, alignment, and what reductions exchange
@@ -72,13 +72,14 @@ def check_shared_memory(scratch: dict[str, Any], config: Any) -> None:
         raise ValueError(f"{config} needs {used} bytes of shared memory: a thread block has {MAX_SHARED_BYTES}")
 
 
-def streams_per_section(streams: int) -> int:
+def streams_per_section(streams: int, stream_bytes: int) -> int:
     """Of how many KV heads (over all rows) the thread blocks are to start side by side, long ones first.
 
-    Few, so that what many blocks read of each stays in the L2 cache; not one by one, or the long blocks of the last
-    heads would start last.
+    So few that what the blocks of a head all read, `stream_bytes`, stays in the L2 cache for every one of them; not
+    one by one, or the long blocks of the last head would start last.
     """
-    return max(divisor for divisor in range(1, _STREAMS + 1) if streams % divisor == 0)
+    most = max(2, _CACHED_BYTES // stream_bytes)
+    return max(divisor for divisor in range(1, min(streams, most) + 1) if streams % divisor == 0)
 
 
 def launch(

@@ -207,9 +207,9 @@ def test_greedy_tokens_are_xlas(
     """64 tokens under minikv; a first one that differs is a tie: XLA's logits are closer than bfloat16 moves them."""
     model, _ = bfloat16_model
     exact, rounded = nnx.split(smollm2[0]), nnx.split(model)
-    for prompt in prompts:
-        run = functools.partial(generate, model, [prompt], cache="minikv", max_new_tokens=64, eos_token_ids=())
-        want, got = (np.asarray(run(implementation=name).tokens)[0] for name in ("xla", implementation))
+    run = functools.partial(generate, model, prompts, cache="minikv", max_new_tokens=64, eos_token_ids=())
+    by_implementation = (np.asarray(run(implementation=name).tokens) for name in ("xla", implementation))
+    for prompt, want, got in zip(prompts, *by_implementation, strict=True):
         if np.array_equal(want, got):
             continue
         first = int(np.argmax(want != got))

@@ -230,9 +230,12 @@ def test_log2_is_exact_to_a_unit_and_a_half_in_the_last_place() -> None:
     assert abs(error.mean()) < 1e-8
 
 
-@pytest.mark.parametrize(("streams", "section"), [(1, 1), (8, 8), (16, 16), (40, 10), (256, 16), (17, 1)])
-def test_blocks_start_in_sections_of_equal_size(streams: int, section: int) -> None:
-    assert hopper.streams_per_section(streams) == section
+@pytest.mark.parametrize(
+    ("streams", "mebibytes", "section"),
+    [(1, 2, 1), (8, 4, 4), (256, 2, 8), (40, 2, 8), (17, 2, 1), (8, 16, 2), (9, 64, 1)],
+)
+def test_blocks_start_in_sections_that_the_cache_holds(streams: int, mebibytes: int, section: int) -> None:
+    assert hopper.streams_per_section(streams, mebibytes << 20) == section
 
 
 @pytest.mark.parametrize(
