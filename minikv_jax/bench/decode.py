@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import cuda_ffi
 import pallas_kernels
-from minikv_jax.bench.timing import chain, chained_ms, compiled, loop, looped_ms
+from minikv_jax.bench.timing import Benchmark, Row, chain, chained_ms, loop, looped_ms
 
 _KERNELS = {"cuda": cuda_ffi.decode_attention, "pallas": pallas_kernels.decode_attention}
 
@@ -84,44 +84,49 @@ def stored_bytes(shape: DecodeShape) -> int:
     return round(values * (shape.tokens * packed_bits / 8 + shape.tail * 2))
 
 
-def bench_decode(shape: DecodeShape, rate: dict[str, float]) -> Iterator[dict[str, Any]]:
+def bench_decode(shape: DecodeShape, rate: dict[str, float]) -> Benchmark:
     """One row per implementation: ms of a call in a chain of calls, bytes a second of what is stored, and cuDNN's."""
-    q = jax.random.normal(jax.random.key(2), (shape.batch, shape.heads, shape.head_dim), jnp.bfloat16)
-    size = (shape.batch, shape.tokens + shape.tail, shape.kv_heads, shape.head_dim)
-    dense = jax.ShapeDtypeStruct(size, jnp.bfloat16)
-    steps = {name: functools.partial(_decode, kernel, shape) for name, kernel in _KERNELS.items()}
-    abstract = jax.eval_shape(lambda: random_cache(shape))
+    q = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.head_dim), jnp.bfloat16)
+    dense = jax.ShapeDtypeStruct((shape.batch, shape.tokens + shape.tail, shape.kv_heads, shape.head_dim), jnp.bfloat16)
+    cache = jax.eval_shape(lambda: random_cache(shape))
     programs = {"cudnn": chain(_cudnn, q, dense, dense)}
-    for name, step in steps.items():
-        programs |= {f"{name} chain": chain(step, q, abstract), f"{name} loop": loop(step, q, abstract)}
-    ready = compiled(programs)
+    for name, kernel in _KERNELS.items():
+        step = functools.partial(_decode, kernel, shape)
+        programs |= {f"{name} chain": chain(step, q, cache), f"{name} loop": loop(step, q, cache)}
 
-    cache = random_cache(shape)
-    times = {
-        name: (chained_ms(ready[f"{name} chain"], q, cache), looped_ms(ready[f"{name} loop"], q, cache))
-        for name in steps
-    }
-    del cache
-    cudnn_ms = chained_ms(
-        ready["cudnn"], q, *(jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in (3, 4))
-    )
+    def measure(programs: Mapping[str, Any]) -> Iterator[Row]:
+        queries, k, v = (
+            jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate((q, dense, dense))
+        )
+        cudnn_ms = chained_ms(programs["cudnn"], queries, k, v)
+        del k, v
+        arguments = queries, random_cache(shape)
+        for name in _KERNELS:
+            ms = chained_ms(programs[f"{name} chain"], *arguments)
+            yield _row(shape, name, ms, looped_ms(programs[f"{name} loop"], *arguments), cudnn_ms, rate)
+
+    return Benchmark(programs, measure)
+
+
+def _row(
+    shape: DecodeShape, implementation: str, ms: float, looped: float, cudnn_ms: float, rate: dict[str, float]
+) -> Row:
     sizes = {"batch": shape.batch, "tokens": shape.tokens + shape.tail, "heads": shape.heads}
     sizes |= {"kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "bits": shape.bits}
-    for name, (ms, looped) in times.items():
-        achieved = stored_bytes(shape) / ms * 1e3
-        yield {
-            "op": "decode_attention",
-            "shape": shape.name,
-            "sizes": sizes,
-            "implementation": name,
-            "ms": ms,
-            "in_loop_ms": looped,
-            "stored_bytes": stored_bytes(shape),
-            "bytes_per_s": achieved,
-            "fraction_of_floor": achieved / rate["read_bytes_per_s"],
-            "cudnn_bf16_ms": cudnn_ms,
-            "times_faster_than_cudnn": cudnn_ms / ms,
-        }
+    achieved = stored_bytes(shape) / ms * 1e3
+    return {
+        "op": "decode_attention",
+        "shape": shape.name,
+        "sizes": sizes,
+        "implementation": implementation,
+        "ms": ms,
+        "in_loop_ms": looped,
+        "stored_bytes": stored_bytes(shape),
+        "bytes_per_s": achieved,
+        "fraction_of_floor": achieved / rate["read_bytes_per_s"],
+        "cudnn_bf16_ms": cudnn_ms,
+        "times_faster_than_cudnn": cudnn_ms / ms,
+    }
 
 
 def _decode(kernel: Callable[..., jax.Array], shape: DecodeShape, q: jax.Array, cache: dict[str, Any]) -> jax.Array:

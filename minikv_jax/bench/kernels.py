@@ -23,15 +23,15 @@ from minikv_jax.bench.prefill import bench_prefill
 from minikv_jax.bench.quantize import bench_quantize
 
 
-def rows(rate: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Every measurement, one after the other."""
+def benchmarks(rate: dict[str, float]) -> Iterator[timing.Benchmark]:
+    """Everything that is measured."""
     for shape in DECODE_SHAPES:
-        yield from bench_decode(shape, rate)
+        yield bench_decode(shape, rate)
     for implementation in ("cuda", "pallas"):
         for axis in ("tokens", "channels"):
             yield bench_quantize(axis, implementation, rate)
     for shape in PREFILL_SHAPES:
-        yield from bench_prefill(shape)
+        yield bench_prefill(shape)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         **timing.rates(),
         "results": [],
     }
-    for row in rows(report):
+    for row in timing.run(benchmarks(report)):
         report["results"].append(row)
         sys.stdout.write(_line(row) + "\n")
         sys.stdout.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
 from minikv_jax.attention import prefill_attention
-from minikv_jax.bench.timing import compiled, kernel_ms
+from minikv_jax.bench.timing import Benchmark, Row, kernel_ms
+
+_IMPLEMENTATIONS = ("cuda", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +40,26 @@ SHAPES = (
 )
 
 
-def bench_prefill(shape: PrefillShape) -> Iterator[dict[str, Any]]:
+def bench_prefill(shape: PrefillShape) -> Benchmark:
     """One row per implementation: attention with scores, and cuDNN without."""
     sizes = ((shape.batch, shape.tokens, heads, shape.head_dim) for heads in (shape.heads, *[shape.kv_heads] * 2))
-    q, k, v = (jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i, size in enumerate(sizes))
-    lengths = jnp.full((shape.batch,), shape.tokens, jnp.int32)
+    q, k, v = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes)
+    lengths = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
     row = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.tokens), jnp.float32)
-    ready = compiled(
-        {name: jax.jit(functools.partial(_attend, name)).lower(q, k, v, lengths) for name in ("cuda", "pallas")}
-        | {
-            "cudnn": jax.jit(_cudnn).lower(q, k, v),
-            "rows": jax.jit(row_log_sum_exp).lower(q, k, lengths),
-            "columns": jax.jit(column_sums).lower(q, k, lengths, row),
-        }
-    )
-    cudnn_ms = kernel_ms(ready["cudnn"], q, k, v)
-    for name in ("cuda", "pallas"):
-        ms = kernel_ms(ready[name], q, k, v, lengths)
+    programs = {
+        "cudnn": jax.jit(_cudnn).lower(q, k, v),
+        "rows": jax.jit(row_log_sum_exp).lower(q, k, lengths),
+        "columns": jax.jit(column_sums).lower(q, k, lengths, row),
+    }
+    programs |= {x: jax.jit(functools.partial(_attend, x)).lower(q, k, v, lengths) for x in _IMPLEMENTATIONS}
+    return Benchmark(programs, functools.partial(_measure, shape, (q, k, v)))
+
+
+def _measure(shape: PrefillShape, like: tuple[Any, ...], programs: Mapping[str, Any]) -> Iterator[Row]:
+    q, k, v = (jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(like))
+    lengths = jnp.full((shape.batch,), shape.tokens, jnp.int32)
+    for name in _IMPLEMENTATIONS:
+        cudnn_ms, ms = kernel_ms(programs["cudnn"], q, k, v), kernel_ms(programs[name], q, k, v, lengths)
         result = {
             "op": "prefill_attention",
             "shape": shape.name,
@@ -65,8 +70,9 @@ def bench_prefill(shape: PrefillShape) -> Iterator[dict[str, Any]]:
             "times_cudnn": ms / cudnn_ms,
         }
         if name == "cuda":
-            result["row_log_sum_exp_ms"] = kernel_ms(ready["rows"], q, k, lengths)
-            result["column_sums_ms"] = kernel_ms(ready["columns"], q, k, lengths, ready["rows"](q, k, lengths))
+            row = programs["rows"](q, k, lengths)
+            result["row_log_sum_exp_ms"] = kernel_ms(programs["rows"], q, k, lengths)
+            result["column_sums_ms"] = kernel_ms(programs["columns"], q, k, lengths, row)
         yield result
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,25 +20,42 @@ _RUNS = 15
 _CHAIN, _REPEATS, _CHAIN_RUNS = 40, 5, 9
 _LOOP, _LOOP_RUNS = 500, 3
 
-Program = jax.stages.Lowered
+Row = dict[str, Any]
 
 
-def compiled(programs: Mapping[str, Program]) -> dict[str, Any]:
-    """The programs, compiled side by side: before anything is timed, which more threads would disturb."""
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What one shape is timed with.
+
+    Attributes:
+      programs: by name, not compiled yet.
+      measure: its rows, given the compiled programs.
+    """
+
+    programs: Mapping[str, jax.stages.Lowered]
+    measure: Callable[[Mapping[str, jax.stages.Compiled]], Iterator[Row]]
+
+
+def run(benchmarks: Iterable[Benchmark]) -> Iterator[Row]:
+    """Every row; all programs are compiled, side by side, before anything is timed: it would disturb the times."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip(programs, pool.map(lambda program: program.compile(), programs.values()), strict=True))
+        compiling = [
+            (benchmark.measure, {name: pool.submit(x.compile) for name, x in benchmark.programs.items()})
+            for benchmark in benchmarks
+        ]
+    for measure, programs in compiling:
+        yield from measure({name: program.result() for name, program in programs.items()})
 
 
-def kernel_ms(function: Callable[..., Any], *arguments: Any) -> float:
-    """Median over warm runs of the device time of a call, the sum of its kernels, in ms."""
-    program = function if isinstance(function, jax.stages.Compiled) else jax.jit(function)
+def kernel_ms(program: Callable[..., Any], *arguments: Any) -> float:
+    """Median over warm runs of the device time of a call of a compiled program, the sum of its kernels, in ms."""
     for _ in range(2):
         jax.block_until_ready(program(*arguments))
     _, times = profiler.measure(program, iterations=_RUNS)(*arguments)
     return statistics.median(float(t) for t in times or ())
 
 
-def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> Program:
+def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.stages.Lowered:
     """A program of many calls that each wait for the one before, and whose input is donated.
 
     It gets its own result as its input, so that it keeps its buffers and its CUDA graph, as a decode loop does.
@@ -67,7 +85,7 @@ def chained_ms(program: Any, start: jax.Array, *arguments: Any) -> float:
     return 1e3 * statistics.median(times) / (_CHAIN * _REPEATS)
 
 
-def loop(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> Program:
+def loop(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.stages.Lowered:
     """A program of many calls inside `lax.fori_loop`."""
     return jax.jit(lambda x, *rest: lax.fori_loop(0, _LOOP, lambda _, x: step(x, *rest), x)).lower(start, *arguments)
 
@@ -86,6 +104,6 @@ def looped_ms(program: Any, start: jax.Array, *arguments: Any) -> float:
 def rates() -> dict[str, float]:
     """Bytes a second this device reads, and copies (read plus written)."""
     words = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
-    read = words.nbytes / kernel_ms(read_checksum, words) * 1e3
-    copy = 2 * words.nbytes / kernel_ms(lambda x: x ^ 1, words) * 1e3
+    read = words.nbytes / kernel_ms(jax.jit(read_checksum), words) * 1e3
+    copy = 2 * words.nbytes / kernel_ms(jax.jit(lambda x: x ^ 1), words) * 1e3
     return {"read_bytes_per_s": read, "copy_bytes_per_s": copy}
