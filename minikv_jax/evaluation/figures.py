@@ -125,7 +125,7 @@ def _pareto_panel(
     if not more_is_better and any(y > 0 for _, y in found):
         least = min(y for _, y in found if y > 0)
         most = 1.5 * max(y for _, y in found)
-        axis.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(least)))
+        axis.set_yscale("symlog", linthresh=least, linscale=0.5)
         zero = [0.0] * any(y == 0 for _, y in found)
         axis.set_ylim(0 if zero else least / 1.5, most)
         axis.set_yticks([*zero, *_log_ticks(least / 1.5, most)])
