@@ -231,8 +231,17 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   p.counters = take_counters(row_counters);
   void* arguments[] = {&maps, &p};
-  cudaLaunchKernel(instance.kernel, dim3(blocks), dim3((warps + producers(H)) * kWarpSize), arguments, shared_bytes,
-                   stream);
+  cudaLaunchAttribute early{};  // the kernel itself waits for the launch before it
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(blocks);
+  launch.blockDim = dim3((warps + producers(H)) * kWarpSize);
+  launch.dynamicSmemBytes = shared_bytes;
+  launch.stream = stream;
+  launch.attrs = &early;
+  launch.numAttrs = device.major >= 9 ? 1 : 0;
+  cudaLaunchKernelExC(&launch, instance.kernel, arguments);
   return cuda_status(kOp, cudaGetLastError());
 }
 

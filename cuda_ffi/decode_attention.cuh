@@ -372,7 +372,7 @@ struct DecodeWarp {
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[t][i] = 0.0f;
       }
-#pragma unroll
+#pragma unroll 2  // not further: the loop over tiles has to fit into the instruction cache
       for (int step = 0; step < kSteps; ++step) {
         const uint4 w = *reinterpret_cast<const uint4*>(stage + Layout::KeyWords::offset(word, 64 * step + 16 * quad));
         uint32_t scale[2], zero[2];
@@ -628,7 +628,7 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   const uint32_t full = shared_address(barriers), empty = full + 8 * stages;
   BlockWork& block = *reinterpret_cast<BlockWork*>(barriers + 16 * stages);  // not in registers, which the loop needs
   const bool producer = warp >= warps_per_block;
-  const Lengths lengths(p, lane);  // asked for first: all else waits for them
+  release_next_launch();
   if (!producer && lane == 0) {  // one lane a warp: initialisations by several lanes of a warp run one after the other
     for (int i = warp * p.stages; i < (warp + 1) * p.stages; ++i) {
       barrier_init(full + 8 * i, kBulkCopies ? 1 : kWarpSize);
@@ -643,6 +643,8 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
+  wait_for_launch_before();
+  const Lengths lengths(p, lane);  // asked for first: all else waits for them
 
   const BlockWork work(p, lengths, warps_per_block, lane);
   // The producer's lanes follow one warp each, so these are the lane's there.

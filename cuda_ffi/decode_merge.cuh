@@ -44,7 +44,7 @@ struct SegmentParts {
 template <int H>
 struct QueryMerge {
   static constexpr int kPairs = (H + 63) / 64;
-  static constexpr int kAhead = 8;  // partial outputs a lane has in flight
+  static constexpr int kAhead = 32 / kPairs;  // partial outputs a lane has in flight
 
   const DecodeParams& p;
   int query, lane;

@@ -167,6 +167,21 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
+// ---- Programmatic dependent launch: blocks of the next launch may take the room this one leaves, and wait in
+// `wait_for_launch_before` until all of this one is done and in memory. Nothing global is read or written before that.
+
+__device__ __forceinline__ void release_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // True in one lane of a converged warp.
 __device__ __forceinline__ bool elect_one() {
 #if __CUDA_ARCH__ >= 900
@@ -183,10 +198,15 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// What these copies bring is read once a launch: it is marked as the first to leave the L2. The word is the policy that
+// `createpolicy.fractional.L2::evict_first` makes for every line.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
 __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
       : "memory");
 }
 
@@ -198,9 +218,9 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 __device__ __forceinline__ void tensor_copy(uint32_t destination, const CUtensorMap* map, int row, int span,
                                             uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-      "[%2];" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(span)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(span), "l"(kEvictFirst)
       : "memory");
 }
 #endif
