@@ -193,6 +193,7 @@ def column_sums(
                 slot = slot_of(step)
                 plgpu.barrier_wait(q_ready.at[slot])
                 sums = add(step, first_query(tile), sums)
+                plgpu.commit_smem()  # orders the loads of log-sum-exps before the copies that fill the stage again
                 plgpu.barrier_arrive(q_consumed.at[slot])
                 return sums
 

@@ -319,6 +319,7 @@ def attend(
                 words = words_smem.at[wg, slot, pl.ds(0, UNIT * bits)]
                 codes = hopper.load(words, words_layout)
                 scales, zeros = (hopper.load(x.at[wg, slot], metadata_layout) for x in (scale_smem, zero_smem))
+                plgpu.commit_smem()  # orders the loads before the copies that fill the stage again
                 plgpu.barrier_arrive(consumed.at[barrier])
                 return codes, _float16(scales), _float16(zeros)
 
