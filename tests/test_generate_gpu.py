@@ -17,8 +17,9 @@ from jax import lax
 from tiny import tiny_model
 
 import minikv_jax as mk
-from minikv_jax import hub, inference, presets
+from minikv_jax import hub, memory, presets
 from minikv_jax.cache import LayerCache, append, compress, layer_capacity
+from minikv_jax.evaluation import layerwise
 from minikv_jax.selection import Kept
 
 STEPS = 10_000
@@ -32,15 +33,15 @@ def test_ten_thousand_steps_in_flat_memory() -> None:
     """Every token is counted, every number finite, and from the first chunk of steps on no byte is added."""
     model = tiny_model(dtype="bfloat16", head_dim=64, hidden_size=128, max_position_embeddings=STEPS + 256)
     prompts = [np.random.default_rng(0).integers(0, 96, size).tolist() for size in (100, 37)]
-    memory, results = [], []
+    held, results = [], []
     settings: Any = {"max_new_tokens": STEPS, "eos_token_ids": (), "log_probabilities": True, "implementation": "cuda"}
     for result in mk.stream(model, prompts, chunk=STEPS // 4, **settings):
         jax.block_until_ready(result)
         stats = jax.local_devices()[0].memory_stats() or {}
-        memory.append((stats["bytes_in_use"], stats["peak_bytes_in_use"]))
+        held.append((stats["bytes_in_use"], stats["peak_bytes_in_use"]))
         results = [result]
-    assert len(memory) == 5
-    assert memory[2:] == [memory[1]] * 3
+    assert len(held) == 5
+    assert held[2:] == [held[1]] * 3
     (last,) = results
     assert last.lengths.tolist() == [STEPS] * 2
     kept = np.asarray(last.cache.kept_tokens)
@@ -110,24 +111,18 @@ def test_smollm2_draws_on_the_gpu_what_it_draws_on_the_cpu(ids: list[int]) -> No
 
 
 def mean_log_probability(model: mk.Llama, ids: list[int], prompt: int, implementation: str) -> float:
-    """Of the tokens after the first `prompt`, fed one by one to the compressed cache."""
-    graphdef, params = nnx.split(model)
-    tokens, length = jnp.asarray(ids), jnp.asarray([prompt])
+    """Of the tokens after the first `prompt`, fed one by one to the compressed cache.
 
-    @jax.jit
-    def run(params: nnx.State) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        new = len(ids) - prompt
-        hidden, cache = inference.prefill(model, tokens[None, :prompt], length, MINIKV, new, implementation)
-
-        def step(state: tuple, token: jax.Array) -> tuple[tuple, jax.Array]:
-            hidden, cache = state
-            found = jax.nn.log_softmax(model.logits(hidden))[0, token]
-            return inference.decode(model, cache, token[None], jnp.ones(1, jnp.int32), implementation), found
-
-        return jnp.mean(lax.scan(step, (hidden, cache), tokens[prompt:])[1])
-
-    return float(run(params))
+    Layer by layer: as one program, thirty layers of "xla" take minutes to compile.
+    """
+    lengths, active, found = jnp.array([prompt]), jnp.ones(1, jnp.int32), []
+    capacities = memory.capacities(model.config, MINIKV, prompt, len(ids) - prompt)
+    hidden, layers = layerwise.prefill_layers(model, jnp.array([ids[:prompt]]), lengths, True, implementation)
+    cache, _ = layerwise.compress_layers(model.config, MINIKV, layers, lengths, capacities, implementation)
+    for token in ids[prompt:]:
+        found.append(jax.nn.log_softmax(model.logits(hidden))[0, token])
+        hidden, cache = layerwise.decode_step(model, cache, jnp.array([token]), active, implementation)
+    return float(jnp.stack(found).mean())
 
 
 @pytest.fixture(scope="module")
