@@ -221,6 +221,8 @@ def test_figures_and_table_show_what_was_measured(tmp_path: pathlib.Path, capsys
 
     assert figures.generation_s(row("full", 1, 64)) == pytest.approx(1.02)
     rows = [row(method, *sizes) for method in ("minikv", "full") for sizes in ((1, 2048), (1, 4096), (4, 2048))]
+    longer = row("full", 1, 8192) | {"max_new_tokens": 20}
+    assert figures._series([*rows, longer], "batch", "prompt_len") == [r for r in rows if r["batch"] == 1]
     failed = {"method": "full", "batch": 8, "prompt_len": 64, "max_new_tokens": 10, "error": "out of memory: 9 GB"}
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"device": "D", "results": [*rows, failed]}))

@@ -21,12 +21,11 @@ Row = Mapping[str, Any]
 
 
 def latency(rows: Sequence[Row], title: str) -> bytes:
-    """Seconds to generate, prefill included, and prefill alone, against the prompt's length; rows of one batch."""
+    """Seconds to generate, prefill included, and prefill alone, against the prompt; rows alike in batch and output."""
     figure, axes = panels(2, 3.6)
     _lines(axes[0], rows, "prompt_len", generation_s)
     _lines(axes[1], rows, "prompt_len", lambda row: row["prefill_s"])
-    new = " or ".join(f"{count:,}" for count in sorted({row["max_new_tokens"] for row in rows}))
-    axes[0].set_ylabel(f"seconds for {new} tokens, prefill included", fontsize=9)
+    axes[0].set_ylabel(f"seconds for {rows[0]['max_new_tokens']:,} tokens, prefill included", fontsize=9)
     axes[1].set_ylabel("seconds of prefill", fontsize=9)
     for axis in axes:
         axis.set_xlabel(f"prompt tokens (batch {rows[0]['batch']})", fontsize=9)
@@ -136,8 +135,9 @@ def _model(row: Row) -> str:
 
 
 def _series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
-    """The rows with the value of `fixed` that has the most values of `varied`; none where that is one."""
-    found = [[row for row in rows if row[fixed] == value] for value in sorted({row[fixed] for row in rows})]
+    """The rows of one `fixed` and one output length that have the most values of `varied`; none where that is one."""
+    sizes = [(row[fixed], row["max_new_tokens"]) for row in rows]
+    found = [[row for row, size in zip(rows, sizes, strict=True) if size == one] for one in sorted(set(sizes))]
     best = max(found, key=lambda series: len({row[varied] for row in series}))
     return best if len({row[varied] for row in best}) > 1 else []
 
