@@ -114,7 +114,7 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
                 "head_dim " + std::to_string(H) + " is not a multiple of group_size " + std::to_string(group_size));
   if (!check.ok()) return check.error();
   const int64_t P = k_words.dimensions()[2] * (32 / k_bits);
-  check.dtype("q", q, {ffi::BF16, ffi::F16});
+  check.dtype("q", q, {ffi::BF16});
   check.shape("k_words", k_words, {B, K, P * k_bits / 32, H});
   check.shape("v_words", v_words, {B, K, P * v_bits / 32, H});
   check.dtype("k_words", k_words, {ffi::U32});
@@ -143,14 +143,14 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   }
   check.shape("tail_k", tail_k, {B, K, C, H});
   check.shape("tail_v", tail_v, {B, K, C, H});
-  check.dtype("tail_k", tail_k, {q.element_type()});
-  check.dtype("tail_v", tail_v, {q.element_type()});
+  check.dtype("tail_k", tail_k, {ffi::BF16});
+  check.dtype("tail_v", tail_v, {ffi::BF16});
   check.shape("packed_length", packed_length, {B});
   check.shape("tail_length", tail_length, {B});
   check.dtype("packed_length", packed_length, {ffi::S32});
   check.dtype("tail_length", tail_length, {ffi::S32});
   check.shape("out", *out, {B, N, H});
-  check.dtype("out", *out, {q.element_type()});
+  check.dtype("out", *out, {ffi::BF16});
   check.dtype("partial", *partial, {ffi::F32});
   if (!check.ok()) return check.error();
 
@@ -178,7 +178,6 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   p.tail_capacity = static_cast<int>(C);
   p.group_log2 = integer_log2(group_size);
   p.factor_log2 = integer_log2(factor_block);
-  p.bfloat16 = q.element_type() == ffi::BF16;
   p.scale_log2 = scale * kLog2E;
 
   const Device device = current_device();
@@ -187,17 +186,21 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   const int warp_bytes = p.stages * (instance.stage_bytes + 16) + kQueries * 2 * static_cast<int>(H);  // 2 barriers
   const int rows = p.batch * p.rows_per_batch();
   const int64_t most = static_cast<int64_t>(rows) * p.tiles(p.packed_capacity, p.tail_capacity);  // tiles, cache full
+  const int most_warps = std::min(max_warps(static_cast<int>(H)),
+                                  (device.shared_bytes_per_block - static_cast<int>(sizeof(BlockWork))) / warp_bytes);
   const int useful =
       static_cast<int>(std::clamp<int64_t>((most + blocks - 1) / blocks, 2, max_warps(static_cast<int>(H))));
-  const int warps = std::min({max_warps(static_cast<int>(H)), requested_warps > 0 ? requested_warps : useful,
-                              (device.shared_bytes_per_block - static_cast<int>(sizeof(BlockWork))) / warp_bytes});
-  const int64_t slots = static_cast<int64_t>(blocks) * warps + 2 * rows;
+  // Few tiles: warps that would find none take shares of the others'.
+  const bool shared_tiles = requested_warps <= 0 && most > 0 && useful * instance.shares <= most_warps;
+  p.shares_log2 = shared_tiles ? integer_log2(instance.shares) : 0;
+  const int warps = std::min(most_warps, requested_warps > 0 ? requested_warps : useful << p.shares_log2);
+  const int64_t slots = static_cast<int64_t>(blocks) * warps + (2 * rows << p.shares_log2);
   check.require(warps >= 1, "stages=" + std::to_string(p.stages) + " do not fit into shared memory");
   check.require(static_cast<int64_t>(partial->element_count()) >= slots * p.slot_floats(static_cast<int>(H)),
                 "scratch of " + std::to_string(partial->element_count()) + " floats is too small for " +
                     std::to_string(slots) + " slots");
-  const int row_counters = rows * p.partial_queries();
-  check.require(row_counters <= static_cast<int>(kCounters), "more than a million query heads");
+  check.require(rows <= static_cast<int>(kCounters) && most / blocks < warps * p.stages * instance.stage_bytes,
+                std::to_string(rows) + " rows of " + std::to_string(most) + " tiles are more than a launch can count");
   if (!check.ok()) return check.error();
 
   const int shared_bytes = warps * warp_bytes + static_cast<int>(sizeof(BlockWork));
@@ -229,7 +232,7 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   }
 
   cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  p.counters = take_counters(row_counters);
+  p.counters = take_counters(rows);
   void* arguments[] = {&maps, &p};
   cudaLaunchAttribute early{};  // the kernel itself waits for the launch before it
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

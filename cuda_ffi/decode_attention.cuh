@@ -3,11 +3,14 @@
 // Operands are swapped, S^T = K Q^T and O^T = V^T P^T, so that the large operand (codes, dequantised in registers) is
 // the row operand of the tensor cores and the few queries of a KV head are the 8 columns.
 //
-// Each computing warp has a private ring of shared-memory stages (keys of a tile, values of a tile, keys of the next,
+// Each team of computing warps has a private ring of shared-memory stages (keys of a tile, values of a tile, keys of
+// the next,
 // ...), which further warps of the block, the producers, keep full. Each segment of a warp's tiles (decode_work.cuh)
 // leaves an unnormalised partial output with its softmax maximum and denominator; those of a row are joined at the end
 // (decode_merge.cuh).
 #pragma once
+
+#include <type_traits>
 
 #include "decode_merge.cuh"
 
@@ -36,7 +39,8 @@ struct DecodeLayout {
   static constexpr int kValueBytes = ValueWords::kBytes + 2 * kMetaStride;
   static constexpr int kPackedBytes = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
   static constexpr int kStageBytes = round_up(kPackedBytes > Tail::kBytes ? kPackedBytes : Tail::kBytes, 1024);
-  static_assert(kQueries * H * 4 <= kStageBytes, "a warp's partial output is staged in its ring");
+  static_assert(kQueries * (H + 2) * 4 <= kStageBytes,
+                "a partial output is staged in half a ring of two stages or more");
 
   // Output channels are taken in blocks; inside a block, lane row r owns a run of consecutive channels, so that one
   // scale and zero a token serve the whole run.
@@ -56,6 +60,8 @@ struct TokenMap {
   static constexpr int kValueWordTokens = 32 / VBits;  // tokens in a value word
   static constexpr int kValueWordsPerLane = VBits == 2 ? 2 : 4;
   static constexpr int kTiles = kHalves * kKeySlots;  // tensor-core row tiles: always 8, of 16 tokens
+  // Warps that can take one tile together, each a share of the slots of every word: two of them are the fewest.
+  static constexpr int kShares = KBits == VBits ? 8 / KBits : 1;
 
   __device__ __forceinline__ static int key_word(int half, int row) {
     const int quad = row >> 1, odd = row & 1;
@@ -71,10 +77,11 @@ struct TokenMap {
   }
 
   // Local token u (0..31) of a lane after the transposition: register and half-register that hold its probability.
-  __host__ __device__ static constexpr int p_register(int u) {
+  // Where a tile is cut into `shares`, slots count from the share's first.
+  __host__ __device__ static constexpr int p_register(int u, int shares) {
     if (KBits == 2) return 2 * (u % 8) + (u / 8) % 2;
     const int half = VBits == 4 ? u / 16 : (u / 8) % 2;
-    return 2 * (4 * half + u % 4) + (u / 4) % 2;
+    return 2 * (4 / shares * half + u % 4) + (u / 4) % 2;
   }
   __host__ __device__ static constexpr int p_high(int u) { return KBits == 4 && VBits == 4 ? (u / 8) % 2 : u / 16; }
 };
@@ -84,7 +91,7 @@ __device__ __forceinline__ T uniform(T x) {
   return __shfl_sync(kAllLanes, x, 0);
 }
 
-// The warp that keeps the rings of a block full. Lane `w` follows the tiles of warp `w`.
+// A warp that keeps rings of a block full. Lane `t` follows the tiles of team `t`.
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
 struct DecodeProducer {
   using Layout = DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>;
@@ -174,9 +181,9 @@ struct DecodeProducer {
                     barrier);
   }
 
-  // `at` and `tiles`: the lane's warp's first tile and number of tiles, `stride` apart. `full`, `empty`: barriers
-  // [warp][stage].
-  __device__ void run(TileCursor at, int tiles, int stride, int first_warp, int warps, uint32_t rings, uint32_t full,
+  // `at` and `tiles`: the lane's team's first tile and number of tiles, `stride` apart. `full`, `empty`: barriers
+  // [team][stage].
+  __device__ void run(TileCursor at, int tiles, int stride, int first_team, int teams, uint32_t rings, uint32_t full,
                       uint32_t empty) const {
     int most = tiles;
     for (int d = 16; d; d >>= 1) most = max(most, __shfl_xor_sync(kAllLanes, most, d));
@@ -185,11 +192,11 @@ struct DecodeProducer {
 #pragma unroll 1
     for (int i = 0; i < 2 * most; ++i) {
 #pragma unroll 1
-      for (int w = first_warp; w < warps; w += producers(H)) {
-        const int kv_row = __shfl_sync(kAllLanes, at.kv_row, w), tile = __shfl_sync(kAllLanes, at.tile, w);
-        const int packed_tiles = __shfl_sync(kAllLanes, at.packed_tiles, w);
-        if (i >= 2 * __shfl_sync(kAllLanes, tiles, w)) continue;
-        const int index = w * p.stages + slot;
+      for (int t = first_team; t < teams; t += producers(H)) {
+        const int kv_row = __shfl_sync(kAllLanes, at.kv_row, t), tile = __shfl_sync(kAllLanes, at.tile, t);
+        const int packed_tiles = __shfl_sync(kAllLanes, at.packed_tiles, t);
+        if (i >= 2 * __shfl_sync(kAllLanes, tiles, t)) continue;
+        const int index = t * p.stages + slot;
         const uint32_t stage = rings + index * Layout::kStageBytes, barrier = full + 8 * index;
         barrier_wait(empty + 8 * index, parity);  // passes at once in the first round
         if (!kBulkCopies || elect_one()) {
@@ -248,8 +255,6 @@ struct DecodeWarp {
 
   // ---- Queries.
 
-  __device__ __forceinline__ uint32_t query_pair(uint32_t x) const { return p.bfloat16 ? bfloat2_to_half2(x) : x; }
-
   // Packed keys take channels 16 s + 4 quad .. + 3 in step s (four words of one load), the tail the plain order.
   __device__ void load_queries(const TileCursor& at) {
     const int query = at.query_block * kQueries + row;
@@ -265,7 +270,8 @@ struct DecodeWarp {
     }
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      queries[s * kWarpSize] = valid ? make_uint2(query_pair(pairs[s].x), query_pair(pairs[s].y)) : make_uint2(0, 0);
+      queries[s * kWarpSize] =
+          valid ? make_uint2(bfloat2_to_half2(pairs[s].x), bfloat2_to_half2(pairs[s].y)) : make_uint2(0, 0);
     }
     __syncwarp();
   }
@@ -336,27 +342,29 @@ struct DecodeWarp {
     }
   }
 
-  template <int kSlot>
-  __device__ __forceinline__ void key_slots(float (*s)[4], uint32_t (&halves)[4], const uint32_t (&scale)[2],
+  template <int kShares, int kSlot>
+  __device__ __forceinline__ void key_slots(int share, float (*s)[4], uint32_t (&halves)[4], const uint32_t (&scale)[2],
                                             uint2 query) {
-    if constexpr (kSlot < Map::kKeySlots) {
+    if constexpr (kSlot < Map::kKeySlots / kShares) {
       using Slot = CodeSlot<KBits, kSlot>;
       uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kSlot == 0) halves[i] = rotate_left(halves[i], 2);
+        if constexpr (kSlot == 0) halves[i] = rotate_left(halves[i], 2 - share * (16 / kShares));
         if constexpr (kSlot == Map::kKeySlots / 2) halves[i] = rotate_left(halves[i], 24);
         a[i] =
             half2_fma(offset_code<KBits, kSlot>(halves[i]), scale[i / 2], half2_mul(scale[i / 2], Slot::kMinusOffset));
       }
       mma_f16(s[kSlot], a[0], a[1], a[2], a[3], query.x, query.y);
-      key_slots<kSlot + 1>(s, halves, scale, query);
+      key_slots<kShares, kSlot + 1>(share, s, halves, scale, query);
     }
   }
 
-  // Logits of a tile. `valid` is how many of its tokens exist.
-  __device__ __forceinline__ void packed_logits(float (&s)[Map::kTiles][4], const uint8_t* stage, int kv_row,
-                                                int first_token, int valid) {
+  // Logits of share `share` of a tile. `valid` is how many of the tile's tokens exist.
+  template <int kShares>
+  __device__ __forceinline__ void packed_logits(int share, float (&s)[Map::kTiles / kShares][4], const uint8_t* stage,
+                                                int kv_row, int first_token, int valid) {
+    constexpr int kSlots = Map::kKeySlots / kShares;
     const uint8_t* scales = stage + Layout::KeyWords::kBytes;
     const uint8_t* zeros = scales + Layout::kMetaStride;
 #pragma unroll
@@ -366,9 +374,9 @@ struct DecodeWarp {
       const float scale_factor = factor_of(0, kv_row, first_token + token);
       const float zero_factor = factor_of(1, kv_row, first_token + token);
       float zero_part[4] = {};
-      float (*part)[4] = s + h * Map::kKeySlots;
+      float (*part)[4] = s + h * kSlots;
 #pragma unroll
-      for (int t = 0; t < Map::kKeySlots; ++t) {
+      for (int t = 0; t < kSlots; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[t][i] = 0.0f;
       }
@@ -384,21 +392,21 @@ struct DecodeWarp {
         // + 8.
         uint32_t halves[4] = {__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
                               __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632)};
-        key_slots<0>(part, halves, scale, query);
+        key_slots<kShares, 0>(share, part, halves, scale, query);
       }
       const bool exists = token < valid;  // words are never half valid
 #pragma unroll
-      for (int t = 0; t < Map::kKeySlots; ++t) {
+      for (int t = 0; t < kSlots; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[t][i] = exists ? part[t][i] + zero_part[i & 1] : kMasked;
       }
     }
   }
 
-  template <int kSlot>
-  __device__ __forceinline__ void value_slot(float (*o)[4], float (&o_zero)[4], uint32_t (&words)[2][Layout::kRun],
-                                             const uint32_t (&scale)[2], const uint32_t (&zero)[2], uint32_t b0,
-                                             uint32_t b1) {
+  template <int kShares, int kSlot>
+  __device__ __forceinline__ void value_slot(int share, float (*o)[4], float (&o_zero)[4],
+                                             uint32_t (&words)[2][Layout::kRun], const uint32_t (&scale)[2],
+                                             const uint32_t (&zero)[2], uint32_t b0, uint32_t b1) {
     using Slot = CodeSlot<VBits, kSlot>;
     mma_f16(o_zero, zero[0], 0, zero[1], 0, b0, b1);
     uint32_t offset[2];
@@ -410,7 +418,7 @@ struct DecodeWarp {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t& word = words[i / 2][2 * c + i % 2];
-        if constexpr (kSlot == 0) word = rotate_left(word, 2);
+        if constexpr (kSlot == 0) word = rotate_left(word, 2 - share * (16 / kShares));
         if constexpr (kSlot == Map::kValueWordTokens / 4) word = rotate_left(word, 24);
         a[i] = half2_fma(offset_code<VBits, kSlot>(word), scale[i / 2], offset[i / 2]);
       }
@@ -434,13 +442,14 @@ struct DecodeWarp {
     }
   }
 
-  template <int kSlot>
-  __device__ __forceinline__ void value_slots(int block, int pair, const uint8_t* stage,
+  template <int kShares, int kSlot>
+  __device__ __forceinline__ void value_slots(int share, int block, int pair, const uint8_t* stage,
                                               uint32_t (&words)[2][Layout::kRun], const int (&word)[2],
                                               const bool (&exists)[2], const float (&factors)[2][2],
-                                              const uint32_t (&probability)[2 * Map::kTiles]) {
+                                              const uint32_t (&probability)[2 * Map::kTiles / kShares]) {
     constexpr int kSlots = Map::kValueWordTokens / 2;
-    if constexpr (kSlot < kSlots) {
+    if constexpr (kSlot < kSlots / kShares) {
+      const int slot = share * (kSlots / kShares) + kSlot;
       const uint8_t* scales = stage + Layout::ValueWords::kBytes;
       const uint8_t* zeros = scales + Layout::kMetaStride;
       uint32_t scale[2][2], zero[2][2];  // [slot, slot + 1][word]
@@ -451,7 +460,7 @@ struct DecodeWarp {
         const int local = 2 * pair + (matrix & 1);
         const int token = Map::value_word(target >> 1, local) * Map::kValueWordTokens + (target & 1) * kSlots;
         const int line = token / 16;
-        const int byte = (token % 16 + (matrix >> 1)) * 16 ^ (kSlot * 16);  // slots are even here: xor adds
+        const int byte = (token % 16 + (matrix >> 1)) * 16 ^ (slot * 16);  // slots are even here: xor adds
         const int at = Layout::ValueMeta::offset(line, byte);
         uint32_t d[4];
         load_matrices_transposed(d, shared_address(scales) + at);
@@ -464,8 +473,8 @@ struct DecodeWarp {
         const int channel = block * Layout::kBlockChannels + row * Layout::kRun;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          scale[i >> 1][i & 1] = value_metadata(scales, word[i & 1], kSlot + (i >> 1), channel, factors[0][i & 1]);
-          zero[i >> 1][i & 1] = value_metadata(zeros, word[i & 1], kSlot + (i >> 1), channel, factors[1][i & 1]);
+          scale[i >> 1][i & 1] = value_metadata(scales, word[i & 1], slot + (i >> 1), channel, factors[0][i & 1]);
+          zero[i >> 1][i & 1] = value_metadata(zeros, word[i & 1], slot + (i >> 1), channel, factors[1][i & 1]);
         }
       }
 #pragma unroll
@@ -474,25 +483,29 @@ struct DecodeWarp {
         zero[i >> 1][i & 1] = exists[i & 1] ? zero[i >> 1][i & 1] : 0;
       }
       float (*o)[4] = out + block * (Layout::kRun / 2);
-      const auto probability_pair = [&](int i, int slot) {
-        const int u = (2 * pair + i) * Map::kValueWordTokens + slot, v = u + kSlots;
+      const auto probability_pair = [&](int i, int local) {
+        const int u = (2 * pair + i) * Map::kValueWordTokens + local, v = u + kSlots;
         const uint32_t select = (Map::p_high(u) ? 0x32u : 0x10u) | (Map::p_high(v) ? 0x7600u : 0x5400u);
-        return __byte_perm(probability[Map::p_register(u)], probability[Map::p_register(v)], select);
+        return __byte_perm(probability[Map::p_register(u, kShares)], probability[Map::p_register(v, kShares)], select);
       };
-      value_slot<kSlot>(o, out_zero[block], words, scale[0], zero[0], probability_pair(0, kSlot),
-                        probability_pair(1, kSlot));
-      value_slot<kSlot + 1>(o, out_zero[block], words, scale[1], zero[1], probability_pair(0, kSlot + 1),
-                            probability_pair(1, kSlot + 1));
-      value_slots<kSlot + 2>(block, pair, stage, words, word, exists, factors, probability);
+      value_slot<kShares, kSlot>(share, o, out_zero[block], words, scale[0], zero[0], probability_pair(0, kSlot),
+                                 probability_pair(1, kSlot));
+      value_slot<kShares, kSlot + 1>(share, o, out_zero[block], words, scale[1], zero[1],
+                                     probability_pair(0, kSlot + 1), probability_pair(1, kSlot + 1));
+      value_slots<kShares, kSlot + 2>(share, block, pair, stage, words, word, exists, factors, probability);
     }
   }
 
-  __device__ __forceinline__ void packed_tile(int kv_row, int first_token, int valid) {
-    float s[Map::kTiles][4];
-    packed_logits(s, wait_stage(), kv_row, first_token, valid);
+  // Share `share` of a tile that `kShares` warps take together.
+  template <int kShares>
+  __device__ __forceinline__ void packed_tile(int share, int kv_row, int first_token, int valid) {
+    constexpr int kTiles = Map::kTiles / kShares;
+    if constexpr (Map::kShares > 1) forget(lane), forget(row), forget(quad);  // two loops' worth would not fit
+    float s[kTiles][4];
+    packed_logits<kShares>(share, s, wait_stage(), kv_row, first_token, valid);
     release_stage();
-    uint32_t probability[2 * Map::kTiles];
-    softmax<Map::kTiles>(s, probability);
+    uint32_t probability[2 * kTiles];
+    softmax<kTiles>(s, probability);
     const uint8_t* stage = wait_stage();
 #pragma unroll
     for (int block = 0; block < Layout::kBlocks; ++block) {
@@ -516,7 +529,7 @@ struct DecodeWarp {
             words[i][c] = x.x, words[i][c + 1] = x.y, words[i][c + 2] = x.z, words[i][c + 3] = x.w;
           }
         }
-        value_slots<0>(block, pair, stage, words, word, exists, factors, probability);
+        value_slots<kShares, 0>(share, block, pair, stage, words, word, exists, factors, probability);
       }
     }
     release_stage();
@@ -524,7 +537,12 @@ struct DecodeWarp {
 
   // ---- Tail tiles: 32 full-precision tokens.
 
-  __device__ __forceinline__ void tail_tile(int valid) {
+  // The first warp of a team takes them alone.
+  __device__ __forceinline__ void tail_tile(int share, int valid) {
+    if (share > 0) {
+      for (int i = 0; i < 2; ++i) wait_stage(), release_stage();
+      return;
+    }
     using Tail = typename Layout::Tail;
     constexpr int kTiles = kTailTokens / 16;
     float s[kTiles][4] = {};
@@ -537,7 +555,7 @@ struct DecodeWarp {
         uint32_t a[4];
         load_matrices(a, stage + Tail::offset(16 * t + 8 * (matrix & 1) + line, 32 * step + 16 * (matrix >> 1)));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = query_pair(a[i]);
+        for (int i = 0; i < 4; ++i) a[i] = bfloat2_to_half2(a[i]);
         const uint2 query = queries[step * kWarpSize];
         mma_f16(s[t], a[0], a[1], a[2], a[3], query.x, query.y);
       }
@@ -562,7 +580,7 @@ struct DecodeWarp {
         load_matrices_transposed(
             a, stage + Tail::offset(16 * t + 8 * (matrix >> 1) + line, 32 * step + 16 * (matrix & 1)));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = query_pair(a[i] & keep[i >> 1]);
+        for (int i = 0; i < 4; ++i) a[i] = bfloat2_to_half2(a[i] & keep[i >> 1]);
         mma_f16(out[step], a[0], a[1], a[2], a[3], probability[2 * t], probability[2 * t + 1]);
       }
     }
@@ -599,14 +617,20 @@ struct DecodeWarp {
           destination[queries * H + query] = maximum[c] * p.scale_log2;
           destination[queries * (H + 1) + query] = denominator[c];
         }
+        float* channels = destination + query * H;
+        if (packed) {
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          const int block = s / (Layout::kRun / 2), in_block = s % (Layout::kRun / 2);
+          for (int s = 0; s < kSteps; s += 2) {
+            const int block = s / (Layout::kRun / 2), in_block = s % (Layout::kRun / 2);
+            const float zero = out_zero[block][c];
+            *reinterpret_cast<float4*>(channels + block * Layout::kBlockChannels + row * Layout::kRun + 2 * in_block) =
+                make_float4(out[s][c] + zero, out[s][c + 2] + zero, out[s + 1][c] + zero, out[s + 1][c + 2] + zero);
+          }
+        } else {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int channel =
-                packed ? block * Layout::kBlockChannels + row * Layout::kRun + 2 * in_block + i : 16 * s + row + 8 * i;
-            destination[query * H + channel] = out[s][c + 2 * i] + (packed ? out_zero[block][c] : 0.0f);
+          for (int s = 0; s < kSteps; ++s) {
+            channels[16 * s + row] = out[s][c];
+            channels[16 * s + row + 8] = out[s][c + 2];
           }
         }
       }
@@ -620,86 +644,111 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   using Warp = DecodeWarp<H, KBits, VBits, kMetadata, kVectorMetadata>;
   using Layout = typename Warp::Layout;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const int warps_per_block = blockDim.x / kWarpSize - producers(H), lane = threadIdx.x % kWarpSize;
-  const int warp = uniform(static_cast<int>(threadIdx.x / kWarpSize));
-  const int ring_bytes = p.stages * Layout::kStageBytes, stages = warps_per_block * p.stages;
-  uint8_t* queries_of_warps = shared + warps_per_block * ring_bytes;
-  uint8_t* barriers = queries_of_warps + warps_per_block * kQueries * 2 * H;
+  const int shares_log2 = Warp::Map::kShares == 1 ? 0 : p.shares_log2;  // known where tiles are never shared
+  const int warps = blockDim.x / kWarpSize - producers(H), teams = warps >> shares_log2;
+  const int warp = uniform(static_cast<int>(threadIdx.x / kWarpSize)), lane = threadIdx.x % kWarpSize;
+  const int team = warp >> shares_log2, share = warp - (team << shares_log2);
+  const int ring_bytes = p.stages * Layout::kStageBytes, stages = teams * p.stages;
+  uint8_t* queries_of_warps = shared + warps * ring_bytes;
+  uint8_t* barriers = queries_of_warps + warps * kQueries * 2 * H;
   const uint32_t full = shared_address(barriers), empty = full + 8 * stages;
   BlockWork& block = *reinterpret_cast<BlockWork*>(barriers + 16 * stages);  // not in registers, which the loop needs
-  const bool producer = warp >= warps_per_block;
+  const bool producer = warp >= warps;
   release_next_launch();
-  if (!producer && lane == 0) {  // one lane a warp: initialisations by several lanes of a warp run one after the other
-    for (int i = warp * p.stages; i < (warp + 1) * p.stages; ++i) {
-      barrier_init(full + 8 * i, kBulkCopies ? 1 : kWarpSize);
-      barrier_init(empty + 8 * i, 1);
-    }
-  }
 #if __CUDA_ARCH__ >= 900
   if (producer && lane == 0) {
-    for (int i = warp - warps_per_block; i < kSources; i += producers(H)) {
+    for (int i = warp - warps; i < kSources; i += producers(H)) {
       if (p.mapped >> i & 1) prefetch_map(&maps.map[i]);
     }
   }
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   wait_for_launch_before();
   const Lengths lengths(p, lane);  // asked for first: all else waits for them
+  // One lane a warp: initialisations by several lanes of a warp run one after the other.
+  if (warp < teams && lane == 0) {
+    for (int i = warp * p.stages; i < (warp + 1) * p.stages; ++i) {
+      barrier_init(full + 8 * i, kBulkCopies ? 1 : kWarpSize);
+      barrier_init(empty + 8 * i, 1 << shares_log2);
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 
-  const BlockWork work(p, lengths, warps_per_block, lane);
-  // The producer's lanes follow one warp each, so these are the lane's there.
-  const WarpTiles tiles(work, warps_per_block, producer ? min(lane, warps_per_block - 1) : warp);
+  const BlockWork work(p, lengths, teams, lane);
+  // The producer's lanes follow one team each, so these are the lane's there.
+  const TeamTiles tiles(work, teams, producer ? min(lane, teams - 1) : team);
   TileCursor at = work.at;
   if (tiles.count > 0) at.advance(p, tiles.first - work.first);
   if (threadIdx.x == 0) block = work;
   __syncthreads();  // the barriers exist
 
+  // Where the block joins its warps' results: in their rings, or beside them, where others of a team may still read.
+  const int result_bytes = shares_log2 == 0 ? ring_bytes : ring_bytes / 2;
+  uint8_t* results = shared + (shares_log2 == 0 ? 0 : teams * ring_bytes);
   if (producer) {
     const DecodeProducer<H, KBits, VBits, kMetadata, kVectorMetadata> copies{p, maps, lane};
-    copies.run(at, tiles.count, tiles.stride, warp - warps_per_block, warps_per_block, shared_address(shared), full,
-               empty);
+    copies.run(at, tiles.count, tiles.stride, warp - warps, teams, shared_address(shared), full, empty);
   } else {
     Warp w(p);
     w.lane = lane;
     w.row = lane >> 2;
     w.quad = lane & 3;
-    w.ring = shared + warp * ring_bytes;
-    w.full = full + 8 * warp * p.stages;
-    w.empty = empty + 8 * warp * p.stages;
+    w.ring = shared + team * ring_bytes;
+    w.full = full + 8 * team * p.stages;
+    w.empty = empty + 8 * team * p.stages;
     w.queries = reinterpret_cast<uint2*>(queries_of_warps) + warp * Warp::kSteps * kWarpSize + lane;
-    float* result = reinterpret_cast<float*>(w.ring);
-    if (tiles.count == 0 && block.joined()) clear_result<H>(p, result, lane);
+    const auto result = [&](int of) {
+      if (Warp::Map::kShares > 1) forget(of);
+      return reinterpret_cast<float*>(results + of * result_bytes);
+    };
+    if (tiles.count == 0 && block.joined()) clear_result<H>(p, result(warp), lane);
     for (int left = tiles.count; left > 0;) {
       const bool packed = at.packed();
       const int end = packed ? at.packed_tiles : at.tiles;
       int tile = at.tile;
       w.reset();
       w.load_queries(at);
-      if (packed) {
-        for (; left > 0 && tile < end; --left, tile += tiles.stride) {
-          w.packed_tile(at.kv_row, tile * kTileTokens, at.packed_length - tile * kTileTokens);
-        }
+      const auto each = [&](const auto& take) {
+        for (; left > 0 && tile < end; --left, tile += tiles.stride) take(tile);
+      };
+      const auto take_share = [&](auto shares) {
+        each([&](int t) {
+          w.template packed_tile<decltype(shares)::value>(share, at.kv_row, t * kTileTokens,
+                                                          at.packed_length - t * kTileTokens);
+        });
+      };
+      if (!packed) {
+        each([&](int t) { w.tail_tile(share, at.tail_length - (t - at.packed_tiles) * kTailTokens); });
+      } else if (Warp::Map::kShares == 1 || shares_log2 == 0) {
+        take_share(std::integral_constant<int, 1>());
       } else {
-        for (; left > 0 && tile < end; --left, tile += tiles.stride) {
-          w.tail_tile(at.tail_length - (tile - at.packed_tiles) * kTailTokens);
-        }
+        take_share(std::integral_constant<int, Warp::Map::kShares>());
       }
-      const int slot = blockIdx.x * warps_per_block + warp + segment_number(at.row(p), packed);
-      w.store(block.joined() ? result : p.partial + static_cast<int64_t>(slot) * p.slot_floats(H), packed);
+      const int slot = first_slot(p, blockIdx.x * teams + team, at.row(p), packed) + share;
+      w.store(block.joined() ? result(warp) : p.partial + static_cast<int64_t>(slot) * p.slot_floats(H), packed);
       at.advance(p, tile - at.tile);
     }
   }
 
-  if (block.joined()) join_warps<H>(p, block, reinterpret_cast<const float*>(shared), ring_bytes / 4, warps_per_block);
-  __syncthreads();  // the block's partial outputs are stored
-  merge_rows<H>(p, block, warps_per_block, warp, lane);
+  int block_warps = warps, block_teams = teams, own_warp = warp, own_lane = lane;
+  if constexpr (Warp::Map::kShares == 1) {  // read again, not held in registers during the loop
+    const int2 thread = read_thread();
+    block_warps = block_teams = thread.y / kWarpSize - producers(H);
+    own_warp = thread.x / kWarpSize, own_lane = thread.x % kWarpSize;
+  }
+  if (block.joined()) {
+    join_warps<H, max_warps(H)>(p, block, reinterpret_cast<const float*>(results), result_bytes / 4, block_warps);
+  }
+  __syncthreads();  // the block's partial outputs are stored, and the rings free
+  merge_rows<H>(p, block, block_teams, shared, own_warp, own_lane);
   clear_empty_rows<H>(p);
 }
 
 // What the host needs to launch one instance.
 struct DecodeInstance {
   const void* kernel;
-  int stage_bytes;
+  int stage_bytes, shares;  // shares: warps of a team, where a tile is shared
 };
 
 // Null kernel where there is no such instance.

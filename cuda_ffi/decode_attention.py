@@ -24,7 +24,8 @@ class Config:
 
     Attributes:
       warps: computing warps of a thread block, each with a private ring of copies; fewer where shared memory or
-        registers are short. None: as many as a full cache gives work to, at least 2.
+        registers are short. None: as many as a full cache gives work to, at least 2; where that is few, two or four
+        times as many, which share the rings and each take a part of every tile.
       stages: stages of a ring; one holds the keys or the values of a tile.
     """
 
@@ -112,7 +113,10 @@ def decode_attention(
     config = config or Config()
     group = heads // kv_heads
     rows = batch * kv_heads * -(-group // _QUERIES)
-    scratch = (_MAX_WARPS + 2 * rows) * min(group, _QUERIES) * (head_dim + 2)
+    queries = min(group, _QUERIES)
+    # Two segments a row, each with a slot for every warp that shares its tiles: up to four where tiles are few.
+    slots = _MAX_WARPS + max(2 * rows, min(8 * rows, 2 * _MAX_WARPS))
+    scratch = slots * (queries * head_dim + -(-2 * queries // 4) * 4)
     call = jax.ffi.ffi_call(
         "minikv_decode_attention",
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((scratch,), jnp.float32)),

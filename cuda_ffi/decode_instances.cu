@@ -7,7 +7,7 @@ namespace minikv {
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
 DecodeInstance instance() {
   return {reinterpret_cast<const void*>(&decode_kernel<H, KBits, VBits, kMetadata, kVectorMetadata>),
-          DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>::kStageBytes};
+          DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>::kStageBytes, TokenMap<KBits, VBits>::kShares};
 }
 
 template <int H, int KBits, int VBits>

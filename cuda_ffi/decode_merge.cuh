@@ -1,7 +1,7 @@
 // Decode attention: joining the partial outputs of a row.
 //
 // Whichever block stores a row's last partial output joins them all, in the order of the list, so that equal launches
-// give equal bits. A counter for each query says how many of the row's tiles have arrived.
+// give equal bits. A counter says how many of the row's tiles have arrived.
 #pragma once
 
 #include "decode_work.cuh"
@@ -9,85 +9,79 @@
 namespace minikv {
 
 // The partial outputs of a segment, tiles begin .. end - 1: one of every warp in its first and last block, and one of
-// each block between, which has joined its warps' itself.
+// each block between. A block whose tiles are all of the segment has joined its warps' itself.
 struct SegmentParts {
+  const DecodeParams& p;
   Split split;
-  int warps_per_block, begin, end, number;
-  int first_block, last_block, between, count;
+  int teams_per_block, number;
+  int first_team, second_block, last_team;  // teams: where the parts of each of the three kinds begin
+  int lead, between, trail;                 // parts of the first block, of those between, of the last
+  bool first_joined, last_joined;
 
-  __device__ SegmentParts(const Split& work, int block_warps, int first, int last, int segment)
-      : split(work), warps_per_block(block_warps), begin(first), end(last), number(segment) {
-    first_block = split.warp_of(begin) / warps_per_block;
-    last_block = split.warp_of(end - 1) / warps_per_block;
-    between = max(0, last_block - first_block - 1);
-    count = warps_per_block + (last_block > first_block ? between + warps_per_block : 0);
+  __device__ SegmentParts(const DecodeParams& params, const Split& work, int block_teams, int begin, int end, int row,
+                          bool packed)
+      : p(params), split(work), teams_per_block(block_teams), number(first_slot(p, 0, row, packed)) {
+    const int from = split.team_of(begin), to = split.team_of(end - 1);
+    const int first_block = quick_divide(from, teams_per_block), last_block = quick_divide(to, teams_per_block);
+    const int first_end = (first_block + 1) * teams_per_block, last_begin = last_block * teams_per_block;
+    const bool begins = split.first(first_end - teams_per_block) == begin;
+    const bool ends = split.first(last_begin + teams_per_block) == end, one = first_block == last_block;
+    first_joined = begins && (!one || ends);
+    last_joined = ends;
+    first_team = first_joined ? first_end - teams_per_block : from;
+    second_block = first_end;
+    last_team = last_begin;
+    lead = first_joined ? 1 : ((one ? to + 1 : first_end) - from) << p.shares_log2;
+    between = one ? 0 : last_block - first_block - 1;
+    trail = one ? 0 : ends ? 1 : (to + 1 - last_begin) << p.shares_log2;
   }
 
-  // Where part `i` lies; -1 where that warp has none.
+  __device__ int count() const { return lead + between + trail; }
+
+  // Where part `i` lies; -1 where there were no tiles for it.
   __device__ int slot(int i) const {
-    int block = first_block, warp = i;
-    if (i >= warps_per_block + between) {
-      block = last_block, warp = i - warps_per_block - between;
-    } else if (i >= warps_per_block) {
-      block = first_block + 1 + i - warps_per_block, warp = 0;
-    }
-    const int block_first = split.first(block * warps_per_block);
-    const int block_last = split.first((block + 1) * warps_per_block);
-    const bool joined = block_first < block_last && block_first >= begin && block_last <= end;
-    const int w = block * warps_per_block + warp;
-    const bool valid = joined ? warp == 0 : max(split.first(w), begin) < min(split.first(w + 1), end);
-    return valid ? w + number : -1;
+    const bool first = i < lead, last = i >= lead + between;
+    const int team = first ? first_team : last ? last_team : second_block + (i - lead) * teams_per_block;
+    const int warp = first ? i : last ? i - lead - between : 0;
+    const bool joined = first ? first_joined : last ? last_joined : true;
+    const int own = team + (warp >> p.shares_log2), next = own + (joined ? teams_per_block : 1);
+    if (split.each == 0 && split.first(own) == split.first(next)) return -1;
+    return number + (team << p.shares_log2) + warp;
   }
 };
 
-// One warp's running softmax over the partial outputs of one query. Lane l has channels 2 l + 64 j and the next.
+// One warp's running softmax over the partial outputs of one query, for 64 channels: a lane has 2.
 template <int H>
 struct QueryMerge {
-  static constexpr int kPairs = (H + 63) / 64;
-  static constexpr int kAhead = 32 / kPairs;  // partial outputs a lane has in flight
-
   const DecodeParams& p;
-  int query, lane;
+  int query, channel, lane;
   float highest = kMasked, denominator = 0.0f;
-  float2 sum[kPairs] = {};
+  float2 sum{};
 
-  __device__ QueryMerge(const DecodeParams& params, int q, int l) : p(params), query(q), lane(l) {}
-
-  __device__ bool has(int j) const { return H % 64 == 0 || 2 * lane + 64 * j < H; }
+  __device__ QueryMerge(const DecodeParams& params, int q, int first_channel, int l)
+      : p(params), query(q), channel(first_channel + 2 * l), lane(l) {}
 
   __device__ void add(const SegmentParts& parts) {
-    const int queries = p.partial_queries(), slot_floats = p.slot_floats(H);
+    const int queries = p.partial_queries(), slot_fours = p.slot_floats(H) / 4;
+    const auto at = [&](int place, int first) { return p.partial + first + static_cast<int64_t>(place) * 4; };
 #pragma unroll 1
-    for (int first = 0; first < parts.count; first += kWarpSize) {
-      const int slot = first + lane < parts.count ? parts.slot(first + lane) : -1;
-      const float* state = p.partial + static_cast<int64_t>(slot) * slot_floats + queries * H + query;
-      const float maximum = slot < 0 ? kMasked : __ldcg(state);
-      const float own = slot < 0 ? 0.0f : __ldcg(state + queries);
-      float weight = 0.0f;
-      bool weighted = false;
-#pragma unroll 1
-      for (unsigned valid = __ballot_sync(kAllLanes, slot >= 0); valid;) {
-        float2 x[kAhead][kPairs];
-        unsigned left = valid;
+    for (int first = 0; first < parts.count(); first += kWarpSize) {
+      const int slot = first + lane < parts.count() ? parts.slot(first + lane) : -1;
+      const int place = slot * slot_fours;  // in fours of floats
+      const float maximum = slot < 0 ? kMasked : __ldcg(at(place, queries * H + query));
+      const float own = slot < 0 ? 0.0f : __ldcg(at(place, queries * (H + 1) + query));
+      float2 x[kWarpSize];  // all loads first: one latency
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i, left &= left - 1) {
-          const int from = __shfl_sync(kAllLanes, slot, left ? __ffs(left) - 1 : 0);
-          const float* part = p.partial + static_cast<int64_t>(from) * slot_floats + query * H + 2 * lane;
+      for (int i = 0; i < kWarpSize; ++i) {
+        const int from = __shfl_sync(kAllLanes, place, i);
+        x[i] = make_float2(0.0f, 0.0f);
+        if (from >= 0) x[i] = __ldcg(reinterpret_cast<const float2*>(at(from, query * H + min(channel, H - 2))));
+      }
+      const float weight = rescale(maximum, own);
 #pragma unroll
-          for (int j = 0; j < kPairs; ++j) {
-            x[i][j] = left && has(j) ? __ldcg(reinterpret_cast<const float2*>(part + 64 * j)) : make_float2(0.0f, 0.0f);
-          }
-        }
-        if (!weighted) {  // after the loads have gone out: one latency, not two
-          weight = rescale(maximum, own);
-          weighted = true;
-        }
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i, valid &= valid - 1) {
-          const float w = __shfl_sync(kAllLanes, weight, valid ? __ffs(valid) - 1 : 0);
-#pragma unroll
-          for (int j = 0; j < kPairs; ++j) sum[j].x += w * x[i][j].x, sum[j].y += w * x[i][j].y;
-        }
+      for (int i = 0; i < kWarpSize; ++i) {
+        const float w = __shfl_sync(kAllLanes, weight, i);
+        sum.x += w * x[i].x, sum.y += w * x[i].y;
       }
     }
   }
@@ -101,24 +95,15 @@ struct QueryMerge {
     for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(kAllLanes, total, d);
     highest = next;
     denominator = denominator * old + total;
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) sum[j].x *= old, sum[j].y *= old;
+    sum.x *= old, sum.y *= old;
     return weight;
   }
 
   // `head`: of all rows' query heads.
   __device__ void store(int64_t head) const {
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      if (!has(j)) continue;
-      const int64_t at = (head * H + 2 * lane) / 2 + 32 * j;
-      const float x = sum[j].x / denominator, y = sum[j].y / denominator;
-      if (p.bfloat16) {
-        static_cast<__nv_bfloat162*>(p.out)[at] = __floats2bfloat162_rn(x, y);
-      } else {
-        static_cast<__half2*>(p.out)[at] = __floats2half2_rn(x, y);
-      }
-    }
+    if (channel >= H) return;
+    static_cast<__nv_bfloat162*>(p.out)[(head * H + channel) / 2] =
+        __floats2bfloat162_rn(sum.x / denominator, sum.y / denominator);
   }
 };
 
@@ -131,68 +116,101 @@ __device__ void clear_result(const DecodeParams& p, float* result, int lane) {
   }
 }
 
-// The one partial output of a block whose tiles all lie in one segment, from those of its warps, `stride` floats apart
-// in shared memory.
-template <int H>
+// The one partial output of a block whose tiles all lie in one segment, from those of its `warps` warps, `stride`
+// floats apart in shared memory. A thread takes 4 channels.
+template <int H, int kMaxWarps>
 __device__ void join_warps(const DecodeParams& p, const BlockWork& block, const float* parts, int stride, int warps) {
-  const int queries = p.partial_queries();
-  const int slot = blockIdx.x * warps + segment_number(block.at.row(p), block.at.packed());
-  float* destination = p.partial + static_cast<int64_t>(slot) * p.slot_floats(H);
+  const int queries = p.partial_queries(), team = blockIdx.x * (warps >> p.shares_log2);
+  float* destination =
+      p.partial + static_cast<int64_t>(first_slot(p, team, block.at.row(p), block.at.packed())) * p.slot_floats(H);
   __syncthreads();
-  for (int i = threadIdx.x; i < queries * H; i += blockDim.x) {
-    const int query = i / H;
-    float highest = kMasked, sum = 0.0f, denominator = 0.0f;
-    for (int k = 0; k < warps; ++k) highest = fmaxf(highest, parts[k * stride + queries * H + query]);
-    for (int k = 0; k < warps; ++k) {
-      const float weight = exp2_approx(parts[k * stride + queries * H + query] - highest);
-      sum += weight * parts[k * stride + i];
-      denominator += weight * parts[k * stride + queries * (H + 1) + query];
+  for (int i = threadIdx.x; i < queries * H / 4; i += blockDim.x) {
+    const int query = 4 * i / H;
+    const float* states = parts + queries * H + query;
+    float maximum[kMaxWarps], highest = kMasked, denominator = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kMaxWarps; ++k) {
+      maximum[k] = k < warps ? states[k * stride] : kMasked;
+      highest = fmaxf(highest, maximum[k]);
     }
-    destination[i] = sum;
-    if (i % H == 0) {
+    float4 sum{};
+#pragma unroll
+    for (int k = 0; k < kMaxWarps; ++k) {
+      if (k >= warps) continue;
+      const float4 x = reinterpret_cast<const float4*>(parts + k * stride)[i];
+      const float weight = exp2_approx(maximum[k] - highest);
+      sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
+      denominator += weight * states[k * stride + queries];
+    }
+    reinterpret_cast<float4*>(destination)[i] = sum;
+    if (4 * i % H == 0) {
       destination[queries * H + query] = highest;
       destination[queries * (H + 1) + query] = denominator;
     }
   }
 }
 
-// After a block has stored its partial outputs: joins the rows that are complete now. Queries are dealt to its warps.
-template <int H>
-__device__ void merge_rows(const DecodeParams& p, const BlockWork& block, int warps_per_block, int warp, int lane) {
-  const int block_warps = blockDim.x / kWarpSize, queries = p.partial_queries();
+// Adds to a counter: what the block wrote before is seen by whom the sum tells of it, and the other way round.
+__device__ __forceinline__ int add_acquire_release(int* counter, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+// The rows that a block has tiles of: calls visit(index, row, begin), `begin` being the row's first tile in the list.
+template <typename Visit>
+__device__ __forceinline__ void visit_rows(const DecodeParams& p, const BlockWork& block, const Visit& visit) {
   TileCursor row = block.at;
-  int begin = block.first - row.tile, dealt = 0;
+  int begin = block.first - row.tile;
 #pragma unroll 1
-  while (begin < block.last) {
-    const int tiles = row.tiles, packed_end = begin + row.packed_tiles, end = begin + tiles;
-    const int own = min(end, block.last) - max(begin, block.first);
-    const int heads = min(kQueries, p.group - row.query_block * kQueries);
-#pragma unroll 1
-    for (int query = 0; query < heads; ++query) {
-      if (dealt++ % block_warps != warp) continue;
-      if (own < tiles) {
-        int arrived = 0;
-        int* counter = p.counters + row.row(p) * queries + query;
-        if (lane == 0) {
-          __threadfence();
-          arrived = atomicAdd(counter, own);
-        }
-        if (__shfl_sync(kAllLanes, arrived, 0) + own < tiles) continue;
-        __threadfence();
-        if (lane == 0) *counter = 0;
-      }
-      QueryMerge<H> merge(p, query, lane);
-#pragma unroll 1
-      for (int part = 0; part < 2; ++part) {
-        const int first = part == 0 ? begin : packed_end, last = part == 0 ? packed_end : end;
-        if (first == last) continue;
-        merge.add(SegmentParts(block.split, warps_per_block, first, last, segment_number(row.row(p), part == 0)));
-      }
-      merge.store(static_cast<int64_t>(row.kv_row) * p.group + row.query_block * kQueries + query);
-    }
-    row.advance(p, tiles - row.tile);
-    begin = end;
+  for (int index = 0; begin < block.last; ++index) {
+    visit(index, row, begin);
+    begin += row.tiles;
+    row.advance(p, row.tiles - row.tile);
   }
+}
+
+// After a block has stored its partial outputs: joins the rows that are complete now. Rows, then queries and 64
+// channels of them, are dealt to its warps. `complete`: shared memory, a byte a row.
+template <int H>
+__device__ void merge_rows(const DecodeParams& p, const BlockWork& block, int teams_per_block, uint8_t* complete,
+                           int warp, int lane) {
+  const int block_warps = blockDim.x / kWarpSize;
+  visit_rows(p, block, [&](int index, const TileCursor& row, int begin) {
+    if (index % block_warps != warp || lane != 0) return;
+    const int own = min(begin + row.tiles, block.last) - max(begin, block.first);
+    int arrived = own;
+    if (own < row.tiles) {
+      int* counter = p.counters + row.row(p);
+      arrived += add_acquire_release(counter, own);
+      if (arrived == row.tiles) *counter = 0;
+    }
+    complete[index] = arrived == row.tiles;
+  });
+  __syncthreads();
+  int turn = 0;
+  visit_rows(p, block, [&](int index, const TileCursor& row, int begin) {
+    if (!complete[index]) return;
+    const int packed_end = begin + row.packed_tiles, end = begin + row.tiles;
+    const int first_query = row.query_block * kQueries, heads = min(kQueries, p.group - first_query);
+#pragma unroll 1
+    for (int channel = 0; channel < H; channel += 2 * kWarpSize) {
+#pragma unroll 1
+      for (int query = 0; query < heads; ++query) {
+        const bool own = turn == warp;
+        turn = turn + 1 == block_warps ? 0 : turn + 1;
+        if (!own) continue;
+        QueryMerge<H> merge(p, query, channel, lane);
+#pragma unroll 1
+        for (int part = 0; part < 2; ++part) {
+          const int first = part == 0 ? begin : packed_end, last = part == 0 ? packed_end : end;
+          if (first == last) continue;
+          merge.add(SegmentParts(p, block.split, teams_per_block, first, last, row.row(p), part == 0));
+        }
+        merge.store(static_cast<int64_t>(row.kv_row) * p.group + first_query + query);
+      }
+    }
+  });
 }
 
 // Zeros for the batch entries without tokens, which are in nobody's list.

@@ -1,8 +1,9 @@
 // Decode attention: the arguments of a launch, and how its work is cut up.
 //
 // Work is cut into tiles of equal bytes: 128 packed tokens, or 32 tokens of the tail. The tiles of all rows (a row is
-// one batch entry, KV head and block of 8 queries) form one list, split evenly over every computing warp of a grid that
-// fills the device once. A run of tiles of one kind in one row is a segment.
+// one batch entry, KV head and block of 8 queries) form one list, split evenly over the teams of a grid that fills the
+// device once. A team is one computing warp, or, where tiles are few, several that each take a share of every tile. A
+// run of tiles of one kind in one row is a segment.
 #pragma once
 
 #include "device.cuh"
@@ -29,19 +30,22 @@ struct DecodeParams {
   int batch, kv_heads, group, query_blocks;  // group: query heads of one KV head
   int packed_capacity, tail_capacity, stages;
   int group_log2, factor_log2;  // of the group size and of the packing block
-  bool bfloat16;                // dtype of q, tail and out; float16 otherwise
   float scale_log2;
+  int shares_log2;  // of the warps in a team
   uint32_t mapped;  // bit i: source i has a tensor map
   const void* q;    // [B, N, H]
-  float* partial;   // [slots][G'] x (H + 2), G' = min(G, 8)
-  int* counters;    // [rows][G'], zero before and after a launch
+  float* partial;   // [slots]: outputs [G'][H], maxima [G'], denominators [G'], with G' = min(G, 8)
+  int* counters;    // [rows], zero before and after a launch
   void* out;        // [B, N, H]
   const uint8_t* base[kSources];
   const float* factor[4];  // second level of 8-bit metadata: key scale, key zero, value scale, value zero
 
   __host__ __device__ int rows_per_batch() const { return kv_heads * query_blocks; }
   __host__ __device__ int partial_queries() const { return group < kQueries ? group : kQueries; }
-  __host__ __device__ int slot_floats(int head_dim) const { return partial_queries() * (head_dim + 2); }
+  // A multiple of 4: outputs are written and read in fours.
+  __host__ __device__ int slot_floats(int head_dim) const {
+    return partial_queries() * head_dim + (2 * partial_queries() + 3) / 4 * 4;
+  }
   __host__ __device__ int tiles(int packed, int tail) const {
     return (packed + kTileTokens - 1) / kTileTokens + (tail + kTailTokens - 1) / kTailTokens;
   }
@@ -90,27 +94,15 @@ struct Lengths {
   }
 };
 
-// Tiles before batch entry `batch`, and all of them. Every lane gets both sums.
-struct TileCounts {
-  int before, total;
-};
-
-// `lengths`: those of the first 32 batch entries.
-__device__ inline TileCounts count_tiles(const DecodeParams& p, Lengths lengths, int batch, int lane) {
-  TileCounts sum{0, 0};
+// Tiles of all rows. `lengths`: those of the first 32 batch entries.
+__device__ inline int count_tiles(const DecodeParams& p, Lengths lengths, int lane) {
+  int sum = p.tiles(lengths.packed, lengths.tail);
 #pragma unroll 1
-  for (int b = lane;;) {
-    const int tiles = p.tiles(lengths.packed, lengths.tail);
-    sum.total += tiles;
-    if (b < batch) sum.before += tiles;
-    if ((b += kWarpSize) >= p.batch) break;
+  for (int b = lane + kWarpSize; b < p.batch; b += kWarpSize) {
     lengths = Lengths(p, b);
+    sum += p.tiles(lengths.packed, lengths.tail);
   }
-  for (int d = 16; d; d >>= 1) {
-    sum.before += __shfl_xor_sync(kAllLanes, sum.before, d);
-    sum.total += __shfl_xor_sync(kAllLanes, sum.total, d);
-  }
-  return {sum.before * p.rows_per_batch(), sum.total * p.rows_per_batch()};
+  return __reduce_add_sync(kAllLanes, sum) * p.rows_per_batch();
 }
 
 // The place of tile `target` of the list. `lengths`: those of the first 32 batch entries.
@@ -122,7 +114,8 @@ __device__ inline TileCursor locate(const DecodeParams& p, Lengths lengths, int 
     if (first) lengths = Lengths(p, first + lane);
     const int own = p.tiles(lengths.packed, lengths.tail) * p.rows_per_batch();
     int inclusive = own;
-    for (int d = 1; d < kWarpSize; d <<= 1) {
+#pragma unroll 1
+    for (int d = 1; d < kWarpSize && d < p.batch; d <<= 1) {
       const int other = __shfl_up_sync(kAllLanes, inclusive, d);
       if (lane >= d) inclusive += other;
     }
@@ -132,7 +125,7 @@ __device__ inline TileCursor locate(const DecodeParams& p, Lengths lengths, int 
       const int rest = target - start - __shfl_sync(kAllLanes, inclusive - own, source);
       c.batch = first + source;
       c.set_lengths(__shfl_sync(kAllLanes, lengths.packed, source), __shfl_sync(kAllLanes, lengths.tail, source));
-      const int row = quick_divide(rest, c.tiles), head = quick_divide(row, p.query_blocks);
+      const int row = quick_divide(rest, c.tiles), head = p.query_blocks == 1 ? row : quick_divide(row, p.query_blocks);
       c.tile = rest - row * c.tiles;
       c.kv_row = c.batch * p.kv_heads + head;
       c.query_block = row - head * p.query_blocks;
@@ -143,22 +136,21 @@ __device__ inline TileCursor locate(const DecodeParams& p, Lengths lengths, int 
   return c;
 }
 
-// An even split of `total` tiles over `warps` warps.
+// An even split of `total` tiles over `teams` teams.
 struct Split {
-  int total, warps, each, rest;
+  int total, teams, each, rest;
 
   __device__ Split(int tiles, int parts)
-      : total(tiles), warps(parts), each(quick_divide(tiles, parts)), rest(tiles - each * parts) {}
+      : total(tiles), teams(parts), each(quick_divide(tiles, parts)), rest(tiles - each * parts) {}
 
-  // floor(total * warp / warps).
-  __device__ __forceinline__ int first(int warp) const { return each * warp + quick_divide(rest * warp, warps); }
+  // floor(total * team / teams).
+  __device__ __forceinline__ int first(int team) const { return each * team + quick_divide(rest * team, teams); }
 
-  // The warp that tile `tile` belongs to: the last one whose first tile is not behind it.
-  __device__ int warp_of(int tile) const {
-    int warp = min(static_cast<int>(__fdividef((tile + 1.0f) * warps, total)), warps - 1);
-    while (warp > 0 && first(warp) > tile) --warp;
-    while (first(warp + 1) <= tile) ++warp;
-    return warp;
+  // The team that tile `tile` belongs to: the last one whose first tile is not behind it. The estimate is off by one at
+  // most.
+  __device__ int team_of(int tile) const {
+    const int team = min(static_cast<int>(__fdividef((tile + 1.0f) * teams, total)), teams - 1);
+    return first(team) > tile ? team - 1 : first(team + 1) <= tile ? team + 1 : team;
   }
 };
 
@@ -168,10 +160,10 @@ struct BlockWork {
   TileCursor at;  // of the first tile
   int first, last;
 
-  __device__ BlockWork(const DecodeParams& p, const Lengths& lengths, int warps_per_block, int lane)
-      : split(count_tiles(p, lengths, 0, lane).total, gridDim.x * warps_per_block),
-        first(split.first(blockIdx.x * warps_per_block)),
-        last(split.first((blockIdx.x + 1) * warps_per_block)) {
+  __device__ BlockWork(const DecodeParams& p, const Lengths& lengths, int teams_per_block, int lane)
+      : split(count_tiles(p, lengths, lane), gridDim.x * teams_per_block),
+        first(split.first(blockIdx.x * teams_per_block)),
+        last(split.first((blockIdx.x + 1) * teams_per_block)) {
     at = locate(p, lengths, first, lane);
   }
 
@@ -181,22 +173,24 @@ struct BlockWork {
   }
 };
 
-// The tiles of one warp of a block: a run of the list, or, where the block joins its warps' results anyway, every
-// so-many-th of the block's, so that the warps read neighbouring memory.
-struct WarpTiles {
+// The tiles of one team of a block: a run of the list, or, where the block joins its warps' results anyway, every
+// so-many-th of the block's, so that the teams read neighbouring memory.
+struct TeamTiles {
   int first, count, stride;
 
-  __device__ WarpTiles(const BlockWork& work, int warps_per_block, int warp) {
-    const int all = blockIdx.x * warps_per_block + warp;
+  __device__ TeamTiles(const BlockWork& work, int teams_per_block, int team) {
+    const int all = blockIdx.x * teams_per_block + team;
     const bool joined = work.joined();
-    stride = joined ? warps_per_block : 1;
-    first = joined ? work.first + warp : work.split.first(all);
+    stride = joined ? teams_per_block : 1;
+    first = joined ? work.first + team : work.split.first(all);
     count = joined ? quick_divide(max(work.last - first, 0) + stride - 1, stride) : work.split.first(all + 1) - first;
   }
 };
 
-// Where a segment's partial output goes: unique, because along the list of tiles each next segment has a larger warp or
-// a larger segment number. A row has two segments: packed and tail.
-__device__ __forceinline__ int segment_number(int row, bool packed) { return 2 * row + (packed ? 0 : 1); }
+// Where the partial outputs of a team go, one for each of its warps: unique, because along the list of tiles each next
+// segment has a larger team or a larger number (a row has two segments, packed and tail).
+__device__ __forceinline__ int first_slot(const DecodeParams& p, int team, int row, bool packed) {
+  return (team + 2 * row + (packed ? 0 : 1)) << p.shares_log2;
+}
 
 }  // namespace minikv

@@ -109,6 +109,16 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// Hides where a value comes from: what depends on it is then not computed early and held in registers meanwhile.
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+
+// Index of the thread in its block, and threads of the block: read anew.
+__device__ __forceinline__ int2 read_thread() {
+  int2 x;
+  asm volatile("mov.u32 %0, %%tid.x;\nmov.u32 %1, %%ntid.x;" : "=r"(x.x), "=r"(x.y));
+  return x;
+}
+
 // a / b for a >= 0, b > 0 and a quotient below 2**22: an estimate, corrected. An integer division is a long chain.
 __device__ __forceinline__ int quick_divide(int a, int b) {
   float reciprocal;

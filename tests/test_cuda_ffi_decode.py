@@ -37,6 +37,8 @@ def test_matches_attention_over_the_dequantised_cache(name: str) -> None:
 def random_case(seed: int) -> Case:
     rng = np.random.default_rng(seed)
     case = decode_checks.random_case(rng, [64, 96, 128, 256], ["float16", "bfloat16", "float8_e4m3fn"], 2048)
+    if seed % 3 == 0:
+        return case  # the kernel chooses, and may have several warps share a tile
     return dataclasses.replace(case, config=Config(warps=int(rng.integers(1, 9)), stages=int(rng.integers(2, 5))))
 
 
