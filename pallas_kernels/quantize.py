@@ -96,7 +96,8 @@ def check(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype
         )
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "axis", "metadata_dtype"))  # lowered once for all layers
+# Jitted, so that it is lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "axis", "metadata_dtype"))
 def launch(
     x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype: str
 ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
