@@ -1,6 +1,5 @@
 """Which implementation runs an op: by name, or the fastest one that takes the case."""
 
-import functools
 import json
 import logging
 import pathlib
@@ -9,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import Array, lax
 from tiny import random_ids, tiny_model
 from transformers import PreTrainedTokenizerBase
 
-from minikv_jax import hub, inference, kernels, presets
+from minikv_jax import hub, inference, kernels, memory, presets
 from minikv_jax.attention import decode_attention, prefill_attention, quantize
 from minikv_jax.cache import KVCache, LayerCache
-from minikv_jax.generate import generate
+from minikv_jax.evaluation import layerwise
 from minikv_jax.model import Llama
 from pallas_kernels import hopper
 
@@ -128,14 +126,6 @@ def bfloat16_model() -> tuple[Llama, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-@pytest.fixture(scope="module")
-def prompts(bfloat16_model: tuple[Llama, PreTrainedTokenizerBase]) -> list[list[int]]:
-    """Three stretches of a log file."""
-    text = (pathlib.Path(__file__).parent.parent / "examples" / "log.txt").read_text()
-    ids = bfloat16_model[1].encode(text)
-    return [ids[:900], ids[300:911], ids[700:1450]]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["cuda", "pallas"])
 @pytest.mark.parametrize("method", ["minikv", "kivi-4", "full", "twin-4bit"])
@@ -145,80 +135,15 @@ def test_a_layers_cache_reads_alike(
     """The same stored layers by XLA and by the kernel."""
     model, _ = bfloat16_model
     rng = np.random.default_rng(0)
-    prompt = rng.integers(0, model.config.vocab_size, 700).tolist()
-    cache = generate(model, [prompt], cache=method, max_new_tokens=1, eos_token_ids=(), implementation="xla").cache
-    layer = cache.layers[3]
+    prompt, lengths, config = rng.integers(0, model.config.vocab_size, (1, 700)), np.array([700]), presets.get(method)
+    layers = layerwise.prefill_layers(model, prompt, lengths, True, "xla")[1]
+    capacities = memory.capacities(model.config, config, 700, 1)
+    layer = layerwise.compress_layers(model.config, config, layers, lengths, capacities, "xla")[0].layers[3]
     q = jnp.asarray(rng.normal(size=(1, 9, 64)), jnp.bfloat16)
     exact = decode_attention(q.astype(jnp.float32), layer, implementation="xla")
     by_xla = decode_attention(q, layer, implementation="xla").astype(jnp.float32)
     by_kernel = decode_attention(q, layer, implementation=implementation).astype(jnp.float32)
     assert jnp.linalg.norm(by_kernel - exact) <= 2 * jnp.linalg.norm(by_xla - exact) + 1e-6
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["cuda", "pallas"])
-@pytest.mark.parametrize("method", ["minikv", "kivi-4", "full"])
-def test_generation_agrees_with_xla(
-    method: str,
-    implementation: str,
-    bfloat16_model: tuple[Llama, PreTrainedTokenizerBase],
-    prompts: list[list[int]],
-):
-    """Mean log-probability of the greedy continuation: within 0.01, through prefill, packing, append and flushes."""
-    model, _ = bfloat16_model
-    means = {}
-    for name in ("xla", implementation):
-        result = generate(
-            model,
-            prompts[:2],
-            cache=method,
-            max_new_tokens=200,
-            eos_token_ids=(),
-            implementation=name,
-            log_probabilities=True,
-        )
-        assert result.log_probabilities is not None
-        means[name] = float(jnp.mean(result.log_probabilities))
-    assert means[implementation] == pytest.approx(means["xla"], abs=0.01)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def forced_logits(graph: nnx.GraphDef, implementation: str, weights: nnx.State, prompt: Array, tokens: Array) -> Array:
-    """Float32 logits `[V]` after the prompt `[1, T]` and then `tokens [1, n]`, decoded one by one under minikv."""
-    model, config = nnx.merge(graph, weights), presets.get("minikv")
-    length = jnp.array([prompt.shape[1]])
-    hidden, cache = inference.prefill(model, prompt, length, config, 64, implementation)
-
-    def step(carry: tuple[Array, KVCache], token: Array) -> tuple[tuple[Array, KVCache], None]:
-        return inference.decode(model, carry[1], token[None], jnp.ones(1, jnp.int32), implementation), None
-
-    (hidden, _), _ = lax.scan(step, (hidden, cache), tokens[0])
-    return model.logits(hidden)[0]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["cuda", "pallas"])
-def test_greedy_tokens_are_xlas(
-    implementation: str,
-    bfloat16_model: tuple[Llama, PreTrainedTokenizerBase],
-    smollm2: tuple[Llama, PreTrainedTokenizerBase],
-    prompts: list[list[int]],
-):
-    """64 tokens under minikv; a first one that differs is a tie: XLA's logits are closer than bfloat16 moves them."""
-    model, _ = bfloat16_model
-    exact, rounded = nnx.split(smollm2[0]), nnx.split(model)
-    run = functools.partial(generate, model, prompts, cache="minikv", max_new_tokens=64, eos_token_ids=())
-    by_implementation = (np.asarray(run(implementation=name).tokens) for name in ("xla", implementation))
-    for prompt, want, got in zip(prompts, *by_implementation, strict=True):
-        if np.array_equal(want, got):
-            continue
-        first = int(np.argmax(want != got))
-        forced = jnp.asarray(prompt)[None], jnp.asarray(want[:first])[None]
-        pair = np.array([want[first], got[first]])
-        by_xla = np.asarray(forced_logits(rounded[0], "xla", rounded[1], *forced))[pair]
-        in_float32 = np.asarray(forced_logits(exact[0], "xla", exact[1], *forced))[pair]
-        gap, moved = by_xla[0] - by_xla[1], abs(by_xla - in_float32).max()
-        assert gap <= 2 * moved, f"token {first}: {pair} have logits {by_xla}, in float32 {in_float32}"
 
 
 def test_presets_that_the_kernels_run():
