@@ -6,6 +6,7 @@ What needs JAX is imported inside the commands, so that `minikv --help` and a mi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -44,14 +45,12 @@ _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "transformers")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--verbose" in argv:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("minikv_jax").setLevel(logging.INFO)
     try:
-        if argv[:1] == ["bench"] and argv[1:2] and argv[1] in _SUITES:
-            return importlib.import_module(f"minikv_jax.bench.{argv[1]}").main(argv[2:]) or 0
-        arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        with _shown_log() if "--verbose" in argv else contextlib.nullcontext():
+            if argv[:1] == ["bench"] and argv[1:2] and argv[1] in _SUITES:
+                return importlib.import_module(f"minikv_jax.bench.{argv[1]}").main(argv[2:]) or 0
+            arguments = _parser().parse_args(argv)
+            return arguments.run(arguments)
     except (ValueError, NotImplementedError, OSError) as error:
         if "--verbose" in argv:
             raise
@@ -59,6 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def _shown_log() -> Iterator[None]:
+    """Sends the library's messages to stderr, each of them once: every layer chooses the same implementations."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in seen
+        seen.add(record.getMessage())
+        return not known
+
+    logger, handler = logging.getLogger("minikv_jax"), logging.StreamHandler()
+    handler.addFilter(is_new)
+    handlers, propagates, level = logger.handlers, logger.propagate, logger.level
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagates
+        logger.setLevel(level)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -248,6 +248,16 @@ def test_verbose_shows_where_an_error_comes_from(model_directory: pathlib.Path):
         cli.main(["generate", "--model", str(model_directory), "--prompt", "", "--verbose"])
 
 
+def test_verbose_names_each_implementation_once(run: Run, model_directory: pathlib.Path):
+    options = ["--max-new-tokens", 9, "--set", "recent=0.25", "--verbose"]  # a length that nothing else has compiled
+    code, _, err = run("generate", "--model", model_directory, "--prompt", PROMPT, *options)
+    assert code == 0
+    for op in ("prefill_attention", "quantize", "append", "decode_attention"):
+        named = [line for line in err.splitlines() if line.startswith(f"{op} ")]
+        assert named
+        assert len(set(named)) == len(named)
+
+
 def test_bench_kernels_forwards_its_options(run: Run, monkeypatch: pytest.MonkeyPatch):
     forwarded = []
 
