@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
 from minikv_jax.attention import prefill_attention
-from minikv_jax.bench.timing import Benchmark, Row, kernel_ms
+from minikv_jax.bench.timing import Benchmark, Row, alternating_ms, kernel_ms
 
 _IMPLEMENTATIONS = ("cuda", "pallas")
 
@@ -59,7 +59,7 @@ def _measure(shape: PrefillShape, like: tuple[Any, ...], programs: Mapping[str, 
     q, k, v = (jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(like))
     lengths = jnp.full((shape.batch,), shape.tokens, jnp.int32)
     for name in _IMPLEMENTATIONS:
-        cudnn_ms, ms = kernel_ms(programs["cudnn"], q, k, v), kernel_ms(programs[name], q, k, v, lengths)
+        cudnn_ms, ms = alternating_ms((programs["cudnn"], (q, k, v)), (programs[name], (q, k, v, lengths)))
         result = {
             "op": "prefill_attention",
             "shape": shape.name,

@@ -55,6 +55,15 @@ def kernel_ms(program: Callable[..., Any], *arguments: Any) -> float:
     return statistics.median(float(t) for t in times or ())
 
 
+def alternating_ms(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> list[float]:
+    """`kernel_ms` of several compiled programs with their arguments, a warm call of each in turn.
+
+    Busy tensor cores make the device lower its clock: times of long calls compare only where they are taken in turns.
+    """
+    rounds = [[profiler.measure(program)(*arguments)[1] for program, arguments in calls] for _ in range(_RUNS)]
+    return [statistics.median(float(ms) for ms in own if ms is not None) for own in zip(*rounds, strict=True)]
+
+
 def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.stages.Lowered:
     """A program of many calls that each wait for the one before, and whose input is donated.
 
