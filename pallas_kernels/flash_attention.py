@@ -144,6 +144,7 @@ def flash_attention(
             tile = pl.ds(start, BLOCK_Q)
             plgpu.copy_gmem_to_smem(q_gmem.at[b, tile, head], q_smem.at[wg], q_ready.at[wg])
             plgpu.barrier_wait(q_ready.at[wg])
+            queries = plgpu.layout_cast(q_smem[wg], plgpu.Layout.WGMMA)  # products leave shared memory to the keys
 
             def slot_of(step):
                 return lax.rem(step - first, jnp.int32(stages))
@@ -169,7 +170,7 @@ def flash_attention(
                 slot = slot_of(step)
 
                 def multiply_keys(acc_ref):
-                    plgpu.wgmma(acc_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, queries, k_smem.at[slot].transpose((1, 0)))
                     take_turns()
                     return acc_ref[...]
 
