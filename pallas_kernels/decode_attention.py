@@ -28,10 +28,12 @@ from pallas_kernels.decode_products import QUERIES, UNIT, WARPS, Storage
 BITS = (2, 4)
 GROUP_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128)
-METADATA_DTYPES = ("float16", "bfloat16")
+METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 DTYPES = ("bfloat16", "float16")
 TILE = WARPS * products.WARP_TOKENS
 TAIL_TILE = WARPS * UNIT
+_FACTORS = 32  # copied at a time: the most that a tile has; JAX 0.10 copies no fewer bytes
+_FACTOR_ROW = 4  # a row of factors is a multiple, as copies want it
 _LOG2E = math.log2(math.e)
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -88,19 +90,19 @@ def decode_attention(
 ) -> jax.Array:
     """Attention of one query token over `packed_length[b]` packed and `tail_length[b]` full-precision tokens.
 
-    Every valid slot is seen; what lies beyond the lengths may be anything, NaN included. Scales, zeros, queries and
-    the tail must be within float16.
+    Every valid slot is seen; what lies beyond the lengths may be anything, NaN included. Scales, zeros (times their
+    factors), queries and the tail must be within float16.
 
     Args:
       q: `[B, N, H]`, bfloat16 or float16.
       k_planes, v_planes: one uint32 array `[B, K, P * bits / 32, H]` each; `P` may be 0.
-      k_scale, k_zero: `[B, K, P / g, H]`, float16 or bfloat16.
+      k_scale, k_zero: `[B, K, P / g, H]`, float16, bfloat16 or, with bfloat16 queries, float8_e4m3fn.
       v_scale, v_zero: `[B, K, P, H / g]`, the same dtype.
       tail_k, tail_v: `[B, K, C, H]` in q's dtype; `C` may be 0.
       packed_length: int32 `[B]`, multiples of the packing block, at most `P`.
       tail_length: int32 `[B]`, at most `C`.
       scale: softmax scale, positive.
-      k_factors, v_factors: None; second level of 8-bit metadata, which this kernel does not read.
+      k_factors, v_factors: (scale factor, zero factor), float32 `[B, K, P / g, 1]`, for 8-bit metadata.
       config: tuning.
 
     Returns:
@@ -111,9 +113,8 @@ def decode_attention(
       NotImplementedError: for a case the kernel does not cover, or where it cannot run.
     """
     metadata = (k_scale, k_zero, v_scale, v_zero)
-    check(q, k_planes, v_planes, metadata, (tail_k, tail_v), k_bits, v_bits, group_size)
-    if k_factors is not None or v_factors is not None:
-        raise NotImplementedError("k_factors, v_factors: the Pallas decode kernel reads no factors of 8-bit metadata")
+    factors = (*(k_factors or ()), *(v_factors or ()))
+    check(q, k_planes, v_planes, metadata, factors, (tail_k, tail_v), k_bits, v_bits, group_size)
     if not scale > 0:
         raise NotImplementedError(f"scale={scale}: the Pallas decode kernel supports positive scales")
     reason = hopper.why_unavailable()
@@ -121,7 +122,7 @@ def decode_attention(
         raise NotImplementedError(reason)
     words, tail, lengths = (k_planes[0], v_planes[0]), (tail_k, tail_v), (packed_length, tail_length)
     storage = Storage(k_bits, v_bits, group_size, q.shape[2])
-    return launch(q, words, metadata, tail, lengths, scale=scale, storage=storage, config=config)
+    return launch(q, words, metadata, factors, tail, lengths, scale=scale, storage=storage, config=config)
 
 
 def check(
@@ -129,6 +130,7 @@ def check(
     k_planes: tuple[jax.Array, ...],
     v_planes: tuple[jax.Array, ...],
     metadata: tuple[jax.Array, ...],
+    factors: tuple[jax.Array, ...],
     tail: tuple[jax.Array, jax.Array],
     k_bits: int,
     v_bits: int,
@@ -153,6 +155,14 @@ def check(
             raise NotImplementedError(
                 f"{name}={value}: the Pallas decode kernel supports {', '.join(map(str, values))}"
             )
+    has_factors = metadata[0].dtype == jnp.float8_e4m3fn
+    if has_factors and q.dtype != jnp.bfloat16:
+        # Scales and zeros are rounded to float16: small against bfloat16's own rounding, too much against float16's.
+        raise NotImplementedError(
+            f"q.dtype={q.dtype}: the Pallas decode kernel reads 8-bit metadata for bfloat16 alone"
+        )
+    if len(factors) != 4 * has_factors:
+        raise ValueError(f"{len(factors)} factors with {metadata[0].dtype} metadata: expected {4 * has_factors}")
     if q.ndim != 3 or tail[0].ndim != 4 or len(k_planes) != 1 or len(v_planes) != 1:
         raise ValueError(f"q {q.shape}, tail_k {tail[0].shape}: expected [B, N, H], [B, K, C, H] and one plane each")
     batch, heads, head_dim = q.shape
@@ -170,6 +180,7 @@ def check(
         ("k_zero", metadata[1], packed // group_size, head_dim),
         ("v_scale", metadata[2], packed, head_dim // group_size),
         ("v_zero", metadata[3], packed, head_dim // group_size),
+        *(("factors", x, packed // group_size, 1) for x in factors),
         ("tail_v", tail[1], tail[0].shape[2], head_dim),
         ("tail_k", tail[0], tail[0].shape[2], head_dim),
     ):
@@ -183,23 +194,30 @@ def scratch(config: Config, storage: Storage, metadata_dtype: Any) -> dict[str, 
     """Shared memory and barriers of a thread block."""
     ring = (hopper.COMPUTE_WARPGROUPS, config.stages)
     word_rows = UNIT * max(storage.k_bits, storage.v_bits)
-    words = plgpu.SMEM((*ring, word_rows, storage.head_dim), jnp.uint32, transforms=_swizzled(32))
-    metadata = plgpu.SMEM(
-        (*ring, TILE // storage.group_size, storage.head_dim), metadata_dtype, transforms=_swizzled(64)
-    )
+    metadata = _swizzled(*ring, TILE // storage.group_size, storage.head_dim, dtype=metadata_dtype)
+    has_factors = metadata_dtype == jnp.float8_e4m3fn
     barriers = math.prod(ring)
-    return {
-        "words_smem": words,
+    factors = {"factor_smem": plgpu.SMEM((*ring, 2, _FACTORS), jnp.float32)} if has_factors else {}
+    return factors | {
+        "words_smem": _swizzled(*ring, word_rows, storage.head_dim, dtype=jnp.uint32),
         "scale_smem": metadata,
         "zero_smem": metadata,
-        "ready": plgpu.Barrier(num_arrivals=3, num_barriers=barriers),
+        "ready": plgpu.Barrier(num_arrivals=5 if has_factors else 3, num_barriers=barriers),
         "consumed": plgpu.Barrier(num_barriers=barriers),
     }
 
 
-def _swizzled(columns: int) -> tuple[Any, ...]:
-    """Tiles of one row: of taller ones, an array in device memory would have to hold a whole number."""
-    return plgpu.TilingTransform((1, columns)), plgpu.SwizzleTransform(128)
+def _swizzled(*shape: int, dtype: Any) -> Any:
+    """Tiles of one row: of taller ones, an array in device memory would have to hold a whole number.
+
+    There are at least as many rows as the swizzle's pattern takes, so that every stage begins with one.
+    """
+    *lead, rows, columns = shape
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = min(128, columns * itemsize)
+    rows = max(rows, 8 * swizzle // (columns * itemsize))
+    transforms = plgpu.TilingTransform((1, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM((*lead, rows, columns), dtype, transforms=transforms)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "storage", "config"))  # lowered once for all layers of a model
@@ -207,6 +225,7 @@ def launch(
     q: jax.Array,
     words: tuple[jax.Array, jax.Array],
     metadata: tuple[jax.Array, ...],
+    factors: tuple[jax.Array, ...],
     tail: tuple[jax.Array, jax.Array],
     lengths: tuple[jax.Array, jax.Array],
     *,
@@ -227,15 +246,20 @@ def launch(
         x = x.reshape(kv_rows, -1, head_dim)
         return jnp.pad(x, [(0, 0), (0, max(0, least - x.shape[1])), (0, 0)])
 
+    def factor_rows(x: jax.Array) -> jax.Array:
+        """`[B * K, P / g]`, likewise."""
+        x = x.reshape(kv_rows, -1)
+        return jnp.pad(x, [(0, 0), (0, max(_FACTORS - x.shape[1], -x.shape[1] % _FACTOR_ROW))])
+
     metadata = tuple(rows(x, TILE // storage.group_size) for x in metadata)
+    factors = tuple(factor_rows(x) for x in factors)
     words = rows(words[0], UNIT * storage.k_bits), rows(words[1], UNIT * storage.v_bits)
     tail = rows(tail[0], TAIL_TILE), rows(tail[1], TAIL_TILE)
     if config is None:
         tokens = metadata[0].shape[1] * storage.group_size + tail[0].shape[1]
         config = heuristic_config(kv_rows * blocks, tokens, storage)
-    parts = attend(
-        queries.reshape(kv_rows, blocks, QUERIES, head_dim), words, metadata, tail, lengths, scale, storage, config
-    )
+    queries = queries.reshape(kv_rows, blocks, QUERIES, head_dim)
+    parts = attend(queries, words, metadata, factors, tail, lengths, scale, storage, config)
     out = merge(*(x[:, :, :, :, : min(group, QUERIES)] for x in parts))
     return out.reshape(kv_rows, -1, head_dim)[:, :group].reshape(q.shape).astype(q.dtype)
 
@@ -252,6 +276,7 @@ def attend(
     q: jax.Array,
     words: tuple[jax.Array, jax.Array],
     metadata: tuple[jax.Array, ...],
+    factors: tuple[jax.Array, ...],
     tail: tuple[jax.Array, jax.Array],
     lengths: tuple[jax.Array, jax.Array],
     scale: float,
@@ -267,12 +292,14 @@ def attend(
     arrays = scratch(config, storage, metadata[0].dtype)
     hopper.check_shared_memory(arrays, config)
     stages, warpgroups = config.stages, hopper.COMPUTE_WARPGROUPS
+    metadata_rows = TILE // storage.group_size
     logit_scale = scale * _LOG2E
 
     def kernel(
         q_gmem,
         words_gmem,
         metadata_gmem,
+        factors_gmem,
         tail_gmem,
         lengths_gmem,
         top_gmem,
@@ -284,6 +311,7 @@ def attend(
         zero_smem,
         ready,
         consumed,
+        factor_smem: Any = None,  # of 8-bit metadata alone
     ):
         kv_row, block, split = (lax.axis_index(name) for name in ("kv_row", "block", "split"))
         packed_tokens, tail_tokens = (x[lax.div(kv_row, jnp.int32(kv_heads))] for x in lengths_gmem)
@@ -318,10 +346,16 @@ def attend(
                 plgpu.barrier_wait(ready.at[barrier])
                 words = words_smem.at[wg, slot, pl.ds(0, UNIT * bits)]
                 codes = hopper.load(words, words_layout)
-                scales, zeros = (hopper.load(x.at[wg, slot], metadata_layout) for x in (scale_smem, zero_smem))
+                metadata = [x.at[wg, slot, pl.ds(0, metadata_rows)] for x in (scale_smem, zero_smem)]
+                metadata = [hopper.load(x, metadata_layout) for x in metadata]
+                if factors_gmem:
+                    factors = (factor_smem.at[wg, slot, i, pl.ds(0, metadata_rows)] for i in range(2))
+                    factors = (hopper.load(x, metadata_layout.reduce(1)) for x in factors)
+                    metadata = [products.scaled(x, y, metadata_layout) for x, y in zip(metadata, factors, strict=True)]
                 plgpu.commit_smem()  # orders the loads before the copies that fill the stage again
                 plgpu.barrier_arrive(consumed.at[barrier])
-                return codes, _float16(scales), _float16(zeros)
+                scales, zeros = (_float16(x) for x in metadata)
+                return codes, scales, zeros
 
             def packed_tile(tile, state: State) -> State:
                 number = 2 * lax.div(tile - first, jnp.int32(warpgroups))
@@ -382,10 +416,14 @@ def attend(
                 rows = pl.ds(tile * UNIT * bits, UNIT * bits)
                 target = words_smem.at[owner, slot, pl.ds(0, UNIT * bits)]
                 plgpu.copy_gmem_to_smem(words_gmem[which].at[kv_row, rows], target, ready.at[barrier])
-                count = TILE // storage.group_size
-                for source, ring in zip(metadata_gmem[2 * which : 2 * which + 2], (scale_smem, zero_smem), strict=True):
-                    source = source.at[kv_row, pl.ds(tile * count, count)]
-                    plgpu.copy_gmem_to_smem(source, ring.at[owner, slot], ready.at[barrier])
+                own = pl.ds(tile * metadata_rows, metadata_rows)
+                for i, ring in enumerate((scale_smem, zero_smem)):
+                    source = metadata_gmem[2 * which + i].at[kv_row, own]
+                    target = ring.at[owner, slot, pl.ds(0, metadata_rows)]
+                    plgpu.copy_gmem_to_smem(source, target, ready.at[barrier])
+                    if factors_gmem:
+                        source = factors_gmem[2 * which + i].at[kv_row, pl.ds(tile * metadata_rows, _FACTORS)]
+                        plgpu.copy_gmem_to_smem(source, factor_smem.at[owner, slot, i], ready.at[barrier])
 
             @pl.loop(first, middle)
             def _(tile):
@@ -397,7 +435,7 @@ def attend(
     outs = (columns, columns, jax.ShapeDtypeStruct((*lead, QUERIES, head_dim), jnp.float32))
     grid = {"split": config.splits, "block": blocks, "kv_row": kv_rows}
     lengths = (lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32))
-    return hopper.launch(kernel, outs, arrays, grid)(q, words, metadata, tail, lengths)
+    return hopper.launch(kernel, outs, arrays, grid)(q, words, metadata, factors, tail, lengths)
 
 
 def _tiles(tokens: jax.Array, size: int) -> jax.Array:

@@ -250,6 +250,12 @@ def empty(storage: Storage, lowest: float) -> tuple[jax.Array, jax.Array, jax.Ar
     return top, total, plgpu.layout_cast(jnp.zeros((WARPS, storage.head_dim, QUERIES), jnp.float32), layout)
 
 
+def scaled(x: jax.Array, factors: jax.Array, layout: Any) -> jax.Array:
+    """Metadata times the factor of their row, float32."""
+    spread = plgpu.layout_cast(lax.broadcast_in_dim(factors, x.shape, (0,)), layout)
+    return x.astype(jnp.float32) * spread
+
+
 def over_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A value for each query `[WARPS, QUERIES]`, as often as `shape` has rows."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (0, 2)), per_warp(shape[1] // 16))

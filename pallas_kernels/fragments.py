@@ -135,6 +135,24 @@ def rounded(register: ir.Value) -> Pair:
     return _bits(arith.truncf(_half2(), register))
 
 
+def elementwise(instruction: str, *arrays: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """Of float32 arrays in one layout, by an instruction that says how it rounds.
+
+    MLIR's quotients may be off by a unit in the last place, and its products are fused with sums.
+    """
+    f32, result = ir.F32Type.get(), np.empty_like(arrays[0].registers)
+    text = f"{instruction} {', '.join(f'${i}' for i in range(len(arrays) + 1))};"
+    constraints = ",".join(["=f", *["f"] * len(arrays)])
+    for index, register in np.ndenumerate(arrays[0].registers):
+        operands: list[Any] = [x.registers[index] for x in arrays]
+        values = [
+            _asm(f32, text, constraints, *(element(x, i) for x in operands))
+            for i in range(ir.VectorType(register.type).shape[0])
+        ]
+        result[index] = vector.from_elements(register.type, values)
+    return mgpu.FragmentedArray(_registers=result, _layout=arrays[0].layout, _is_signed=None)
+
+
 def transposed(matrix: Pair) -> Pair:
     """An 8 x 8 matrix whose lane `4 row + quad` holds columns `2 quad` and `2 quad + 1`, transposed."""
     return _asm(_i32(), "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", matrix)
