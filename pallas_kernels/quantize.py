@@ -1,9 +1,9 @@
 """Group-wise quantisation and packing of keys and values in one pass over memory.
 
-A warpgroup owns a few rows of words, or of groups where those are longer, over all channels. A thread holds eight
-channels of a row and walks along the row's tokens, so words are put together without exchanging anything. Keys' groups
-lie along the tokens, within a thread; values' groups lie along the channels and take a few shuffles a token. With 8-bit
-metadata a row is a packing block, so that its factors take a few shuffles too.
+A warpgroup owns a few rows of words, or of groups where those are longer, over all channels. A thread holds eight or
+four channels of a row and walks along the row's tokens, so words are put together without exchanging anything. Keys'
+groups lie along the tokens, within a thread; values' groups lie along the channels and take a few shuffles a token.
+With 8-bit metadata a row is a packing block, so that its factors take a few shuffles too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 DTYPES = ("float32", "bfloat16", "float16")
 _WARPS = 4
 _LANES = 32
-_VECTOR = 8  # channels of a thread
+_VECTOR = 8  # channels of a thread, or half of them
 _FLOAT8_MAX = 448
+_HELD = 32  # tokens: registers hold keys' groups of up to as many, so that they are read once
 _ROUNDER = 2.0**23  # adding it leaves a float32's integer part, rounded half to even, in the lowest bits
 
 # Planes, scale, zero, and the factors of 8-bit metadata.
@@ -114,7 +115,8 @@ def launch(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtyp
     per_word = 32 // bits
     unit = group_size if by_tokens or has_factors else per_word  # tokens of a row
     count = batch * kv_heads * tokens // unit
-    rows = _WARPS * _LANES * _VECTOR // head_dim  # of a warpgroup
+    vector = _VECTOR // 2 if by_tokens and group_size == _HELD else _VECTOR
+    rows = _WARPS * _LANES * vector // head_dim  # of a warpgroup
     padded = max(count, rows)
     pad = [(0, padded - count), (0, 0)]
     if by_tokens:
@@ -129,7 +131,7 @@ def launch(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtyp
         *[jax.ShapeDtypeStruct((padded,), jnp.float32)] * (2 if has_factors else 0),
     )
     kernel = plgpu.kernel(
-        functools.partial(body, bits=bits, rows=rows, layout=_layout(rows, *inner)),
+        functools.partial(body, bits=bits, rows=rows, layout=_layout(vector, rows, *inner)),
         out_type=out,
         grid=(-(-padded // rows),),
         grid_names=("tile",),
@@ -145,11 +147,12 @@ def launch(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtyp
     return (words,), scale, zero, scale_factor, zero_factor
 
 
-def _layout(rows: int, *inner: int) -> Any:
+def _layout(vector: int, rows: int, *inner: int) -> Any:
     """Of a warpgroup's rows of one token each: a warp has whole rows, a thread neighbouring channels."""
-    tiling = plgpu.Tiling(((rows, *inner), (rows // _WARPS, *inner), (_VECTOR,)))
-    rank = 1 + len(inner)
-    return plgpu.Layout.TILED(tiling, warp_dims=(-2 * rank - 1,), lane_dims=(*range(-rank - 1, -1),), vector_dim=-1)
+    *groups, channels = inner
+    lanes = (("row", rows // _WARPS), *(("group", n) for n in groups), ("lane", channels // vector))
+    dimensions = (("warp", _WARPS), lanes[0]), *((group,) for group in lanes[1:-1]), (lanes[-1], ("element", vector))
+    return fragments.layout(*dimensions, lanes=[factor for factor in lanes if factor[1] > 1])
 
 
 def _tile(rows: int, count: int) -> Any:
@@ -162,16 +165,21 @@ def _keys_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *factors_gmem, bits:
     count, group_size, head_dim = x_gmem.shape
     tile, per_word = _tile(rows, count), 32 // bits
 
-    def load(word: jax.Array) -> list[jax.Array]:
-        tokens = (hopper.load(x_gmem.at[tile, word * per_word + j], layout) for j in range(per_word))
-        return [x.astype(jnp.float32) for x in tokens]
+    words = group_size // per_word
 
-    def widen(word: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        tokens = load(word)
-        return functools.reduce(jnp.minimum, tokens, bounds[0]), functools.reduce(jnp.maximum, tokens, bounds[1])
+    def load(word: Any) -> list[jax.Array]:
+        return [hopper.load(x_gmem.at[tile, word * per_word + j], layout) for j in range(per_word)]
+
+    def widen(bounds: tuple[jax.Array, jax.Array], tokens: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        wide = [x.astype(jnp.float32) for x in tokens]
+        return functools.reduce(jnp.minimum, wide, bounds[0]), functools.reduce(jnp.maximum, wide, bounds[1])
 
     start = plgpu.layout_cast(jnp.full((rows, head_dim), jnp.inf, jnp.float32), layout)
-    low, high = lax.fori_loop(0, group_size // per_word, widen, (start, -start))
+    held = [load(word) for word in range(words)] if group_size <= _HELD else []
+    if held:
+        low, high = functools.reduce(widen, held, (start, -start))
+    else:
+        low, high = lax.fori_loop(0, words, lambda word, bounds: widen(bounds, load(word)), (start, -start))
     exact = _step(low, high, bits), low
     factors = [_factor(_magnitude(x), gmem, tile, layout) for x, gmem in zip(exact, factors_gmem, strict=False)]
     scale, zero = (
@@ -180,9 +188,14 @@ def _keys_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *factors_gmem, bits:
     )
     inverse = _reciprocal(scale, layout)
 
-    @pl.loop(0, group_size // per_word)
-    def _(word):
-        words_gmem[tile, word] = _pack([_code(x, zero, inverse, bits) for x in load(word)], bits)
+    def pack(word: Any, tokens: list[jax.Array]) -> None:
+        codes = [_code(x.astype(jnp.float32), zero, inverse, bits) for x in tokens]
+        words_gmem[tile, word] = _pack(codes, bits)
+
+    for word, tokens in enumerate(held):
+        pack(word, tokens)
+    if not held:
+        pl.loop(0, words)(lambda word: pack(word, load(word)))
 
 
 def _values_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *factors_gmem, bits: int, rows: int, layout: Any) -> None:
