@@ -3,13 +3,15 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from model_directory import END, byte_tokenizer
 
 from minikv_jax import chat, cli, hub, memory, presets
-from minikv_jax.generate import bucket_length, generate
+from minikv_jax.generate import GenerateResult, bucket_length, generate, stream
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -58,6 +60,35 @@ def test_generate_reports_what_the_library_returns(run: Run, model_directory: pa
     assert report["text"] in text
     assert f"{result.cache.nbytes:,} bytes" in text
     assert f"{1 - cache['ratio']:.1%}" in text
+
+
+def test_a_call_that_waits_for_the_device_is_not_compilation(
+    run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A GPU runs a program with a loop inside the call that starts it: prefill's and the first tokens' time."""
+
+    def slow(*arguments: Any, **options: Any) -> Iterator[GenerateResult]:
+        for result in stream(*arguments, **options):
+            time.sleep(0.2)
+            yield result
+
+    monkeypatch.setattr(sys.modules[stream.__module__], "stream", slow)
+    found = []
+    for number in range(2):
+        out = tmp_path / f"{number}.json"
+        options = ["--max-new-tokens", 5, "--no-chat-template", "--json", out]
+        assert run("generate", "--model", model_directory, "--prompt", PROMPT, *options)[0] == 0
+        found.append(json.loads(out.read_text())["timing"])
+    first, second = found
+    for timing in found:
+        assert min(timing["prefill_s"], timing["decode_s"]) > 0.2
+    assert first["compile_s"] > second["compile_s"]
+    assert second["compile_s"] < 0.1
+
+
+def test_seconds_of_nested_spans_count_once():
+    assert cli._covered([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (7.0, 8.0)]) == 6.0
+    assert cli._covered([]) == 0.0
 
 
 def test_chat_template_is_used_unless_declined(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
