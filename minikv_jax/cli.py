@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import pathlib
 import sys
@@ -210,6 +209,7 @@ class _Session:
 
         from minikv_jax.generate import stream
 
+        begin = time.perf_counter()
         results = stream(
             self.model,
             [ids],
@@ -220,22 +220,18 @@ class _Session:
             implementation=self.implementation,
         )
         tokens, text = [], ""
-        compiling, running = [], []  # seconds of each step
-        with _compile_spans() as spans:
-            start = time.perf_counter()
-            for result in results:
-                jax.block_until_ready(result)  # the cache too: the tokens of a prefill are ready before it is
-                taken = time.perf_counter() - start
-                compiling.append(_covered(spans))
-                running.append(taken - compiling[-1])
-                tokens = result.tokens[0, : int(result.lengths[0])].tolist()
-                text = self._show(tokens, text)
-                cache = result.cache
-                spans.clear()
-                start = time.perf_counter()
+        seconds = [time.perf_counter() - begin]  # of compiling, of the prefill, and of every chunk of tokens
+        begin = time.perf_counter()
+        for result in results:
+            jax.block_until_ready(result)  # the cache too: the tokens of a prefill are ready before it is
+            seconds.append(time.perf_counter() - begin)
+            tokens = result.tokens[0, : int(result.lengths[0])].tolist()
+            text = self._show(tokens, text)
+            cache = result.cache
+            begin = time.perf_counter()
         print(flush=True)
         assert cache is not None
-        return _Turn(len(ids), tokens, text, cache, sum(compiling), running[0], sum(running[1:]))
+        return _Turn(len(ids), tokens, text, cache, seconds[0], seconds[1], sum(seconds[2:]))
 
     def _show(self, tokens: list[int], shown: str) -> str:
         """Prints what `tokens` add to the text shown so far. An unfinished character or space at the end waits."""
@@ -245,37 +241,6 @@ class _Session:
             text = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd").strip()
         print(text[len(shown) :], end="", flush=True)
         return text
-
-
-@contextlib.contextmanager
-def _compile_spans() -> Iterator[list[tuple[float, float]]]:
-    """Collects when JAX traces and compiles.
-
-    How long a first call takes to return does not say it: on a GPU, calling a program that loops waits for the loop.
-    """
-    import jax
-
-    spans: list[tuple[float, float]] = []
-
-    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del kwargs
-        if event.startswith("/jax/core/compile/"):
-            spans.append((time.perf_counter() - duration_secs, time.perf_counter()))
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    try:
-        yield spans
-    finally:
-        jax.monitoring.unregister_event_duration_listener(heard)
-
-
-def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Seconds that spans cover; they may nest."""
-    total, end = 0.0, -math.inf
-    for begin, stop in sorted(spans):
-        total += max(stop - max(begin, end), 0.0)
-        end = max(end, stop)
-    return total
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -123,7 +123,8 @@ def stream(
     """`generate` in steps: yields after the prefill (no tokens yet) and then after every `chunk` tokens.
 
     Each result holds all that has been generated so far. Its cache is donated to the next step: only the last one's
-    may be kept. Arguments and errors are those of `generate`; errors are raised before the iterator is returned.
+    may be kept. Arguments and errors are those of `generate`. Errors are raised, and the programs compiled, before the
+    iterator is returned: what the iterator then takes is prefill and decoding.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
@@ -132,19 +133,25 @@ def stream(
     key = jax.random.key(0) if key is None else key
     graphdef, params = nnx.split(model)
 
-    def steps(cache: CacheConfig | KVCache) -> Iterator[GenerateResult]:
-        if isinstance(cache, KVCache):
-            state = _extend_only(graphdef, settings, params, cache, ids, lengths, key)
-        else:
-            state = _prefill_only(graphdef, settings, cache, params, ids, lengths, key)
+    program: Any
+    if isinstance(cache, KVCache):
+        program, static, arguments = _extend_only, (graphdef, settings), (params, cache, ids, lengths, key)
+    else:
+        program, static, arguments = _prefill_only, (graphdef, settings, cache), (params, ids, lengths, key)
+    prefill = program.lower(*static, *arguments).compile()
+    state = jax.eval_shape(functools.partial(program, *static), *arguments)
+    decode = _decode_chunk.lower(graphdef, settings, params, state, np.int32(0)).compile()
+
+    def steps() -> Iterator[GenerateResult]:
+        state: _State = prefill(*arguments)
         yield state.result()
         for last in range(chunk, max_new_tokens + chunk, chunk):
             if not bool(jnp.any(state.active)):
                 return
-            state = _decode_chunk(graphdef, settings, params, state, np.int32(min(last, max_new_tokens)))
+            state = decode(params, state, np.int32(min(last, max_new_tokens)))
             yield state.result()
 
-    return steps(cache)
+    return steps()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

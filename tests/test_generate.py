@@ -358,6 +358,21 @@ def test_stream_draws_what_generate_draws(model: mk.Llama, settings: dict[str, A
         mk.stream(model, [])
 
 
+def test_stream_compiles_before_it_returns(model: mk.Llama, caplog: pytest.LogCaptureFixture):
+    """So that the time of its steps is that of prefill and decoding, for a cache that is gone on with too."""
+    cache: Any = "minikv"
+    for first in ("_prefill_only", "_extend_only"):
+        with jax.log_compiles():
+            results = mk.stream(model, prompts(21), cache=cache, max_new_tokens=7, chunk=4)
+            assert f"Compiling jit({first})" in caplog.text
+            caplog.clear()
+            for result in results:
+                cache = result.cache
+        for name in (first, "_decode_chunk"):
+            assert f"Compiling jit({name})" not in caplog.text
+        caplog.clear()
+
+
 def test_log_probabilities_are_the_models(model: mk.Llama):
     (row,) = prompts(40)
     result = mk.generate(model, [row], cache="full", max_new_tokens=12, eos_token_ids=(), log_probabilities=True)
