@@ -216,7 +216,7 @@ def test_figures_and_table_show_what_was_measured(tmp_path: pathlib.Path, capsys
     measured |= {"max_new_tokens": 10, "compile_s": {"prefill": 3.0, "decode": 1.6}}
 
     def row(method: str, batch: int, prompt: int) -> dict[str, Any]:
-        sizes = {"shape": "llama2-7b", "method": method, "batch": batch, "prompt_len": prompt}
+        sizes = {"shape": "llama-3.1-8b", "method": method, "batch": batch, "prompt_len": prompt}
         return sizes | measured | {"decode_tokens_per_s": batch / 0.002}
 
     assert figures.generation_s(row("full", 1, 64)) == pytest.approx(1.02)
@@ -230,7 +230,7 @@ def test_figures_and_table_show_what_was_measured(tmp_path: pathlib.Path, capsys
     out = capsys.readouterr().out
     assert "| `minikv` | 4 | 2,048 + 10 | 1.000 | 2.00 | 1.25 | 2,000 | 1.0 | 0.50 | 5 |\n" in out
     assert "| `full` | 8 | 64 + 10 | out of memory | | | | | | |\n" in out
-    names = {"llama2-7b-latency.png", "llama2-7b-batches.png"}
+    names = {"llama-3.1-8b-latency.png", "llama-3.1-8b-batches.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == names
 
 

@@ -126,7 +126,8 @@ def draw(rows: Sequence[Row], device: str) -> dict[str, bytes]:
             ("batches", batches, "prompt_len", "batch"),
         ):
             if series := _series(of_model, fixed, varied):
-                pictures[f"{pathlib.Path(model).stem}-{name}.png"] = picture(series, f"{model}, {device}")
+                stem = pathlib.Path(model).name.removesuffix(".json")
+                pictures[f"{stem}-{name}.png"] = picture(series, f"{model}, {device}")
     return pictures
 
 
