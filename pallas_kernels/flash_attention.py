@@ -60,7 +60,6 @@ def scratch(config: Config, head_dim: int, dtype: Any = jnp.bfloat16) -> dict[st
         "q_smem": hopper.operand(warpgroups, BLOCK_Q, head_dim, dtype=dtype),  # later the output
         "k_smem": ring,
         "v_smem": ring,
-        "lse_smem": plgpu.SMEM((warpgroups, BLOCK_Q), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=warpgroups),
         "k_ready": plgpu.Barrier(num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
@@ -113,7 +112,6 @@ def flash_attention(
         q_smem,
         k_smem,
         v_smem,
-        lse_smem,
         q_ready,
         k_ready,
         v_ready,
@@ -211,13 +209,12 @@ def flash_attention(
             pl.when(wg == 0)(take_turns)
 
             valid = plgpu.broadcasted_iota(jnp.int32, (BLOCK_Q,), 0, layout=_ROWS) + start < length
-            lse_smem[wg] = jnp.where(valid, top + log2(total), jnp.inf)
+            lse_gmem[b, head, tile] = jnp.where(valid, top + log2(total), jnp.inf)
             out = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
             out = jnp.where(lax.broadcast_in_dim(valid, acc.shape, [0]), out, 0.0)
             q_smem[wg] = out.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_gmem.at[b, tile, head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_gmem.at[b, head, tile])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == hopper.COMPUTE_WARPGROUPS)
