@@ -18,7 +18,8 @@ from cuda_ffi.bandwidth import read_checksum
 
 _RUNS = 15
 _CHAIN, _REPEATS, _CHAIN_RUNS = 40, 5, 9
-_LOOP, _LOOP_RUNS = 500, 3
+_LOOP, _LOOP_RUNS = 1000, 3
+_TURN, _TURNS = 32, 5
 
 Row = dict[str, Any]
 
@@ -56,12 +57,16 @@ def kernel_ms(program: Callable[..., Any], *arguments: Any) -> float:
 
 
 def alternating_ms(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> list[float]:
-    """`kernel_ms` of several compiled programs with their arguments, a warm call of each in turn.
+    """`kernel_ms` of several compiled programs with their arguments, in turns of as many calls as a model has layers.
 
-    Busy tensor cores make the device lower its clock: times of long calls compare only where they are taken in turns.
+    Busy tensor cores make the device lower its clock within a few calls: times of long calls compare only at the clock
+    that each is left with, and where they are taken in turns.
     """
-    rounds = [[profiler.measure(program)(*arguments)[1] for program, arguments in calls] for _ in range(_RUNS)]
-    return [statistics.median(float(ms) for ms in own if ms is not None) for own in zip(*rounds, strict=True)]
+    turns = [
+        [profiler.measure(program, iterations=_TURN)(*arguments)[1] for program, arguments in calls]
+        for _ in range(_TURNS)
+    ]
+    return [statistics.median(float(ms) for turn in own for ms in turn or ()) for own in zip(*turns, strict=True)]
 
 
 def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.stages.Lowered:
