@@ -154,14 +154,14 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
                   ffi::Result<ffi::AnyBuffer> old_lengths, ffi::RemainingRets cache_out, int32_t k_bits, int32_t v_bits,
                   int32_t group_size, int32_t sinks, int32_t block) {
   Checker check(kOp);
-  check.require(cache.size() == kCacheBuffers && cache_out.size() == kCacheBuffers,
-                std::to_string(cache.size()) + " cache buffers, expected " + std::to_string(kCacheBuffers));
+  check.require(cache.size() == kCacheBuffers && cache_out.size() == kCacheBuffers, cache.size(),
+                " cache buffers, expected ", kCacheBuffers);
   if (!check.ok()) return check.error();
   const auto buffer = [&](int i) { return *cache.get<ffi::AnyBuffer>(i); };
   for (int i = 0; i < kCacheBuffers; ++i) {
     const ffi::AnyBuffer out = **cache_out.get<ffi::AnyBuffer>(i);
-    check.require(buffer(i).element_count() == 0 || buffer(i).untyped_data() == out.untyped_data(),
-                  "cache buffer " + std::to_string(i) + " is not updated in place");
+    check.require(buffer(i).element_count() == 0 || buffer(i).untyped_data() == out.untyped_data(), "cache buffer ", i,
+                  " is not updated in place");
   }
   check.require(packed_length.untyped_data() == packed_length_out->untyped_data() &&
                     tail_length.untyped_data() == tail_length_out->untyped_data(),
@@ -170,20 +170,19 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   const Side values{"value", v, buffer(6), buffer(7), buffer(8), buffer(9), buffer(10), buffer(11)};
   check.rank("key tail", keys.tail, 4);
   check.rank("key words", keys.words, 4);
-  check.require((k_bits == 2 || k_bits == 4) && (v_bits == 2 || v_bits == 4),
-                "k_bits=" + std::to_string(k_bits) + ", v_bits=" + std::to_string(v_bits) + ", supported: 2, 4");
+  check.require((k_bits == 2 || k_bits == 4) && (v_bits == 2 || v_bits == 4), "k_bits=", k_bits, ", v_bits=", v_bits,
+                ", supported: 2, 4");
   check.require(group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128,
-                "group_size=" + std::to_string(group_size) + ", supported: 16, 32, 64, 128");
+                "group_size=", group_size, ", supported: 16, 32, 64, 128");
   check.dtype("key tail", keys.tail, {ffi::F32, ffi::BF16, ffi::F16});
   check.dtype("key scale", keys.scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
   if (!check.ok()) return check.error();
   const ffi::DataType input = keys.tail.element_type(), metadata = keys.scale.element_type();
   const int64_t B = keys.tail.dimensions()[0], K = keys.tail.dimensions()[1], C = keys.tail.dimensions()[2];
   const int64_t H = keys.tail.dimensions()[3], P = keys.words.dimensions()[2] * (32 / k_bits), g = group_size;
-  check.require(H <= 256 && H % 32 == 0 && H % g == 0, "head_dim=" + std::to_string(H));
-  check.require(
-      block > 0 && block % g == 0 && sinks >= 0 && sinks + block <= C,
-      "block=" + std::to_string(block) + ", sinks=" + std::to_string(sinks) + " in a tail of " + std::to_string(C));
+  check.require(H <= 256 && H % 32 == 0 && H % g == 0, "head_dim=", H);
+  check.require(block > 0 && block % g == 0 && sinks >= 0 && sinks + block <= C, "block=", block, ", sinks=", sinks,
+                " in a tail of ", C);
   const int64_t factors = metadata == ffi::F8E4M3FN ? P / g : 0;
   check_side(check, keys, {B, K, H}, {B, K, C, H}, {B, K, P * k_bits / 32, H}, {B, K, P / g, H}, {B, K, factors, 1},
              input, metadata);

@@ -38,8 +38,7 @@ ffi::Error read_checksum(cudaStream_t stream, ffi::AnyBuffer data, ffi::Result<f
   check.dtype("data", data, {ffi::U32});
   check.dtype("out", *out, {ffi::U32});
   check.rank("out", *out, 1);
-  check.require(data.element_count() % 4 == 0,
-                "data of " + std::to_string(data.element_count()) + " words, expected a multiple of 4");
+  check.require(data.element_count() % 4 == 0, "data of ", data.element_count(), " words, expected a multiple of 4");
   if (!check.ok()) return check.error();
   read_kernel<<<out->element_count(), kReadThreads, 0, stream>>>(static_cast<const uint4*>(data.untyped_data()),
                                                                  data.element_count() / 4,

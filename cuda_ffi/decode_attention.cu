@@ -105,13 +105,12 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   if (!check.ok()) return check.error();
   const int64_t B = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2];
   const int64_t K = tail_k.dimensions()[1], C = tail_k.dimensions()[2];
-  check.require(k_bits == 2 || k_bits == 4, "k_bits=" + std::to_string(k_bits) + ", supported: 2, 4");
-  check.require(v_bits == 2 || v_bits == 4, "v_bits=" + std::to_string(v_bits) + ", supported: 2, 4");
+  check.require(k_bits == 2 || k_bits == 4, "k_bits=", k_bits, ", supported: 2, 4");
+  check.require(v_bits == 2 || v_bits == 4, "v_bits=", v_bits, ", supported: 2, 4");
   check.require(group_size >= 16 && group_size <= kTileTokens && (group_size & (group_size - 1)) == 0,
-                "group_size=" + std::to_string(group_size) + ", supported: 16, 32, 64, 128");
-  check.require(K > 0 && N % K == 0, "N=" + std::to_string(N) + " is not a multiple of K=" + std::to_string(K));
-  check.require(H % group_size == 0,
-                "head_dim " + std::to_string(H) + " is not a multiple of group_size " + std::to_string(group_size));
+                "group_size=", group_size, ", supported: 16, 32, 64, 128");
+  check.require(K > 0 && N % K == 0, "N=", N, " is not a multiple of K=", K);
+  check.require(H % group_size == 0, "head_dim ", H, " is not a multiple of group_size ", group_size);
   if (!check.ok()) return check.error();
   const int64_t P = k_words.dimensions()[2] * (32 / k_bits);
   check.dtype("q", q, {ffi::BF16});
@@ -132,8 +131,7 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
                             : k_scale.element_type() == ffi::BF16 ? kBFloat16
                                                                   : kFloat8;
   check.require(factor_block >= 16 && (factor_block & (factor_block - 1)) == 0 && P % factor_block == 0,
-                "packed capacity " + std::to_string(P) +
-                    " is not a multiple of a packing block that is a power of 2: " + std::to_string(factor_block));
+                "packed capacity ", P, " is not a multiple of a packing block that is a power of 2: ", factor_block);
   for (auto& [name, buffer] : {std::pair{"k_scale_factor", k_scale_factor},
                                {"k_zero_factor", k_zero_factor},
                                {"v_scale_factor", v_scale_factor},
@@ -157,7 +155,7 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   const bool vector_metadata = H == 128 && group_size == 16 && metadata != kFloat8;
   const DecodeInstance instance = k_bits == 2 ? find_instance<2>(H, v_bits, metadata, vector_metadata)
                                               : find_instance<4>(H, v_bits, metadata, vector_metadata);
-  check.require(instance.kernel != nullptr, "head_dim=" + std::to_string(H) + ", supported: 64, 96, 128, 256");
+  check.require(instance.kernel != nullptr, "head_dim=", H, ", supported: 64, 96, 128, 256");
   if (!check.ok()) return check.error();
 
   DecodeParams p{};
@@ -195,12 +193,11 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   p.shares_log2 = shared_tiles ? integer_log2(instance.shares) : 0;
   const int warps = std::min(most_warps, requested_warps > 0 ? requested_warps : useful << p.shares_log2);
   const int64_t slots = static_cast<int64_t>(blocks) * warps + (2 * rows << p.shares_log2);
-  check.require(warps >= 1, "stages=" + std::to_string(p.stages) + " do not fit into shared memory");
+  check.require(warps >= 1, "stages=", p.stages, " do not fit into shared memory");
   check.require(static_cast<int64_t>(partial->element_count()) >= slots * p.slot_floats(static_cast<int>(H)),
-                "scratch of " + std::to_string(partial->element_count()) + " floats is too small for " +
-                    std::to_string(slots) + " slots");
-  check.require(rows <= static_cast<int>(kCounters) && most / blocks < warps * p.stages * instance.stage_bytes,
-                std::to_string(rows) + " rows of " + std::to_string(most) + " tiles are more than a launch can count");
+                "scratch of ", partial->element_count(), " floats is too small for ", slots, " slots");
+  check.require(rows <= static_cast<int>(kCounters) && most / blocks < warps * p.stages * instance.stage_bytes, rows,
+                " rows of ", most, " tiles are more than a launch can count");
   if (!check.ok()) return check.error();
 
   const int shared_bytes = warps * warp_bytes + static_cast<int>(sizeof(BlockWork));

@@ -3,8 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <sstream>
 #include <string>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -12,54 +15,56 @@ namespace minikv {
 
 namespace ffi = xla::ffi;
 
-inline std::string shape_text(ffi::AnyBuffer::Dimensions dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (int64_t size : sizes) text << std::exchange(separator, ", ") << size;
+  text << (sizes.size() ? "]" : "[]");
+  return text.str();
 }
 
-// Collects the first fault; `error()` names the op and the value.
+// Collects the first fault; `error()` names the op and the value. Texts are put together for a fault alone: handlers
+// run for every token.
 class Checker {
  public:
   explicit Checker(const char* op) : op_(op) {}
 
   void shape(const char* name, ffi::AnyBuffer buffer, std::initializer_list<int64_t> expected) {
-    auto dims = buffer.dimensions();
-    bool same = dims.size() == expected.size();
-    size_t i = 0;
-    std::string text = "[";
-    for (int64_t size : expected) {
-      same = same && dims[i] == size;
-      text += (i++ ? ", " : "") + std::to_string(size);
+    const auto dims = buffer.dimensions();
+    if (!std::equal(dims.begin(), dims.end(), expected.begin(), expected.end())) {
+      fault(name, " has shape ", shape_text(dims), ", expected ", shape_text(expected));
     }
-    if (!same) fault(std::string(name) + " has shape " + shape_text(dims) + ", expected " + text + "]");
   }
 
   void dtype(const char* name, ffi::AnyBuffer buffer, std::initializer_list<ffi::DataType> expected) {
-    for (ffi::DataType type : expected) {
-      if (buffer.element_type() == type) return;
+    if (std::find(expected.begin(), expected.end(), buffer.element_type()) == expected.end()) {
+      fault(name, " has an unsupported element type, XLA type number ", static_cast<int>(buffer.element_type()));
     }
-    fault(std::string(name) + " has an unsupported element type, XLA type number " +
-          std::to_string(static_cast<int>(buffer.element_type())));
   }
 
   void rank(const char* name, ffi::AnyBuffer buffer, size_t rank) {
     if (buffer.dimensions().size() != rank) {
-      fault(std::string(name) + " has shape " + shape_text(buffer.dimensions()) + ", expected rank " +
-            std::to_string(rank));
+      fault(name, " has shape ", shape_text(buffer.dimensions()), ", expected rank ", rank);
     }
   }
 
-  void require(bool condition, const std::string& text) {
-    if (!condition) fault(text);
+  // `parts`: of the text, in order.
+  template <typename... Parts>
+  void require(bool condition, const Parts&... parts) {
+    if (!condition) fault(parts...);
   }
 
   bool ok() const { return message_.empty(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument(message_); }
 
  private:
-  void fault(const std::string& text) {
-    if (message_.empty()) message_ = std::string(op_) + ": " + text;
+  template <typename... Parts>
+  void fault(const Parts&... parts) {
+    if (!ok()) return;
+    std::ostringstream text;
+    ((text << op_ << ": ") << ... << parts);
+    message_ = text.str();
   }
 
   const char* op_;

@@ -54,11 +54,11 @@ ffi::Error run(const char* op, cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBu
   check.dtype("row_log_sum_exp", row_log_sum_exp, {ffi::F32});
   check.shape("head_sums", head_sums, {B, N, T});
   check.dtype("head_sums", head_sums, {ffi::F32});
-  check.require(K > 0 && N % K == 0, std::to_string(N) + " query heads over " + std::to_string(K) + " KV heads");
-  check.require(B < 65536, "batch=" + std::to_string(B) + ", supported: up to 65535");
-  check.require(T < 1 << 23, "tokens=" + std::to_string(T) + ", supported: below 8388608");
-  check.require(scale > 0.0f, "scale=" + std::to_string(scale) + ", expected a positive number");
-  check.require(window >= 1, "window=" + std::to_string(window) + ", expected at least 1");
+  check.require(K > 0 && N % K == 0, N, " query heads over ", K, " KV heads");
+  check.require(B < 65536, "batch=", B, ", supported: up to 65535");
+  check.require(T < 1 << 23, "tokens=", T, ", supported: below 8388608");
+  check.require(scale > 0.0f, "scale=", scale, ", expected a positive number");
+  check.require(window >= 1, "window=", window, ", expected at least 1");
   if (!check.ok()) return check.error();
   if (B == 0 || T == 0) return ffi::Error::Success();
   const PrefillParams p{q.untyped_data(),

@@ -77,16 +77,15 @@ ffi::Error quantize(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyB
                     int32_t group_size, bool by_tokens) {
   Checker check(kOp);
   check.rank("x", x, 4);
-  check.require(bits == 2 || bits == 4, "bits=" + std::to_string(bits) + ", supported: 2, 4");
+  check.require(bits == 2 || bits == 4, "bits=", bits, ", supported: 2, 4");
   check.require(group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128,
-                "group_size=" + std::to_string(group_size) + ", supported: 16, 32, 64, 128");
+                "group_size=", group_size, ", supported: 16, 32, 64, 128");
   if (!check.ok()) return check.error();
   const int64_t B = x.dimensions()[0], K = x.dimensions()[1], S = x.dimensions()[2], H = x.dimensions()[3];
   const bool factors = scale->element_type() == ffi::F8E4M3FN;
-  check.require(H <= 256 && H % 32 == 0, "head_dim=" + std::to_string(H) + ", supported: multiples of 32 to 256");
-  check.require(
-      S % (by_tokens || factors ? group_size : kSlabTokens) == 0 && (by_tokens || H % group_size == 0),
-      "shape " + shape_text(x.dimensions()) + " does not divide into groups of " + std::to_string(group_size));
+  check.require(H <= 256 && H % 32 == 0, "head_dim=", H, ", supported: multiples of 32 to 256");
+  check.require(S % (by_tokens || factors ? group_size : kSlabTokens) == 0 && (by_tokens || H % group_size == 0),
+                "tokens=", S, ", head_dim=", H, ": does not divide into groups of ", group_size);
   check.dtype("x", x, {ffi::F32, ffi::F16, ffi::BF16});
   check.shape("words", *words, {B, K, S * bits / 32, H});
   check.dtype("words", *words, {ffi::U32});
