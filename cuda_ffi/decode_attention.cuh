@@ -185,8 +185,7 @@ struct DecodeProducer {
   // [team][stage].
   __device__ void run(TileCursor at, int tiles, int stride, int first_team, int teams, uint32_t rings, uint32_t full,
                       uint32_t empty) const {
-    int most = tiles;
-    for (int d = 16; d; d >>= 1) most = max(most, __shfl_xor_sync(kAllLanes, most, d));
+    const int most = __reduce_max_sync(kAllLanes, tiles);
     int slot = 0;
     uint32_t parity = 1;
 #pragma unroll 1
@@ -199,6 +198,12 @@ struct DecodeProducer {
         const int index = t * p.stages + slot;
         const uint32_t stage = rings + index * Layout::kStageBytes, barrier = full + 8 * index;
         barrier_wait(empty + 8 * index, parity);  // passes at once in the first round
+        // A team has one copy on its way at a time: that keeps the memory busy, and more would make what is needed
+        // first wait among what is needed later. Where there is little to copy, all of it is asked for at once.
+        if (i > 0 && most > 2) {
+          const bool wrapped = slot == 0;
+          barrier_wait(full + 8 * (wrapped ? index + p.stages - 1 : index - 1), wrapped ? parity : parity ^ 1);
+        }
         if (!kBulkCopies || elect_one()) {
           if (tile < packed_tiles) {
             copy_packed(i % 2 == 0, kv_row, tile, stage, barrier);
@@ -500,7 +505,8 @@ struct DecodeWarp {
   template <int kShares>
   __device__ __forceinline__ void packed_tile(int share, int kv_row, int first_token, int valid) {
     constexpr int kTiles = Map::kTiles / kShares;
-    if constexpr (Map::kShares > 1) forget(lane), forget(row), forget(quad);  // two loops' worth would not fit
+    // Two loops' worth would not fit.
+    if constexpr (Map::kShares > 1) forget(lane), forget(row), forget(quad), forget(share);
     float s[kTiles][4];
     packed_logits<kShares>(share, s, wait_stage(), kv_row, first_token, valid);
     release_stage();
