@@ -67,10 +67,14 @@ def test_the_nearest_recorded_shape_decides(monkeypatch: pytest.MonkeyPatch):
     def row(implementation: str, tokens: int, ms: float) -> dict:
         return {"op": "op", "implementation": implementation, "sizes": SIZES | {"tokens": tokens}, "ms": ms}
 
-    recorded = (row("cuda", 1024, 1.0), row("pallas", 1024, 2.0), row("cuda", 65536, 9.0), row("pallas", 65536, 8.0))
+    times = {1024: (1.0, 2.0), 65536: (9.0, 8.0), 1048576: (9.0, 8.9)}
+    recorded = tuple(
+        row(name, n, ms) for n, pair in times.items() for name, ms in zip(("cuda", "pallas"), pair, strict=True)
+    )
     monkeypatch.setattr(kernels, "_recorded", lambda device_kind: recorded)
     assert kernels.order("op", SIZES) == ("cuda", "pallas", "xla")
     assert kernels.order("op", SIZES | {"tokens": 50000}) == ("pallas", "cuda", "xla")
+    assert kernels.order("op", SIZES | {"tokens": 2_000_000}) == ("cuda", "pallas", "xla")  # as good as alike
     assert kernels.order("another op", SIZES) == ("cuda", "pallas", "xla")
 
 
