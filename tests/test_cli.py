@@ -82,7 +82,6 @@ def test_a_call_that_waits_for_the_device_is_not_compilation(
     for timing in found:
         assert min(timing["prefill_s"], timing["decode_s"]) > 0.2
     assert first["compile_s"] > second["compile_s"]
-    assert second["compile_s"] < 0.1
 
 
 def test_chat_template_is_used_unless_declined(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
