@@ -78,19 +78,18 @@ inline ffi::Error cuda_status(const char* op, cudaError_t status) {
 
 // What launches depend on, of the current device. Asked for once: handlers run for every token.
 struct Device {
-  int multiprocessors, shared_bytes_per_block, major;
+  int ordinal, multiprocessors, shared_bytes_per_block, major;
 };
 
 inline Device current_device() {
-  thread_local int known = -1;
-  thread_local Device device{};
+  thread_local Device device{-1};
   int ordinal = 0;
   cudaGetDevice(&ordinal);
-  if (ordinal != known) {
+  if (ordinal != device.ordinal) {
     cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
     cudaDeviceGetAttribute(&device.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
     cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, ordinal);
-    known = ordinal;
+    device.ordinal = ordinal;
   }
   return device;
 }

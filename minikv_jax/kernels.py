@@ -78,10 +78,14 @@ def run(
 
 
 def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Implementations to try, best first: by the nearest recorded shape on this kind of device, kernels before XLA."""
+    """Implementations to try, best first: by the nearest recorded shape, kernels before XLA.
+
+    What was recorded on this kind of device counts or, where nothing was, on those of its compute capability.
+    """
     if jax.default_backend() != "gpu":
         return ("xla",)
-    rows = [row for row in _recorded(jax.devices()[0].device_kind) if row["op"] == op]
+    device = jax.devices()[0]
+    rows = [row for row in _recorded(device.device_kind, device.compute_capability) if row["op"] == op]
     if not rows:
         return _KERNELS_FIRST
     nearest = min((row["sizes"] for row in rows), key=lambda recorded: _distance(recorded, sizes))
@@ -96,10 +100,12 @@ def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _recorded(device_kind: str) -> tuple[dict, ...]:
-    """Benchmark rows of this kind of device."""
+def _recorded(device_kind: str, compute_capability: str) -> tuple[dict, ...]:
+    """Benchmark rows of this kind of device, or else of the devices nearest to it."""
     reports = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("kernels_*.json"))]
-    return tuple(row for report in reports if report["device"] == device_kind for row in report["results"])
+    own = [report for report in reports if report["device"] == device_kind]
+    alike = [report for report in reports if report["compute_capability"] == compute_capability]
+    return tuple(row for report in own or alike for row in report["results"])
 
 
 def _distance(recorded: Mapping[str, int], sizes: Mapping[str, int]) -> float:

@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ def refuse() -> str:
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if JAX ran on a GPU, without recorded measurements."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(kernels, "_recorded", lambda device_kind: ())
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="this", compute_capability="9.0")])
+    monkeypatch.setattr(kernels, "_recorded", lambda *device: ())
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
@@ -71,17 +73,32 @@ def test_the_nearest_recorded_shape_decides(monkeypatch: pytest.MonkeyPatch):
     recorded = tuple(
         row(name, n, ms) for n, pair in times.items() for name, ms in zip(("cuda", "pallas"), pair, strict=True)
     )
-    monkeypatch.setattr(kernels, "_recorded", lambda device_kind: recorded)
+    monkeypatch.setattr(kernels, "_recorded", lambda *device: recorded)
     assert kernels.order("op", SIZES) == ("cuda", "pallas", "xla")
     assert kernels.order("op", SIZES | {"tokens": 50000}) == ("pallas", "cuda", "xla")
     assert kernels.order("op", SIZES | {"tokens": 2_000_000}) == ("cuda", "pallas", "xla")  # as good as alike
     assert kernels.order("another op", SIZES) == ("cuda", "pallas", "xla")
 
 
+def test_records_of_the_same_device_or_else_of_the_same_architecture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    for device, capability in (("this", "9.0"), ("that", "9.0"), ("older", "8.0")):
+        report = {"device": device, "compute_capability": capability, "results": [{"op": device}]}
+        (tmp_path / f"kernels_{device}.json").write_text(json.dumps(report))
+    monkeypatch.setattr(kernels, "_RESULTS", tmp_path)
+    recorded = kernels._recorded.__wrapped__
+    assert recorded("this", "9.0") == ({"op": "this"},)
+    assert recorded("another", "9.0") == ({"op": "that"}, {"op": "this"})
+    assert recorded("another", "8.0") == ({"op": "older"},)
+    assert recorded("another", "12.0") == ()
+
+
 def test_recorded_rows_have_what_the_choice_reads():
     for path in pathlib.Path(kernels.__file__).parent.glob("bench/results/kernels_*.json"):
         report = json.loads(path.read_text())
         assert report["device"]
+        assert report["compute_capability"]
         assert report["results"]
         for row in report["results"]:
             assert row["implementation"] in kernels.IMPLEMENTATIONS

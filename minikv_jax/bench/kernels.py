@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = jax.devices("gpu")[0]
     report: dict[str, Any] = {
         "device": device.device_kind,
+        "compute_capability": device.compute_capability,
         "jax": jax.__version__,
         "backend": device.client.platform_version.splitlines()[0],
         "command": "minikv bench kernels",
