@@ -91,14 +91,18 @@ __device__ __forceinline__ T uniform(T x) {
   return __shfl_sync(kAllLanes, x, 0);
 }
 
-// A warp that keeps rings of a block full. Lane `t` follows the tiles of team `t`.
+// A warp that keeps rings of a block full: those of teams `first_team`, `first_team` + producers(H), ... Lane `t`
+// follows the tiles of team `t`.
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
 struct DecodeProducer {
   using Layout = DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>;
 
   const DecodeParams& p;
   const DecodeMaps& maps;
-  int lane;
+  int lane, first_team, teams;
+  uint32_t rings, full, empty;  // barriers [team][stage]
+  int slot = 0;
+  uint32_t parity = 1;
 
   // Copies `rows` rows from row `first` of a source of `total` rows into a swizzled tile.
   template <typename Tile>
@@ -132,90 +136,89 @@ struct DecodeProducer {
 #endif
   }
 
-  // Asks for the keys or the values of a packed tile.
-  __device__ __forceinline__ void copy_packed(bool keys, int kv_row, int tile, uint32_t stage, uint32_t barrier) const {
-    const int kv_rows = p.batch * p.kv_heads;
-    const int words = p.packed_capacity / (32 / (keys ? KBits : VBits));
-    const int word_rows = keys ? Layout::kKeyRows : Layout::kValueRows;
-    const int word_first = kv_row * words + tile * word_rows;
-    const int meta_log2 = keys ? p.group_log2 : 4;
-    const int metas = p.packed_capacity >> meta_log2, meta_rows = kTileTokens >> meta_log2;
-    const int meta_first = kv_row * metas + tile * meta_rows;
-    const int meta_bytes = (H >> p.group_log2) * Layout::kMetaBytes;  // of a token's values, without the vector path
-    const int copied = min(kTileTokens, p.packed_capacity - tile * kTileTokens) * meta_bytes;
-    const bool rows = keys || kVectorMetadata;  // metadata come as rows of a tile, not as plain bytes
-    using KeyWords = typename Layout::KeyWords;
-    using KeyMeta = typename Layout::KeyMeta;
-    using ValueWords = typename Layout::ValueWords;
-    using ValueMeta = typename Layout::ValueMeta;
-    static_assert(KeyMeta::kBytes == ValueMeta::kBytes);
+  // Asks for the keys or the values of a packed tile, from token `first` of all rows; the row has `tokens` of the
+  // tile's.
+  template <bool kKeys>
+  __device__ __forceinline__ void copy_packed(int first, int tokens, uint32_t stage, uint32_t barrier) const {
+    using Words = std::conditional_t<kKeys, typename Layout::KeyWords, typename Layout::ValueWords>;
+    using Meta = std::conditional_t<kKeys, typename Layout::KeyMeta, typename Layout::ValueMeta>;
+    constexpr bool kRows = kKeys || kVectorMetadata;  // metadata come as rows of a tile, not as plain bytes
+    constexpr int kWordTokens = 32 / (kKeys ? KBits : VBits);
+    const int all = p.batch * p.kv_heads * p.packed_capacity;
+    const int meta_log2 = kKeys ? p.group_log2 : 4, meta_rows = kTileTokens >> meta_log2;
+    const int meta_bytes = (H >> p.group_log2) * Layout::kMetaBytes;  // of a token's values, where they are plain
+    const int copied = kRows ? meta_rows * Meta::kRowBytes : tokens * meta_bytes;
 #if __CUDA_ARCH__ >= 900
-    barrier_expect(barrier, word_rows * H * 4 + 2 * (rows ? meta_rows * H * Layout::kMetaBytes : copied));
+    barrier_expect(barrier, Words::kBytes + 2 * copied);
 #endif
-    if (keys) {
-      copy_rows<KeyWords>(kKeyWords, stage, word_first, kv_rows * words, word_rows, barrier);
-    } else {
-      copy_rows<ValueWords>(kValueWords, stage, word_first, kv_rows * words, word_rows, barrier);
-    }
-#pragma unroll 1
+    copy_rows<Words>(kKeys ? kKeyWords : kValueWords, stage, first / kWordTokens, all / kWordTokens, Words::kRows,
+                     barrier);
+#pragma unroll
     for (int i = 0; i < 2; ++i) {  // scales, zeros
-      const uint32_t meta = stage + (keys ? KeyWords::kBytes : ValueWords::kBytes) + i * Layout::kMetaStride;
-      const Source source = static_cast<Source>((keys ? kKeyScale : kValueScale) + i);
-      if (rows) {
-        copy_rows<KeyMeta>(source, meta, meta_first, kv_rows * metas, meta_rows, barrier);
+      const uint32_t meta = stage + Words::kBytes + i * Layout::kMetaStride;
+      const Source source = static_cast<Source>((kKeys ? kKeyScale : kValueScale) + i);
+      if constexpr (kRows) {
+        copy_rows<Meta>(source, meta, first >> meta_log2, all >> meta_log2, meta_rows, barrier);
       } else {
-        const int64_t token = static_cast<int64_t>(kv_row) * p.packed_capacity + tile * kTileTokens;
-        copy_bytes(source, meta, token * meta_bytes, copied, barrier);
+        copy_bytes(source, meta, static_cast<int64_t>(first) * meta_bytes, copied, barrier);
       }
     }
   }
 
-  __device__ __forceinline__ void copy_tail(bool keys, int kv_row, int tail_tile, uint32_t stage,
-                                            uint32_t barrier) const {
+  // The same of a tail tile, from slot `first` of all rows' tails.
+  template <bool kKeys>
+  __device__ __forceinline__ void copy_tail(int first, uint32_t stage, uint32_t barrier) const {
     using Tail = typename Layout::Tail;
 #if __CUDA_ARCH__ >= 900
     barrier_expect(barrier, Tail::kBytes);
 #endif
-    const int first = kv_row * p.tail_capacity + tail_tile * kTailTokens;
-    copy_rows<Tail>(keys ? kTailKeys : kTailValues, stage, first, p.batch * p.kv_heads * p.tail_capacity, kTailTokens,
+    copy_rows<Tail>(kKeys ? kTailKeys : kTailValues, stage, first, p.batch * p.kv_heads * p.tail_capacity, kTailTokens,
                     barrier);
   }
 
-  // `at` and `tiles`: the lane's team's first tile and number of tiles, `stride` apart. `full`, `empty`: barriers
-  // [team][stage].
-  __device__ void run(TileCursor at, int tiles, int stride, int first_team, int teams, uint32_t rings, uint32_t full,
-                      uint32_t empty) const {
-    const int most = __reduce_max_sync(kAllLanes, tiles);
-    int slot = 0;
-    uint32_t parity = 1;
+  // The keys or the values of the teams' `n`-th tiles, which lane `t` knows of team `t`: `first` and `tokens` as above,
+  // of a tail tile with 0 tokens, and -1 where the team has no tile.
+  template <bool kKeys>
+  __device__ __forceinline__ void copy_tiles(int first, int tokens, bool one_by_one) {
 #pragma unroll 1
-    for (int i = 0; i < 2 * most; ++i) {
-#pragma unroll 1
-      for (int t = first_team; t < teams; t += producers(H)) {
-        const int kv_row = __shfl_sync(kAllLanes, at.kv_row, t), tile = __shfl_sync(kAllLanes, at.tile, t);
-        const int packed_tiles = __shfl_sync(kAllLanes, at.packed_tiles, t);
-        if (i >= 2 * __shfl_sync(kAllLanes, tiles, t)) continue;
-        const int index = t * p.stages + slot;
-        const uint32_t stage = rings + index * Layout::kStageBytes, barrier = full + 8 * index;
-        barrier_wait(empty + 8 * index, parity);  // passes at once in the first round
-        // A team has one copy on its way at a time: that keeps the memory busy, and more would make what is needed
-        // first wait among what is needed later. Where there is little to copy, all of it is asked for at once.
-        if (i > 0 && most > 2) {
-          const bool wrapped = slot == 0;
-          barrier_wait(full + 8 * (wrapped ? index + p.stages - 1 : index - 1), wrapped ? parity : parity ^ 1);
-        }
-        if (!kBulkCopies || elect_one()) {
-          if (tile < packed_tiles) {
-            copy_packed(i % 2 == 0, kv_row, tile, stage, barrier);
-          } else {
-            copy_tail(i % 2 == 0, kv_row, tile - packed_tiles, stage, barrier);
-          }
-        }
-        if constexpr (!kBulkCopies) async_copies_arrive(barrier);
-        __syncwarp();
+    for (int t = first_team; t < teams; t += producers(H)) {
+      const int team_tokens = __shfl_sync(kAllLanes, tokens, t), team_first = __shfl_sync(kAllLanes, first, t);
+      if (team_tokens < 0) continue;
+      const int index = t * p.stages + slot;
+      const uint32_t stage = rings + index * Layout::kStageBytes, barrier = full + 8 * index;
+      barrier_wait(empty + 8 * index, parity);  // passes at once in the first round
+      if (one_by_one) {
+        const bool wrapped = slot == 0;
+        barrier_wait(wrapped ? barrier + 8 * (p.stages - 1) : barrier - 8, wrapped ? parity : parity ^ 1);
       }
-      if (i % 2 && i < 2 * tiles) at.advance(p, stride);
-      if (++slot == p.stages) slot = 0, parity ^= 1;
+      if (!kBulkCopies || elect_one()) {
+        if (team_tokens > 0) {
+          copy_packed<kKeys>(team_first, team_tokens, stage, barrier);
+        } else {
+          copy_tail<kKeys>(team_first, stage, barrier);
+        }
+      }
+      if constexpr (!kBulkCopies) async_copies_arrive(barrier);
+      __syncwarp();
+    }
+    if (++slot == p.stages) slot = 0, parity ^= 1;
+  }
+
+  // `at` and `tiles`: the lane's team's first tile and number of tiles, `stride` apart.
+  __device__ void run(TileCursor at, int tiles, int stride) {
+    const int most = __reduce_max_sync(kAllLanes, tiles);
+#pragma unroll 1
+    for (int n = 0; n < most; ++n) {
+      const int tail_tile = at.tile - at.packed_tiles;
+      const int first = at.packed() ? at.kv_row * p.packed_capacity + at.tile * kTileTokens
+                                    : at.kv_row * p.tail_capacity + tail_tile * kTailTokens;
+      const int packed = at.packed() ? min(kTileTokens, p.packed_capacity - at.tile * kTileTokens) : 0;
+      const int tokens = n < tiles ? packed : -1;
+      // A team has one copy on its way at a time: that keeps the memory busy, and more would make what is needed first
+      // wait among what is needed later. Where there is little to copy, all of it is asked for at once.
+      copy_tiles<true>(first, tokens, n > 0 && most > 2);
+      copy_tiles<false>(first, tokens, most > 2);
+      if (n < tiles) at.advance(p, stride);
     }
   }
 };
@@ -282,15 +285,23 @@ struct DecodeWarp {
   }
 
   // ---- Softmax over `kCount` row tiles of logits [16 tokens x 8 queries]; turns them into transposed half pairs.
-  template <int kCount>
-  __device__ __forceinline__ void softmax(float (&s)[kCount][4], uint32_t (&probability)[2 * kCount]) {
+  // `added`: what each `kCount / kHalves` row tiles' logits lack, of the lane's two queries.
+  template <int kCount, int kHalves>
+  __device__ __forceinline__ void softmax(float (&s)[kCount][4], const float (&added)[kHalves][2],
+                                          uint32_t (&probability)[2 * kCount]) {
+    constexpr int kEach = kCount / kHalves;
     float highest[2] = {kMasked, kMasked};
 #pragma unroll
-    for (int t = 0; t < kCount; ++t) {
+    for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) highest[i & 1] = fmaxf(highest[i & 1], s[t][i]);
+      for (int c = 0; c < 2; ++c) {
+        float own = fmaxf(s[h * kEach][c], s[h * kEach][c + 2]);
+#pragma unroll
+        for (int t = h * kEach + 1; t < (h + 1) * kEach; ++t) own = fmaxf(own, fmaxf(s[t][c], s[t][c + 2]));
+        highest[c] = fmaxf(highest[c], own + added[h][c]);
+      }
     }
-    float rescale[2], shift[2];
+    float rescale[2], shift[kHalves][2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -298,19 +309,21 @@ struct DecodeWarp {
       const float next = fmaxf(maximum[c], highest[c]);
       rescale[c] = exp2_approx((maximum[c] - next) * p.scale_log2);
       maximum[c] = next;
-      shift[c] = next * p.scale_log2;
       denominator[c] *= rescale[c];
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) shift[h][c] = (next - added[h][c]) * p.scale_log2;
     }
 #pragma unroll
     for (int t = 0; t < kCount; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[t][i] = exp2_approx(fmaf(s[t][i], p.scale_log2, -shift[i & 1]));
+        s[t][i] = exp2_approx(fmaf(s[t][i], p.scale_log2, -shift[t / kEach][i & 1]));
         denominator[i & 1] += s[t][i];
       }
       probability[2 * t] = transpose_8x8(pack_half2(s[t][0], s[t][1]));
       probability[2 * t + 1] = transpose_8x8(pack_half2(s[t][2], s[t][3]));
     }
+    if (!__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;  // maxima seldom move
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
@@ -329,114 +342,110 @@ struct DecodeWarp {
   __device__ __forceinline__ float factor_of(int which, int kv_row, int token) const {
     if constexpr (kMetadata != kFloat8) return 0.0f;
     const int blocks = p.packed_capacity >> p.factor_log2;
-    return 256.0f * p.factor[which][static_cast<int64_t>(kv_row) * blocks + min(token >> p.factor_log2, blocks - 1)];
+    return 256.0f * p.factor[which][static_cast<int64_t>(kv_row) * blocks + (token >> p.factor_log2)];
   }
 
-  // Scale or zero of the lane's four key channels in step s, as two half pairs.
-  __device__ __forceinline__ void key_metadata(uint32_t (&d)[2], const uint8_t* tile, int meta_row, int s,
-                                               float factor) const {
+  // Scale or zero of four of a lane's key channels, as two half pairs.
+  __device__ __forceinline__ void key_metadata(uint32_t (&d)[2], const uint8_t* at, float factor) const {
     if constexpr (kMetadata == kFloat8) {
-      const uint32_t x =
-          *reinterpret_cast<const uint32_t*>(tile + Layout::KeyMeta::offset(meta_row, 16 * s + 4 * quad));
+      const uint32_t x = *reinterpret_cast<const uint32_t*>(at);
       d[0] = scaled_float8(__byte_perm(x, 0, 0x1404), factor);
       d[1] = scaled_float8(__byte_perm(x, 0, 0x3424), factor);
     } else {
-      const uint2 x = *reinterpret_cast<const uint2*>(tile + Layout::KeyMeta::offset(meta_row, 32 * s + 8 * quad));
+      const uint2 x = *reinterpret_cast<const uint2*>(at);
       d[0] = kMetadata == kBFloat16 ? bfloat2_to_half2(x.x) : x.x;
       d[1] = kMetadata == kBFloat16 ? bfloat2_to_half2(x.y) : x.y;
     }
   }
 
-  template <int kShares, int kSlot>
+  template <int kShares, int N>
   __device__ __forceinline__ void key_slots(int share, float (*s)[4], uint32_t (&halves)[4], const uint32_t (&scale)[2],
                                             uint2 query) {
-    if constexpr (kSlot < Map::kKeySlots / kShares) {
-      using Slot = CodeSlot<KBits, kSlot>;
+    if constexpr (N < Map::kKeySlots / kShares) {
+      using Order = SlotOrder<KBits, kShares>;
       uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kSlot == 0) halves[i] = rotate_left(halves[i], 2 - share * (16 / kShares));
-        if constexpr (kSlot == Map::kKeySlots / 2) halves[i] = rotate_left(halves[i], 24);
-        a[i] =
-            half2_fma(offset_code<KBits, kSlot>(halves[i]), scale[i / 2], half2_mul(scale[i / 2], Slot::kMinusOffset));
+        halves[i] = Order::template turn<N>(halves[i], share);
+        const uint32_t minus_offset = half2_mul(scale[i / 2], CodeSlot<KBits, N>::kMinusOffset);
+        a[i] = half2_fma(offset_code<KBits, N>(halves[i]), scale[i / 2], minus_offset);
       }
-      mma_f16(s[kSlot], a[0], a[1], a[2], a[3], query.x, query.y);
-      key_slots<kShares, kSlot + 1>(share, s, halves, scale, query);
+      mma_f16(s[Order::slot(N)], a[0], a[1], a[2], a[3], query.x, query.y);
+      key_slots<kShares, N + 1>(share, s, halves, scale, query);
     }
   }
 
-  // Logits of share `share` of a tile. `valid` is how many of the tile's tokens exist.
+  // Logits of share `share` of a tile, less `added`, what zeros add to them: the same for all tokens of a word.
+  // `valid` is how many of the tile's tokens exist: the first at least, and no word by half.
   template <int kShares>
-  __device__ __forceinline__ void packed_logits(int share, float (&s)[Map::kTiles / kShares][4], const uint8_t* stage,
-                                                int kv_row, int first_token, int valid) {
+  __device__ __forceinline__ void packed_logits(int share, float (&s)[Map::kTiles / kShares][4],
+                                                float (&added)[Map::kHalves][2], const uint8_t* stage, int kv_row,
+                                                int first_token, int valid) {
+    using Words = typename Layout::KeyWords;
+    using Meta = typename Layout::KeyMeta;
     constexpr int kSlots = Map::kKeySlots / kShares;
-    const uint8_t* scales = stage + Layout::KeyWords::kBytes;
-    const uint8_t* zeros = scales + Layout::kMetaStride;
+#pragma unroll
+    for (int t = 0; t < Map::kTiles / kShares; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[t][i] = 0.0f;
+    }
 #pragma unroll
     for (int h = 0; h < Map::kHalves; ++h) {
-      const int word = Map::key_word(h, row), token = word * (32 / KBits);
-      const int meta_row = token >> p.group_log2;
+      const int word = Map::key_word(h, row);
+      const bool exists = word * (32 / KBits) < valid;
+      // Metadata of what does not exist may be NaN: the first token's stand in.
+      const int token = exists ? word * (32 / KBits) : 0;
       const float scale_factor = factor_of(0, kv_row, first_token + token);
       const float zero_factor = factor_of(1, kv_row, first_token + token);
+      const uint32_t words_at = Words::offset(word, 16 * quad);
+      const uint32_t meta_at = Meta::offset(token >> p.group_log2, 4 * kMetaBytes * quad);
+      const uint8_t* scales = stage + Words::kBytes;
       float zero_part[4] = {};
-      float (*part)[4] = s + h * kSlots;
-#pragma unroll
-      for (int t = 0; t < kSlots; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) part[t][i] = 0.0f;
-      }
 #pragma unroll 2  // not further: the loop over tiles has to fit into the instruction cache
       for (int step = 0; step < kSteps; ++step) {
-        const uint4 w = *reinterpret_cast<const uint4*>(stage + Layout::KeyWords::offset(word, 64 * step + 16 * quad));
+        const uint4 w = *reinterpret_cast<const uint4*>(stage + Words::along(words_at, 64 * step));
+        const uint8_t* meta = scales + Meta::along(meta_at, 16 * kMetaBytes * step);
         uint32_t scale[2], zero[2];
-        key_metadata(scale, scales, meta_row, step, scale_factor);
-        key_metadata(zero, zeros, meta_row, step, zero_factor);
+        key_metadata(scale, meta, scale_factor);
+        key_metadata(zero, meta + Layout::kMetaStride, zero_factor);
         const uint2 query = queries[step * kWarpSize];
         mma_f16(zero_part, zero[0], 0, zero[1], 0, query.x, query.y);
         // Halves of two channels side by side: tokens of the low half of the word are row r, of the high half row r
         // + 8.
         uint32_t halves[4] = {__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
                               __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632)};
-        key_slots<kShares, 0>(share, part, halves, scale, query);
+        key_slots<kShares, 0>(share, s + h * kSlots, halves, scale, query);
       }
-      const bool exists = token < valid;  // words are never half valid
 #pragma unroll
-      for (int t = 0; t < kSlots; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) part[t][i] = exists ? part[t][i] + zero_part[i & 1] : kMasked;
-      }
+      for (int c = 0; c < 2; ++c) added[h][c] = exists ? zero_part[c] : kMasked;
     }
   }
 
-  template <int kShares, int kSlot>
+  // Values of a pair of tokens: a slot in both halves of each of two words.
+  template <int kShares, int N>
   __device__ __forceinline__ void value_slot(int share, float (*o)[4], float (&o_zero)[4],
                                              uint32_t (&words)[2][Layout::kRun], const uint32_t (&scale)[2],
                                              const uint32_t (&zero)[2], uint32_t b0, uint32_t b1) {
-    using Slot = CodeSlot<VBits, kSlot>;
     mma_f16(o_zero, zero[0], 0, zero[1], 0, b0, b1);
     uint32_t offset[2];
 #pragma unroll
-    for (int w = 0; w < 2; ++w) offset[w] = half2_mul(scale[w], Slot::kMinusOffset);
+    for (int w = 0; w < 2; ++w) offset[w] = half2_mul(scale[w], CodeSlot<VBits, N>::kMinusOffset);
 #pragma unroll
     for (int c = 0; c < Layout::kRun / 2; ++c) {
       uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t& word = words[i / 2][2 * c + i % 2];
-        if constexpr (kSlot == 0) word = rotate_left(word, 2 - share * (16 / kShares));
-        if constexpr (kSlot == Map::kValueWordTokens / 4) word = rotate_left(word, 24);
-        a[i] = half2_fma(offset_code<VBits, kSlot>(word), scale[i / 2], offset[i / 2]);
+        word = SlotOrder<VBits, kShares>::template turn<N>(word, share);
+        a[i] = half2_fma(offset_code<VBits, N>(word), scale[i / 2], offset[i / 2]);
       }
       mma_f16(o[c], a[0], a[1], a[2], a[3], b0, b1);
     }
   }
 
-  // Metadata of local word `i`: the pair of tokens (slot, slot + half a word), for the lane's run of channels.
-  __device__ __forceinline__ uint32_t value_metadata(const uint8_t* tile, int word, int slot, int channel,
-                                                     float factor) const {
-    const int groups = H >> p.group_log2, group = channel >> p.group_log2;
-    const int low = (word * Map::kValueWordTokens + slot) * groups + group;
-    const int high = low + Map::kValueWordTokens / 2 * groups;
+  // Metadata of the pair of tokens (slot, slot + half a word) of a word, whose first token's are at `first`.
+  __device__ __forceinline__ uint32_t value_metadata(const uint8_t* tile, int first, int slot, float factor) const {
+    const int groups = H >> p.group_log2, low = first + slot * groups, high = low + Map::kValueWordTokens / 2 * groups;
     if constexpr (kMetadata == kFloat8) {
       const uint32_t x = (static_cast<uint32_t>(tile[low]) << 8) | (static_cast<uint32_t>(tile[high]) << 24);
       return scaled_float8(x, factor);
@@ -447,26 +456,59 @@ struct DecodeWarp {
     }
   }
 
-  template <int kShares, int kSlot>
+  // Where a lane finds the metadata of two words' values.
+  struct ValueMetadata {
+    uint32_t at;         // of the vector path: the lane's row of the first two slots' matrices
+    int first[2];        // else: each word's first token's, of the group of the lane's channels
+    float factor[2][2];  // [scale, zero][word]
+  };
+
+  // Of the words `2 * pair` and `2 * pair + 1`. Metadata of what does not exist may be NaN, and NaN times a probability
+  // of 0 is NaN: the first word's stand in.
+  template <int kShares>
+  __device__ __forceinline__ ValueMetadata value_metadata_of(int share, int block, int pair, int kv_row,
+                                                             int first_token, int valid) const {
+    constexpr int kTokens = Map::kValueWordTokens;
+    const auto known = [&](int of, int local) {
+      const int word = Map::value_word(of, 2 * pair + local);
+      return word * kTokens < valid ? word : 0;
+    };
+    ValueMetadata m;
+    if constexpr (kVectorMetadata) {
+      // 8x8 matrices whose rows are tokens and columns are groups: transposed, a lane gets the token pair of group
+      // `row`. Two slots' matrices at a time, of two words each.
+      const int matrix = lane >> 3, target = lane & 7;
+      const int token = known(target >> 1, matrix & 1) * kTokens + (target & 1) * (kTokens / 2);
+      const int slot = (matrix >> 1) + SlotOrder<VBits, kShares>::slot(0);
+      const uint32_t first = Layout::ValueMeta::offset(token / 16, (token % 16 + slot) * 16);
+      m.at = Layout::ValueMeta::along(first, share * (kTokens / 2 / kShares) * 16);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = known(quad, i) * kTokens, channel = block * Layout::kBlockChannels + row * Layout::kRun;
+        m.first[i] = token * (H >> p.group_log2) + (channel >> p.group_log2);
+        m.factor[0][i] = factor_of(2, kv_row, first_token + token);
+        m.factor[1][i] = factor_of(3, kv_row, first_token + token);
+      }
+    }
+    return m;
+  }
+
+  // Slots number `N` and on.
+  template <int kShares, int N>
   __device__ __forceinline__ void value_slots(int share, int block, int pair, const uint8_t* stage,
-                                              uint32_t (&words)[2][Layout::kRun], const int (&word)[2],
-                                              const bool (&exists)[2], const float (&factors)[2][2],
+                                              uint32_t (&words)[2][Layout::kRun], const ValueMetadata& metadata,
                                               const uint32_t (&probability)[2 * Map::kTiles / kShares]) {
     constexpr int kSlots = Map::kValueWordTokens / 2;
-    if constexpr (kSlot < kSlots / kShares) {
-      const int slot = share * (kSlots / kShares) + kSlot;
+    using Order = SlotOrder<VBits, kShares>;
+    if constexpr (N < kSlots / kShares) {
       const uint8_t* scales = stage + Layout::ValueWords::kBytes;
       const uint8_t* zeros = scales + Layout::kMetaStride;
-      uint32_t scale[2][2], zero[2][2];  // [slot, slot + 1][word]
+      uint32_t scale[2][2], zero[2][2];  // [number N, N + 1][word]
       if constexpr (kVectorMetadata) {
-        // 8x8 matrix whose rows are tokens and columns are groups: transposed, a lane gets the token pair of group
-        // `row`.
-        const int matrix = lane >> 3, target = lane & 7;
-        const int local = 2 * pair + (matrix & 1);
-        const int token = Map::value_word(target >> 1, local) * Map::kValueWordTokens + (target & 1) * kSlots;
-        const int line = token / 16;
-        const int byte = (token % 16 + (matrix >> 1)) * 16 ^ (slot * 16);  // slots are even here: xor adds
-        const int at = Layout::ValueMeta::offset(line, byte);
+        // Slots are 16 bytes apart. Number 2 has one bit other than number 0 or, of slots 2 and 4, two.
+        const uint32_t second = N % 4 == 0 ? 0 : Order::kByBytes ? 32 + (lane & 16) * 4 : 32;
+        const uint32_t at = metadata.at ^ second ^ N / 4 * 64;
         uint32_t d[4];
         load_matrices_transposed(d, shared_address(scales) + at);
 #pragma unroll
@@ -475,29 +517,24 @@ struct DecodeWarp {
 #pragma unroll
         for (int i = 0; i < 4; ++i) zero[i >> 1][i & 1] = kMetadata == kBFloat16 ? bfloat2_to_half2(d[i]) : d[i];
       } else {
-        const int channel = block * Layout::kBlockChannels + row * Layout::kRun;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          scale[i >> 1][i & 1] = value_metadata(scales, word[i & 1], slot + (i >> 1), channel, factors[0][i & 1]);
-          zero[i >> 1][i & 1] = value_metadata(zeros, word[i & 1], slot + (i >> 1), channel, factors[1][i & 1]);
+          const int first = metadata.first[i & 1], slot = share * (kSlots / kShares) + Order::slot(N + (i >> 1));
+          scale[i >> 1][i & 1] = value_metadata(scales, first, slot, metadata.factor[0][i & 1]);
+          zero[i >> 1][i & 1] = value_metadata(zeros, first, slot, metadata.factor[1][i & 1]);
         }
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // what lies beyond the length may be NaN, and NaN times probability 0 is NaN
-        scale[i >> 1][i & 1] = exists[i & 1] ? scale[i >> 1][i & 1] : 0;
-        zero[i >> 1][i & 1] = exists[i & 1] ? zero[i >> 1][i & 1] : 0;
-      }
       float (*o)[4] = out + block * (Layout::kRun / 2);
-      const auto probability_pair = [&](int i, int local) {
-        const int u = (2 * pair + i) * Map::kValueWordTokens + local, v = u + kSlots;
+      const auto probability_pair = [&](int i, int n) {
+        const int u = (2 * pair + i) * Map::kValueWordTokens + Order::slot(n), v = u + kSlots;
         const uint32_t select = (Map::p_high(u) ? 0x32u : 0x10u) | (Map::p_high(v) ? 0x7600u : 0x5400u);
         return __byte_perm(probability[Map::p_register(u, kShares)], probability[Map::p_register(v, kShares)], select);
       };
-      value_slot<kShares, kSlot>(share, o, out_zero[block], words, scale[0], zero[0], probability_pair(0, kSlot),
-                                 probability_pair(1, kSlot));
-      value_slot<kShares, kSlot + 1>(share, o, out_zero[block], words, scale[1], zero[1],
-                                     probability_pair(0, kSlot + 1), probability_pair(1, kSlot + 1));
-      value_slots<kShares, kSlot + 2>(share, block, pair, stage, words, word, exists, factors, probability);
+      value_slot<kShares, N>(share, o, out_zero[block], words, scale[0], zero[0], probability_pair(0, N),
+                             probability_pair(1, N));
+      value_slot<kShares, N + 1>(share, o, out_zero[block], words, scale[1], zero[1], probability_pair(0, N + 1),
+                                 probability_pair(1, N + 1));
+      value_slots<kShares, N + 2>(share, block, pair, stage, words, metadata, probability);
     }
   }
 
@@ -507,35 +544,29 @@ struct DecodeWarp {
     constexpr int kTiles = Map::kTiles / kShares;
     // Two loops' worth would not fit.
     if constexpr (Map::kShares > 1) forget(lane), forget(row), forget(quad), forget(share);
-    float s[kTiles][4];
-    packed_logits<kShares>(share, s, wait_stage(), kv_row, first_token, valid);
+    float s[kTiles][4], added[Map::kHalves][2];
+    packed_logits<kShares>(share, s, added, wait_stage(), kv_row, first_token, valid);
     release_stage();
     uint32_t probability[2 * kTiles];
-    softmax<kTiles>(s, probability);
+    softmax(s, added, probability);
     const uint8_t* stage = wait_stage();
 #pragma unroll
     for (int block = 0; block < Layout::kBlocks; ++block) {
 #pragma unroll
       for (int pair = 0; pair < Map::kValueWordsPerLane / 2; ++pair) {
         uint32_t words[2][Layout::kRun];
-        int word[2];
-        bool exists[2];
-        float factors[2][2];  // [scale, zero][word]
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          word[i] = Map::value_word(quad, 2 * pair + i);
-          const int token = word[i] * Map::kValueWordTokens;
-          exists[i] = token < valid;
-          factors[0][i] = factor_of(2, kv_row, first_token + token);
-          factors[1][i] = factor_of(3, kv_row, first_token + token);
+          const int word = Map::value_word(quad, 2 * pair + i);
           const int byte = 4 * (block * Layout::kBlockChannels + row * Layout::kRun);
 #pragma unroll
           for (int c = 0; c < Layout::kRun; c += 4) {
-            const uint4 x = *reinterpret_cast<const uint4*>(stage + Layout::ValueWords::offset(word[i], byte + 4 * c));
+            const uint4 x = *reinterpret_cast<const uint4*>(stage + Layout::ValueWords::offset(word, byte + 4 * c));
             words[i][c] = x.x, words[i][c + 1] = x.y, words[i][c + 2] = x.z, words[i][c + 3] = x.w;
           }
         }
-        value_slots<kShares, 0>(share, block, pair, stage, words, word, exists, factors, probability);
+        const ValueMetadata metadata = value_metadata_of<kShares>(share, block, pair, kv_row, first_token, valid);
+        value_slots<kShares, 0>(share, block, pair, stage, words, metadata, probability);
       }
     }
     release_stage();
@@ -570,7 +601,7 @@ struct DecodeWarp {
     }
     release_stage();
     uint32_t probability[2 * kTiles];
-    softmax<kTiles>(s, probability);
+    softmax(s, {{0.0f, 0.0f}}, probability);
     stage = shared_address(wait_stage());
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -693,8 +724,9 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   const int result_bytes = shares_log2 == 0 ? ring_bytes : ring_bytes / 2;
   uint8_t* results = shared + (shares_log2 == 0 ? 0 : teams * ring_bytes);
   if (producer) {
-    const DecodeProducer<H, KBits, VBits, kMetadata, kVectorMetadata> copies{p, maps, lane};
-    copies.run(at, tiles.count, tiles.stride, warp - warps, teams, shared_address(shared), full, empty);
+    DecodeProducer<H, KBits, VBits, kMetadata, kVectorMetadata> copies{
+        p, maps, lane, warp - warps, teams, shared_address(shared), full, empty};
+    copies.run(at, tiles.count, tiles.stride);
   } else {
     Warp w(p);
     w.lane = lane;

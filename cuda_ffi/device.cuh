@@ -129,25 +129,43 @@ __device__ __forceinline__ int quick_divide(int a, int b) {
 
 // ---- Codes to half pairs: a code under the mantissa of a power of two is `offset + code`, no conversion needed.
 
-// Slot `Slot` of the 16 / Bits codes in each 16-bit half of a word. A word rotated left by 2 has the first half of the
-// slots at bits 2..9, rotated left by 24 more the second half: under an offset of at most 256, so that `offset * scale`
+// Slots are the 16 / Bits codes in each 16-bit half of a word. They are taken one after the other, the `N`-th from bits
+// 2 to 9 of both halves of a word turned for it (`SlotOrder`): under an offset of at most 256, so that `offset * scale`
 // stays finite for scales up to 255.
-template <int Bits, int Slot>
+template <int Bits, int N>
 struct CodeSlot {
   static constexpr int kSlots = 16 / Bits;
-  static constexpr int kBit = 2 + Bits * (Slot % (kSlots / 2));
+  static constexpr int kBit = 2 + Bits * (N % (kSlots / 2));
   static constexpr uint32_t kMask = (((1u << Bits) - 1u) << kBit) * 0x00010001u;
   static constexpr uint32_t kOffset = (0x6400u - (kBit << 10)) * 0x00010001u;
   static constexpr uint32_t kMinusOffset = kOffset | 0x80008000u;
 };
 
-// `(word & mask) | offset` for a rotated word.
-template <int Bits, int Slot>
-__device__ __forceinline__ uint32_t offset_code(uint32_t aligned_word) {
+// Where `Shares` warps take the slots of a word, how a warp turns it. Rotated left by 2 it has the first half of the
+// slots at bits 2 to 9, by 24 more the second. A whole word of 2 bits, as it is, has slots 1 to 4 there, and with the
+// bytes of each half swapped 5, 6, 7 and 0: one instruction instead of two.
+template <int Bits, int Shares>
+struct SlotOrder {
+  static constexpr bool kByBytes = Bits == 2 && Shares == 1;
+
+  __host__ __device__ static constexpr int slot(int n) { return kByBytes ? (n + 1) % 8 : n; }
+
+  // The word for slot number `N`, from the one for the slot before or, at first, as it is stored.
+  template <int N>
+  __device__ __forceinline__ static uint32_t turn(uint32_t word, int share) {
+    if constexpr (N == 8 / Bits) return kByBytes ? __byte_perm(word, 0, 0x2301) : rotate_left(word, 24);
+    if constexpr (N == 0 && !kByBytes) return rotate_left(word, 2 - share * (16 / Shares));
+    return word;
+  }
+};
+
+// `(word & mask) | offset` for a word turned for slot number `N`.
+template <int Bits, int N>
+__device__ __forceinline__ uint32_t offset_code(uint32_t turned_word) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
       : "=r"(d)
-      : "r"(aligned_word), "n"(CodeSlot<Bits, Slot>::kMask), "r"(CodeSlot<Bits, Slot>::kOffset));
+      : "r"(turned_word), "n"(CodeSlot<Bits, N>::kMask), "r"(CodeSlot<Bits, N>::kOffset));
   return d;
 }
 
@@ -258,9 +276,15 @@ struct SwizzledTile {
   static constexpr int kBytes = RowBytes * Rows;
   static_assert(Rows % 8 == 0);
 
-  __device__ __forceinline__ static int offset(int row, int byte) {
-    const int mix = ((row / (128 / kSpan)) & (kSpan / 16 - 1)) * 16;
-    return (byte / kSpan) * (Rows * kSpan) + row * kSpan + ((byte % kSpan) ^ mix);
+  // Where byte `byte` of row `row` lies.
+  __device__ __forceinline__ static uint32_t offset(uint32_t row, uint32_t byte) {
+    const uint32_t mix = row / (128 / kSpan) % (kSpan / 16) * 16;
+    return byte / kSpan * (Rows * kSpan) + row * kSpan + (byte % kSpan ^ mix);
+  }
+
+  // From where one byte lies to where the byte `further` behind it does, if their columns share no bit.
+  __device__ __forceinline__ static uint32_t along(uint32_t at, uint32_t further) {
+    return (at ^ further % kSpan) + further / kSpan * (Rows * kSpan);
   }
 };
 

@@ -16,6 +16,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -36,6 +37,7 @@ from minikv_jax.model import DTYPES
 _PACKAGES = ("jax", "jaxlib", "flax")
 _PROBE_SHARE = 0.5  # of the device's memory that the process which looks at the device may use
 METHODS = f"see `minikv methods`, or {', '.join(huggingface.METHODS)}; repeatable; default: minikv and full"
+_REGION = 1 << 21  # the allocator rounds what it takes up to a multiple of so many bytes
 _SMALLER = 0.98  # what a size that was found is multiplied by when it runs out of memory after all
 
 
@@ -86,13 +88,13 @@ class Bench:
         total = about["memory_bytes"]
         if self.limit is not None and total is not None and self.limit > total:
             raise ValueError(f"--memory-gb {memory_gb:g}: this device has {total / 1e9:.1f} GB")
-        self.share = self.limit / total if self.limit and total else 0.97
+        self.share = self.limit // _REGION * _REGION / total if self.limit and total else 0.97
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.report: dict[str, Any] = {"command": command, **about, "versions": versions, "results": []}
 
     def _run(self, function: str, *arguments: Any, share: float) -> Any:
         environment = self.environment | {
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{math.floor(share * 1e6) / 1e6:.6f}",
             # One region for all that a run allocates: a batch that fills the device does not fail by fragments.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if function == "measured" else "false",
         }
