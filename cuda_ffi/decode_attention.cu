@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "decode_attention.cuh"
@@ -91,6 +92,28 @@ bool rows_map(CUtensorMap* map, const RowsOf& of) {
   return true;
 }
 
+// The tensor maps of the sources that are not empty and are copied by rows; `p.mapped` says which.
+bool make_maps(DecodeMaps& maps, DecodeParams& p, int H, int k_bits, int v_bits, int meta_bytes, bool vector_metadata) {
+  const int64_t kv_rows = int64_t{p.batch} * p.kv_heads, tokens = kv_rows * p.packed_capacity;
+  const int group_size = 1 << p.group_log2;
+  bool made = true;
+  const auto map_rows = [&](int source, int64_t rows, int row_bytes, int box_rows, bool all_spans) {
+    if (rows == 0) return;
+    made &= rows_map(&maps.map[source], {p.base[source], rows, row_bytes, box_rows, all_spans});
+    p.mapped |= 1u << source;
+  };
+  map_rows(kKeyWords, tokens * k_bits / 32, 4 * H, kTileTokens * k_bits / 32, true);
+  map_rows(kValueWords, tokens * v_bits / 32, 4 * H, kTileTokens * v_bits / 32, true);
+  for (int i : {kKeyScale, kKeyZero}) {
+    map_rows(i, tokens / group_size, meta_bytes * H, kTileTokens / group_size, group_size == 16);
+  }
+  for (int i : {kValueScale, kValueZero}) {
+    if (vector_metadata) map_rows(i, tokens / 16, meta_bytes * H, 8, true);
+  }
+  for (int i : {kTailKeys, kTailValues}) map_rows(i, kv_rows * p.tail_capacity, 2 * H, kTailTokens, true);
+  return made;
+}
+
 template <int KBits>
 DecodeInstance find_instance(int64_t head_dim, int v_bits, Metadata metadata, bool vector_metadata) {
   switch (head_dim) {
@@ -107,15 +130,16 @@ DecodeInstance find_instance(int64_t head_dim, int v_bits, Metadata metadata, bo
   }
 }
 
-// Lets the kernel have as much shared memory on `device`, the current one, unless the last launch had the same.
-void allow_shared_bytes(const void* kernel, int device, int bytes) {
+// Lets the kernel have all shared memory of a block on the current device. That holds for every thread's launches, so
+// all set the same; this one need not where its last launch was of the same kernel.
+void allow_all_shared_bytes(const void* kernel, const Device& device) {
   thread_local const void* last_kernel = nullptr;
-  thread_local int last_device = -1, last_bytes = 0;
-  if (kernel == last_kernel && device == last_device && bytes == last_bytes) return;
-  const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  thread_local int last_device = -1;
+  if (kernel == last_kernel && device.ordinal == last_device) return;
+  const cudaError_t set =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes_per_block);
   last_kernel = set == cudaSuccess ? kernel : nullptr;
-  last_device = device;
-  last_bytes = bytes;
+  last_device = device.ordinal;
 }
 
 // `count` counters of `device`, the current one; at most kCounters.
@@ -240,6 +264,8 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   check.require(warps >= 1, "stages=", p.stages, " do not fit into shared memory");
   check.require(static_cast<int64_t>(partial->element_count()) >= slots * p.slot_floats(static_cast<int>(H)),
                 "scratch of ", partial->element_count(), " floats is too small for ", slots, " slots");
+  check.require(B * K * std::max(P, C) <= std::numeric_limits<int>::max(), B * K * std::max(P, C),
+                " tokens of all rows are more than a launch can count");
   check.require(rows <= static_cast<int>(kCounters) && most / blocks < warps * p.stages * instance.stage_bytes, rows,
                 " rows of ", most, " tiles are more than a launch can count");
   if (!check.ok()) return check.error();
@@ -247,32 +273,15 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
   const int shared_bytes = warps * warp_bytes + static_cast<int>(sizeof(BlockWork));
   DecodeMaps maps{};
   if (device.major >= 9) {
-    const int meta_bytes = metadata == kFloat8 ? 1 : 2, h = static_cast<int>(H);
-    const int64_t kv_rows = B * K;
     check.require(encode_tiled() != nullptr, "the driver has no cuTensorMapEncodeTiled");
     if (!check.ok()) return check.error();
-    bool encoded = true;
-    const auto map_rows = [&](int source, int64_t rows, int row_bytes, int box_rows, bool all_spans) {
-      if (rows == 0) return;
-      encoded &= rows_map(&maps.map[source], {p.base[source], rows, row_bytes, box_rows, all_spans});
-      p.mapped |= 1u << source;
-    };
-    for (int i : {kKeyWords, kValueWords}) {
-      const int bits = i == kKeyWords ? k_bits : v_bits;
-      map_rows(i, kv_rows * P * bits / 32, 4 * h, kTileTokens * bits / 32, true);
-    }
-    for (int i : {kKeyScale, kKeyZero}) {
-      map_rows(i, kv_rows * P / group_size, meta_bytes * h, kTileTokens / group_size, group_size == 16);
-    }
-    for (int i : {kValueScale, kValueZero}) {
-      if (vector_metadata) map_rows(i, kv_rows * P / 16, meta_bytes * h, 8, true);
-    }
-    for (int i : {kTailKeys, kTailValues}) map_rows(i, kv_rows * C, 2 * h, kTailTokens, true);
-    check.require(encoded, "the driver refused a tensor map");
+    const bool made =
+        make_maps(maps, p, static_cast<int>(H), k_bits, v_bits, metadata == kFloat8 ? 1 : 2, vector_metadata);
+    check.require(made, "the driver refused a tensor map");
     if (!check.ok()) return check.error();
   }
 
-  allow_shared_bytes(instance.kernel, device.ordinal, shared_bytes);
+  allow_all_shared_bytes(instance.kernel, device);
   p.counters = take_counters(device.ordinal, rows);
   void* arguments[] = {&maps, &p};
   cudaLaunchAttribute early{};  // the kernel itself waits for the launch before it

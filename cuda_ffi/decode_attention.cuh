@@ -100,7 +100,8 @@ struct DecodeProducer {
   const DecodeParams& p;
   const DecodeMaps& maps;
   int lane, first_team, teams;
-  uint32_t rings, full, empty;  // barriers [team][stage]
+  uint32_t rings;        // [team][stage]
+  uint32_t full, empty;  // barriers [team][stage]
   int slot = 0;
   uint32_t parity = 1;
 
@@ -136,18 +137,18 @@ struct DecodeProducer {
 #endif
   }
 
-  // Asks for the keys or the values of a packed tile, from token `first` of all rows; the row has `tokens` of the
-  // tile's.
+  // Asks for the keys or the values of a packed tile, from token `first` of all rows; its row has room for `room`
+  // tokens from there, the tile's or, at the row's end, fewer.
   template <bool kKeys>
-  __device__ __forceinline__ void copy_packed(int first, int tokens, uint32_t stage, uint32_t barrier) const {
+  __device__ __forceinline__ void copy_packed(int first, int room, uint32_t stage, uint32_t barrier) const {
     using Words = std::conditional_t<kKeys, typename Layout::KeyWords, typename Layout::ValueWords>;
     using Meta = std::conditional_t<kKeys, typename Layout::KeyMeta, typename Layout::ValueMeta>;
-    constexpr bool kRows = kKeys || kVectorMetadata;  // metadata come as rows of a tile, not as plain bytes
+    constexpr bool kMetaAsRows = kKeys || kVectorMetadata;  // of a tile, not as plain bytes
     constexpr int kWordTokens = 32 / (kKeys ? KBits : VBits);
     const int all = p.batch * p.kv_heads * p.packed_capacity;
     const int meta_log2 = kKeys ? p.group_log2 : 4, meta_rows = kTileTokens >> meta_log2;
     const int meta_bytes = (H >> p.group_log2) * Layout::kMetaBytes;  // of a token's values, where they are plain
-    const int copied = kRows ? meta_rows * Meta::kRowBytes : tokens * meta_bytes;
+    const int copied = kMetaAsRows ? meta_rows * Meta::kRowBytes : room * meta_bytes;
 #if __CUDA_ARCH__ >= 900
     barrier_expect(barrier, Words::kBytes + 2 * copied);
 #endif
@@ -157,7 +158,7 @@ struct DecodeProducer {
     for (int i = 0; i < 2; ++i) {  // scales, zeros
       const uint32_t meta = stage + Words::kBytes + i * Layout::kMetaStride;
       const Source source = static_cast<Source>((kKeys ? kKeyScale : kValueScale) + i);
-      if constexpr (kRows) {
+      if constexpr (kMetaAsRows) {
         copy_rows<Meta>(source, meta, first >> meta_log2, all >> meta_log2, meta_rows, barrier);
       } else {
         copy_bytes(source, meta, static_cast<int64_t>(first) * meta_bytes, copied, barrier);
@@ -176,14 +177,14 @@ struct DecodeProducer {
                     barrier);
   }
 
-  // The keys or the values of the teams' `n`-th tiles, which lane `t` knows of team `t`: `first` and `tokens` as above,
-  // of a tail tile with 0 tokens, and -1 where the team has no tile.
+  // The keys or the values of one tile of each team. Lane `t` knows team `t`'s: `first` as above; `room` as above of a
+  // packed tile, 0 of a tail tile, -1 where the team has none left.
   template <bool kKeys>
-  __device__ __forceinline__ void copy_tiles(int first, int tokens, bool one_by_one) {
+  __device__ __forceinline__ void copy_tiles(int first, int room, bool one_by_one) {
 #pragma unroll 1
     for (int t = first_team; t < teams; t += producers(H)) {
-      const int team_tokens = __shfl_sync(kAllLanes, tokens, t), team_first = __shfl_sync(kAllLanes, first, t);
-      if (team_tokens < 0) continue;
+      const int team_room = __shfl_sync(kAllLanes, room, t), team_first = __shfl_sync(kAllLanes, first, t);
+      if (team_room < 0) continue;
       const int index = t * p.stages + slot;
       const uint32_t stage = rings + index * Layout::kStageBytes, barrier = full + 8 * index;
       barrier_wait(empty + 8 * index, parity);  // passes at once in the first round
@@ -192,8 +193,8 @@ struct DecodeProducer {
         barrier_wait(wrapped ? barrier + 8 * (p.stages - 1) : barrier - 8, wrapped ? parity : parity ^ 1);
       }
       if (!kBulkCopies || elect_one()) {
-        if (team_tokens > 0) {
-          copy_packed<kKeys>(team_first, team_tokens, stage, barrier);
+        if (team_room > 0) {
+          copy_packed<kKeys>(team_first, team_room, stage, barrier);
         } else {
           copy_tail<kKeys>(team_first, stage, barrier);
         }
@@ -212,12 +213,12 @@ struct DecodeProducer {
       const int tail_tile = at.tile - at.packed_tiles;
       const int first = at.packed() ? at.kv_row * p.packed_capacity + at.tile * kTileTokens
                                     : at.kv_row * p.tail_capacity + tail_tile * kTailTokens;
-      const int packed = at.packed() ? min(kTileTokens, p.packed_capacity - at.tile * kTileTokens) : 0;
-      const int tokens = n < tiles ? packed : -1;
+      const int packed_room = at.packed() ? min(kTileTokens, p.packed_capacity - at.tile * kTileTokens) : 0;
+      const int room = n < tiles ? packed_room : -1;
       // A team has one copy on its way at a time: that keeps the memory busy, and more would make what is needed first
       // wait among what is needed later. Where there is little to copy, all of it is asked for at once.
-      copy_tiles<true>(first, tokens, n > 0 && most > 2);
-      copy_tiles<false>(first, tokens, most > 2);
+      copy_tiles<true>(first, room, n > 0 && most > 2);
+      copy_tiles<false>(first, room, most > 2);
       if (n < tiles) at.advance(p, stride);
     }
   }
@@ -285,7 +286,7 @@ struct DecodeWarp {
   }
 
   // ---- Softmax over `kCount` row tiles of logits [16 tokens x 8 queries]; turns them into transposed half pairs.
-  // `added`: what each `kCount / kHalves` row tiles' logits lack, of the lane's two queries.
+  // `added`: what is to be added to the logits of each `kCount / kHalves` row tiles, of the lane's two queries.
   template <int kCount, int kHalves>
   __device__ __forceinline__ void softmax(float (&s)[kCount][4], const float (&added)[kHalves][2],
                                           uint32_t (&probability)[2 * kCount]) {
@@ -323,16 +324,20 @@ struct DecodeWarp {
       probability[2 * t] = transpose_8x8(pack_half2(s[t][0], s[t][1]));
       probability[2 * t + 1] = transpose_8x8(pack_half2(s[t][2], s[t][3]));
     }
-    if (!__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;  // maxima seldom move
+    // Maxima seldom move.
+    if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) rescale_out(rescale);
+  }
+
+  __device__ __forceinline__ void rescale_out(const float (&factor)[2]) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[s][i] *= rescale[i & 1];
+      for (int i = 0; i < 4; ++i) out[s][i] *= factor[i & 1];
     }
 #pragma unroll
     for (int b = 0; b < Layout::kBlocks; ++b) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out_zero[b][i] *= rescale[i & 1];
+      for (int i = 0; i < 4; ++i) out_zero[b][i] *= factor[i & 1];
     }
   }
 
@@ -375,8 +380,9 @@ struct DecodeWarp {
     }
   }
 
-  // Logits of share `share` of a tile, less `added`, what zeros add to them: the same for all tokens of a word.
-  // `valid` is how many of the tile's tokens exist: the first at least, and no word by half.
+  // Logits of share `share` of a tile, less `added`: what zeros add to them, the same for all tokens of a word, or
+  // kMasked for those of a word that does not exist. `valid` tokens exist from the tile's first on: that one at least,
+  // and no word by half.
   template <int kShares>
   __device__ __forceinline__ void packed_logits(int share, float (&s)[Map::kTiles / kShares][4],
                                                 float (&added)[Map::kHalves][2], const uint8_t* stage, int kv_row,
@@ -427,9 +433,9 @@ struct DecodeWarp {
                                              uint32_t (&words)[2][Layout::kRun], const uint32_t (&scale)[2],
                                              const uint32_t (&zero)[2], uint32_t b0, uint32_t b1) {
     mma_f16(o_zero, zero[0], 0, zero[1], 0, b0, b1);
-    uint32_t offset[2];
+    uint32_t minus_offset[2];
 #pragma unroll
-    for (int w = 0; w < 2; ++w) offset[w] = half2_mul(scale[w], CodeSlot<VBits, N>::kMinusOffset);
+    for (int w = 0; w < 2; ++w) minus_offset[w] = half2_mul(scale[w], CodeSlot<VBits, N>::kMinusOffset);
 #pragma unroll
     for (int c = 0; c < Layout::kRun / 2; ++c) {
       uint32_t a[4];
@@ -437,7 +443,7 @@ struct DecodeWarp {
       for (int i = 0; i < 4; ++i) {
         uint32_t& word = words[i / 2][2 * c + i % 2];
         word = SlotOrder<VBits, kShares>::template turn<N>(word, share);
-        a[i] = half2_fma(offset_code<VBits, N>(word), scale[i / 2], offset[i / 2]);
+        a[i] = half2_fma(offset_code<VBits, N>(word), scale[i / 2], minus_offset[i / 2]);
       }
       mma_f16(o[c], a[0], a[1], a[2], a[3], b0, b1);
     }
@@ -456,20 +462,20 @@ struct DecodeWarp {
     }
   }
 
-  // Where a lane finds the metadata of two words' values.
+  // Where a lane finds the metadata of two words' values: by `at` where metadata are vectors, else by the rest.
   struct ValueMetadata {
-    uint32_t at;         // of the vector path: the lane's row of the first two slots' matrices
-    int first[2];        // else: each word's first token's, of the group of the lane's channels
+    uint32_t at;         // the lane's row of the first two slots' matrices
+    int first[2];        // each word's first token's, of the group of the lane's channels
     float factor[2][2];  // [scale, zero][word]
   };
 
-  // Of the words `2 * pair` and `2 * pair + 1`. Metadata of what does not exist may be NaN, and NaN times a probability
-  // of 0 is NaN: the first word's stand in.
+  // That of the lane's words number `2 * pair` and `2 * pair + 1`. Metadata of what does not exist may be NaN, and NaN
+  // times a probability of 0 is NaN: the tile's first word's stand in.
   template <int kShares>
   __device__ __forceinline__ ValueMetadata value_metadata_of(int share, int block, int pair, int kv_row,
                                                              int first_token, int valid) const {
     constexpr int kTokens = Map::kValueWordTokens;
-    const auto known = [&](int of, int local) {
+    const auto existing_or_first = [&](int of, int local) {
       const int word = Map::value_word(of, 2 * pair + local);
       return word * kTokens < valid ? word : 0;
     };
@@ -478,14 +484,15 @@ struct DecodeWarp {
       // 8x8 matrices whose rows are tokens and columns are groups: transposed, a lane gets the token pair of group
       // `row`. Two slots' matrices at a time, of two words each.
       const int matrix = lane >> 3, target = lane & 7;
-      const int token = known(target >> 1, matrix & 1) * kTokens + (target & 1) * (kTokens / 2);
+      const int token = existing_or_first(target >> 1, matrix & 1) * kTokens + (target & 1) * (kTokens / 2);
       const int slot = (matrix >> 1) + SlotOrder<VBits, kShares>::slot(0);
       const uint32_t first = Layout::ValueMeta::offset(token / 16, (token % 16 + slot) * 16);
       m.at = Layout::ValueMeta::along(first, share * (kTokens / 2 / kShares) * 16);
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = known(quad, i) * kTokens, channel = block * Layout::kBlockChannels + row * Layout::kRun;
+        const int token = existing_or_first(quad, i) * kTokens,
+                  channel = block * Layout::kBlockChannels + row * Layout::kRun;
         m.first[i] = token * (H >> p.group_log2) + (channel >> p.group_log2);
         m.factor[0][i] = factor_of(2, kv_row, first_token + token);
         m.factor[1][i] = factor_of(3, kv_row, first_token + token);
@@ -506,7 +513,8 @@ struct DecodeWarp {
       const uint8_t* zeros = scales + Layout::kMetaStride;
       uint32_t scale[2][2], zero[2][2];  // [number N, N + 1][word]
       if constexpr (kVectorMetadata) {
-        // Slots are 16 bytes apart. Number 2 has one bit other than number 0 or, of slots 2 and 4, two.
+        // Slots are 16 bytes apart. From number 0 to 2 it is slot 0 to 2 (exclusive or 2); by bytes, 1 to 3 (2) in the
+        // lower lanes and 2 to 4 (6) in the upper. From number 0 to 4 and from 2 to 6, always 4.
         const uint32_t second = N % 4 == 0 ? 0 : Order::kByBytes ? 32 + (lane & 16) * 4 : 32;
         const uint32_t at = metadata.at ^ second ^ N / 4 * 64;
         uint32_t d[4];

@@ -282,7 +282,7 @@ struct SwizzledTile {
     return byte / kSpan * (Rows * kSpan) + row * kSpan + (byte % kSpan ^ mix);
   }
 
-  // From where one byte lies to where the byte `further` behind it does, if their columns share no bit.
+  // Where the byte `further` behind the one at `at` lies, in its row; its place in the row and `further` share no bit.
   __device__ __forceinline__ static uint32_t along(uint32_t at, uint32_t further) {
     return (at ^ further % kSpan) + further / kSpan * (Rows * kSpan);
   }

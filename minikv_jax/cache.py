@@ -360,7 +360,8 @@ def _pack_block(layer: LayerCache, full: Array, implementation: str | None) -> L
         v=layer.v.write(v, layer.packed_length, full),
         tail_k=shift(layer.tail_k),
         tail_v=shift(layer.tail_v),
-        packed_length=layer.packed_length + jnp.where(full, block, 0),
+        # Never beyond what there is, whatever was appended: kernels would read on.
+        packed_length=jnp.minimum(layer.packed_length + jnp.where(full, block, 0), layer.packed_capacity),
         tail_length=layer.tail_length - jnp.where(full, block, 0),
         packed_positions=packed_positions,
         tail_positions=tail_positions,

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny import tiny_config, tiny_model
 from minikv_jax import cli, memory, presets
 from minikv_jax.bench import end_to_end, figures, fit, worker
 from minikv_jax.bench.end_to_end import Case, _Lengths
+from minikv_jax.bench.generate import _share
 from minikv_jax.generate import generate, stream
 
 
@@ -232,6 +234,13 @@ def test_figures_and_table_show_what_was_measured(tmp_path: pathlib.Path, capsys
     assert "| `full` | 8 | 64 + 10 | out of memory | | | | | | |\n" in out
     names = {"llama-3.1-8b-latency.png", "llama-3.1-8b-batches.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == names
+
+
+def test_a_limit_is_not_exceeded_by_rounding():
+    total, region = 150_109_945_856, 1 << 21  # an H200; its allocator takes whole regions
+    for limit in (40_000_000_000, 80_000_000_000, 39_999_999_999, region):
+        taken = math.ceil(float(f"{_share(limit, total):.6f}") * total / region) * region
+        assert limit - 2 * region <= taken <= limit
 
 
 def test_figures_of_two_devices_are_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):

@@ -175,6 +175,19 @@ def test_rows_can_be_selected_reordered_and_tiled(name: str):
     assert_same(layer, rows)
 
 
+def test_lengths_stay_within_the_capacity():
+    """An overflow is the caller's fault and loses tokens, but no kernel is told of tokens that are not there."""
+    config = CONFIGS["minikv-sinks"]
+    rng = np.random.default_rng(7)
+    k, v = (normal(rng, 2, 60, K, H) for _ in range(2))
+    layer = cache_of(config, k, v, np.array([60, 30]))
+    more = layer.packed_capacity + layer.tail_capacity
+    new = normal(rng, 2, more, K, H)
+    layer = jax.jit(append)(layer, new, new, np.full(2, more), np.zeros((2, more), np.int32))
+    assert (np.asarray(layer.packed_length) <= layer.packed_capacity).all()
+    assert (np.asarray(layer.tail_length) <= layer.tail_capacity).all()
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_sliding_window_layer(quantized: bool):
     """Only what the next token can see is kept of the prompt; later, tokens leave the window one by one."""

@@ -41,6 +41,11 @@ _REGION = 1 << 21  # the allocator rounds what it takes up to a multiple of so m
 _SMALLER = 0.98  # what a size that was found is multiplied by when it runs out of memory after all
 
 
+def _share(limit: int, total: int) -> float:
+    """Of a device's memory, in millionths: so much that the allocator does not round it up beyond `limit` bytes."""
+    return math.floor(1e6 * (limit // _REGION * _REGION) / total) / 1e6
+
+
 def device() -> dict[str, Any]:
     """What runs: device, backend, its memory in bytes, and the rates it reads and copies at. For a process of its own.
 
@@ -88,13 +93,13 @@ class Bench:
         total = about["memory_bytes"]
         if self.limit is not None and total is not None and self.limit > total:
             raise ValueError(f"--memory-gb {memory_gb:g}: this device has {total / 1e9:.1f} GB")
-        self.share = self.limit // _REGION * _REGION / total if self.limit and total else 0.97
+        self.share = _share(self.limit, total) if self.limit and total else 0.97
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.report: dict[str, Any] = {"command": command, **about, "versions": versions, "results": []}
 
     def _run(self, function: str, *arguments: Any, share: float) -> Any:
         environment = self.environment | {
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{math.floor(share * 1e6) / 1e6:.6f}",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.6f}",
             # One region for all that a run allocates: a batch that fills the device does not fail by fragments.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if function == "measured" else "false",
         }
