@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -89,7 +90,12 @@ def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     if not rows:
         return _KERNELS_FIRST
     nearest = min((row["sizes"] for row in rows), key=lambda recorded: _distance(recorded, sizes))
-    times = {row["implementation"]: row["ms"] for row in rows if row["sizes"] == nearest}
+    # Sizes do not tell all rows apart (by the axis packed along, say): the mean of an implementation's rows counts.
+    measured: dict[str, list[float]] = {}
+    for row in rows:
+        if row["sizes"] == nearest:
+            measured.setdefault(row["implementation"], []).append(row["ms"])
+    times = {name: statistics.mean(ms) for name, ms in measured.items()}
     alike = _ALIKE * min(times.values())
 
     def rank(name: str) -> tuple[float, int]:

@@ -80,6 +80,16 @@ def test_the_nearest_recorded_shape_decides(monkeypatch: pytest.MonkeyPatch):
     assert kernels.order("another op", SIZES) == ("cuda", "pallas", "xla")
 
 
+@pytest.mark.usefixtures("on_gpu")
+def test_rows_of_the_same_sizes_count_alike(monkeypatch: pytest.MonkeyPatch):
+    """Keys and values are packed in rows of the same sizes: neither alone decides."""
+    rows = [("cuda", 1.0), ("pallas", 3.0), ("cuda", 2.0), ("pallas", 1.9)]
+    recorded = tuple({"op": "op", "implementation": name, "sizes": SIZES, "ms": ms} for name, ms in rows)
+    for order in (recorded, recorded[::-1]):
+        monkeypatch.setattr(kernels, "_recorded", lambda *device, order=order: order)
+        assert kernels.order("op", SIZES) == ("cuda", "pallas", "xla")
+
+
 def test_records_of_the_same_device_or_else_of_the_same_architecture(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ):
@@ -100,6 +110,10 @@ def test_recorded_rows_have_what_the_choice_reads():
         assert report["device"]
         assert report["compute_capability"]
         assert report["results"]
+        shapes = {name: [] for name in {row["implementation"] for row in report["results"]}}
+        for row in report["results"]:
+            shapes[row["implementation"]].append((row["op"], row["shape"]))
+        assert len({tuple(found) for found in shapes.values()}) == 1  # each implementation has every shape
         for row in report["results"]:
             assert row["implementation"] in kernels.IMPLEMENTATIONS
             assert row["ms"] > 0
@@ -110,13 +124,13 @@ def test_recorded_rows_have_what_the_choice_reads():
 @pytest.mark.parametrize("name", ["pallas", "cuda"])
 def test_kernels_asked_for_by_name_need_their_gpu(name: str):
     q = jnp.ones((1, 32, 2, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"GPU|not built"):
+    with pytest.raises(NotImplementedError, match=r"GPU|build it with"):
         prefill_attention(q, q, q, jnp.array([32]), implementation=name)
-    with pytest.raises(NotImplementedError, match=r"GPU|not built"):
+    with pytest.raises(NotImplementedError, match=r"GPU|build it with"):
         quantize(q.swapaxes(1, 2), bits=2, group_size=16, axis="tokens", implementation=name)
     tail, nothing = q.swapaxes(1, 2), jnp.zeros(1, jnp.int32)
     layer = LayerCache(None, None, tail, tail, nothing, nothing, None, None, presets.get("full"), None)
-    with pytest.raises(NotImplementedError, match=r"GPU|not built"):
+    with pytest.raises(NotImplementedError, match=r"GPU|build it with"):
         decode_attention(q[:, 0], layer, implementation=name)
 
 
