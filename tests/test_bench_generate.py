@@ -139,12 +139,14 @@ def test_largest_is_the_last_that_fits(limit: int, size: int | None):
 
 
 def test_find_agrees_with_the_whole_model(shape: str, tmp_path: pathlib.Path):
-    deep = json.loads(pathlib.Path(shape).read_text()) | {"num_hidden_layers": 6}
+    deep = json.loads(pathlib.Path(shape).read_text()) | {"num_hidden_layers": 9, "max_position_embeddings": 8192}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(deep))
     asked = case(str(path), method="full", batch=3, max_new_tokens=20)
-    whole = end_to_end.Programs(asked).needed_bytes
-    assert fit.needed_bytes(asked) == pytest.approx(whole, rel=0.03)
+    # XLA shares buffers of two layers otherwise than of more: seen where the prompt is long.
+    for one in (dataclasses.replace(asked, batch=1, prompt_len=4096), asked):
+        whole = end_to_end.Programs(one).needed_bytes
+        assert fit.needed_bytes(one) == pytest.approx(whole, rel=0.03)
     found = fit.find(dataclasses.replace(asked, batch=1), "batch", round(1.03 * whole))
     assert found["size"] == 3
     with pytest.raises(ValueError, match=r"full needs .* GB at batch 1, --memory-gb is 0.0001"):

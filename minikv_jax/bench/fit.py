@@ -12,7 +12,9 @@ from minikv_jax.config import ModelConfig
 from minikv_jax.generate import bucket_length
 
 FIELDS = {"batch": "batch", "prompt": "prompt_len"}  # what can be found, and the case's field that holds it
-_DEPTHS = (2, 4)  # layers of the models that are compiled to know a deeper one's needs
+# Layers of the models that are compiled to know a deeper one's needs. Not two: XLA shares buffers there otherwise than
+# in all deeper ones, by gigabytes where the prompt is long.
+_DEPTHS = (4, 6)
 
 
 def find(case: Case, what: str, limit: int) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def find(case: Case, what: str, limit: int) -> dict[str, Any]:
 def needed_bytes(case: Case) -> int:
     """What a case holds at once: weights and cache, and what the programs need besides.
 
-    Programs of two and of four layers are compiled; what they need beside weights and cache goes on in a line to the
+    Programs of four and of six layers are compiled; what they need beside weights and cache goes on in a line to the
     model's depth.
     """
     config = case.config()
