@@ -18,7 +18,7 @@ from cuda_ffi.bandwidth import read_checksum
 
 _RUNS = 15
 _CHAIN, _REPEATS, _CHAIN_RUNS = 40, 5, 9
-_LOOP, _LOOP_RUNS = 1000, 3
+_LOOP = 1000  # a multiple of _CHAIN
 _TURN, _TURNS = 32, 5
 
 Row = dict[str, Any]
@@ -104,15 +104,23 @@ def loop(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.sta
     return jax.jit(lambda x, *rest: lax.fori_loop(0, _LOOP, lambda _, x: step(x, *rest), x)).lower(start, *arguments)
 
 
-def looped_ms(program: Any, start: jax.Array, *arguments: Any) -> float:
-    """Time of one call in a compiled `loop`, in ms."""
-    jax.block_until_ready(program(start, *arguments))
-    times = []
-    for _ in range(_LOOP_RUNS):
+def extra_in_loop_ms(looped: Any, chained: Any, start: jax.Array, *arguments: Any) -> float:
+    """How much longer a call takes in a compiled `loop` than in a `chain`, in ms.
+
+    In turns of as many calls each: the device's clock falls as calls go on, by more than a loop costs.
+    """
+    jax.block_until_ready(looped(start, *arguments))
+    x = jax.block_until_ready(chained(jnp.copy(start), *arguments))
+    extra = []
+    for _ in range(_TURNS):
         begin = time.perf_counter()
-        jax.block_until_ready(program(start, *arguments))
-        times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times) / _LOOP
+        for _ in range(_LOOP // _CHAIN):
+            x = chained(x, *arguments)
+        jax.block_until_ready(x)
+        between = time.perf_counter()
+        jax.block_until_ready(looped(start, *arguments))
+        extra.append((time.perf_counter() - between) - (between - begin))
+    return 1e3 * statistics.median(extra) / _LOOP
 
 
 def rates() -> dict[str, float]:
