@@ -21,7 +21,7 @@ POOLINGS = ("max", "mean")
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CacheConfig:
     """One KV-cache compression method: which tokens are kept, and how the kept ones are stored.
 
@@ -30,6 +30,8 @@ class CacheConfig:
 
     `scorer`, `budget` and `quantizer` are names (`minikv_jax.schemes`), of the library's schemes or of a user's.
     `options` are settings of these schemes' own, given as a mapping, kept as sorted pairs: `option` reads one.
+
+    Two are equal where all fields have the same types and values: a count of 1 is not a share of 1.0.
     """
 
     name: str = "custom"
@@ -105,6 +107,16 @@ class CacheConfig:
                 f"residual_length={self.residual_length}: expected a multiple of the packing block {self.packing_block}"
             )
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CacheConfig) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[tuple[type, Any], ...]:
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple((type(value), value) for value in values)
+
     @property
     def quantized(self) -> bool:
         """Whether K and V are stored as codes."""
@@ -173,11 +185,12 @@ def _sorted_options(config: CacheConfig) -> tuple[tuple[str, Option], ...]:
         kind = type(defaults[name])
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"option {name}={value!r}: expected {kind.__name__}, as its default {defaults[name]!r}")
+        given[name] = kind(value)  # equal options are of equal types
     return tuple(sorted(given.items()))
 
 
 def _require_choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
+    if value not in choices or isinstance(value, bool | float):  # which equal integers
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
 
 
@@ -298,6 +311,9 @@ class ModelConfig:
                 f"rope_scaling of type {self.rope_scaling.rope_type!r} has {len(self.rope_scaling.factors)} factors, "
                 f"head_dim={self.head_dim} needs {per_pair * self.head_dim // 2}"
             )
+        for token in self.eos_token_ids:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise ValueError(f"eos_token_ids={self.eos_token_ids}: expected integers")
         if any(token < 0 or token >= self.vocab_size for token in self.eos_token_ids):
             raise ValueError(f"eos_token_ids={self.eos_token_ids} must lie in 0..{self.vocab_size - 1} (vocab_size)")
         _check_windows(self)
@@ -416,26 +432,42 @@ def _from_hf_dict(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         model_type=model_type,
         **{name: raw[name] for name in _REQUIRED_HF_FIELDS},
-        num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        num_key_value_heads=_given(raw, "num_key_value_heads", raw["num_attention_heads"]),
+        head_dim=_given(raw, "head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
         hidden_act=raw.get("hidden_act", "silu"),
         max_position_embeddings=raw["max_position_embeddings"],
         rms_norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         # Mistral and Qwen2 have no such switches: transformers never reads them there, so neither do we.
-        attention_bias=model_type in ("llama", "qwen3") and bool(raw.get("attention_bias", False)),
-        mlp_bias=model_type == "llama" and bool(raw.get("mlp_bias", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=model_type in ("llama", "qwen3") and _switch(raw, "attention_bias"),
+        mlp_bias=model_type == "llama" and _switch(raw, "mlp_bias"),
+        tie_word_embeddings=_switch(raw, "tie_word_embeddings"),
         sliding_window=window,
         layer_types=layer_types,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
     )
 
 
+def _given(raw: Mapping[str, Any], name: str, otherwise: int) -> int:
+    """A field that may be left out or null."""
+    return otherwise if raw.get(name) is None else raw[name]
+
+
+def _switch(raw: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false, and false where it is left out or null."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: expected true or false")
+    return bool(value)
+
+
 def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"rope_scaling={given!r}: expected an object")
+    rope = dict(given)
     if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
         raise ValueError(f"rope_parameters per layer type ({', '.join(nested)}) are not supported: use one set for all")
     rope_type = rope.get("rope_type", rope.get("type", "default"))

@@ -5,7 +5,7 @@ import pytest
 import transformers
 from tiny import tiny_config
 
-from minikv_jax.config import ModelConfig, RopeScaling
+from minikv_jax.config import CacheConfig, ModelConfig, RopeScaling
 
 SHAPE = {
     "vocab_size": 96,
@@ -146,6 +146,11 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
             hf("qwen2", use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]),
             "names 2 layers, num_hidden_layers=3",
         ),
+        (hf(max_position_embeddings=64) | {"num_key_value_heads": 0}, "num_key_value_heads=0 must be a positive"),
+        (hf(max_position_embeddings=64, head_dim=0), "head_dim=0 must be a positive"),
+        (hf(tie_word_embeddings="false"), "tie_word_embeddings='false': expected true or false"),
+        (hf(eos_token_id=2.5), r"eos_token_ids=\(2.5,\): expected integers"),
+        (hf(rope_scaling="x"), "rope_scaling='x': expected an object"),
     ],
 )
 def test_what_is_not_supported_is_named(raw: dict[str, Any], message: str):
@@ -181,3 +186,16 @@ def test_dict_round_trip_through_json():
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing fields \['head_dim'\]"):
         ModelConfig.from_dict({k: v for k, v in config.to_dict().items() if k != "head_dim"} | {"colour": "red"})
+
+
+def test_a_count_is_not_a_share():
+    """1 == 1.0 in Python: programs compiled for a method, and its results, must not serve the other."""
+    share, count = CacheConfig(recent=1.0), CacheConfig(recent=1)
+    assert share != count
+    assert len({share, count, CacheConfig(recent=1)}) == 2
+
+
+@pytest.mark.parametrize("bits", [True, 2.0])
+def test_bits_are_integers(bits: object):
+    with pytest.raises(ValueError, match=f"k_bits={bits}: expected one of"):
+        CacheConfig(k_bits=bits, v_bits=bits)  # pyright: ignore[reportArgumentType]
