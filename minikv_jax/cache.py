@@ -252,7 +252,7 @@ def append(
 ) -> LayerCache:
     """Adds each row's first `lengths[b]` of `T` tokens to the tail and packs the tail whenever it is full.
 
-    There must be room (`KVCache.room`): under `jit` an overflow cannot be reported.
+    There must be room (`KVCache.room`): under `jit` an overflow cannot be reported, and what has no room is dropped.
     """
     k, v = layer.rotate(k, "keys"), layer.rotate(v, "values")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
@@ -277,7 +277,12 @@ def append(
         layer = _write_tail(layer, k, v, positions, done, take)
         return _flush(layer, implementation), done + take
 
-    return lax.while_loop(lambda state: jnp.any(state[1] < lengths), step, (layer, jnp.zeros_like(lengths)))[0]
+    def goes_on(state: tuple[LayerCache, Array]) -> Array:
+        layer, done = state
+        # A tail is full here only where nothing of it can be packed: the rest has no room.
+        return jnp.any((done < lengths) & (layer.tail_length < layer.tail_capacity))
+
+    return lax.while_loop(goes_on, step, (layer, jnp.zeros_like(lengths)))[0]
 
 
 def _append_once(

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.schemes import SCORERS
-from minikv_jax.selection import Kept, budget_tokens
+from minikv_jax.selection import Kept, budget_tokens, granted
 
 if TYPE_CHECKING:
     from minikv_jax.cache import LayerCache
@@ -69,11 +69,6 @@ def begin(
     return Eviction(jnp.pad(found, [(0, 0), (0, 0), (0, capacity - found.shape[-1])]), heavy, recent)
 
 
-def granted(budget: float | int, lengths: Int[Array, "B"]) -> Int[Array, "B"]:
-    """A budget's tokens per row, not cut off at the row's length."""
-    return jnp.full_like(lengths, budget) if isinstance(budget, int) else budget_tokens(budget, lengths)
-
-
 def most_tokens(config: CacheConfig, heavy: float | int, prompt_tokens: int) -> int:
     """The most tokens that a row holds, just before it is cut back; `prompt_tokens` is the longest prompt."""
     assert config.evict_every is not None
@@ -114,7 +109,7 @@ def _cut_back(layer: LayerCache, full: Array) -> LayerCache:
     capacity = layer.tail_capacity
     slots, length = jnp.arange(capacity), layer.tail_length[:, None]
     forced = (slots < config.sinks) | (slots >= length - state.recent[:, None])  # [B, C]
-    scores = jnp.zeros(layer.tail_k.shape[:3]) if state.scores is None else state.scores
+    scores = jnp.zeros(layer.tail_k.shape[:3], jnp.float32) if state.scores is None else state.scores
     rank = jnp.where(forced[:, None], jnp.inf, scores)
     rank = jnp.where((slots < length)[:, None], rank, -jnp.inf)
     _, order = lax.top_k(rank, capacity)  # equal elements come in order of position

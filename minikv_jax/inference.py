@@ -21,7 +21,7 @@ from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.model import CHUNK_TOKENS, Llama
 from minikv_jax.rotary import inverse_frequencies
 from minikv_jax.schemes import BUDGETS, SCORERS, ScorerInputs
-from minikv_jax.selection import Kept, budget_tokens, budgets_from_scores, layer_budgets, select_tokens
+from minikv_jax.selection import Kept, budget_tokens, budgets_from_scores, granted, layer_budgets, select_tokens
 
 Store = Callable[[LayerCache], LayerCache]  # where a compressed layer goes; the cache is made of what it returns
 
@@ -196,7 +196,7 @@ class Compressor:
         if BUDGETS[self.config.budget].needs_scores:
             self._pending.append((inputs, scores))
             return None
-        return self._compress(inputs, scores, eviction.granted(self._heavy[len(self._layers)], inputs.lengths))
+        return self._compress(inputs, scores, granted(self._heavy[len(self._layers)], inputs.lengths))
 
     def cache(self, lengths: Int[Array, "B"]) -> KVCache:
         """The cache, once every layer has been added."""

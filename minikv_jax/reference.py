@@ -36,7 +36,11 @@ class Partial(NamedTuple):
 def empty(batch: int, kv_heads: int, queries: int, head_dim: int) -> Partial:
     """Attention over no keys at all."""
     shape = (batch, kv_heads, queries)
-    return Partial(jnp.zeros((*shape, head_dim)), jnp.full(shape, -jnp.inf), jnp.zeros(shape))
+    return Partial(
+        jnp.zeros((*shape, head_dim), jnp.float32),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -165,7 +169,7 @@ def causal_attention(
 
     shape = (batch, kv_heads, group, padded)
     # Outputs take the queries' place: zeros to begin with would be one constant that XLA copies ahead for every layer.
-    out = Partial(blocks.q.astype(jnp.float32), jnp.full(shape, -jnp.inf), jnp.zeros(shape))
+    out = Partial(blocks.q.astype(jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32))
     out = lax.fori_loop(0, blocks.used, query_block, out)
     out = out._replace(acc=jnp.where(out.total[..., None] > 0, out.acc, 0.0))
     tokens = q.shape[1]
@@ -201,7 +205,7 @@ def column_sums(
 
         return lax.fori_loop(blocks.first(i), i + 1, key_block, sums)
 
-    sums = lax.fori_loop(0, blocks.used, query_block, jnp.zeros((batch, kv_heads, padded)))
+    sums = lax.fori_loop(0, blocks.used, query_block, jnp.zeros((batch, kv_heads, padded), jnp.float32))
     return sums[:, :, :tokens]
 
 

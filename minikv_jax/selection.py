@@ -98,6 +98,11 @@ def _round_to_sum(values: Sequence[float | int], total: int) -> list[int]:
     return floors
 
 
+def granted(budget: float | int, lengths: Int[Array, "B"]) -> Int[Array, "B"]:
+    """A budget's tokens per row, not cut off at the row's length."""
+    return jnp.full_like(lengths, budget) if isinstance(budget, int) else budget_tokens(budget, lengths)
+
+
 @register_budget("variance", needs_scores=True)
 def variance_weights(
     config: CacheConfig, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]
@@ -121,15 +126,17 @@ def budgets_from_scores(
     to the others in proportion. Token counts are rounded down.
     """
     counts = BUDGETS[config.budget].weights(config, scores, lengths)  # [L, B]
-    mean = budget_tokens(config.heavy, lengths).astype(jnp.float32)  # [B]
-    most = budget_tokens(layer_budgets(config, len(scores))[0], lengths).astype(jnp.float32)
+    # Rows that go on evicting grow up to a count that exceeds their prompt.
+    tokens = budget_tokens if config.evict_every is None else granted
+    mean = tokens(config.heavy, lengths).astype(jnp.float32)  # [B]
+    most = tokens(layer_budgets(config, len(scores))[0], lengths).astype(jnp.float32)
     total = mean * len(scores)
-    granted = jnp.zeros_like(counts)
+    given = jnp.zeros_like(counts)
     for _ in scores:  # water filling: at least one layer reaches its cap in each round, or nothing is left
-        open_weight = jnp.where(granted < most, counts, 0.0)
-        left = total - granted.sum(axis=0)
-        granted = jnp.minimum(granted + left * open_weight / jnp.maximum(open_weight.sum(axis=0), 1e-30), most)
-    return jnp.floor(granted + 1e-3).astype(jnp.int32)
+        open_weight = jnp.where(given < most, counts, 0.0)
+        left = total - given.sum(axis=0)
+        given = jnp.minimum(given + left * open_weight / jnp.maximum(open_weight.sum(axis=0), 1e-30), most)
+    return jnp.floor(given + 1e-3).astype(jnp.int32)
 
 
 def _spread(scores: Array, lengths: Array) -> Array:

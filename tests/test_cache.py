@@ -90,6 +90,16 @@ def test_a_full_row_can_pause():
     assert_same(jax.jit(append)(layer, new_k, new_v, counts, np.zeros((2, 1), np.int32)), rows)
 
 
+@pytest.mark.parametrize("name", ["full", "minikv"])
+def test_append_beyond_the_room_ends(name: str):
+    """A tail that is full and cannot be packed takes no more."""
+    config, rng = CONFIGS[name], np.random.default_rng(5)
+    k, v, new_k, new_v = (normal(rng, 1, tokens, K, H) for tokens in (8, 8, 300, 300))
+    layer = cache_of(config, k, v, np.array([8]), 4)
+    got = jax.jit(append)(layer, new_k, new_v, np.array([300]), np.zeros((1, 300), np.int32))
+    np.testing.assert_array_equal(got.tail_k[:, :, : layer.tail_length[0]], layer.tail_k[:, :, : layer.tail_length[0]])
+
+
 @pytest.mark.parametrize("name", ["full", "minikv-sinks", "kivi"])
 def test_append_of_many_tokens_is_append_of_each(name: str):
     """A chunk longer than the tail, with rows that add all, some and none of it."""

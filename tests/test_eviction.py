@@ -22,6 +22,7 @@ from minikv_jax.eviction import Eviction, evict
 from minikv_jax.generate import generate
 from minikv_jax.model import Llama
 from minikv_jax.schemes import SCORERS, register_scorer
+from minikv_jax.selection import budgets_from_scores
 
 LENGTHS, BUCKET, STEPS = [50, 31, 12, 3], 64, 30
 CONFIGS = {
@@ -199,6 +200,13 @@ def test_memory_does_not_grow_with_the_answer(tmp_path: Any):
     on, again = (generate(model, more, cache=cache, max_new_tokens=20) for cache in (short.cache, restored))
     assert on.tokens.tolist() == again.tokens.tolist()
     assert on.cache.nbytes == long.cache.nbytes
+
+
+def test_variance_grants_counts_beyond_the_prompt():
+    """A count of heavy tokens is reached while the answer grows, whatever rule spreads it."""
+    config = CacheConfig(scorer="cumulative", heavy=16, recent=4, budget="variance", evict_every=1)
+    scores = [jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8))]
+    assert budgets_from_scores(scores, jnp.asarray([8]), config).tolist() == [[16], [16]]
 
 
 @pytest.mark.parametrize(
