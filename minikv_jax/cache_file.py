@@ -54,12 +54,16 @@ def restore_cache(path: str | os.PathLike[str], model: ModelConfig) -> KVCache:
 
     Raises:
       FileNotFoundError: `path` holds no cache.
-      ValueError: the cache was made by a model of another shape; the text names what differs.
+      ValueError: the description is damaged, or the cache was made by a model of another shape; the text names what
+        differs.
     """
     directory = pathlib.Path(path).resolve()
     if not (directory / _DESCRIPTION).is_file():
         raise FileNotFoundError(f"{directory} holds no saved cache: {_DESCRIPTION} is missing")
-    description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+    try:
+        description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+    except ValueError as error:  # also a UnicodeDecodeError
+        raise ValueError(f"{directory / _DESCRIPTION} is not valid JSON: {error}") from error
     _check_model(description, model)
     abstract = jax.eval_shape(lambda: _blank(description))
     leaves, structure = jax.tree.flatten(abstract)
@@ -101,7 +105,7 @@ def _blank(description: dict) -> KVCache:
         packed_positions = places(packed) if config.quantized else None
         eviction = None
         if config.evict_every is not None:
-            scores = jnp.zeros((batch, kv_heads, tail)) if config.heavy else None
+            scores = jnp.zeros((batch, kv_heads, tail), jnp.float32) if config.heavy else None
             eviction = Eviction(scores, zero, zero)
         return LayerCache(
             k, v, full, full, zero, zero, packed_positions, places(tail), config, window, number, eviction

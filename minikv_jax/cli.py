@@ -18,9 +18,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from minikv_jax import prompt
+from minikv_jax.arguments import Parser, key_value, output_file, seed
 from minikv_jax.evaluation.calibrate_command import add_calibrate
 from minikv_jax.evaluation.command import add_evaluate, add_sweep
 from minikv_jax.evaluation.inspect_command import add_inspect
@@ -82,16 +83,8 @@ def _shown_log() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"minikv: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minikv", description="Text generation with a compressed KV cache.")
+    parser = Parser(prog="minikv", description="Text generation with a compressed KV cache.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="generate text, and report what the cache saved"))
     _add_memory(commands.add_parser("memory", help="bytes of a cache, from the model's config alone"))
@@ -120,11 +113,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely tokens that sum up to P")
     parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of the draws; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--implementation", metavar="NAME", help="xla, pallas or cuda; default: the fastest measured")
     prompt.add_template(parser)
-    parser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write the result as JSON")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result as JSON")
     parser.add_argument(
         "--verbose", action="store_true", help="name the implementation of each op; show the traceback of an error"
     )
@@ -140,25 +133,18 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", "--new", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write the result as JSON")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="minikv", metavar="NAME", help="see `minikv methods`; default: %(default)s")
     parser.add_argument(
-        "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="change a field of the method"
+        "--set", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="change a field of the method"
     )
     parser.add_argument(
         "--plugin", type=pathlib.Path, action="append", default=[], metavar="FILE", help="a Python file with schemes"
     )
-
-
-def _setting(text: str) -> tuple[str, str]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
-    return key, value
 
 
 def _method(arguments: argparse.Namespace) -> CacheConfig:

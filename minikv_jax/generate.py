@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import inference, kernels, memory, presets
 from minikv_jax.cache import KVCache
+from minikv_jax.checks import integer
 from minikv_jax.config import CacheConfig
 from minikv_jax.model import Llama
 from minikv_jax.sampling import Sampling, sample
@@ -126,8 +127,7 @@ def stream(
     may be kept. Arguments and errors are those of `generate`. Errors are raised, and the programs compiled, before the
     iterator is returned: what the iterator then takes is prefill and decoding.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected at least 1")
+    chunk = integer("chunk", chunk, 1)
     settings = _settings(model, max_new_tokens, sampling, key, eos_token_ids, implementation, log_probabilities)
     ids, lengths, cache = _prepare(model, prompts, cache, settings)
     key = jax.random.key(0) if key is None else key
@@ -145,10 +145,10 @@ def stream(
     def steps() -> Iterator[GenerateResult]:
         state: _State = prefill(*arguments)
         yield state.result()
-        for last in range(chunk, max_new_tokens + chunk, chunk):
+        for last in range(chunk, settings.max_new_tokens + chunk, chunk):
             if not bool(jnp.any(state.active)):
                 return
-            state = decode(params, state, np.int32(min(last, max_new_tokens)))
+            state = decode(params, state, np.int32(min(last, settings.max_new_tokens)))
             yield state.result()
 
     return steps()
@@ -239,8 +239,10 @@ def _decode_until(model: Llama, settings: _Settings, state: _State, last: Array 
 
 
 def resolve_method(method: str | CacheConfig) -> CacheConfig:
-    """A preset by name, or the config itself."""
-    return presets.get(method) if isinstance(method, str) else method
+    """A preset by name, or the config itself; ValueError for anything else."""
+    if isinstance(method, CacheConfig):
+        return method
+    return presets.get(method)
 
 
 def bucket_length(tokens: int, most: int | None = None) -> int:
@@ -262,13 +264,25 @@ def _settings(
     implementation: str | None,
     log_probabilities: bool,
 ) -> _Settings:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    if not isinstance(model, Llama):
+        raise ValueError(f"model={model!r}: expected a minikv_jax.Llama, such as the first of what load gives")
+    new = integer("max_new_tokens", max_new_tokens, 1)
     kernels.check_implementation(implementation)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling={sampling!r}: expected a minikv_jax.Sampling")
     if sampling.temperature > 0 and key is None:
         raise ValueError("key=None: sampling with a temperature needs a PRNG key")
-    eos = tuple(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    return _Settings(max_new_tokens, sampling, eos, implementation, log_probabilities)
+    if key is not None and not isinstance(key, jax.Array):
+        raise ValueError(f"key={key!r}: expected a PRNG key, such as jax.random.key(0)")
+    eos = model.config.eos_token_ids if eos_token_ids is None else _stop_tokens(eos_token_ids, model.config.vocab_size)
+    return _Settings(new, sampling, eos, implementation, log_probabilities)
+
+
+def _stop_tokens(given: Any, vocab_size: int) -> tuple[int, ...]:
+    ids = np.asarray(given).tolist()
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ValueError(f"eos_token_ids={given!r}: expected a sequence of token ids, 0..{vocab_size - 1}")
+    return tuple(ids)
 
 
 def _prepare(
@@ -278,26 +292,30 @@ def _prepare(
     ids, lengths = _pad_prompts(prompts, model.config.vocab_size, model.config.max_position_embeddings)
     new = settings.max_new_tokens
     if not isinstance(cache, KVCache):
+        if not isinstance(cache, str | CacheConfig):
+            raise ValueError(
+                f"cache={cache!r}: expected a method's name, a CacheConfig or the cache of an earlier call"
+            )
         config = resolve_method(cache)
         memory.check_model(model.config, config)
         _check_positions(model, int(lengths.max()), new)
         return ids, lengths, config
     _check_cache(model, cache, len(lengths))
-    _check_positions(model, int((np.asarray(cache.length) + lengths).max()), new)
+    seen = np.asarray(cache.length)
+    longest = int((seen + lengths).argmax())
+    _check_positions(model, int(lengths[longest]), new, int(seen[longest]))
     missing = ids.shape[1] + new - cache.room()
     return ids, lengths, cache.grow(bucket_length(missing)) if missing > 0 else cache
 
 
 def _pad_prompts(prompts: Any, vocab_size: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded int32 ids `[B, bucket]` and lengths `[B]`."""
+    if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str):
+        raise ValueError(f"prompts={prompts!r}: expected sequences of token ids, one a row")
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one sequence of token ids")
-    rows = [np.asarray(prompt) for prompt in prompts]
+    rows = [_row(index, prompt) for index, prompt in enumerate(prompts)]
     for index, row in enumerate(rows):
-        if row.ndim != 1 or row.size == 0:
-            raise ValueError(f"prompt {index} has shape {row.shape}: expected a non-empty sequence of token ids")
-        if not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"prompt {index} has dtype {row.dtype}: expected integer token ids")
         outside = row[(row < 0) | (row >= vocab_size)]
         if outside.size:
             raise ValueError(f"prompt {index} has token id {outside[0]}: expected 0..{vocab_size - 1}")
@@ -308,17 +326,34 @@ def _pad_prompts(prompts: Any, vocab_size: int, most: int) -> tuple[np.ndarray, 
     return ids, lengths
 
 
-def _check_positions(model: Llama, prompt: int, new: int) -> None:
+def _row(index: int, prompt: Any) -> np.ndarray:
+    try:
+        row = np.asarray(prompt)
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(f"prompt {index} is no sequence of token ids: {error}") from error
+    if row.ndim != 1 or row.size == 0:
+        raise ValueError(f"prompt {index} has shape {row.shape}: expected a non-empty sequence of token ids")
+    if not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(f"prompt {index} has dtype {row.dtype}: expected integer token ids")
+    return row
+
+
+def _check_positions(model: Llama, prompt: int, new: int, seen: int = 0) -> None:
     most = model.config.max_position_embeddings
-    if prompt + new > most:
-        raise ValueError(f"{prompt} prompt tokens + {new} new ones exceed the model's {most} positions")
+    if seen + prompt + new > most:
+        before = f"{seen} tokens of the cache + " if seen else ""
+        raise ValueError(f"{before}{prompt} prompt tokens + {new} new ones exceed the model's {most} positions")
 
 
 def _check_cache(model: Llama, cache: KVCache, batch: int) -> None:
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache) if isinstance(leaf, jax.Array)):
+        raise ValueError("cache was donated to another call: use the one that it returned")
     layers, (rows, kv_heads, _, dim) = len(cache.layers), cache.layers[0].tail_k.shape
     config = model.config
     expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     if (layers, kv_heads, dim) != expected:
         raise ValueError(f"cache has (layers, KV heads, head dim) {(layers, kv_heads, dim)}, the model {expected}")
+    if (dtype := cache.layers[0].tail_k.dtype) != model.dtype:
+        raise ValueError(f"cache has dtype {dtype}, the model {jnp.dtype(model.dtype)}: expected the same")
     if rows != batch:
         raise ValueError(f"cache has {rows} rows, prompts {batch}: expected the same")

@@ -77,6 +77,8 @@ def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path
     name, path = os.fspath(source), pathlib.Path(source)
     if name == DEMO_MODEL:
         return demo_model_path()
+    if not name:
+        raise ValueError(f"model '': pass {SOURCES}")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":

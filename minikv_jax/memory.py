@@ -7,6 +7,7 @@ import functools
 
 from minikv_jax import schemes
 from minikv_jax.cache import LayerCapacity, layer_capacity
+from minikv_jax.checks import integer
 from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.quantizers import block_bytes
 from minikv_jax.schemes import QUANTIZERS
@@ -89,8 +90,7 @@ def report(
       ValueError: a length or batch below 1, an unknown dtype, or a method that does not fit the model.
     """
     for name, value in (("prompt_length", prompt_length), ("max_new_tokens", max_new_tokens), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+        integer(name, value, 1)
     if dtype not in _BYTES:
         raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
     check_model(model, config)

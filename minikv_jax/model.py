@@ -230,7 +230,7 @@ class Llama(nnx.Module):
 def resolve_dtype(dtype: DTypeLike) -> jnp.dtype:
     """A model dtype from its name or type. Raises ValueError naming the accepted ones."""
     try:
-        resolved = jnp.dtype(dtype)
+        resolved = jnp.dtype("none" if dtype is None else dtype)  # None would be float64
     except TypeError as error:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}") from error
     if resolved.name not in DTYPES:

@@ -199,6 +199,8 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> CacheConfig:
     """The method called `name`, or that a directory is which `minikv calibrate` wrote; ValueError lists the names."""
+    if not isinstance(name, str):
+        raise ValueError(f"method {name!r}: expected a name")
     if name in METHODS:
         return METHODS[name]
     if calibration.is_calibration(name):
@@ -215,6 +217,9 @@ def override(config: CacheConfig, settings: Mapping[str, str]) -> CacheConfig:
     Raises:
       ValueError: an unknown field or a value of the wrong type or out of range, naming both.
     """
+    for key, text in settings.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{key}={text!r}: expected text, as on the command line; values go to dataclasses.replace")
     kinds = {key: kind for key, kind in typing.get_type_hints(CacheConfig).items() if key != "options"}
     fields = {key: _parse(key, text, kinds[key]) for key, text in settings.items() if key in kinds}
     plain = dataclasses.replace(config, **fields, options=())

@@ -7,6 +7,8 @@ import json
 import pathlib
 from typing import TYPE_CHECKING
 
+from minikv_jax.evaluation.task import read_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -40,10 +42,7 @@ def read(arguments: argparse.Namespace) -> str | list[int]:
     if arguments.prompt_file is None:
         text = arguments.prompt
     else:
-        try:
-            text = arguments.prompt_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{arguments.prompt_file} is not UTF-8 text: {error}") from error
+        text = read_text(arguments.prompt_file)
     if not text.strip():
         raise ValueError("the prompt is empty")
     return text

@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.checks import integer, number
+
+_LEAST = float(jnp.finfo(jnp.float32).tiny)  # the least temperature that float32 divides by
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -23,10 +27,13 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature!r}: expected a number >= 0 (0 is greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k!r}: expected at least 1")
+        for name in ("temperature", "top_p", "min_p"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name))
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r}: expected a finite number >= 0 (0 is greedy)")
+        if self.top_k is not None:
+            integer("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
         if self.min_p is not None and not 0 < self.min_p <= 1:
@@ -39,11 +46,12 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int[A
     """One token id per row. Ties at temperature 0 go to the lower id."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # Differences to the best: a small temperature makes of them 0 and -inf, of logits inf and NaN.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(sampling.temperature, _LEAST)
     if sampling.top_k is not None:
         least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
     if sampling.min_p is not None:
         least = jnp.max(logits, axis=-1, keepdims=True) + math.log(sampling.min_p)

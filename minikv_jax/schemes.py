@@ -282,7 +282,7 @@ def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
         del sys.modules[spec.name]
         raise ValueError(f"plugin {os.fspath(path)}{_cause(error, str(file))}") from error
     new = {
@@ -422,7 +422,7 @@ def _file(function: Callable) -> str:
     return "" if code is None else code.co_filename
 
 
-def _cause(error: Exception, file: str) -> str:
+def _cause(error: BaseException, file: str) -> str:
     """` (line 3): TypeError: ...`: the innermost line of `file` on the way to the error, and the error's first line."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:

@@ -48,7 +48,7 @@ def test_command_reports_a_run_that_fails(shape: str, tmp_path: pathlib.Path, ca
         "float32",
     ]
     options = ["--implementation", "cuda", "--method", "minikv", "--batch", "3", "--output", str(out)]
-    assert cli.main([*common, *options]) == 0
+    assert cli.main([*common, *options]) == 1
     report = json.loads(out.read_text())
     assert report["command"].startswith("minikv bench generate --shape")
     assert report["device"] == jax.devices()[0].device_kind
@@ -176,6 +176,8 @@ def test_named_shapes_have_the_published_number_of_parameters(name: str):
         (["--shape", "{shape}", "--method", "minkv"], "minkv"),
         (["--shape", "{shape}", "--find", "batch"], "--memory-gb"),
         (["--shape", "{shape}", "--memory-gb", "-1"], "--memory-gb -1"),
+        (["--shape", "{shape}", "--memory-gb", "1e-10"], "--memory-gb 1e-10"),
+        (["--shape", "{shape}", "--memory-gb", "inf"], "--memory-gb inf"),
         (
             ["--shape", "{shape}", "--find", "batch", "--memory-gb", "1", "--method", "huggingface-static"],
             "huggingface",

@@ -311,11 +311,22 @@ WRONG = {
     "implementation": ({"implementation": "triton"}, "'triton'.*xla"),
     "empty prompt": ({"prompts": [[1], []]}, r"prompt 1 has shape \(0,\)"),
     "no prompts": ({"prompts": []}, "prompts is empty"),
+    "no sequence": ({"prompts": 5}, "prompts=5: expected sequences"),
+    "text": ({"prompts": "ab"}, "prompts='ab': expected sequences"),
+    "nested ids": ({"prompts": [[1, [2]]]}, "prompt 0 is no sequence of token ids"),
     "token id": ({"prompts": [[1, VOCABULARY]]}, r"token id 96: expected 0\.\.95"),
     "negative id": ({"prompts": [[-1]]}, "token id -1"),
     "float ids": ({"prompts": [[1.5]]}, "float64"),
     "positions": ({"prompts": [[1] * 500]}, "500 prompt tokens . 13 new ones exceed the model's 512 positions"),
     "new tokens": ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    "half a token": ({"max_new_tokens": 1.5}, "max_new_tokens=1.5: expected an integer"),
+    "yes tokens": ({"max_new_tokens": True}, "max_new_tokens=True: expected an integer"),
+    "stop token": ({"eos_token_ids": 2}, r"eos_token_ids=2: expected a sequence of token ids, 0\.\.95"),
+    "foreign stop token": ({"eos_token_ids": [VOCABULARY]}, r"eos_token_ids=\[96\]: expected"),
+    "half a stop token": ({"eos_token_ids": [1.5]}, r"eos_token_ids=\[1.5\]: expected"),
+    "cache": ({"cache": 5}, "cache=5: expected a method's name"),
+    "sampling": ({"sampling": "greedy"}, "sampling='greedy': expected a minikv_jax.Sampling"),
+    "key": ({"sampling": mk.Sampling(temperature=1.0), "key": 5}, "key=5: expected a PRNG key"),
     "no key": ({"sampling": mk.Sampling(temperature=1.0)}, "key=None"),
     "group": ({"cache": presets.get("kivi-2")}, "head_dim 16 is not divisible by group_size 32"),
 }
@@ -341,6 +352,27 @@ def test_a_foreign_cache_is_refused(model: mk.Llama):
         mk.generate(model, prompts(3, 3), cache=cache)
     with pytest.raises(ValueError, match="layers, KV heads, head dim"):
         mk.generate(tiny_model(num_hidden_layers=3), prompts(3), cache=cache)
+    with pytest.raises(ValueError, match="cache has dtype float32, the model bfloat16"):
+        mk.generate(tiny_model(dtype="bfloat16"), prompts(3), cache=cache)
+    with pytest.raises(ValueError, match=r"24 tokens of the cache \+ 300 prompt tokens \+ 200 new ones exceed"):
+        mk.generate(model, prompts(300), cache=cache, max_new_tokens=200)
+    mk.generate(model, prompts(3), cache=cache, max_new_tokens=4)
+    with pytest.raises(ValueError, match="cache was donated to another call"):
+        mk.generate(model, prompts(3), cache=cache, max_new_tokens=4)
+
+
+def test_a_model_is_asked_for():
+    with pytest.raises(ValueError, match=r"model='llama': expected a minikv_jax\.Llama"):
+        mk.generate("llama", prompts(3))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["minikv", "h2o", "minikv-variance"])
+def test_numbers_of_64_bits_change_nothing(name: str):
+    model = tiny_model(max_position_embeddings=512)
+    method = dataclasses.replace(presets.get(name), evict_every=4 if name == "h2o" else None)
+    expected = tokens(model, prompts(40, 9), cache=method, max_new_tokens=20)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(tokens(model, prompts(40, 9), cache=method, max_new_tokens=20), expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sampling": mk.Sampling(temperature=1.0), "key": jax.random.key(3)}])
@@ -394,6 +426,9 @@ def test_prompts_can_be_an_array(model: mk.Llama):
     ("fields", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("inf")}, "temperature=inf: expected a finite number"),
+        ({"temperature": "1"}, "temperature='1': expected a number"),
+        ({"temperature": 1.0, "top_k": 1.5}, "top_k=1.5: expected an integer"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),
         ({"temperature": 1.0, "min_p": 0.0}, "min_p=0.0"),
@@ -412,6 +447,12 @@ def test_limits_keep_the_likely_tokens(limit: dict[str, Any], kept: set[int]):
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
     sampling = mk.Sampling(temperature=1.0, **limit)
     assert {int(sample(logits, sampling, jax.random.key(seed))[0]) for seed in range(100)} == kept
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-38, 1e-45])
+def test_a_small_temperature_is_greedy(temperature: float):
+    logits = jnp.asarray([[3.0, 88.0, 87.5, -20.0]])
+    assert int(sample(logits, mk.Sampling(temperature=temperature), jax.random.key(0))[0]) == 1
 
 
 def test_variance_budgets_follow_the_spread(model: mk.Llama):

@@ -146,6 +146,7 @@ BROKEN = {
     "syntax": ("x = 1\nx = = 2\n", ValueError, r"plugin.py \(plugin.py, line 2\): SyntaxError"),
     "import": ("\nimport no_such_module\n", ValueError, r"\(plugin.py, line 2\): ModuleNotFoundError.*no_such_module"),
     "nothing": ("x = 1\n", ValueError, "registers nothing"),
+    "exit": ("import sys\nsys.exit(0)\n", ValueError, r"line 2\): SystemExit"),
     "name": ("import minikv_jax as mk\nmk.register_scorer('a b')(print)\n", ValueError, r"line 2\): scorer='a b'"),
     "method": (
         "import minikv_jax as mk\nmk.register_method(mk.CacheConfig(name='x', scorer='y'))\n",

@@ -6,15 +6,16 @@ prompt's length, and tokens per second and peak memory against the batch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from minikv_jax.arguments import Parser, output_directory
 from minikv_jax.evaluation.figures import COLOURS, MARKERS, panels, png
 
 Row = Mapping[str, Any]
@@ -145,11 +146,11 @@ def _series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the results as Markdown, and writes the pictures that they have at least two sizes for."""
-    parser = argparse.ArgumentParser(prog="minikv bench figures", description="Shows what `bench generate` measured.")
+    parser = Parser(prog="minikv bench figures", description="Shows what `bench generate` measured.")
     parser.add_argument("results", nargs="+", type=pathlib.Path, metavar="RESULT.json", help="of one device")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIRECTORY", help="where the PNGs go")
+    parser.add_argument("--out", type=output_directory, required=True, metavar="DIRECTORY", help="where the PNGs go")
     options = parser.parse_args(arguments)
-    reports = [json.loads(file.read_text()) for file in options.results]
+    reports = [_read(file) for file in options.results]
     devices = sorted({report["device"] for report in reports})
     if len(devices) > 1:
         raise ValueError(f"results of {', '.join(devices)}: expected one device")
@@ -160,4 +161,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, content in pictures.items():
         (options.out / name).write_bytes(content)
         print(options.out / name)
+    if not pictures:
+        print("minikv: no picture: one takes two prompt lengths, or two batches, of a model", file=sys.stderr)
     return 0
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    """A report of `bench generate`; ValueError names a file that is none."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also a UnicodeDecodeError
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(report, dict) or not {"device", "results"} <= report.keys():
+        raise ValueError(f"{file}: expected what `minikv bench generate --output` writes")
+    return report

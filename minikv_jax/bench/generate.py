@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import jax
 
 from minikv_jax import hub
+from minikv_jax.arguments import Parser, output_file
 from minikv_jax.bench import huggingface, timing
 from minikv_jax.bench.end_to_end import Case, Programs, measure
 from minikv_jax.bench.fit import FIELDS, find
@@ -150,12 +150,12 @@ class Bench:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs everything, prints a table and writes one JSON file."""
+    """Runs everything, prints a table and writes one JSON file; 1 where nothing ran to its end."""
     options = _parser().parse_args(arguments)
     if options.find and options.memory_gb is None:
         raise ValueError(f"--find {options.find}: expected --memory-gb, the limit to find it for")
-    if options.memory_gb is not None and not options.memory_gb > 0:
-        raise ValueError(f"--memory-gb {options.memory_gb:g}: expected more than 0")
+    if options.memory_gb is not None and not 1 <= options.memory_gb * 1e9 < math.inf:
+        raise ValueError(f"--memory-gb {options.memory_gb:g}: expected a number of at least one byte")
     cases = list(_cases(options))
     for case in cases:  # what can be wrong is found before anything runs
         case.config()
@@ -173,11 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line(row), flush=True)
         if options.output:
             options.output.write_text(json.dumps(bench.report, indent=1) + "\n")
-    return 0
+    return int(all("error" in row for row in bench.report["results"]))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minikv bench generate", description="Times prefill and decode of whole models, and their memory."
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="compile all runs first, N at a time: `compile_s` is then the time to fetch them from the cache",
     )
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON file to write")
     return parser
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 
 import cuda_ffi
+from minikv_jax.arguments import Parser, output_file
 from minikv_jax.bench import timing
 from minikv_jax.bench.decode import SHAPES as DECODE_SHAPES
 from minikv_jax.bench.decode import bench_decode
@@ -36,10 +36,8 @@ def benchmarks(rate: dict[str, float]) -> Iterator[timing.Benchmark]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs everything, prints a table and writes one JSON file."""
-    parser = argparse.ArgumentParser(
-        prog="minikv bench kernels", description="Times the kernels on this machine's GPU."
-    )
-    parser.add_argument("--output", help="JSON file to write")
+    parser = Parser(prog="minikv bench kernels", description="Times the kernels on this machine's GPU.")
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
     options = parser.parse_args(arguments)
     reason = cuda_ffi.why_unavailable()
     if reason:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from minikv_jax.arguments import key_value, output_directory, output_file
 from minikv_jax.evaluation.task import Task
 from minikv_jax.evaluation.tasks import TASKS
 
@@ -45,7 +46,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         add_model(subparser)
         add_methods(subparser)
         add_task(subparser, task)
-        subparser.add_argument("--json", type=pathlib.Path, metavar="OUT", help="also write every case's numbers")
+        subparser.add_argument("--json", type=output_file, metavar="OUT", help="also write every case's numbers")
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +67,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
             help="values of a field; several fields make a grid",
         )
         subparser.add_argument(
-            "--out", type=pathlib.Path, required=True, metavar="DIR", help="where rows, tables and figures go"
+            "--out", type=output_directory, required=True, metavar="DIR", help="where rows, tables and figures go"
         )
         subparser.add_argument("--no-figures", action="store_true", help="no pareto.png and report.html")
 
@@ -118,14 +119,6 @@ def add_task(parser: argparse.ArgumentParser, task: type[Task]) -> None:
         else:
             shown = "" if field.default is None else f"; default: {_shown(field.default)}"
             parser.add_argument(flag, type=parse, default=field.default, metavar="...", help=text + shown)
-
-
-def key_value(text: str) -> tuple[str, str]:
-    """`KEY=VALUE` as a pair."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
-    return key, value
 
 
 def make_task(arguments: argparse.Namespace) -> Task:

@@ -1,0 +1,28 @@
+"""Checks of arguments that several modules share: one clear error, before any work."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def integer(name: str, value: object, least: int) -> int:
+    """`value`, which must be an integer of at least `least`.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}={value!r}: expected an integer")
+    if value < least:
+        raise ValueError(f"{name}={value}: expected at least {least}")
+    return int(value)
+
+
+def number(name: str, value: object) -> None:
+    """Looks whether `value` is a number.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise ValueError(f"{name}={value!r}: expected a number")
