@@ -9,6 +9,7 @@ import pytest
 from model_directory import byte_tokenizer
 
 from minikv_jax.evaluation import Case
+from minikv_jax.evaluation.task import fill
 from minikv_jax.evaluation.tasks import (
     GSM8K,
     TASKS,
@@ -200,6 +201,10 @@ def test_infinitebench(tmp_path: pathlib.Path):
         dataclasses.replace(task, datasets=("kv_retrieval",)).cases(TOKENIZER, 1024)
 
 
+def test_what_is_filled_in_is_not_filled_again():
+    assert fill("{context} {input} {other}", {"context": "a {input}", "input": "b"}) == "a {input} b {other}"
+
+
 def test_gsm8k(tmp_path: pathlib.Path):
     solved = {"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}
     write_rows(tmp_path / "train.jsonl", solved, solved)
@@ -213,6 +218,10 @@ def test_gsm8k(tmp_path: pathlib.Path):
     assert task.score(case, "So\n#### 1000\nQuestion: 3?\n#### 7") == 1
     assert task.score(case, "500 twice is 1,000.") == 1
     assert task.score(case, "1000.50") == 0
+    assert task.score(case, "$1,000.00") == 1
+    million = dataclasses.replace(case, answers=("1234567",))
+    assert task.score(million, "#### 1,234,567.0") == 1
+    assert task.score(million, "#### 1,234,567.5") == 0
     assert task.score(case, "none") == 0
     with pytest.raises(ValueError, match=r"train.jsonl has 2 rows: shots=3"):
         dataclasses.replace(task, shots=3).cases(TOKENIZER, 1024)

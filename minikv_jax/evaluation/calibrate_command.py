@@ -45,7 +45,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from minikv_jax.evaluation.calibrate import Settings, calibrate, check_method
     from minikv_jax.evaluation.method import parse_method
     from minikv_jax.evaluation.run import describe_model
-    from minikv_jax.evaluation.task import need_tokenizer
+    from minikv_jax.evaluation.task import need_tokenizer, read_text
     from minikv_jax.evaluation.tasks.perplexity import book_windows
 
     settings = Settings(tuple(arguments.learn.split(",")), arguments.steps, arguments.rate, arguments.seed)
@@ -54,7 +54,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     config = parse_method(arguments.method, arguments.set)
     if arguments.out.exists():
         raise FileExistsError(f"--out {arguments.out} exists: a calibration is saved into a new directory")
-    contents = {path.name: path.read_text(encoding="utf-8") for path in arguments.text}
+    contents = {path.name: read_text(path) for path in arguments.text}
     check_method(hub.load_config(arguments.model), config)
     model, tokenizer = load_model(arguments)
     encode = need_tokenizer(tokenizer).encode

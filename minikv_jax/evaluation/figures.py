@@ -61,7 +61,7 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     figure, axes = panels(len(qualities), 3.6)
     for axis, quality, found, frontier in zip(axes, qualities, spots, best, strict=True):
         _pareto_panel(axis, quality, found, frontier, styles)
-    figure.suptitle(f"{title}: quality against stored bytes", fontsize=11)
+    figure.suptitle(f"{title}: quality against allocated bytes", fontsize=11)
     figure.supxlabel("allocated bytes, share of the full cache", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)

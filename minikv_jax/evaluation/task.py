@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -84,6 +85,7 @@ def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def parse_all(text: str) -> tuple[Any, ...]:
         return tuple(parse(part) for part in text.split(","))
 
+    parse_all.__name__ = f"comma-separated {parse.__name__}"  # in argparse's errors
     return parse_all
 
 
@@ -92,6 +94,12 @@ def at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: expected at least {least}")
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """`template` with `{name}` replaced for each of `values`, and nothing in what is filled in."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
 
 
 def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -157,6 +165,14 @@ def truncate_middle(
     raise ValueError(f"{limit} prompt tokens leave no room for the text within the chat template")
 
 
+def read_text(path: pathlib.Path) -> str:
+    """A UTF-8 file's text; ValueError names a file that is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
     """Line number and object of the first `limit` lines of a JSON Lines file that are not blank.
 
@@ -164,10 +180,7 @@ def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, 
       ValueError: a line that is not a JSON object, or no lines at all, naming the file and the line.
     """
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if limit is not None and len(rows) == limit:
             break

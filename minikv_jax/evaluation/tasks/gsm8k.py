@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import pathlib
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -81,5 +82,5 @@ def _final_number(text: str) -> str | None:
     found = [stated.group(1)] if stated else re.findall(r"-?[\d,]*\.?\d+", text)
     if not found:
         return None
-    number = found[-1].replace(",", "")
-    return f"{float(number):g}" if "." in number else str(int(number))
+    number = decimal.Decimal(found[-1].replace(",", "")).normalize() + 0  # -0 becomes 0
+    return f"{number:f}"

@@ -16,6 +16,7 @@ from minikv_jax.evaluation.task import (
     Case,
     at_least,
     encode_pair,
+    fill,
     need_fields,
     need_files,
     need_tokenizer,
@@ -127,6 +128,4 @@ def _listed(answer: Any) -> list[Any]:
 def _prompt(template: str, row: Mapping[str, Any]) -> str:
     values = {"context": row["context"], "input": row["input"], "question": row["input"]}
     values |= {f"OPTION_{letter}": text for letter, text in zip("ABCD", row.get("options") or (), strict=False)}
-    for key, value in values.items():
-        template = template.replace(f"{{{key}}}", value)
-    return template
+    return fill(template, values)

@@ -18,6 +18,7 @@ from minikv_jax.evaluation.task import (
     Case,
     at_least,
     encode_pair,
+    fill,
     need_fields,
     need_files,
     need_tokenizer,
@@ -131,7 +132,7 @@ class LongBench:
         template = _templates(path).get(dataset)
         if not isinstance(template, str):
             raise ValueError(f"{path} has no prompt for {dataset}")
-        return template.replace("{context}", row["context"]).replace("{input}", row["input"])
+        return fill(template, {name: row[name] for name in ("context", "input")})
 
     def _case(
         self,

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from minikv_jax.evaluation.task import at_least, option
+from minikv_jax.evaluation.task import at_least, option, read_text
 from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, digits, names, noise
 
 KINDS = ("single", "multikey", "multivalue")
@@ -60,6 +60,6 @@ class Needle(Retrieval):
 
 def _sentences(path: pathlib.Path, rng: np.random.Generator) -> Iterator[str]:
     """The sentences of a text from a random one in its first half on."""
-    text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8")).strip()
+    text = re.sub(r"\s+", " ", read_text(path)).strip()
     sentences = re.split(r"(?<=[.!?])\s", text)
     yield from sentences[rng.integers(len(sentences) // 2 + 1) :]

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from minikv_jax.evaluation.task import Case, at_least, need_tokenizer, option
+from minikv_jax.evaluation.task import Case, at_least, need_tokenizer, option, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ class Perplexity:
             raise ValueError(
                 f"context={self.context} + continuation={self.continuation} exceed the model's {positions} positions"
             )
-        text = self.text.read_text(encoding="utf-8")
+        text = read_text(self.text)
         ids = need_tokenizer(tokenizer).encode(text, add_special_tokens=False)
         windows = book_windows(ids, self.context, self.continuation, self.limit)
         return [
