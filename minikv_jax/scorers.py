@@ -36,7 +36,11 @@ def cumulative_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array,
 
 @register_scorer("window")
 def window_scores(inputs: ScorerInputs, config: CacheConfig) -> Float[Array, "B K T"]:
-    """Votes of the last `observation_window` queries, pooled along tokens (SnapKV section 4)."""
+    """Votes of the last `observation_window` queries, pooled along tokens (SnapKV section 4).
+
+    All tokens are pooled. SnapKV's own code pools those before the window alone, so that there no vote for a key of the
+    window reaches the few tokens just before it.
+    """
     return _pool(_window_votes(inputs, config.observation_window), inputs.lengths, config)
 
 
