@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minikv_jax import prompt
-from minikv_jax.arguments import output_directory
 from minikv_jax.evaluation.command import add_methods, add_model, load_model, make_methods, markdown, need_matplotlib
 from minikv_jax.evaluation.task import at_least
 
@@ -34,7 +33,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens after the prompt, whose attention is looked at; default: %(default)s",
     )
-    parser.add_argument("--out", type=output_directory, required=True, metavar="DIR", help="where pictures and page go")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where pictures and page go")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
