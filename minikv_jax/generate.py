@@ -97,7 +97,8 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, a token id outside the vocabulary, more tokens than the model has positions, a method
-        that does not fit the model, a cache of another model or batch.
+        that does not fit the model, a cache of another model, dtype or batch or that was donated, an argument of
+        another type.
     """
     settings = _settings(model, max_new_tokens, sampling, key, eos_token_ids, implementation, log_probabilities)
     ids, lengths, cache = _prepare(model, prompts, cache, settings)
@@ -265,7 +266,7 @@ def _settings(
     log_probabilities: bool,
 ) -> _Settings:
     if not isinstance(model, Llama):
-        raise ValueError(f"model={model!r}: expected a minikv_jax.Llama, such as the first of what load gives")
+        raise ValueError(f"model is a {type(model).__name__}: expected a Llama, the first of what load gives")
     new = integer("max_new_tokens", max_new_tokens, 1)
     kernels.check_implementation(implementation)
     if not isinstance(sampling, Sampling):
@@ -293,9 +294,8 @@ def _prepare(
     new = settings.max_new_tokens
     if not isinstance(cache, KVCache):
         if not isinstance(cache, str | CacheConfig):
-            raise ValueError(
-                f"cache={cache!r}: expected a method's name, a CacheConfig or the cache of an earlier call"
-            )
+            kind = type(cache).__name__  # a value may be large
+            raise ValueError(f"cache is a {kind}: expected a method's name, a CacheConfig or an earlier result's cache")
         config = resolve_method(cache)
         memory.check_model(model.config, config)
         _check_positions(model, int(lengths.max()), new)

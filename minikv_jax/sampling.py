@@ -27,7 +27,8 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        number("temperature", self.temperature)
+        for name in ("top_p", "min_p"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name))
         if not 0 <= self.temperature < math.inf:

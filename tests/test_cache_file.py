@@ -55,3 +55,6 @@ def test_mismatch_and_absence_are_named(tmp_path: pathlib.Path):
     shutil.rmtree(tmp_path / "cache" / "arrays")
     with pytest.raises(FileNotFoundError, match=r"arrays"):
         mk.restore_cache(tmp_path / "cache", model.config)
+    (tmp_path / "cache" / "cache.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cache\.json is not valid JSON"):
+        mk.restore_cache(tmp_path / "cache", model.config)

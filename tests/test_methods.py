@@ -155,9 +155,10 @@ def test_presets_are_found_and_changed_by_name():
         ({"haevy": "1"}, "'haevy'"),
         ({"sinks": "few"}, "sinks='few'"),
         ({"heavy": "2.5"}, "heavy=2.5"),
+        ({"heavy": 0.3}, "heavy=0.3: expected text"),
     ):
         with pytest.raises(ValueError, match=message):
-            presets.override(presets.get("minikv"), wrong)
+            presets.override(presets.get("minikv"), wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -214,6 +214,8 @@ def test_a_second_call_does_not_retrace():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="dtype='float64': expected one of float32, bfloat16, float16"):
         tiny_model(dtype="float64")
+    with pytest.raises(ValueError, match="dtype=None: expected one of float32"):
+        tiny_model(dtype=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="dtype='float33'"):
         tiny_model(dtype="float33")
     with pytest.raises(ValueError, match="65 tokens do not fit max_position_embeddings=64"):
