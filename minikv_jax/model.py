@@ -227,7 +227,7 @@ class Llama(nnx.Module):
         return self.logits(self.forward(ids, positions, attend))
 
 
-def resolve_dtype(dtype: DTypeLike) -> jnp.dtype:
+def resolve_dtype(dtype: DTypeLike | None) -> jnp.dtype:
     """A model dtype from its name or type. Raises ValueError naming the accepted ones."""
     try:
         resolved = jnp.dtype("none" if dtype is None else dtype)  # None would be float64

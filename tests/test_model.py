@@ -10,7 +10,7 @@ from tiny import random_ids, tiny_config, tiny_model
 
 from minikv_jax import memory
 from minikv_jax.config import ModelConfig, RopeScaling
-from minikv_jax.model import Llama
+from minikv_jax.model import Llama, resolve_dtype
 from minikv_jax.rotary import inverse_frequencies, rotary_tables, rotate
 
 LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=16)
@@ -215,7 +215,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="dtype='float64': expected one of float32, bfloat16, float16"):
         tiny_model(dtype="float64")
     with pytest.raises(ValueError, match="dtype=None: expected one of float32"):
-        tiny_model(dtype=None)  # pyright: ignore[reportArgumentType]
+        resolve_dtype(None)
     with pytest.raises(ValueError, match="dtype='float33'"):
         tiny_model(dtype="float33")
     with pytest.raises(ValueError, match="65 tokens do not fit max_position_embeddings=64"):
