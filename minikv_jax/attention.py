@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import kernels, quantization, reference
+from minikv_jax import checks, kernels, quantization, reference
 from minikv_jax.quantization import Axis, QuantizedArray
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def prefill_attention(
     """
     _check_heads(q.shape, k.shape, v.shape)
     _check_lengths(lengths, q.shape[0])
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: expected at least 1")
+    checks.at_least(1, window=window)
     batch, tokens, heads, head_dim = q.shape
     case = {"scale": _scale(scale, head_dim), "window": window, "with_scores": with_scores}
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}

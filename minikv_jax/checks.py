@@ -18,6 +18,17 @@ def integer(name: str, value: object, least: int) -> int:
     return int(value)
 
 
+def at_least(least: int, **values: object) -> None:
+    """Looks whether every value is None or an integer of at least `least`.
+
+    Raises:
+      ValueError: one is not, naming it.
+    """
+    for name, value in values.items():
+        if value is not None:
+            integer(name, value, least)
+
+
 def number(name: str, value: object) -> None:
     """Looks whether `value` is a number.
 

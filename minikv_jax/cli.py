@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minikv_jax import prompt
 from minikv_jax.arguments import Parser, key_value, output_file, seed
+from minikv_jax.checks import at_least
 from minikv_jax.evaluation.calibrate_command import add_calibrate
 from minikv_jax.evaluation.command import add_evaluate, add_sweep
 from minikv_jax.evaluation.inspect_command import add_inspect
@@ -238,8 +239,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p
     )
     kernels.check_implementation(arguments.implementation)
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={arguments.max_new_tokens}: expected at least 1")
+    at_least(1, max_new_tokens=arguments.max_new_tokens)
     if arguments.chat and arguments.json:
         raise ValueError("--json holds one result: not with --chat")
     given = None if arguments.chat else prompt.read(arguments)

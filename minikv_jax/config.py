@@ -9,6 +9,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from minikv_jax import checks
 from minikv_jax.schemes import BUDGETS, MAX_BLOCK, QUANTIZERS, SCORERS, Option
 
 BITS = (1, 2, 3, 4, 8)
@@ -79,7 +82,7 @@ class CacheConfig:
         if (self.k_bits is None) != (self.v_bits is None):
             raise ValueError(f"k_bits={self.k_bits}, v_bits={self.v_bits}: quantise both K and V or neither")
         for name in ("heavy", "recent"):
-            _require_budget(name, getattr(self, name))
+            object.__setattr__(self, name, _budget(name, getattr(self, name)))
         if isinstance(self.heavy, float) and isinstance(self.recent, float) and self.heavy + self.recent > 1:
             raise ValueError(
                 f"heavy={self.heavy} + recent={self.recent} is over 1: shares of the prompt may not sum over 1"
@@ -87,12 +90,11 @@ class CacheConfig:
         if self.heavy > 0 and self.scorer == "none":
             raise ValueError(f"heavy={self.heavy} needs a scorer: one of {', '.join(SCORERS)}, not 'none'")
         for name, least in (("sinks", 0), ("observation_window", 1), ("pooling_kernel", 1), ("residual_length", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+            object.__setattr__(self, name, checks.integer(name, getattr(self, name), least))
         if self.pooling_kernel % 2 == 0:
             raise ValueError(f"pooling_kernel={self.pooling_kernel}: expected an odd number")
         if self.evict_every is not None:
+            object.__setattr__(self, "evict_every", checks.integer("evict_every", self.evict_every, 1))
             _check_eviction(self)
         for name in ("pyramid_beta", "variance_cap"):
             if not getattr(self, name) >= 1:
@@ -155,9 +157,7 @@ class CacheConfig:
 
 def _check_eviction(config: CacheConfig) -> None:
     """Raises ValueError where tokens cannot leave the cache during generation."""
-    every = f"evict_every={config.evict_every!r}"
-    if not isinstance(config.evict_every, int) or isinstance(config.evict_every, bool) or config.evict_every < 1:
-        raise ValueError(f"{every}: expected an integer >= 1, or None")
+    every = f"evict_every={config.evict_every}"
     if config.quantized:
         raise ValueError(
             f"{every} with k_bits={config.k_bits}: only full-precision tokens can leave, those of a packed block share "
@@ -194,11 +194,12 @@ def _require_choice(name: str, value: object, choices: tuple) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
 
 
-def _require_budget(name: str, value: float | int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _budget(name: str, value: float | int) -> float | int:
+    """A share or a count as Python's own type: numpy's compare as another method."""
+    share, count = isinstance(value, float | np.floating), isinstance(value, int | np.integer)
+    if isinstance(value, bool) or not (share or count) or value < 0 or (share and not value <= 1):
         raise ValueError(f"{name}={value!r}: expected a share (float in 0..1) or a token count (int >= 0)")
-    if value < 0 or (isinstance(value, float) and not value <= 1):
-        raise ValueError(f"{name}={value!r}: expected a share (float in 0..1) or a token count (int >= 0)")
+    return float(value) if share else int(value)
 
 
 # What `transformers` assumes where a config.json leaves the field out; the other fields of a family are required.
@@ -294,7 +295,7 @@ class ModelConfig:
         _require_choice("model_type", self.model_type, MODEL_TYPES)
         _require_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         for name in _POSITIVE_FIELDS:
-            _require_positive_int(name, getattr(self, name))
+            object.__setattr__(self, name, checks.integer(name, getattr(self, name), 1))
         for name in ("rms_norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
@@ -369,11 +370,6 @@ _POSITIVE_FIELDS = (
 _REQUIRED_HF_FIELDS = _POSITIVE_FIELDS[:5]
 
 
-def _require_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer")
-
-
 def _number(name: str, value: object) -> float:
     """A JSON number as a float: files write 10000 as well as 10000.0."""
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -384,7 +380,7 @@ def _number(name: str, value: object) -> float:
 def _check_windows(config: ModelConfig) -> None:
     """Raises ValueError where the window and the layers that should use it disagree."""
     if config.sliding_window is not None:
-        _require_positive_int("sliding_window", config.sliding_window)
+        checks.integer("sliding_window", config.sliding_window, 1)
     if config.layer_types is None:
         return
     for kind in config.layer_types:
@@ -425,7 +421,7 @@ def _from_hf_dict(raw: Mapping[str, Any]) -> ModelConfig:
             f"quantization_config={raw['quantization_config']!r} is not supported: use plain safetensors or GGUF"
         )
     for name in _REQUIRED_HF_FIELDS:
-        _require_positive_int(name, raw[name])
+        checks.integer(name, raw[name], 1)
     theta, scaling = _rope_from_hf(raw)
     window, layer_types = _windows_from_hf(raw)
     eos = raw.get("eos_token_id")

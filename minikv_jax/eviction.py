@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.schemes import SCORERS
-from minikv_jax.selection import Kept, budget_tokens, granted
+from minikv_jax.selection import Kept, budget_tokens, granted, rank
 
 if TYPE_CHECKING:
     from minikv_jax.cache import LayerCache
@@ -110,9 +110,7 @@ def _cut_back(layer: LayerCache, full: Array) -> LayerCache:
     slots, length = jnp.arange(capacity), layer.tail_length[:, None]
     forced = (slots < config.sinks) | (slots >= length - state.recent[:, None])  # [B, C]
     scores = jnp.zeros(layer.tail_k.shape[:3], jnp.float32) if state.scores is None else state.scores
-    rank = jnp.where(forced[:, None], jnp.inf, scores)
-    rank = jnp.where((slots < length)[:, None], rank, -jnp.inf)
-    _, order = lax.top_k(rank, capacity)  # equal elements come in order of position
+    _, order = lax.top_k(rank(scores, forced, slots < length), capacity)  # equal elements come in order of position
     budget = state.budget(config)
     order = jnp.sort(jnp.where(slots < budget[:, None, None], order, capacity), axis=-1)
     order = jnp.where(full[:, None, None], order, slots)

@@ -59,6 +59,8 @@ class ScorerInputs(NamedTuple):
 class Scorer:
     """A score per key: `score(inputs, config) -> float [B, K, T]`, higher is kept first. Padding may score anything.
 
+    Sinks and recent tokens stay whatever they score. NaN counts as the lowest score, and evaluations report it.
+
     `update(scores, weights, config) -> float [B, K, C]`, if there is one, takes a decode step in: the `scores` of the
     cache's `C` slots (0 for a new token) and the attention `weights` that they got, summed over the KV head's queries.
     """

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax.config import CacheConfig
 from minikv_jax.schemes import BUDGETS, register_budget
@@ -125,15 +125,16 @@ def budgets_from_scores(
     A layer gets `heavy * L * weight / sum(weights)`, at most `variance_cap * heavy` (and `1 - recent`); the excess goes
     to the others in proportion. Token counts are rounded down.
     """
-    counts = BUDGETS[config.budget].weights(config, scores, lengths)  # [L, B]
+    weights = BUDGETS[config.budget].weights(config, scores, lengths)  # [L, B]
+    weights = jnp.where((weights > 0) & jnp.isfinite(weights), weights, 0.0)  # scores may have been NaN
     # Rows that go on evicting grow up to a count that exceeds their prompt.
     tokens = budget_tokens if config.evict_every is None else granted
     mean = tokens(config.heavy, lengths).astype(jnp.float32)  # [B]
     most = tokens(layer_budgets(config, len(scores))[0], lengths).astype(jnp.float32)
     total = mean * len(scores)
-    given = jnp.zeros_like(counts)
+    given = jnp.zeros_like(weights)
     for _ in scores:  # water filling: at least one layer reaches its cap in each round, or nothing is left
-        open_weight = jnp.where(given < most, counts, 0.0)
+        open_weight = jnp.where(given < most, weights, 0.0)
         left = total - given.sum(axis=0)
         given = jnp.minimum(given + left * open_weight / jnp.maximum(open_weight.sum(axis=0), 1e-30), most)
     return jnp.floor(given + 1e-3).astype(jnp.int32)
@@ -179,11 +180,20 @@ def select_tokens(
     positions = jnp.arange(tokens)
     in_view = (positions >= first[:, None]) & (positions < lengths[:, None])  # [B, T]
     forced = in_view & ((positions < (first + sinks)[:, None]) | (positions >= (lengths - recent)[:, None]))
-    rank = jnp.where(forced[:, None], jnp.inf, jnp.where(in_view[:, None], scores, -jnp.inf))
-    _, order = lax.top_k(rank, capacity)  # equal elements come in order of position
+    _, order = lax.top_k(rank(scores, forced, in_view), capacity)  # equal elements come in order of position
     count = sinks + recent + heavy
     order = jnp.where(jnp.arange(capacity) < count[:, None, None], order, tokens)
     return Kept(jnp.sort(order, axis=-1), count)
+
+
+def rank(scores: Float[Array, "B K C"], forced: Bool[Array, "B C"], there: Bool[Array, "B C"]) -> Float[Array, "B K C"]:
+    """What the choice sorts by: `forced` tokens first, then the scores, last what is not `there`.
+
+    An infinite score stays between these, and NaN is the lowest of scores: neither displaces a forced token.
+    """
+    most = jnp.finfo(scores.dtype).max
+    scores = jnp.nan_to_num(scores, nan=-most, posinf=most, neginf=-most)
+    return jnp.where(there[:, None], jnp.where(forced[:, None], jnp.inf, scores), -jnp.inf)
 
 
 def kept_capacity(config: CacheConfig, heavy: float | int, tokens: int, window: int | None = None) -> int:

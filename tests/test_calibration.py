@@ -102,9 +102,9 @@ def relative_error(model: Llama, config: CacheConfig) -> np.ndarray:
         _, layers = prefill_layers(model, ids[:, :PROMPT], lengths, True, None)
         _, whole = prefill_layers(model, ids, lengths + AFTER, True, None)
         caches = [
-            compress_layers(model.config, c, layers, lengths, memory.capacities(model.config, c, PROMPT, AFTER), None)[
-                0
-            ]
+            compress_layers(
+                model.config, c, layers, lengths, memory.capacities(model.config, c, PROMPT, AFTER), None
+            ).cache
             for c in (config, exact)
         ]
         later = [tuple(x[:, PROMPT:] for x in layer[:3]) for layer in whole]

@@ -1,6 +1,8 @@
+import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from tiny import tiny_config
@@ -127,7 +129,7 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
         (hf(quantization_config={"bits": 4}), "quantization_config="),
         (hf(num_key_value_heads=3), "num_attention_heads=4.*num_key_value_heads=3"),
         (hf(head_dim=7), "head_dim=7 must be even"),
-        (hf(num_hidden_layers=0), "num_hidden_layers=0 must be a positive integer"),
+        (hf(num_hidden_layers=0), "num_hidden_layers=0: expected at least 1"),
         (hf(vocab_size="many"), "vocab_size='many'"),
         (hf(rms_norm_eps=0.0), "rms_norm_eps=0.0"),
         (hf(rope_theta="1e4"), "rope_theta='1e4' must be a number"),
@@ -146,8 +148,8 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
             hf("qwen2", use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]),
             "names 2 layers, num_hidden_layers=3",
         ),
-        (hf(max_position_embeddings=64) | {"num_key_value_heads": 0}, "num_key_value_heads=0 must be a positive"),
-        (hf(max_position_embeddings=64, head_dim=0), "head_dim=0 must be a positive"),
+        (hf(max_position_embeddings=64) | {"num_key_value_heads": 0}, "num_key_value_heads=0: expected at least 1"),
+        (hf(max_position_embeddings=64, head_dim=0), "head_dim=0: expected at least 1"),
         (hf(tie_word_embeddings="false"), "tie_word_embeddings='false': expected true or false"),
         (hf(eos_token_id=2.5), r"eos_token_ids=\(2.5,\): expected integers"),
         (hf(rope_scaling="x"), "rope_scaling='x': expected an object"),
@@ -193,6 +195,15 @@ def test_a_count_is_not_a_share():
     share, count = CacheConfig(recent=1.0), CacheConfig(recent=1)
     assert share != count
     assert len({share, count, CacheConfig(recent=1)}) == 2
+
+
+def test_numpys_numbers_are_pythons():
+    """A sweep over `np.arange` gives the methods that plain numbers give."""
+    values: dict[str, Any] = {"heavy": np.float64(0.25), "recent": np.int64(4), "residual_length": np.int32(32)}
+    given = CacheConfig(scorer="cumulative", **values)
+    assert given == CacheConfig(scorer="cumulative", heavy=0.25, recent=4, residual_length=32)
+    json.dumps(dataclasses.asdict(given))
+    assert type(ModelConfig.from_hf(hf(vocab_size=np.int64(96))).vocab_size) is int
 
 
 @pytest.mark.parametrize("bits", [True, 2.0])

@@ -14,12 +14,13 @@ import pytest
 from tiny import tiny_model
 
 from minikv_jax import cli, inference, memory, presets
+from minikv_jax.config import CacheConfig
 from minikv_jax.evaluation.inspection import Inspection, attention_share, inspect
 from minikv_jax.generate import generate
 from minikv_jax.model import Llama
 from minikv_jax.quantization import Axis, dequantize, quantize
 from minikv_jax.quantizers import hadamard
-from minikv_jax.schemes import ScorerInputs
+from minikv_jax.schemes import ScorerInputs, register_scorer
 
 PROMPT = np.random.default_rng(0).integers(0, 96, 100).tolist()  # padded to 112 when it runs
 NEW = 6
@@ -205,6 +206,16 @@ def test_inspect_writes_pictures_a_page_and_the_arrays(run: Run, tmp_path: pathl
         assert kept.shape == (2, 2, 100)
         assert (kept.sum(axis=-1) == 50).all()
         assert "full/key_error" not in stored
+
+
+def test_a_scorer_of_nan_is_refused():
+    @register_scorer("test-nan")
+    def nan(inputs: ScorerInputs, config: CacheConfig) -> jax.Array:
+        return jnp.full_like(inputs.k[..., 0], jnp.nan, jnp.float32).swapaxes(1, 2)
+
+    config = CacheConfig(scorer="test-nan", heavy=4, recent=4)
+    with pytest.raises(ValueError, match="method 'mine': its scorer 'test-nan' gives NaN for tokens of the prompt"):
+        inspect(tiny_model(), list(range(20)), {"mine": config}, 2)
 
 
 @pytest.mark.parametrize(

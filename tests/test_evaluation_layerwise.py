@@ -66,7 +66,7 @@ def test_layer_by_layer_is_the_whole_model(config: mk.CacheConfig, model_fields:
     wanted, wanted_cache = whole(model, ids, LENGTHS)
     hidden, layers = layerwise.prefill_layers(model, ids, LENGTHS, True, None)
     capacities = memory.capacities(model.config, config, 96, ROOM)
-    cache, kept = layerwise.compress_layers(model.config, config, layers, LENGTHS, capacities, None)
+    cache, kept, _ = layerwise.compress_layers(model.config, config, layers, LENGTHS, capacities, None)
     assert [chosen.tokens.tolist() for chosen in kept] == wanted_cache.kept_tokens.tolist()
     for number in range(ROOM):
         close(hidden, wanted)
@@ -97,7 +97,7 @@ def test_layers_share_their_programs():
 
     def run(capacities: tuple[LayerCapacity, ...]) -> jax.Array:
         hidden, layers = layerwise.prefill_layers(model, ids, lengths, True, None)
-        cache, _ = layerwise.compress_layers(model.config, config, layers, lengths, capacities, None)
+        cache = layerwise.compress_layers(model.config, config, layers, lengths, capacities, None).cache
         for _ in range(2):
             hidden, cache = layerwise.decode_step(model, cache, jnp.array([1]), jnp.array([1]), None)
         return hidden

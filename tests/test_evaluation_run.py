@@ -156,8 +156,13 @@ class Broken(schemes.Quantizer):
     def dequantize(self, stored, operand):
         return stored
 
+@schemes.register_scorer("nan")
+def nan(inputs, config):
+    return newest_even(inputs, config).at[:, 0, 3].set(jnp.nan)
+
 config = dataclasses.replace(presets.get("h2o"), name="even", scorer="newest-even")
 schemes.register_method(config)
+schemes.register_method(dataclasses.replace(config, name="nan", scorer="nan"))
 schemes.register_method(dataclasses.replace(presets.get("minikv"), name="broken", quantizer="broken"))
 """
 
@@ -167,14 +172,15 @@ def test_a_plugins_methods_run_and_nan_is_reported(run: Run, model_directory: pa
     plugin.write_text(PLUGIN)
     data.write_text(json.dumps({"prompt": TEXT[:150], "continuation": TEXT[150:170]}))
     command = ["evaluate", "cases", "--data", data, "--model", model_directory, "--json", out, "--plugin", plugin]
-    code, _, log = run(*command, "--method", "h2o", "--method", "even", "--method", "broken")
+    code, _, log = run(*command, "--method", "h2o", "--method", "even", "--method", "nan", "--method", "broken")
     assert code == 0, log
     means = json.loads(out.read_text())["means"]
     assert means["even"]["cache_bytes"] == means["h2o"]["cache_bytes"]
     assert means["even"]["nll"] != means["h2o"]["nll"]
-    assert means["broken"]["not_finite"] == 1
-    assert "nll" not in means["broken"]
-    assert "broken: NaN or infinite logits in 1 of 1 cases" in log
+    for name in ("nan", "broken"):
+        assert means[name]["not_finite"] == 1
+        assert "nll" not in means[name]
+        assert f"{name}: NaN or infinite logits, or scores that are NaN, in 1 of 1 cases" in log
 
 
 def test_a_researchers_path(
@@ -250,6 +256,9 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
         ([*BOOK, "--method", "full", "--context", "2000"], "context=2000 + continuation=120 exceed"),
         ([*BOOK, "--method", "full", "--context", "99", "--limit", "9"], "9 windows of 219 need 1971"),
         (BOOK, "--method"),
+        # Options are looked at before the model.
+        ([*BOOK, "--method", "full", "--limit", "0", "--model", "nosuch"], "limit=0"),
+        ([*BOOK, "--method", "full", "--text", "nosuch", "--model", "neither"], "nosuch does not exist"),
     ],
 )
 def test_user_error_is_one_line_and_exit_code_2(

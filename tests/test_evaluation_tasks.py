@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from minikv_jax.evaluation.task import fill
 from minikv_jax.evaluation.tasks import (
     GSM8K,
     TASKS,
+    Cases,
     InfiniteBench,
     KVRetrieval,
     LongBench,
@@ -20,6 +23,7 @@ from minikv_jax.evaluation.tasks import (
     Needle,
     NumberString,
     Passkey,
+    Perplexity,
     metrics,
 )
 from minikv_jax.evaluation.tasks.retrieval import Retrieval
@@ -106,6 +110,29 @@ def test_needles_in_a_text_of_ones_own(tmp_path: pathlib.Path):
 def test_wrong_options_are_named(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(Needle(context=(900,)), **fields).cases(TOKENIZER, 2000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: Needle(kind="many"), "kind='many'"),
+        (lambda _: Needle(needles=0), "needles=0: expected at least 1"),
+        (lambda path: Needle(haystack=path / "none"), "none does not exist"),
+        (lambda _: Passkey(limit=0), "limit=0: expected at least 1"),
+        (lambda path: Perplexity(text=path / "none"), "none does not exist"),
+        (lambda _: Perplexity(text=pathlib.Path(__file__), continuation=0), "continuation=0: expected at least 1"),
+        (lambda path: Cases(data=path / "none"), "none does not exist"),
+        (lambda path: GSM8K(data=path), "lacks test.jsonl, train.jsonl"),
+        (lambda path: GSM8K(data=path, shots=-1), "shots=-1: expected at least 0"),
+        (lambda path: LongBench(data=path), "has none of narrativeqa.jsonl"),
+        (lambda path: InfiniteBench(data=path), "lacks prompts.json"),
+    ],
+)
+def test_options_are_checked_when_a_task_is_made(
+    tmp_path: pathlib.Path, make: Callable[[pathlib.Path], Any], message: str
+):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        make(tmp_path)
 
 
 def write_rows(path: pathlib.Path, *rows: dict[str, Any]) -> None:
@@ -230,7 +257,7 @@ def test_gsm8k(tmp_path: pathlib.Path):
         task.cases(TOKENIZER, 1024)
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks test.jsonl: they come from the grade-school-math"):
-        task.cases(TOKENIZER, 1024)
+        dataclasses.replace(task)
 
 
 def test_metrics_by_hand():

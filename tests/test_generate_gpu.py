@@ -143,7 +143,7 @@ def each_step(
         row[: len(prompt)] = prompt
     capacities = memory.capacities(model.config, MINIKV, ids.shape[1], steps)
     hidden, layers = layerwise.prefill_layers(model, ids, lengths, True, implementation)
-    cache, _ = layerwise.compress_layers(model.config, MINIKV, layers, lengths, capacities, implementation)
+    cache = layerwise.compress_layers(model.config, MINIKV, layers, lengths, capacities, implementation).cache
     del layers
     for step in range(steps):
         yield (logits := model.logits(hidden))

@@ -74,6 +74,31 @@ def test_select_tokens_matches_naive(config: CacheConfig):
     np.testing.assert_array_equal(run(jnp.asarray(poisoned), jnp.asarray(LENGTHS)).positions, kept.positions)
 
 
+def test_scores_that_are_not_finite_displace_nothing():
+    """Sinks and newest tokens stay whatever a scorer gives; NaN is chosen last, after minus infinity's ties."""
+    scores = np.zeros((1, 4, TOKENS), np.float32)
+    scores[0, 0] = np.nan
+    scores[0, 1] = np.inf
+    scores[0, 2] = -np.inf
+    scores[0, 3, ::2] = np.nan
+    config, length = scored(heavy=3, recent=4, sinks=2), jnp.array([TOKENS - 5])
+    kept = select_tokens(jnp.asarray(scores), length, jnp.array([3]), config, kept_capacity(config, 3, TOKENS))
+    newest = list(range(TOKENS - 9, TOKENS - 5))
+    assert kept.positions[0, :3].tolist() == [[0, 1, 2, 3, 4, *newest]] * 3
+    assert kept.positions[0, 3].tolist() == [0, 1, 3, 5, 7, *newest]
+    # In a window too: what the next token does not see is not taken for the lowest of scores.
+    first = TOKENS - 5 - 19
+    kept = select_tokens(jnp.asarray(scores), length, jnp.array([3]), config, 7, window=20)
+    assert kept.positions[0, 2].tolist() == [first, first + 1, first + 2, *newest]
+
+
+def test_a_rule_that_gives_nan_grants_nothing_there():
+    config = scored(heavy=8, recent=4, budget="variance")
+    scores = [jnp.full((2, 3, TOKENS), value) for value in (1.0, jnp.nan, 1.0)]
+    granted = budgets_from_scores(scores, jnp.array([TOKENS, TOKENS - 3]), config)
+    np.testing.assert_array_equal(granted, [[12, 12], [0, 0], [12, 12]])
+
+
 def test_select_tokens_in_a_sliding_window():
     """Of a prompt whose next token sees `window` tokens, itself included, only the last `window - 1` are kept."""
     window, config = 10, scored(heavy=3, recent=4, sinks=2)

@@ -23,10 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import memory, quantization
 from minikv_jax.calibration import Calibration, OperandCalibration, Ranges, clipped
+from minikv_jax.checks import at_least
 from minikv_jax.config import CacheConfig, ModelConfig
 from minikv_jax.evaluation.layerwise import compress_layers, prefill_layers
 from minikv_jax.evaluation.measure import needs_column_sums
-from minikv_jax.evaluation.task import at_least
 from minikv_jax.model import Llama
 from minikv_jax.quantizers import minmax_arguments
 from minikv_jax.schemes import QUANTIZERS, Kind, Operand
@@ -122,7 +122,7 @@ def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
         sums = needs_column_sums(config)
         _, layers = prefill_layers(model, ids[:, : len(prompt)], length, sums, None)
         capacities = memory.capacities(model.config, config, len(prompt), len(after))
-        cache, kept = compress_layers(model.config, config, layers, length, capacities, None)
+        cache, kept, _ = compress_layers(model.config, config, layers, length, capacities, None)
         _, whole = prefill_layers(model, ids, length + len(after), False, None)
         rows = [
             _sample(q, k, v, chosen.positions, layer.packed_length, prompt=len(prompt))

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from minikv_jax.arguments import key_value, output_directory, output_file
+from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import Task
 from minikv_jax.evaluation.tasks import TASKS
 
@@ -221,19 +222,18 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def warn_not_finite(means: Mapping[str, Mapping[str, Any]]) -> None:
-    """Names on stderr the methods that gave NaN or infinite logits, and in how many cases."""
+    """Names on stderr the methods that gave NaN or infinite logits or NaN scores, and in how many cases."""
     for name, values in means.items():
         if values["not_finite"]:
             print(
-                f"minikv: {name}: NaN or infinite logits in {values['not_finite']} of {values['cases']} cases; they "
-                "are left out of the means",
+                f"minikv: {name}: NaN or infinite logits, or scores that are NaN, in {values['not_finite']} of "
+                f"{values['cases']} cases; they are left out of the means",
                 file=sys.stderr,
             )
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from minikv_jax.evaluation.run import evaluate
-    from minikv_jax.evaluation.task import at_least
 
     at_least(1, batch=arguments.batch)
     methods = make_methods(arguments)
@@ -249,7 +249,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from minikv_jax.evaluation.sweep import Sweep, grid, write_results
-    from minikv_jax.evaluation.task import at_least
     from minikv_jax.schemes import load_plugin
 
     at_least(1, batch=arguments.batch)

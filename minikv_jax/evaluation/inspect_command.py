@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minikv_jax import prompt
+from minikv_jax.checks import at_least
 from minikv_jax.evaluation.command import add_methods, add_model, load_model, make_methods, markdown, need_matplotlib
-from minikv_jax.evaluation.task import at_least
 
 if TYPE_CHECKING:
     from minikv_jax.evaluation.inspection import Inspection

@@ -85,7 +85,7 @@ def inspect(
       implementation: of the attention ops.
 
     Raises:
-      ValueError: a prompt or a method that does not fit the model.
+      ValueError: a prompt or a method that does not fit the model, or a scorer that gives NaN.
     """
     case = Case("the prompt", tuple(prompt), max_new_tokens=max_new_tokens)
     check_case(model.config, case, max_new_tokens)
@@ -99,6 +99,8 @@ def inspect(
     found = {}
     for name, config in methods.items():
         arrays = jax.device_get(run(config, room=max_new_tokens, implementation=implementation))
+        if not arrays.pop("scored"):
+            raise ValueError(f"method {name!r}: its scorer {config.scorer!r} gives NaN for tokens of the prompt")
         found[name] = Inspection(**arrays | {"kept": arrays["kept"][..., : len(prompt)]})
     return found
 
@@ -140,13 +142,14 @@ def _inspect(
 ) -> dict[str, Any]:
     """The fields of `Inspection`; `kept` is over the padded prompt."""
     capacities = memory.capacities(model, config, layers[0].k.shape[1], room)
-    cache, kept = compress_layers(model, config, layers, length, capacities, implementation)
+    cache, kept, scored = compress_layers(model, config, layers, length, capacities, implementation)
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
     shares = [
         attention_share(of_layer, q, k, length[0], later.queries, model.window(number))
         for number, (of_layer, q, k) in enumerate(zip(maps, later.q, later.k, strict=True))
     ]
     found = {
+        "scored": scored[0],
         "kept": jnp.stack(maps),
         "packed_tokens": jnp.stack([layer.packed_length[0] for layer in cache.layers]),
         "layer_bytes": np.array([layer.nbytes for layer in cache.layers]),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import attention, eviction, inference, memory
 from minikv_jax.cache import KVCache, LayerCache, LayerCapacity
@@ -32,6 +32,19 @@ class PromptLayer(NamedTuple):
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     column_sums: Float[Array, "B K T"] | None
+
+
+class Compressed(NamedTuple):
+    """What a method made of a prompt.
+
+    Attributes:
+      kept: the tokens held, per layer.
+      scored: whether every score of a row is a number; a NaN counts as the lowest.
+    """
+
+    cache: KVCache
+    kept: list[Kept]
+    scored: Bool[Array, "B"]
 
 
 def prefill_layers(
@@ -98,18 +111,19 @@ def compress_layers(
     lengths: Int[Array | np.ndarray, "B"],
     capacities: Sequence[LayerCapacity],
     implementation: str | None,
-) -> tuple[KVCache, list[Kept]]:
-    """The cache that a method keeps of `prefill_layers`' prompt, and which tokens it holds in each layer.
+) -> Compressed:
+    """The cache that a method keeps of `prefill_layers`' prompt.
 
     `capacities` are the layers', of `memory.capacities` or larger ones (`shared_capacities`).
     """
     lengths = jnp.asarray(lengths)
     windows = [model.window(number) for number in range(len(layers))]
     by_layer = QUANTIZERS[config.quantizer].by_layer
-    scores = [
+    scored = [
         _score_layer(layer, np.int32(number), lengths, model=model, config=config, window=windows[number])
         for number, layer in enumerate(layers)
     ]
+    scores, numbers = zip(*scored, strict=True)
     if BUDGETS[config.budget].needs_scores:
         heavy = list(budgets_from_scores(scores, lengths, config))
     else:
@@ -128,7 +142,8 @@ def compress_layers(
         )
         for number, (layer, capacity) in enumerate(zip(layers, capacities, strict=True))
     ]
-    return KVCache(tuple(cache for cache, _ in found), lengths), [kept for _, kept in found]
+    cache = KVCache(tuple(cache for cache, _ in found), lengths)
+    return Compressed(cache, [kept for _, kept in found], functools.reduce(jnp.logical_and, numbers))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "window"))
@@ -140,11 +155,14 @@ def _score_layer(
     model: ModelConfig,
     config: CacheConfig,
     window: int | None,
-) -> Float[Array, "B K T"]:
+) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
+    """The scores, and whether those of a row's tokens are all numbers."""
     inputs = ScorerInputs(
         *layer[:3], lengths, layer.column_sums, window, number, jnp.asarray(inverse_frequencies(model))
     )
-    return inference.layer_scores(inputs, config)
+    scores = inference.layer_scores(inputs, config)
+    padding = jnp.arange(scores.shape[-1]) >= lengths[:, None, None]
+    return scores, jnp.all(~jnp.isnan(scores) | padding, axis=(1, 2))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "number", "window", "implementation"))

@@ -33,7 +33,8 @@ class Measurement:
     """One method on one case.
 
     Attributes:
-      finite: whether every logit was a finite number. If not, the five numbers below are None.
+      finite: whether every logit was a finite number and no score of the prompt was NaN. If not, the five numbers
+        below are None.
       nll, full_nll: negative log-likelihood of the true continuation under the method and under the full cache, nats
         per token; None without a continuation, as are the next three.
       kl_to_full: KL divergence from the full cache's next-token distribution to the method's, nats per token.
@@ -124,11 +125,11 @@ def measure_each(
 
     def run(config: CacheConfig, *, answer: bool) -> _Run:
         capacities = shared_capacities(model.config, config, **sizes)
-        cache, _ = compress_layers(model.config, config, layers, batch.lengths, capacities, implementation)
+        cache, _, scored = compress_layers(model.config, config, layers, batch.lengths, capacities, implementation)
         decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
         forced = decode(batch.known) if batch.known.any() else None
         answered = decode(np.zeros_like(batch.known)) if answer and batch.wanted.any() else None
-        return _Run(bytes_of(config).bytes, forced, answered)
+        return _Run(bytes_of(config).bytes, scored, forced, answered)
 
     # One method at a time: a run's logits are large, and only those of the full cache are needed again.
     whole = run(full, answer=full in methods.values())
@@ -161,6 +162,7 @@ class _Decoded(NamedTuple):
 
 class _Run(NamedTuple):
     cache_bytes: int
+    scored: Bool[Array, "B"]  # whether no score was NaN
     forced: _Decoded | None
     answered: _Decoded | None
 
@@ -195,16 +197,16 @@ def needs_column_sums(config: CacheConfig) -> bool:
 def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_bytes: int) -> list[Measurement]:
     """Each row's numbers."""
     rows = len(batch.lengths)
-    finite = np.ones(rows, bool)
+    finite = np.asarray(run.scored)
     values: list[np.ndarray] = []
     if run.forced is not None and reference is not None:
         assert run.forced.logits is not None and reference.logits is not None
-        finite &= np.asarray(run.forced.finite)
+        finite = finite & np.asarray(run.forced.finite)
         values = [np.asarray(x) for x in _fidelity(reference.logits, run.forced.logits, batch.truth, batch.known)]
     answers: list[tuple[int, ...] | None] = [None] * rows
     if run.answered is not None:
         tokens = np.asarray(run.answered.tokens)
-        finite &= np.asarray(run.answered.finite) | (batch.wanted == 0)
+        finite = finite & (np.asarray(run.answered.finite) | (batch.wanted == 0))
         answers = [
             tuple(t for t in tokens[row].tolist() if t >= 0 and t not in batch.stop[row]) if wanted else None
             for row, wanted in enumerate(batch.wanted)

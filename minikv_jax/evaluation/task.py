@@ -49,7 +49,10 @@ class Case:
 
 
 class Task(Protocol):
-    """A benchmark. Implementations are frozen dataclasses, one file each in `evaluation/tasks`."""
+    """A benchmark. Implementations are frozen dataclasses, one file each in `evaluation/tasks`.
+
+    Options are checked when a task is made, before a model is loaded: what `cases` may still raise is of the data.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]  # a line of help
@@ -58,8 +61,8 @@ class Task(Protocol):
         """The cases for a tokenizer and a model of `positions` positions; the same every time.
 
         Raises:
-          ValueError: options or data that make no cases, naming the file and line where there is one.
-          FileNotFoundError: missing data, naming the files wanted.
+          ValueError: data that make no cases, naming the file and line where there is one; no tokenizer, or too few
+            positions.
         """
         ...
 
@@ -87,13 +90,6 @@ def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
     parse_all.__name__ = f"comma-separated {parse.__name__}"  # in argparse's errors
     return parse_all
-
-
-def at_least(least: int, **values: int | None) -> None:
-    """Raises ValueError naming the first value below `least`; None passes."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: expected at least {least}")
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
@@ -202,6 +198,12 @@ def need_fields(where: str, row: Mapping[str, Any], names: Sequence[str]) -> Non
     """Raises ValueError naming the fields that `row` lacks."""
     if missing := [name for name in names if name not in row]:
         raise ValueError(f"{where} lacks {', '.join(missing)}: it has {', '.join(row) or 'no fields'}")
+
+
+def need_file(path: pathlib.Path) -> None:
+    """Raises FileNotFoundError naming a file that is missing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
 
 
 def need_files(directory: pathlib.Path, names: Sequence[str], source: str) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from minikv_jax.evaluation.task import Case, at_least, need_tokenizer, option, read_jsonl
+from minikv_jax.checks import at_least
+from minikv_jax.evaluation.task import Case, need_file, need_tokenizer, option, read_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +27,11 @@ class Cases:
     data: pathlib.Path = option("a JSON Lines file (docs/evaluation.md)", parse=pathlib.Path)
     limit: int | None = option("take the first N cases", None, parse=int)
 
-    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+    def __post_init__(self) -> None:
         at_least(1, limit=self.limit)
+        need_file(self.data)
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         found = []
         for number, row in read_jsonl(self.data, self.limit):
             where = f"{self.data}, line {number}"

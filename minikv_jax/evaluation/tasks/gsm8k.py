@@ -8,9 +8,9 @@ import pathlib
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import (
     Case,
-    at_least,
     encode_pair,
     need_fields,
     need_files,
@@ -45,10 +45,12 @@ class GSM8K:
     limit: int | None = option("take the first N questions", None, parse=int)
     chat_template: bool = option("put the prompt into the model's chat template", True, parse=bool)
 
-    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+    def __post_init__(self) -> None:
         at_least(1, limit=self.limit, max_new_tokens=self.max_new_tokens)
         at_least(0, shots=self.shots)
         need_files(self.data, ["test.jsonl", "train.jsonl"], SOURCE)
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         examples = [self._pair("train.jsonl", *row) for row in read_jsonl(self.data / "train.jsonl", self.shots or 1)]
         if len(examples) < self.shots:
             raise ValueError(f"{self.data / 'train.jsonl'} has {len(examples)} rows: shots={self.shots}")

@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import (
     Case,
-    at_least,
     encode_pair,
     fill,
     need_fields,
@@ -75,14 +75,20 @@ class InfiniteBench:
     limit: int | None = option("take the first N cases of each set", None, parse=int)
     chat_template: bool = option("put the prompt into the model's chat template", True, parse=bool)
 
-    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+    def __post_init__(self) -> None:
         at_least(1, limit=self.limit, context=self.context)
         for name in self.datasets:
             if name not in DATASETS:
                 raise ValueError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
-        prompts = self.prompts or self.data / _PROMPTS
-        need_files(prompts.parent, [prompts.name], SOURCE)
+        need_files(self._prompts.parent, [self._prompts.name], SOURCE)
         need_files(self.data, [f"{name}.jsonl" for name in self.datasets], SOURCE)
+
+    @property
+    def _prompts(self) -> pathlib.Path:
+        return self.prompts or self.data / _PROMPTS
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+        prompts = self._prompts
         templates = json.loads(prompts.read_text(encoding="utf-8"))
         need_fields(str(prompts), templates, self.datasets)
         tokenizer = need_tokenizer(tokenizer)

@@ -14,9 +14,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import (
     Case,
-    at_least,
     encode_pair,
     fill,
     need_fields,
@@ -88,8 +88,11 @@ class LongBench:
     context: int | None = option("prompt tokens at most; default: what the model can take", None, parse=int)
     limit: int | None = option("take the first N cases of each set", None, parse=int)
 
-    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+    def __post_init__(self) -> None:
         at_least(1, limit=self.limit, context=self.context)
+        self._datasets()
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         tokenizer = need_tokenizer(tokenizer)
         found = []
         datasets = self._datasets()

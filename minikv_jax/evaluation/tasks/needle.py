@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from minikv_jax.evaluation.task import at_least, option, read_text
+from minikv_jax.checks import at_least
+from minikv_jax.evaluation.task import need_file, option, read_text
 from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, digits, names, noise
 
 KINDS = ("single", "multikey", "multivalue")
@@ -30,10 +31,15 @@ class Needle(Retrieval):
     needles: int = option("numbers in the text, unless single", 4, parse=int)
     haystack: pathlib.Path | None = option("a UTF-8 text to hide them in, instead of noise", None, parse=pathlib.Path)
 
-    def episode(self, rng: np.random.Generator, depth: float) -> Episode:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}: expected one of {', '.join(KINDS)}")
         at_least(1, needles=self.needles)
+        if self.haystack is not None:
+            need_file(self.haystack)
+
+    def episode(self, rng: np.random.Generator, depth: float) -> Episode:
         count = 1 if self.kind == "single" else self.needles
         keys = names(rng, count)
         if self.kind == "multivalue":

@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from minikv_jax.evaluation.task import Case, at_least, need_tokenizer, option, read_text
+from minikv_jax.checks import at_least
+from minikv_jax.evaluation.task import Case, need_file, need_tokenizer, option, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,10 @@ class Perplexity:
     context: int = option("prompt tokens", 2048, parse=int)
     continuation: int = option("tokens after the prompt", 120, parse=int)
     limit: int = option("windows", 4, parse=int)
+
+    def __post_init__(self) -> None:
+        at_least(1, context=self.context, continuation=self.continuation, limit=self.limit)
+        need_file(self.text)
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         size = self.context + self.continuation

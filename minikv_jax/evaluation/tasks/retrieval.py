@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from minikv_jax.evaluation.task import Case, at_least, encode_pair, encode_prompt, need_tokenizer, numbers, option
+from minikv_jax.checks import at_least
+from minikv_jax.evaluation.task import Case, encode_pair, encode_prompt, need_tokenizer, numbers, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,11 +58,13 @@ class Retrieval(abc.ABC):
     def episode(self, rng: np.random.Generator, depth: float) -> Episode:
         """A question; every random choice is made with `rng`."""
 
-    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
+    def __post_init__(self) -> None:
         at_least(1, samples=self.samples, limit=self.limit, context=min(self.context))
         at_least(0, seed=self.seed)
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths={self.depths}: expected numbers from 0 to 1")
+
+    def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         if max(self.context) > positions:
             raise ValueError(f"context={max(self.context)} exceeds the model's {positions} positions")
         grid = itertools.product(range(self.samples), self.context, self.depths)
