@@ -139,7 +139,12 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="minikv", metavar="NAME", help="see `minikv methods`; default: %(default)s")
+    parser.add_argument(
+        "--method",
+        default="minikv",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `minikv methods`; default: %(default)s",
+    )
     parser.add_argument(
         "--set", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="change a field of the method"
     )
@@ -154,7 +159,7 @@ def _method(arguments: argparse.Namespace) -> CacheConfig:
 
     for file in arguments.plugin:
         load_plugin(file)
-    return presets.override(presets.get(arguments.method), dict(arguments.set))
+    return presets.parse(arguments.method, arguments.set)
 
 
 # generate -------------------------------------------------------------------------------------------------------------

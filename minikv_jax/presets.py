@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from minikv_jax import calibration, quantizers, scorers, selection  # noqa: F401  (they register the schemes named here)
 from minikv_jax.config import CacheConfig
@@ -206,6 +206,24 @@ def get(name: str) -> CacheConfig:
     if calibration.is_calibration(name):
         return calibration.method(name)
     raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}; or a calibration's directory")
+
+
+def parse(text: str, settings: Iterable[tuple[str, str]] = ()) -> CacheConfig:
+    """A method and changes to it, as command lines take them: `h2o`, or `h2o:heavy=0.25,recent=0.25`.
+
+    `settings` are changes too (`override`); the text's own win over them.
+
+    Raises:
+      ValueError: an unknown method, field or value.
+    """
+    name, _, own = text.partition(":")
+    changes = dict(settings)
+    for setting in filter(None, own.split(",")):
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise ValueError(f"method {text!r}: expected NAME or NAME:KEY=VALUE,KEY=VALUE, got {setting!r}")
+        changes[key] = value
+    return override(get(name), changes)
 
 
 def override(config: CacheConfig, settings: Mapping[str, str]) -> CacheConfig:

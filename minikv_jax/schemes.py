@@ -252,7 +252,15 @@ def register_quantizer(name: str, /, **options: Option) -> Callable[[Q], Q]:
 
 
 def register_method(config: CacheConfig) -> CacheConfig:
-    """Makes `config` a method under its own name, as `minikv_jax.presets` are."""
+    """Makes `config` a method under its own name, as `minikv_jax.presets` are.
+
+    Raises:
+      ValueError: not a `CacheConfig`, or a name that is the library's own or has spaces, ':', ',' or '='.
+    """
+    from minikv_jax.config import CacheConfig
+
+    if not isinstance(config, CacheConfig):
+        raise ValueError(f"method {config!r}: expected a CacheConfig, whose name it is registered under")
     METHODS.add(config.name, config)
     return config
 

@@ -96,6 +96,19 @@ def test_row_says_what_was_allocated_and_read(shape: str):
     assert "all" in end_to_end.measure(case(shape, steps=None, max_new_tokens=4))["decode"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_real_weights_are_of_the_asked_dtype(model_directory: pathlib.Path, dtype: str):
+    """And a method may come with changes."""
+    asked = Case(
+        model=str(model_directory), method="minikv:k_bits=4", batch=1, prompt_len=64, max_new_tokens=4, dtype=dtype
+    )
+    row = end_to_end.measure(asked)
+    method = dataclasses.replace(presets.get("minikv"), k_bits=4)
+    sizes = memory.report(asked.config(), method, prompt_length=64, max_new_tokens=4, dtype=dtype)
+    assert row["cache_bytes"] == sizes.bytes
+    assert row["weight_bytes"] == memory.weight_bytes(asked.config(), dtype)
+
+
 @pytest.mark.parametrize("method", ["minikv", "kivi-2", "full"])
 @pytest.mark.parametrize("step", [1, 60, 159])
 def test_a_stretch_starts_where_decoding_would_have_come(method: str, step: int):
@@ -174,6 +187,7 @@ def test_named_shapes_have_the_published_number_of_parameters(name: str):
         (["--shape", "llama9"], "llama9"),
         (["--shape", "{bad}"], "not valid JSON"),
         (["--shape", "{shape}", "--method", "minkv"], "minkv"),
+        (["--shape", "{shape}", "--method", "minikv:k_bits=5"], "k_bits=5"),
         (["--shape", "{shape}", "--find", "batch"], "--memory-gb"),
         (["--shape", "{shape}", "--memory-gb", "-1"], "--memory-gb -1"),
         (["--shape", "{shape}", "--memory-gb", "1e-10"], "--memory-gb 1e-10"),

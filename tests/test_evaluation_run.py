@@ -11,7 +11,6 @@ from tiny import tiny_config
 
 from minikv_jax import cli, memory, presets
 from minikv_jax.evaluation import Method, book_windows
-from minikv_jax.evaluation.method import parse_method
 from minikv_jax.evaluation.run import means
 
 Run = Callable[..., tuple[int, str, str]]
@@ -45,12 +44,12 @@ def test_windows_do_not_overlap():
 
 
 def test_methods_are_parsed():
-    config = parse_method("h2o:heavy=0.25,recent=512", [("recent", "3"), ("sinks", "2")])
+    config = presets.parse("h2o:heavy=0.25,recent=512", [("recent", "3"), ("sinks", "2")])
     assert (config.name, config.heavy, config.recent, config.sinks) == ("h2o", 0.25, 512, 2)
     with pytest.raises(ValueError, match=r"NAME:KEY=VALUE.*'heavy'"):
-        parse_method("h2o:heavy")
+        presets.parse("h2o:heavy")
     with pytest.raises(ValueError, match="method 'h3o'"):
-        parse_method("h3o:heavy=1")
+        presets.parse("h3o:heavy=1")
 
 
 @pytest.mark.parametrize("name", ["minikv", "minikv-pyramid", "minikv-variance", "h2o", "snapkv", "streaming-llm"])

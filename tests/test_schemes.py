@@ -153,6 +153,7 @@ BROKEN = {
         ValueError,
         r"line 2\): scorer='y': expected one of none, cumulative, window",
     ),
+    "no method": ("import minikv_jax as mk\nmk.register_method('h2o')\n", ValueError, "'h2o': expected a CacheConfig"),
     "class": (
         "import minikv_jax as mk\n\n@mk.register_quantizer('q')\nclass A: pass\n",
         ValueError,

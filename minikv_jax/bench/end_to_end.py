@@ -39,6 +39,7 @@ class Case:
     Attributes:
       shape: a name in `shapes/`, a Hugging Face config.json or its directory: random weights. None with `model`.
       model: what `minikv_jax.load` takes: real weights.
+      method: a preset's name, perhaps with changes (`presets.parse`), or one of Hugging Face's (`huggingface.METHODS`).
       batch, prompt_len, max_new_tokens: rows, prompt tokens of each, generated tokens of each.
       steps: decode steps to time, in the middle of the generation and at its end; None: all of it.
       plugins: Python files with methods.
@@ -88,7 +89,7 @@ class Case:
         """
         for file in self.plugins:
             load_plugin(file)
-        method = presets.get(self.method)
+        method = presets.parse(self.method)
         if method.evict_every is not None:
             raise ValueError(
                 f"{self.method}: evict_every={method.evict_every} is not benched: lengths do not just grow"
@@ -97,7 +98,9 @@ class Case:
 
     def load(self) -> Llama:
         """The model, its weights on the device."""
-        return random_model(self.config(), self.dtype) if self.model is None else hub.load(self.model)[0]
+        if self.model is None:
+            return random_model(self.config(), self.dtype)
+        return hub.load(self.model, dtype=self.dtype)[0]
 
 
 def shape_config(shape: str) -> ModelConfig:

@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shape", help="random weights: llama2-7b, llama-3.1-8b, a config.json or its directory")
     source.add_argument("--model", help="real weights: a directory, a .gguf file, a hub id, or smollm2-135m-instruct")
-    parser.add_argument("--method", action="append", metavar="NAME", help=METHODS)
+    parser.add_argument("--method", action="append", metavar="NAME[:KEY=VALUE,...]", help=METHODS)
     parser.add_argument("--plugin", action="append", metavar="FILE", default=[], help="a Python file with methods")
     parser.add_argument("--batch", action="append", type=_positive, metavar="N", help="rows; repeatable; default: 1")
     parser.add_argument("--prompt-len", action="append", type=_positive, metavar="N", help="repeatable; default: 2048")

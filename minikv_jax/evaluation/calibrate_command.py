@@ -41,9 +41,8 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
 def _calibrate(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from minikv_jax import calibration, hub, schemes
+    from minikv_jax import calibration, hub, presets, schemes
     from minikv_jax.evaluation.calibrate import Settings, calibrate, check_method
-    from minikv_jax.evaluation.method import parse_method
     from minikv_jax.evaluation.run import describe_model
     from minikv_jax.evaluation.task import need_tokenizer, read_text
     from minikv_jax.evaluation.tasks.perplexity import book_windows
@@ -51,7 +50,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     settings = Settings(tuple(arguments.learn.split(",")), arguments.steps, arguments.rate, arguments.seed)
     for file in arguments.plugin:
         schemes.load_plugin(file)
-    config = parse_method(arguments.method, arguments.set)
+    config = presets.parse(arguments.method, arguments.set)
     if arguments.out.exists():
         raise FileExistsError(f"--out {arguments.out} exists: a calibration is saved into a new directory")
     contents = {path.name: read_text(path) for path in arguments.text}

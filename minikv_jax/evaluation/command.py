@@ -136,14 +136,15 @@ def make_task(arguments: argparse.Namespace) -> Task:
 
 def make_methods(arguments: argparse.Namespace) -> dict[str, Method]:
     """The methods by label: as they were given, with the share of bytes behind where there is one."""
-    from minikv_jax.evaluation.method import Method, parse_method
+    from minikv_jax import presets
+    from minikv_jax.evaluation.method import Method
     from minikv_jax.schemes import load_plugin
 
     for file in arguments.plugin:
         load_plugin(file)
     methods: dict[str, Method] = {}
     for text in arguments.method:
-        config = parse_method(text, arguments.set)
+        config = presets.parse(text, arguments.set)
         for share in arguments.budget_bytes or (None,):
             label = text if share is None else f"{text} @ {share:.4g}"
             if label in methods:

@@ -1,9 +1,8 @@
-"""The methods of a run: parsed from text, and fitted to a share of the full cache's bytes where one is asked for."""
+"""The methods of a run, fitted to a share of the full cache's bytes where one is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from minikv_jax import memory, presets
@@ -79,22 +78,3 @@ class _Candidates:
         if self._recent_per_heavy is not None:
             changes["recent"] = int(units * self._recent_per_heavy) / _UNIT
         return dataclasses.replace(self._config, **changes)
-
-
-def parse_method(text: str, settings: Sequence[tuple[str, str]] = ()) -> CacheConfig:
-    """A method and changes to it: `h2o`, or `h2o:heavy=0.25,recent=0.25`; `settings` change every method.
-
-    Raises:
-      ValueError: an unknown method, field or value.
-    """
-    name, _, own = text.partition(":")
-    changes = dict(settings) | dict(_settings(text, own))
-    return presets.override(presets.get(name), changes)
-
-
-def _settings(text: str, settings: str) -> Iterator[tuple[str, str]]:
-    for setting in filter(None, settings.split(",")):
-        key, separator, value = setting.partition("=")
-        if not separator:
-            raise ValueError(f"method {text!r}: expected NAME or NAME:KEY=VALUE,KEY=VALUE, got {setting!r}")
-        yield key, value

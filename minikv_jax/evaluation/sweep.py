@@ -14,7 +14,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from minikv_jax.evaluation.method import Method, parse_method
+from minikv_jax import presets
+from minikv_jax.evaluation.method import Method
 from minikv_jax.evaluation.run import METRICS, Evaluator, case_record, describe, means
 
 
@@ -36,7 +37,7 @@ class Point:
 
     def resolve(self, settings: Sequence[tuple[str, str]] = ()) -> Method:
         """The method, its fields changed by `settings` and then by its own; ValueError if they make none."""
-        return Method(parse_method(self.method, [*settings, *self.settings]), self.byte_share)
+        return Method(presets.parse(self.method, [*settings, *self.settings]), self.byte_share)
 
 
 def grid(
@@ -59,7 +60,7 @@ def grid(
 
 def _keeps_all(method: str, settings: Sequence[tuple[str, str]]) -> bool:
     try:
-        return parse_method(method, settings).keeps_all
+        return presets.parse(method, settings).keeps_all
     except ValueError:
         return False  # `Sweep.open` says what is wrong
 
