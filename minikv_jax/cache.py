@@ -252,7 +252,8 @@ def append(
 ) -> LayerCache:
     """Adds each row's first `lengths[b]` of `T` tokens to the tail and packs the tail whenever it is full.
 
-    There must be room (`KVCache.room`): under `jit` an overflow cannot be reported, and what has no room is dropped.
+    There must be room (`KVCache.room`): under `jit` an overflow cannot be reported. The call then ends with the layer's
+    contents and lengths undefined.
     """
     k, v = layer.rotate(k, "keys"), layer.rotate(v, "values")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]

@@ -75,7 +75,7 @@ def test_select_tokens_matches_naive(config: CacheConfig):
 
 
 def test_scores_that_are_not_finite_displace_nothing():
-    """Sinks and newest tokens stay whatever a scorer gives; NaN is chosen last, after minus infinity's ties."""
+    """Sinks and newest tokens stay whatever a scorer gives; NaN is the lowest score, as minus infinity is."""
     scores = np.zeros((1, 4, TOKENS), np.float32)
     scores[0, 0] = np.nan
     scores[0, 1] = np.inf
