@@ -24,14 +24,14 @@ endif
 
 # Shapes, dtypes and types are checked at run time under the tests, in the modules that compute. Pytree containers
 # (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
-CHECKED := minikv_jax.model,minikv_jax.reference,minikv_jax.rotary,minikv_jax.selection
+CHECKED := minikv_jax.models.decoder,minikv_jax.ops.online_softmax,minikv_jax.models.rotary,minikv_jax.ops.select
 CHECKS := --jaxtyping-packages=$(CHECKED),beartype.beartype
 CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
 
 .PHONY: demo test test-gpu lint format clean
 
 demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what the cache saved.
-	$(PY) -m minikv_jax.cli generate --model smollm2-135m-instruct --method minikv \
+	$(PY) -m minikv_jax.cli.main generate --model smollm2-135m-instruct --method minikv \
 		--prompt-file examples/log.txt --max-new-tokens 64
 
 test: $(TEST)  ## The suite on the CPU; what needs a GPU is skipped, and counted in the summary.

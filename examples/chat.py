@@ -3,7 +3,7 @@
 import argparse
 
 import minikv_jax
-from minikv_jax import chat
+from minikv_jax.models import chat
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2-135m-instruct", help="a directory, a .gguf file or a hub id")

@@ -17,11 +17,14 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import inference, kernels, memory, presets
-from minikv_jax.cache import KVCache
+from minikv_jax import inference
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import KVCache
 from minikv_jax.checks import integer
-from minikv_jax.config import CacheConfig
-from minikv_jax.model import Llama
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.models.decoder import Llama
+from minikv_jax.ops import dispatch as kernels
 from minikv_jax.sampling import Sampling, sample
 
 

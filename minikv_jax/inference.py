@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import attention, eviction, memory
-from minikv_jax.cache import KVCache, LayerCache, LayerCapacity, append, compress, layer_capacity
-from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.model import CHUNK_TOKENS, Llama
-from minikv_jax.rotary import inverse_frequencies
-from minikv_jax.schemes import BUDGETS, SCORERS, ScorerInputs
-from minikv_jax.selection import Kept, budget_tokens, budgets_from_scores, granted, layer_budgets, select_tokens
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import KVCache, LayerCache, LayerCapacity, append, compress, layer_capacity
+from minikv_jax.methods.base import BUDGETS, SCORERS, ScorerInputs
+from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.decoder import CHUNK_TOKENS, Llama
+from minikv_jax.models.rotary import inverse_frequencies
+from minikv_jax.ops import decode_attention as attention
+from minikv_jax.ops import evict as eviction
+from minikv_jax.ops.select import Kept, budget_tokens, budgets_from_scores, granted, layer_budgets, select_tokens
 
 Store = Callable[[LayerCache], LayerCache]  # where a compressed layer goes; the cache is made of what it returns
 

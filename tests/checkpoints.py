@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from minikv_jax.config import ModelConfig
+from minikv_jax.models.config import ModelConfig
 
 Tensors = dict[str, np.ndarray]
 F32 = gguf.GGMLQuantizationType.F32

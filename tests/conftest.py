@@ -8,8 +8,9 @@ import pytest
 from model_directory import write_model
 from transformers import PreTrainedTokenizerBase
 
-from minikv_jax import hub, schemes
-from minikv_jax.model import Llama
+from minikv_jax.methods import base as schemes
+from minikv_jax.models import hub
+from minikv_jax.models.decoder import Llama
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

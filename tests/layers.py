@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 
-from minikv_jax.cache import LayerCache, compress, layer_capacity
-from minikv_jax.config import CacheConfig
-from minikv_jax.quantization import QuantizedArray, unpack
-from minikv_jax.selection import Kept
+from minikv_jax.cache.state import LayerCache, compress, layer_capacity
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.ops.select import Kept
+from minikv_jax.packing import QuantizedArray, unpack
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 
-from minikv_jax.config import CacheConfig
+from minikv_jax.models.config import CacheConfig
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 SMALLEST = np.finfo(np.float32).tiny  # below it a reciprocal overflows

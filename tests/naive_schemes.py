@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from naive import softmax
 
-from minikv_jax.config import CacheConfig
+from minikv_jax.models.config import CacheConfig
 
 
 def tova(q: np.ndarray, k: np.ndarray) -> np.ndarray:

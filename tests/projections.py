@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from layers import normal
 
-from minikv_jax.config import ModelConfig
+from minikv_jax.models.config import ModelConfig
 
 VOCABULARY, H = 400, 32
 

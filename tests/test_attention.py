@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from layers import assert_close, cache_of, normal, with_garbage
 
-from minikv_jax import reference
-from minikv_jax.attention import decode_attention, extend_attention, prefill_attention, quantize
-from minikv_jax.config import CacheConfig
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.ops import online_softmax as reference
+from minikv_jax.ops.decode_attention import decode_attention, extend_attention, prefill_attention, quantize
 
 HEADS = [(4, 4), (3, 1), (8, 2), (8, 1)]  # MHA; groups of 3, 4 and 8 query heads
 

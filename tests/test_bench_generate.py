@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_model
 
-from minikv_jax import cli, memory, presets
 from minikv_jax.bench import end_to_end, figures, fit, worker
 from minikv_jax.bench.end_to_end import Case, _Lengths
 from minikv_jax.bench.generate import _share
+from minikv_jax.cache import memory
+from minikv_jax.cli import main as cli
 from minikv_jax.generate import generate, stream
+from minikv_jax.methods import lookup as presets
 
 
 @pytest.fixture(scope="module")

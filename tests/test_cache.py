@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from layers import Rows, assert_close, assert_same, cache_of, naive_append, naive_rows, normal, with_garbage
 
-from minikv_jax.attention import decode_attention
-from minikv_jax.cache import KVCache, LayerCache, append, compress, layer_capacity
-from minikv_jax.config import CacheConfig
-from minikv_jax.selection import select_tokens
+from minikv_jax.cache.state import KVCache, LayerCache, append, compress, layer_capacity
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.ops.decode_attention import decode_attention
+from minikv_jax.ops.select import select_tokens
 
 N, K, H = 6, 2, 32
 

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_config, tiny_model
 
 import minikv_jax as mk
-from minikv_jax import presets
+from minikv_jax.methods import lookup as presets
 
 CONFIGS = {
     "full": presets.get("full"),

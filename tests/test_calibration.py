@@ -12,26 +12,22 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_model
 
-from minikv_jax import (
-    attention,
-    calibration,
-    cli,
-    generate,
-    kernels,
-    memory,
-    presets,
-    quantizers,
-    restore_cache,
-    save_cache,
-)
-from minikv_jax.cache import LayerCache
-from minikv_jax.config import CacheConfig
-from minikv_jax.evaluation.calibrate import Learnt, Settings, calibrate
-from minikv_jax.evaluation.layerwise import compress_layers, prefill_layers
-from minikv_jax.model import Llama
-from minikv_jax.quantization import QuantizedArray, dequantize
-from minikv_jax.quantizers import hadamard, packs_by_minmax
-from minikv_jax.schemes import QUANTIZERS, Kind, Operand
+from minikv_jax import generate, restore_cache, save_cache
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import LayerCache
+from minikv_jax.calibrate import Learnt, Settings, calibrate
+from minikv_jax.cli import main as cli
+from minikv_jax.layerwise import compress_layers, prefill_layers
+from minikv_jax.methods import calibrated as calibration
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import quantizers
+from minikv_jax.methods.base import QUANTIZERS, Kind, Operand
+from minikv_jax.methods.quantizers import hadamard, packs_by_minmax
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.models.decoder import Llama
+from minikv_jax.ops import decode_attention as attention
+from minikv_jax.ops import dispatch as kernels
+from minikv_jax.packing import QuantizedArray, dequantize
 
 PROMPT, AFTER = 96, 16
 RNG = np.random.default_rng(0)

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from model_directory import END, byte_tokenizer
 
-from minikv_jax import chat, cli, hub, memory, presets
+from minikv_jax.cache import memory
+from minikv_jax.cli import main as cli
 from minikv_jax.generate import GenerateResult, bucket_length, generate, stream
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models import chat, hub
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -310,7 +313,7 @@ def test_bench_without_a_suite_names_them(run: Run):
 
 def test_help_needs_no_accelerator():
     result = subprocess.run(
-        [sys.executable, "-m", "minikv_jax.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "minikv_jax.cli.main", "--help"], capture_output=True, text=True, check=True
     )
     assert "generate" in result.stdout
     assert not result.stderr

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from tiny import tiny_config
 
-from minikv_jax.config import CacheConfig, ModelConfig, RopeScaling
+from minikv_jax.models.config import CacheConfig, ModelConfig, RopeScaling
 
 SHAPE = {
     "vocab_size": 96,

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minikv_jax import cli
+from minikv_jax.cli import main as cli
 from minikv_jax.evaluation.data import locate
 
 Hub = Callable[[dict[str, bytes]], list[tuple[str, list[str]]]]

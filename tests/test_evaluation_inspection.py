@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from minikv_jax import cli, inference, memory, presets
-from minikv_jax.config import CacheConfig
+from minikv_jax import inference
+from minikv_jax.cache import memory
+from minikv_jax.cli import main as cli
 from minikv_jax.evaluation.inspection import Inspection, attention_share, inspect
 from minikv_jax.generate import generate
-from minikv_jax.model import Llama
-from minikv_jax.quantization import Axis, dequantize, quantize
-from minikv_jax.quantizers import hadamard
-from minikv_jax.schemes import ScorerInputs, register_scorer
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods.base import ScorerInputs, register_scorer
+from minikv_jax.methods.quantizers import hadamard
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.models.decoder import Llama
+from minikv_jax.packing import Axis, dequantize, quantize
 
 PROMPT = np.random.default_rng(0).integers(0, 96, 100).tolist()  # padded to 112 when it runs
 NEW = 6

@@ -11,10 +11,11 @@ import pytest
 from tiny import tiny_model
 
 import minikv_jax as mk
-from minikv_jax import inference, memory, presets
-from minikv_jax.cache import LayerCapacity
-from minikv_jax.evaluation import layerwise
-from minikv_jax.schemes import register_quantizer
+from minikv_jax import inference, layerwise
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import LayerCapacity
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods.base import register_quantizer
 
 LENGTHS = np.array([96, 70], np.int32)
 ROOM = 8

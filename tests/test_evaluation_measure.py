@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from minikv_jax import presets
 from minikv_jax.evaluation import Case, measure
 from minikv_jax.generate import generate
-from minikv_jax.model import Llama
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models.decoder import Llama
 
 COARSE = dataclasses.replace(presets.get("minikv"), name="coarse", k_bits=1, v_bits=1, residual_length=32)
 METHODS = {"full": presets.get("full"), "coarse": COARSE}

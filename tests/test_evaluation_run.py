@@ -9,9 +9,11 @@ from collections.abc import Callable
 import pytest
 from tiny import tiny_config
 
-from minikv_jax import cli, memory, presets
+from minikv_jax.cache import memory
+from minikv_jax.cli import main as cli
 from minikv_jax.evaluation import Method, book_windows
 from minikv_jax.evaluation.run import means
+from minikv_jax.methods import lookup as presets
 
 Run = Callable[..., tuple[int, str, str]]
 TEXT = "The lamp was lit at dusk and burned until the morning, when the keeper put it out. " * 12
@@ -140,7 +142,8 @@ def test_budget_bytes_makes_a_method_per_share(run: Run, model_directory: pathli
 
 PLUGIN = """
 import dataclasses, jax.numpy as jnp, minikv_jax
-from minikv_jax import presets, schemes
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import base as schemes
 
 @schemes.register_scorer("newest-even")
 def newest_even(inputs, config):

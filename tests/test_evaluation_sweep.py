@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minikv_jax import cli
+from minikv_jax.cli import main as cli
 from minikv_jax.evaluation import figures
 from minikv_jax.evaluation import run as run_module
 from minikv_jax.evaluation.sweep import grid

@@ -13,16 +13,18 @@ from layers import assert_close, cache_of, normal
 from projections import VOCABULARY, Projections, projections
 from tiny import tiny_config, tiny_model
 
-from minikv_jax import inference, memory, presets
-from minikv_jax.attention import decode_attention_weights
-from minikv_jax.cache import KVCache, LayerCache
-from minikv_jax.cache_file import restore_cache, save_cache
-from minikv_jax.config import CacheConfig
-from minikv_jax.eviction import Eviction, evict
+from minikv_jax import inference
+from minikv_jax.cache import memory
+from minikv_jax.cache.checkpoint import restore_cache, save_cache
+from minikv_jax.cache.state import KVCache, LayerCache
 from minikv_jax.generate import generate
-from minikv_jax.model import Llama
-from minikv_jax.schemes import SCORERS, register_scorer
-from minikv_jax.selection import budgets_from_scores
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods.base import SCORERS, register_scorer
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.models.decoder import Llama
+from minikv_jax.ops.decode_attention import decode_attention_weights
+from minikv_jax.ops.evict import Eviction, evict
+from minikv_jax.ops.select import budgets_from_scores
 
 LENGTHS, BUCKET, STEPS = [50, 31, 12, 3], 64, 30
 CONFIGS = {

@@ -10,7 +10,9 @@ import pytest
 from tiny import tiny_model
 
 import minikv_jax
-from minikv_jax import memory, presets, schemes
+from minikv_jax.cache import memory
+from minikv_jax.methods import base as schemes
+from minikv_jax.methods import lookup as presets
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 

@@ -14,10 +14,12 @@ from flax import nnx
 from tiny import tiny_model
 
 import minikv_jax as mk
-from minikv_jax import inference, memory, presets
-from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax import inference
+from minikv_jax.cache import memory
 from minikv_jax.generate import _decode_chunk, _generate, _prefill_only, _Settings, bucket_length
 from minikv_jax.inference import last_valid
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models.config import CacheConfig, ModelConfig
 from minikv_jax.sampling import sample
 
 VOCABULARY = 96

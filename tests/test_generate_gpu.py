@@ -19,10 +19,12 @@ from jax import lax
 from tiny import tiny_model
 
 import minikv_jax as mk
-from minikv_jax import hub, memory, presets
-from minikv_jax.cache import LayerCache, append, compress, layer_capacity
-from minikv_jax.evaluation import layerwise
-from minikv_jax.selection import Kept
+from minikv_jax import layerwise
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import LayerCache, append, compress, layer_capacity
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models import hub
+from minikv_jax.ops.select import Kept
 
 STEPS = 10_000
 MINIKV = presets.get("minikv")

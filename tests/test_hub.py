@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from minikv_jax import hub
-from minikv_jax.gguf_file import GGUFFile
-from minikv_jax.model import Llama
-from minikv_jax.tokenizer import tokenizer_from_gguf
+from minikv_jax.models import hub
+from minikv_jax.models.decoder import Llama
+from minikv_jax.models.gguf import GGUFFile
+from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
 
 
 def same(a: Llama, b: Llama) -> bool:

@@ -11,10 +11,11 @@ from flax import nnx
 from tiny import random_ids, tiny_config, tiny_model
 
 import minikv_jax as mk
-from minikv_jax import inference, presets
-from minikv_jax import model as model_module
-from minikv_jax.cache import KVCache
-from minikv_jax.config import CacheConfig
+from minikv_jax import inference
+from minikv_jax.cache.state import KVCache
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models import decoder as model_module
+from minikv_jax.models.config import CacheConfig
 
 MINIKV16 = dataclasses.replace(presets.get("minikv"), residual_length=32)
 

@@ -13,11 +13,14 @@ from jax import Array, lax
 from tiny import random_ids, tiny_model
 from transformers import PreTrainedTokenizerBase
 
-from minikv_jax import hub, inference, kernels, memory, presets
-from minikv_jax.attention import decode_attention, prefill_attention, quantize
-from minikv_jax.cache import KVCache, LayerCache
-from minikv_jax.evaluation import layerwise
-from minikv_jax.model import Llama
+from minikv_jax import inference, layerwise
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import KVCache, LayerCache
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models import hub
+from minikv_jax.models.decoder import Llama
+from minikv_jax.ops import dispatch as kernels
+from minikv_jax.ops.decode_attention import decode_attention, prefill_attention, quantize
 from pallas_kernels import hopper
 
 SIZES = {"batch": 1, "tokens": 4096}

@@ -12,11 +12,13 @@ import pytest
 from layers import Rows, assert_close, assert_same, naive_append
 from projections import VOCABULARY, Projections, projections
 
-from minikv_jax import inference, memory, presets
-from minikv_jax.cache import KVCache
-from minikv_jax.config import CacheConfig
-from minikv_jax.model import Llama
-from minikv_jax.rotary import inverse_frequencies
+from minikv_jax import inference
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import KVCache
+from minikv_jax.methods import lookup as presets
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.models.decoder import Llama
+from minikv_jax.models.rotary import inverse_frequencies
 
 LENGTHS, BUCKET, STEPS = [150, 97, 36, 3], 160, 40
 

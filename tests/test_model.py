@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 from tiny import random_ids, tiny_config, tiny_model
 
-from minikv_jax import memory
-from minikv_jax.config import ModelConfig, RopeScaling
-from minikv_jax.model import Llama, resolve_dtype
-from minikv_jax.rotary import inverse_frequencies, rotary_tables, rotate
+from minikv_jax.cache import memory
+from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.rotary import inverse_frequencies, rotary_tables, rotate
 
 LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=16)
 

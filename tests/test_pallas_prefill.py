@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from minikv_jax import reference
+from minikv_jax.ops import online_softmax as reference
 from pallas_kernels import column_sums, flash_attention, hopper, tuning
 
 # Of the error that XLA makes in the same dtype: both round weights and results to 16 bits, in another order. Where

@@ -13,11 +13,12 @@ import transformers
 from checkpoints import gguf_name
 from tiny import random_ids
 
-from minikv_jax import hub, weights
-from minikv_jax.attention import prefill_attention
 from minikv_jax.generate import generate
-from minikv_jax.model import Llama
-from minikv_jax.rotary import rotary_tables
+from minikv_jax.models import hub
+from minikv_jax.models import parameters as weights
+from minikv_jax.models.decoder import Llama
+from minikv_jax.models.rotary import rotary_tables
+from minikv_jax.ops.decode_attention import prefill_attention
 
 T = 24
 TINY = {

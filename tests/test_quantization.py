@@ -11,8 +11,8 @@ import naive
 import numpy as np
 import pytest
 
-from minikv_jax.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
-from minikv_jax.quantization import QuantizedArray, dequantize, pack, quantize, unpack
+from minikv_jax.models.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
+from minikv_jax.packing import QuantizedArray, dequantize, pack, quantize, unpack
 
 AXES = ("tokens", "channels")
 

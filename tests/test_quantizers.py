@@ -13,12 +13,14 @@ import pytest
 from layers import assert_close, cache_of, normal
 from tiny import tiny_config
 
-from minikv_jax import kernels, memory, quantizers
-from minikv_jax.attention import decode_attention, extend_attention
-from minikv_jax.cache import KVCache
-from minikv_jax.config import CacheConfig
-from minikv_jax.quantization import QuantizedArray
-from minikv_jax.schemes import Kind, Operand
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import KVCache
+from minikv_jax.methods import quantizers
+from minikv_jax.methods.base import Kind, Operand
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.ops import dispatch as kernels
+from minikv_jax.ops.decode_attention import decode_attention, extend_attention
+from minikv_jax.packing import QuantizedArray
 
 B, K, S, H, BLOCK = 2, 2, 64, 32, 32
 

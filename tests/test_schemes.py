@@ -11,8 +11,9 @@ from layers import cache_of, normal
 from tiny import tiny_config, tiny_model
 
 import minikv_jax as mk
-from minikv_jax import memory, presets
-from minikv_jax.cache import append
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import append
+from minikv_jax.methods import lookup as presets
 
 MODEL = tiny_config()
 

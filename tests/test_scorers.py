@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from minikv_jax.config import CacheConfig
-from minikv_jax.rotary import inverse_frequencies
-from minikv_jax.schemes import SCORERS, ScorerInputs
+from minikv_jax.methods.base import SCORERS, ScorerInputs
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.models.rotary import inverse_frequencies
 
 LENGTHS, T, H, SINKS, LAG = [40, 33, 13, 3], 40, 16, 2, 8
 FREQUENCIES = inverse_frequencies(tiny_config(head_dim=H))

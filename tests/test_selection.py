@@ -9,10 +9,10 @@ import naive
 import numpy as np
 import pytest
 
-from minikv_jax import presets
-from minikv_jax.config import CacheConfig
-from minikv_jax.schemes import SCORERS, ScorerInputs
-from minikv_jax.selection import budget_tokens, budgets_from_scores, kept_capacity, layer_budgets, select_tokens
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods.base import SCORERS, ScorerInputs
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.ops.select import budget_tokens, budgets_from_scores, kept_capacity, layer_budgets, select_tokens
 
 LENGTHS = np.array([1, 2, 3, 7, 19, 38, 39, 40])
 TOKENS = 40

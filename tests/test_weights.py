@@ -15,10 +15,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tiny import tiny_config, tiny_model
 
-from minikv_jax import weights
-from minikv_jax.config import RopeScaling
-from minikv_jax.gguf_file import GGUFFile, config_from_gguf
-from minikv_jax.model import Llama
+from minikv_jax.models import parameters as weights
+from minikv_jax.models.config import RopeScaling
+from minikv_jax.models.decoder import Llama
+from minikv_jax.models.gguf import GGUFFile, config_from_gguf
 
 FAMILIES = {
     "llama": tiny_config(),

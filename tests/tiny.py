@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minikv_jax.config import ModelConfig
-from minikv_jax.model import Llama
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.decoder import Llama
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minikv_jax import hub, memory, presets
-from minikv_jax.cache import KVCache
-from minikv_jax.config import CacheConfig, ModelConfig
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import KVCache
 from minikv_jax.generate import _decode_chunk, _prefill_only, _settings, _State, bucket_length
-from minikv_jax.model import Llama
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods.base import load_plugin
+from minikv_jax.models import hub
+from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.decoder import Llama
 from minikv_jax.sampling import Sampling
-from minikv_jax.schemes import load_plugin
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
 _RUNS = 3

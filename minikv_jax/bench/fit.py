@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from minikv_jax import memory
 from minikv_jax.bench.end_to_end import Case, Programs
-from minikv_jax.config import ModelConfig
+from minikv_jax.cache import memory
 from minikv_jax.generate import bucket_length
+from minikv_jax.models.config import ModelConfig
 
 FIELDS = {"batch": "batch", "prompt": "prompt_len"}  # what can be found, and the case's field that holds it
 # Layers of the models that are compiled to know a deeper one's needs. Not two: XLA shares buffers there otherwise than

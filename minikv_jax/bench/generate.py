@@ -25,14 +25,14 @@ from typing import Any
 
 import jax
 
-from minikv_jax import hub
-from minikv_jax.arguments import Parser, output_file
 from minikv_jax.bench import huggingface, timing
 from minikv_jax.bench.end_to_end import Case, Programs, measure
 from minikv_jax.bench.fit import FIELDS, find
 from minikv_jax.bench.worker import TaskError, run_task
-from minikv_jax.kernels import IMPLEMENTATIONS
-from minikv_jax.model import DTYPES
+from minikv_jax.cli.arguments import Parser, output_file
+from minikv_jax.models import hub
+from minikv_jax.models.decoder import DTYPES
+from minikv_jax.ops.dispatch import IMPLEMENTATIONS
 
 _PACKAGES = ("jax", "jaxlib", "flax")
 _PROBE_SHARE = 0.5  # of the device's memory that the process which looks at the device may use

@@ -12,8 +12,9 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from minikv_jax import memory, presets
 from minikv_jax.bench.end_to_end import SHAPES, Case
+from minikv_jax.cache import memory
+from minikv_jax.methods import lookup as presets
 
 if TYPE_CHECKING:
     import torch

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 
 import cuda_ffi
-from minikv_jax.arguments import Parser, output_file
 from minikv_jax.bench import timing
 from minikv_jax.bench.decode import SHAPES as DECODE_SHAPES
 from minikv_jax.bench.decode import bench_decode
 from minikv_jax.bench.prefill import SHAPES as PREFILL_SHAPES
 from minikv_jax.bench.prefill import bench_prefill
 from minikv_jax.bench.quantize import bench_quantize
+from minikv_jax.cli.arguments import Parser, output_file
 
 
 def benchmarks(rate: dict[str, float]) -> Iterator[timing.Benchmark]:

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minikv_jax.attention import quantize
 from minikv_jax.bench.timing import Benchmark, Row, kernel_ms
-from minikv_jax.quantization import Axis
+from minikv_jax.ops.decode_attention import quantize
+from minikv_jax.packing import Axis
 
 
 def bench_quantize(axis: Axis, implementation: str, rate: dict[str, float]) -> Benchmark:

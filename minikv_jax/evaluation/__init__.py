@@ -1,8 +1,8 @@
 """How much of the model's behaviour survives a compressed cache: tasks, measurements, sweeps (docs/evaluation.md)."""
 
+from minikv_jax.evaluation.fit import Method as Method
 from minikv_jax.evaluation.measure import Measurement as Measurement
 from minikv_jax.evaluation.measure import measure as measure
-from minikv_jax.evaluation.method import Method as Method
 from minikv_jax.evaluation.run import Evaluator as Evaluator
 from minikv_jax.evaluation.run import evaluate as evaluate
 from minikv_jax.evaluation.task import Case as Case

@@ -32,7 +32,7 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
         return source
     if source.exists() or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"data {name!r} is neither a directory nor a data set on the hub (OWNER/NAME)")
-    from minikv_jax import hub
+    from minikv_jax.models import hub
 
     wanted = ", ".join(patterns)
     snapshot = hub.download(name, patterns, repo_type="dataset", advice=f"a local directory with {wanted}")

@@ -17,15 +17,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import memory
-from minikv_jax.cache import LayerCache
-from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.evaluation.layerwise import PromptLayer, compress_layers, prefill_layers
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.evaluation.measure import check_case, needs_column_sums, padded_length
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length, generate
-from minikv_jax.model import Llama
-from minikv_jax.selection import Kept
+from minikv_jax.layerwise import PromptLayer, compress_layers, prefill_layers
+from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.decoder import Llama
+from minikv_jax.ops.select import Kept
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import memory, presets
-from minikv_jax.cache import KVCache
-from minikv_jax.config import CacheConfig, ModelConfig
-from minikv_jax.evaluation.layerwise import compress_layers, decode_step, prefill_layers, shared_capacities
+from minikv_jax.cache import memory
+from minikv_jax.cache.state import KVCache
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length
-from minikv_jax.model import Llama
-from minikv_jax.schemes import SCORERS
+from minikv_jax.layerwise import compress_layers, decode_step, prefill_layers, shared_capacities
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods.base import SCORERS
+from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.decoder import Llama
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from minikv_jax.evaluation.command import COLUMNS
+from minikv_jax.cli.evaluate import COLUMNS
 
 if TYPE_CHECKING:
     from minikv_jax.evaluation.inspection import Inspection

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minikv_jax import memory
-from minikv_jax.config import CacheConfig
+from minikv_jax.cache import memory
+from minikv_jax.evaluation.fit import Method
 from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
-from minikv_jax.evaluation.method import Method
 from minikv_jax.evaluation.task import Case, Task
-from minikv_jax.model import Llama
+from minikv_jax.models.config import CacheConfig
+from minikv_jax.models.decoder import Llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

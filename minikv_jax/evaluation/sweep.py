@@ -14,9 +14,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from minikv_jax import presets
-from minikv_jax.evaluation.method import Method
+from minikv_jax.evaluation.fit import Method
 from minikv_jax.evaluation.run import METRICS, Evaluator, case_record, describe, means
+from minikv_jax.methods import lookup as presets
 
 
 @dataclasses.dataclass(frozen=True)

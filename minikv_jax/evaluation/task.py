@@ -112,7 +112,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, 
     """
     if not chat or tokenizer.chat_template is None:
         return list(tokenizer.encode(text + reply))
-    from minikv_jax.chat import first_turn
+    from minikv_jax.models.chat import first_turn
 
     return first_turn(tokenizer, text, reply)
 

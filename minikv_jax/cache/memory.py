@@ -1,0 +1,151 @@
+"""What a cache costs, from shapes alone: known before anything is allocated, and equal to what is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from minikv_jax.cache.state import LayerCapacity, layer_capacity
+from minikv_jax.checks import integer
+from minikv_jax.methods import base as schemes
+from minikv_jax.methods.base import QUANTIZERS
+from minikv_jax.methods.quantizers import block_bytes
+from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.ops.select import layer_budgets
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a cache over all layers and rows.
+
+    Attributes:
+      packed_bytes: codes, scales and zero points at their capacity: kept and generated tokens. MiniKV's paper counts
+        this.
+      tail_bytes: the full-precision tail, sinks included.
+      index_bytes: lengths, positions where a layer has a sliding window, scores and budgets where tokens leave during
+        generation.
+      bytes: everything allocated, `KVCache.nbytes`.
+      full_bytes: the same tokens, all of them, in the model's dtype: what an uncompressed cache holds.
+      layers: tokens per layer (`kept` of the prompt; capacities of the packed region and of the tail).
+      layer_bytes: everything allocated, per layer.
+    """
+
+    packed_bytes: int
+    tail_bytes: int
+    index_bytes: int
+    full_bytes: int
+    layers: tuple[LayerCapacity, ...]
+    layer_bytes: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.packed_bytes + self.tail_bytes + self.index_bytes
+
+    def step_saved(self, weight_bytes: int) -> float:
+        """How many times fewer bytes a decode step reads than with a full cache: what compression can gain at most.
+
+        A step reads the weights once, whatever the batch, and at the end of generation all of the cache.
+        """
+        return (weight_bytes + self.full_bytes) / (weight_bytes + self.bytes)
+
+    @property
+    def saved(self) -> float:
+        """Share of the full cache's bytes that is saved, everything counted."""
+        return 1 - self.bytes / self.full_bytes
+
+    @property
+    def packed_saved(self) -> float:
+        """Share of the full cache's bytes that is saved if only packed bytes count, as in the paper's 86 %."""
+        return 1 - self.packed_bytes / self.full_bytes
+
+
+def capacities(
+    model: ModelConfig, config: CacheConfig, prompt_length: int, max_new_tokens: int
+) -> tuple[LayerCapacity, ...]:
+    """Each layer's capacities for prompts of at most `prompt_length` tokens."""
+    heavy = layer_budgets(config, model.num_hidden_layers)
+    return tuple(
+        layer_capacity(config, share, prompt_length, max_new_tokens, model.window(layer))
+        for layer, share in enumerate(heavy)
+    )
+
+
+def report(
+    model: ModelConfig,
+    config: CacheConfig,
+    *,
+    prompt_length: int,
+    max_new_tokens: int,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+) -> MemoryReport:
+    """Bytes of `batch` rows with prompts of `prompt_length` tokens and `max_new_tokens` generated ones.
+
+    `prompt_length` is the padded length that the cache is made for; `generate` rounds prompts up to a bucket
+    (`generate.bucket_length`).
+
+    Raises:
+      ValueError: a length or batch below 1, an unknown dtype, or a method that does not fit the model.
+    """
+    for name, value in (("prompt_length", prompt_length), ("max_new_tokens", max_new_tokens), ("batch", batch)):
+        integer(name, value, 1)
+    if dtype not in _BYTES:
+        raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+    check_model(model, config)
+    layers = capacities(model, config, prompt_length, max_new_tokens)
+    heads, dim, size = model.num_key_value_heads, model.head_dim, _BYTES[dtype]
+    packed = _packed_bytes(model, config, layers, batch, dtype)
+    tail = [batch * heads * 2 * layer.tail * dim * size for layer in layers]
+    index = [_index_bytes(config, layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
+    return MemoryReport(
+        packed_bytes=sum(packed),
+        tail_bytes=sum(tail),
+        index_bytes=sum(index) + 4 * batch,  # and the sequence lengths
+        full_bytes=batch * heads * len(layers) * 2 * (prompt_length + max_new_tokens) * dim * size,
+        layers=layers,
+        layer_bytes=tuple(map(sum, zip(packed, tail, index, strict=True))),
+    )
+
+
+def _packed_bytes(
+    model: ModelConfig, config: CacheConfig, layers: tuple[LayerCapacity, ...], batch: int, dtype: str
+) -> list[int]:
+    if not config.quantized:
+        return [0] * len(layers)
+    of_layer = functools.cache(
+        lambda number: block_bytes(config, number, model.num_key_value_heads, model.head_dim, dtype)
+    )
+    alike = not QUANTIZERS[config.quantizer].by_layer
+    return [
+        batch * layer.packed // config.packing_block * of_layer(0 if alike else number)
+        for number, layer in enumerate(layers)
+    ]
+
+
+def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
+    """Bytes of the weights that a decode step reads: all but an embedding table that only looks tokens up."""
+    d, h = model.hidden_size, model.head_dim
+    q, kv = model.num_attention_heads * h, model.num_key_value_heads * h
+    attention = d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
+    mlp = 3 * d * model.intermediate_size + ((2 * model.intermediate_size + d) if model.mlp_bias else 0)
+    norms = 2 * d + (2 * h if model.qk_norm else 0)
+    return _BYTES[dtype] * (model.num_hidden_layers * (attention + mlp + norms) + d + model.vocab_size * d)
+
+
+def _index_bytes(config: CacheConfig, layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
+    """Two lengths per row, every token's position where the layer has a window, and what eviction needs."""
+    positions = 0 if window is None else 4 * batch * heads * (layer.packed + layer.tail)
+    eviction = 0 if config.evict_every is None else 2 * 4 * batch + bool(config.heavy) * 4 * batch * heads * layer.tail
+    return 2 * 4 * batch + positions + eviction
+
+
+def check_model(model: ModelConfig, config: CacheConfig) -> None:
+    """Raises ValueError where the method does not fit the model, or one of its schemes breaks its contract."""
+    windows = {model.window(layer) for layer in range(model.num_hidden_layers)} - {None}
+    if config.evict_every is not None and windows:
+        raise ValueError(
+            f"evict_every={config.evict_every}: a layer with a sliding window ({windows.pop()}) evicts by it"
+        )
+    schemes.check(config, model)

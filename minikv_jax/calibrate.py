@@ -1,0 +1,259 @@
+"""Learns a `Calibration` with Optax: how much of its range each group uses, and in which basis the cache is held.
+
+Layers are learnt one by one, on what a method's cache holds of some prompts. A layer's loss is the error of its
+attention output, for the tokens that follow the prompts, against that over the same tokens in full precision: it sees
+what an error of a key or value costs, and needs no pass through the model. The forward pass is the method's own
+quantisation; gradients go straight through the rounding (Bengio et al. 2013), and reach zeros and steps as in LSQ
+(Esser et al. 2020). Rotations are Cayley transforms of skew-symmetric matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from minikv_jax import packing as quantization
+from minikv_jax.cache import memory
+from minikv_jax.checks import at_least
+from minikv_jax.evaluation.measure import needs_column_sums
+from minikv_jax.layerwise import compress_layers, prefill_layers
+from minikv_jax.methods.base import QUANTIZERS, Kind, Operand
+from minikv_jax.methods.calibrated import Calibration, OperandCalibration, Ranges, clipped
+from minikv_jax.methods.quantizers import minmax_arguments
+from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.decoder import Llama
+
+LEARNABLE = ("ranges", "rotation")
+_START = ("minmax", "hadamard")  # quantisers whose rule is that of the calibrated one before anything is learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to learn. `learn` names what is learnt, of `LEARNABLE`; `rate` is Adam's, falling to 0 along a cosine."""
+
+    learn: tuple[str, ...] = ("rotation",)
+    steps: int = 100
+    rate: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps)
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate={self.rate}: expected a number between 0 and 1")
+        if not self.learn or set(self.learn) - set(LEARNABLE):
+            raise ValueError(f"learn={','.join(self.learn)!r}: expected some of {', '.join(LEARNABLE)}")
+
+
+class Learnt(NamedTuple):
+    """A calibration, and each layer's loss: squared error of the attention output, relative to its size.
+
+    `before` and `after [L]` are means over all prompts, `curve [steps]` is the mean over layers, of one prompt a step.
+    """
+
+    calibration: Calibration
+    before: np.ndarray
+    after: np.ndarray
+    curve: np.ndarray
+
+
+def calibrate(
+    model: Llama,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    config: CacheConfig,
+    settings: Settings = Settings(),
+    done: Callable[[int], None] = lambda layers: None,
+) -> Learnt:
+    """Learns how to store what `config` keeps.
+
+    Args:
+      texts: a prompt and the tokens after it, ids, each text of the same lengths.
+      config: quantises by "minmax" or "hadamard", whose basis is then where rotations start.
+      done: is told how many layers are done.
+
+    Raises:
+      ValueError: a method that does not fit the model, or packs nothing of such prompts; texts of different lengths.
+    """
+    check_method(model.config, config)
+    if len({(len(prompt), len(after)) for prompt, after in texts}) != 1:
+        raise ValueError("expected at least one text, and the same lengths of every prompt and of what follows")
+    found = []
+    for number, samples in enumerate(_samples(model, texts, config)):
+        if not samples.packed.any():
+            raise ValueError(f"method {config.name!r} packs nothing of a prompt of {len(texts[0][0])} tokens")
+        key = jax.random.fold_in(jax.random.key(settings.seed), number)
+        window = model.window(number)
+        found.append(jax.device_get(_learn_layer(samples, key, config=config, settings=settings, window=window)))
+        done(number + 1)
+    calibration, before, after, curve = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    return Learnt(calibration, before, after, curve.mean(axis=0))
+
+
+def check_method(model: ModelConfig, config: CacheConfig) -> None:
+    """Raises ValueError where a method cannot be calibrated, or does not fit the model."""
+    if not config.quantized or config.quantizer not in _START:
+        how = f"quantizer={config.quantizer!r}" if config.quantized else "nothing quantised"
+        raise ValueError(f"method {config.name!r} has {how}: expected quantizer={' or '.join(map(repr, _START))}")
+    memory.check_model(model, config)
+
+
+class _Samples(NamedTuple):
+    """One layer's cache of `W` texts, and what is asked of it: `M` slots of kept tokens, then `Q` tokens, which ask."""
+
+    q: Float[Array, "W Q N H"]
+    k: Float[Array, "W K S H"]  # S = M + Q
+    v: Float[Array, "W K S H"]
+    positions: Int[Array, "W K S"]  # beyond all others where a slot is empty
+    packed: Int[Array, "W"]  # slots that are quantised, after the sinks
+
+
+def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]], config: CacheConfig) -> list[_Samples]:
+    """Each layer's, as NumPy arrays."""
+    found = []
+    for prompt, after in texts:
+        ids, length = np.array([[*prompt, *after]], np.int32), np.array([len(prompt)], np.int32)
+        sums = needs_column_sums(config)
+        _, layers = prefill_layers(model, ids[:, : len(prompt)], length, sums, None)
+        capacities = memory.capacities(model.config, config, len(prompt), len(after))
+        cache, kept, _ = compress_layers(model.config, config, layers, length, capacities, None)
+        _, whole = prefill_layers(model, ids, length + len(after), False, None)
+        rows = [
+            _sample(q, k, v, chosen.positions, layer.packed_length, prompt=len(prompt))
+            for (q, k, v, _), chosen, layer in zip(whole, kept, cache.layers, strict=True)
+        ]
+        found.append(jax.device_get(rows))
+    return [jax.tree.map(lambda *rows: np.concatenate(rows), *layer) for layer in zip(*found, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames="prompt")
+def _sample(
+    q: Float[Array, "1 T N H"],
+    k: Float[Array, "1 T K H"],
+    v: Float[Array, "1 T K H"],
+    kept: Int[Array, "1 K M"],
+    packed: Int[Array, "1"],
+    *,
+    prompt: int,
+) -> _Samples:
+    """One text's sample, of a run of all its tokens, the first `prompt` of which were compressed."""
+    tokens, kv_heads = k.shape[1:3]
+    after = jnp.broadcast_to(jnp.arange(prompt, tokens), (1, kv_heads, tokens - prompt))
+    source = jnp.concatenate([jnp.minimum(kept, prompt - 1), after], axis=-1)
+    empty = jnp.where(kept < prompt, kept, tokens)
+    k, v = (jnp.take_along_axis(x.swapaxes(1, 2), source[..., None], axis=2).astype(jnp.float32) for x in (k, v))
+    return _Samples(q[:, prompt:].astype(jnp.float32), k, v, jnp.concatenate([empty, after], axis=-1), packed)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "window"))
+def _learn_layer(
+    samples: _Samples, key: Array, *, config: CacheConfig, settings: Settings, window: int | None
+) -> tuple[Calibration, Array, Array, Array]:
+    """A layer's calibration; its mean loss before and after; the loss of every step."""
+    texts, _, _, dim = samples.q.shape
+    bases = _basis("keys", config, dim), _basis("values", config, dim)
+    start = _nothing_learnt(samples.k.shape[1], dim, config.group_size)
+
+    def loss(free: Calibration, sample: _Samples) -> Array:
+        return _loss(_calibration(free, bases, settings.learn), sample, config, window)
+
+    def mean(free: Calibration) -> Array:
+        return jnp.mean(lax.map(functools.partial(loss, free), samples))
+
+    def step(state: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], Array]:
+        free, moments = state
+        value, slope = jax.value_and_grad(loss)(free, jax.tree.map(lambda leaf: leaf[index], samples))
+        change, moments = adam.update(slope, moments, free)
+        return (optax.apply_updates(free, change), moments), value
+
+    adam = optax.adam(optax.cosine_decay_schedule(settings.rate, settings.steps))
+    order = jax.random.randint(key, (settings.steps,), 0, texts)
+    (learnt, _), curve = lax.scan(step, (start, adam.init(start)), order)
+    return _calibration(learnt, bases, settings.learn), mean(start), mean(learnt), curve
+
+
+def _basis(kind: Kind, config: CacheConfig, dim: int) -> Float[Array, "H H"]:
+    """Where a rotation starts: the basis of the method's own quantiser."""
+    rotation = QUANTIZERS[config.quantizer].rotation(Operand(kind, 0, config), dim)
+    return jnp.eye(dim) if rotation is None else rotation
+
+
+def _nothing_learnt(heads: int, dim: int, group_size: int) -> Calibration:
+    """What changes while learning, all zero: the ranges' logarithms, and a matrix that makes the rotation."""
+
+    def operand(columns: int) -> OperandCalibration:
+        return OperandCalibration(Ranges(*jnp.zeros((2, heads, columns))), jnp.zeros((dim, dim)))
+
+    return Calibration(operand(dim), operand(dim // group_size))
+
+
+def _calibration(free: Calibration, bases: tuple[Array, Array], learn: tuple[str, ...]) -> Calibration:
+    """What `free` stands for; what is not in `learn` gets no gradient and stays as it starts."""
+
+    def operand(free: OperandCalibration, basis: Array) -> OperandCalibration:
+        ranges = free.ranges if "ranges" in learn else lax.stop_gradient(free.ranges)
+        turn = free.rotation if "rotation" in learn else lax.stop_gradient(free.rotation)
+        skew, one = turn - turn.T, jnp.eye(turn.shape[0])
+        cayley = jnp.linalg.solve(one + skew, one - skew)
+        return OperandCalibration(
+            Ranges(jnp.exp(ranges.low), jnp.exp(ranges.high)), jnp.matmul(basis, cayley, precision="highest")
+        )
+
+    keys, values = bases
+    return Calibration(operand(free.keys, keys), operand(free.values, values))
+
+
+def _loss(calibration: Calibration, sample: _Samples, config: CacheConfig, window: int | None) -> Float[Array, ""]:
+    """Squared error of one text's attention output over its stored tokens, relative to the size of the output."""
+    wanted = _attend(sample, sample.k, sample.v, window)
+    k = _stored(sample.k, sample.packed, calibration.keys, Operand("keys", 0, config))
+    v = _stored(sample.v, sample.packed, calibration.values, Operand("values", 0, config))
+    return jnp.sum((_attend(sample, k, v, window) - wanted) ** 2) / jnp.sum(wanted**2)
+
+
+def _attend(sample: _Samples, k: Float[Array, "K S H"], v: Float[Array, "K S H"], window: int | None) -> Array:
+    """Attention output `[K, G, Q, H]` of the queries, which stand in the last slots."""
+    queries, heads, dim = sample.q.shape
+    q = sample.q.reshape(queries, k.shape[0], heads // k.shape[0], dim)
+    asking, positions = sample.positions[:, -queries:, None], sample.positions[:, None]  # [K, Q, 1] and [K, 1, S]
+    seen = positions <= asking
+    if window is not None:
+        seen &= positions > asking - window
+    logits = jnp.einsum("qkgh,ksh->kgqs", q, k, precision="highest") * dim**-0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("kgqs,ksh->kgqh", weights, v, precision="highest")
+
+
+def _stored(
+    x: Float[Array, "K S H"], packed: Int[Array, ""], learnt: OperandCalibration, operand: Operand
+) -> Float[Array, "K S H"]:
+    """The tokens as the cache gives them back: those that are packed with their errors, the others exact."""
+    sinks, block = operand.config.sinks, operand.config.packing_block
+    slots = jnp.arange(x.shape[1])
+    size = (x.shape[1] - sinks) // block * block
+    turned = jnp.matmul(x[None, :, sinks : sinks + size], learnt.rotation, precision="highest")
+    back = jnp.matmul(_rounded(turned, learnt.ranges, operand), learnt.rotation.T, precision="highest")[0]
+    padded = jnp.pad(back, [(0, 0), (sinks, x.shape[1] - sinks - size), (0, 0)])
+    return jnp.where(((slots >= sinks) & (slots < sinks + packed))[:, None], padded, x)
+
+
+def _rounded(x: Float[Array, "1 K S H"], ranges: Ranges, operand: Operand) -> Float[Array, "1 K S H"]:
+    """What is read back of `x`, exactly; as if it had not been rounded, for gradients."""
+    arguments = minmax_arguments(operand)
+    bits, axis = arguments["bits"], arguments["axis"]
+    groups = quantization.grouped(x, arguments["group_size"], axis)
+    low, step = clipped(groups, ranges, bits, axis)
+    exact = quantization.dequantize(quantization.encode(*lax.stop_gradient((x, low, step)), **arguments))
+    reduced = -2 if axis == "tokens" else -1
+    low, step = jnp.expand_dims(low, reduced), jnp.expand_dims(step, reduced)
+    codes = jnp.clip((groups - low) / jnp.where(step > 0, step, 1.0), 0, (1 << bits) - 1)
+    codes += lax.stop_gradient(jnp.round(codes) - codes)
+    smooth = (codes * step + low).reshape(x.shape)
+    return smooth + lax.stop_gradient(exact - smooth)

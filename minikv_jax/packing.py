@@ -1,0 +1,294 @@
+"""Group-wise asymmetric quantisation and true bit packing (MiniKV section 3.2, KIVI section 3).
+
+Keys are quantised per channel in groups of consecutive tokens ("sub-channel"), values per token in groups of
+consecutive channels. The packed layout, one for keys and values and for every number of bits, is
+`docs/architecture.md`, "Packed layout": a 32-bit word holds consecutive tokens of one channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt32
+
+from minikv_jax.models.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
+
+Axis = Literal["tokens", "channels"]
+
+_FLOAT8_MAX = 448.0  # largest finite float8_e4m3fn
+
+
+class TokenRows:
+    """Arrays in which a run of tokens is a run of rows: what the packed region of a cache is made of.
+
+    A subclass is a pytree; in each leaf, one axis holds `num_tokens / r` rows of `r` tokens, `r` being the leaf's own.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """`S`, the token capacity."""
+        raise NotImplementedError
+
+    def _axis(self, leaf: Array) -> int:
+        raise NotImplementedError
+
+    def _resized(self, size: int) -> Self:
+        """The same arrays, whose leaves have come to hold `size` tokens."""
+        del size
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for codes and metadata."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def tokens(self, start: int | Array, size: int) -> Self:
+        """The `size` tokens from `start` on; both must be multiples of the packing block."""
+        total = self.num_tokens
+
+        def rows(leaf: Array) -> Array:
+            axis = self._axis(leaf)
+            ratio = total // leaf.shape[axis]
+            return lax.dynamic_slice_in_dim(leaf, start // ratio, size // ratio, axis)
+
+        return jax.tree.map(rows, self)._resized(size)
+
+    def write(self, block: TokenRows, start: Array, where: Array) -> Self:
+        """Writes `block` at token `start[b]` of each row `b` with `where[b]`; other rows stay as they are.
+
+        Leading axes are `[B, K]`; `start` is int32 `[B]`, a multiple of the packing block; `where` is bool `[B]`.
+        """
+        total = self.num_tokens
+
+        def write_row(old: Array, new: Array, first: Array, chosen: Array) -> Array:
+            # Rows that are not chosen write back what stands there: a whole-array select would copy the cache.
+            kept = lax.dynamic_slice_in_dim(old, first, new.shape[1], axis=1)
+            return lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, new, kept), first, axis=1)
+
+        def write_leaf(old: Array, new: Array) -> Array:
+            return jax.vmap(write_row)(old, new, start // (total // old.shape[2]), where)
+
+        return jax.tree.map(write_leaf, self, block._resized(total))
+
+    def pad_tokens(self, size: int) -> Self:
+        """Extends the token capacity to `size` (a multiple of the packing block) with zeros."""
+        total = self.num_tokens
+
+        def pad(leaf: Array) -> Array:
+            widths = [(0, 0)] * leaf.ndim
+            axis = self._axis(leaf)
+            widths[axis] = (0, size // (total // leaf.shape[axis]) - leaf.shape[axis])
+            return jnp.pad(leaf, widths)
+
+        return jax.tree.map(pad, self)._resized(size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StoredArray(TokenRows):
+    """What a quantiser of its own layout stores (`schemes.Quantizer`): a pytree of arrays `[B, K, S / r, ...]`."""
+
+    arrays: Any
+    size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_tokens(self) -> int:
+        return self.size
+
+    def _axis(self, leaf: Array) -> int:
+        return 2
+
+    def _resized(self, size: int) -> Self:
+        return dataclasses.replace(self, size=size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray(TokenRows):
+    """Codes, scales and zero points of `S` tokens x `H` channels: `x ~= code * scale + zero`.
+
+    In every array the token axis is the last but one, so a run of tokens is a run of rows in each.
+
+    Attributes:
+      planes: uint32 `[..., S * p / 32, H]`, one array per bit plane of `p` bits (`config.PLANES`).
+      scale, zero: `[..., S / g, H]` for `axis="tokens"`, `[..., S, H / g]` for `axis="channels"`; float16, bfloat16 or
+        float8_e4m3fn.
+      scale_factor, zero_factor: float32 `[..., S / Q, 1]`, the second level of 8-bit metadata, else None.
+    """
+
+    planes: tuple[UInt32[Array, "... W H"], ...]
+    scale: Array
+    zero: Array
+    scale_factor: Float[Array, "... R 1"] | None
+    zero_factor: Float[Array, "... R 1"] | None
+    bits: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    axis: Axis = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_tokens(self) -> int:
+        """`S`, the token capacity."""
+        return self.planes[0].shape[-2] * 32 // PLANES[self.bits][0]
+
+    def _axis(self, leaf: Array) -> int:
+        return leaf.ndim - 2
+
+
+def pack(codes: UInt32[Array, "... S H"], bits: int) -> tuple[UInt32[Array, "... W H"], ...]:
+    """Packs codes in `0 .. 2**bits - 1` along tokens. `S` must be a multiple of 32 over the smallest plane's width."""
+    planes, low = [], 0
+    for width in PLANES[bits]:
+        per_word = 32 // width
+        *lead, tokens, channels = codes.shape
+        part = (codes >> low) & ((1 << width) - 1)
+        part = part.reshape(*lead, tokens // per_word, per_word, channels)
+        shifts = width * jnp.arange(per_word, dtype=jnp.uint32)
+        planes.append(jnp.sum(part << shifts[:, None], axis=-2, dtype=jnp.uint32))  # disjoint bits: sum is or
+        low += width
+    return tuple(planes)
+
+
+def unpack(planes: tuple[UInt32[Array, "... W H"], ...], bits: int) -> UInt32[Array, "... S H"]:
+    """The codes that `pack` packed."""
+    parts, low = [], 0
+    for words, width in zip(planes, PLANES[bits], strict=True):
+        per_word = 32 // width
+        shifts = width * jnp.arange(per_word, dtype=jnp.uint32)
+        part = (words[..., None, :] >> shifts[:, None]) & ((1 << width) - 1)
+        parts.append(part.reshape(*words.shape[:-2], -1, words.shape[-1]) << low)
+        low += width
+    return sum(parts[1:], start=parts[0])
+
+
+def quantize(
+    x: Float[Array, "... S H"],
+    *,
+    bits: int,
+    group_size: int,
+    axis: Axis,
+    metadata_dtype: str = "float16",
+    factor_block: int | None = None,
+) -> QuantizedArray:
+    """Asymmetric min/max quantisation of groups of `group_size` (KIVI eq. 1; MiniKV section 3.2).
+
+    Args:
+      x: float32, bfloat16 or float16.
+      bits: 1, 2, 3, 4 or 8.
+      axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token
+        (values).
+      metadata_dtype: dtype of scale and zero. 8-bit metadata carries a float32 factor per `factor_block` tokens.
+      factor_block: defaults to the smallest count of tokens that fills whole groups and words.
+
+    Returns:
+      Codes rounded against the *stored* scale and zero; a constant group has scale 0 and gives itself back.
+
+    Raises:
+      ValueError: for an unsupported `bits`, `group_size`, `axis` or `metadata_dtype`, or sizes that do not divide.
+    """
+    _check(x.shape, bits, group_size, axis, metadata_dtype)
+    low, steps = minmax(grouped(x, group_size, axis), bits, axis)
+    return encode(x, low, steps, bits, group_size, axis, metadata_dtype, factor_block)
+
+
+def minmax(groups: Float[Array, "..."], bits: int, axis: Axis) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The least value of each group (`grouped`), and the step that reaches its largest at the last code; float32."""
+    reduced = -2 if axis == "tokens" else -1
+    low, high = groups.min(axis=reduced), groups.max(axis=reduced)
+    # Reciprocals, here and below: XLA turns a division by a constant or a broadcast into one, so that `/` would give
+    # bits that depend on what is compiled together.
+    return low, (high - low) * (1 / ((1 << bits) - 1))
+
+
+def encode(
+    x: Float[Array, "... S H"],
+    low: Float[Array, "..."],
+    steps: Float[Array, "..."],
+    bits: int,
+    group_size: int,
+    axis: Axis,
+    metadata_dtype: str,
+    factor_block: int | None = None,
+) -> QuantizedArray:
+    """Codes of `x` under a zero (`low`) and a scale (`steps`) per group, which are rounded to their dtype first."""
+    block = factor_block or max(group_size, 32 // min(PLANES[bits]))
+    groups = grouped(x, group_size, axis)
+    reduced = -2 if axis == "tokens" else -1
+    scale, scale_factor = _store(_finite(steps, metadata_dtype), metadata_dtype, x.shape[-2], block)
+    zero, zero_factor = _store(_finite(low, metadata_dtype), metadata_dtype, x.shape[-2], block)
+
+    stored_scale = jnp.expand_dims(_restore(scale, scale_factor), reduced)
+    stored_zero = jnp.expand_dims(_restore(zero, zero_factor), reduced)
+    codes = jnp.clip(jnp.round((groups - stored_zero) * _reciprocal(stored_scale)), 0, (1 << bits) - 1)
+    planes = pack(codes.astype(jnp.uint32).reshape(x.shape), bits)
+    return QuantizedArray(planes, scale, zero, scale_factor, zero_factor, bits, group_size, axis)
+
+
+def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "... S H"]:
+    """`code * scale + zero`, computed in float32 and rounded to `dtype` once."""
+    codes = unpack(x.planes, x.bits).astype(jnp.float32)
+    groups = grouped(codes, x.group_size, x.axis)
+    reduced = -2 if x.axis == "tokens" else -1
+    scale = jnp.expand_dims(_restore(x.scale, x.scale_factor), reduced)
+    zero = jnp.expand_dims(_restore(x.zero, x.zero_factor), reduced)
+    return (groups * scale + zero).reshape(codes.shape).astype(dtype)
+
+
+def grouped(x: Float[Array, "... S H"], group_size: int, axis: Axis) -> Float[Array, "..."]:
+    """Float32 `[..., S/g, g, H]` for tokens, `[..., S, H/g, g]` for channels."""
+    x = x.astype(jnp.float32)
+    *lead, tokens, channels = x.shape
+    if axis == "tokens":
+        return x.reshape(*lead, tokens // group_size, group_size, channels)
+    return x.reshape(*lead, tokens, channels // group_size, group_size)
+
+
+def _finite(x: Array, metadata_dtype: str) -> Array:
+    """Clamps to the range of 16-bit metadata: a bfloat16 outlier must not turn into infinity."""
+    if metadata_dtype == "float8_e4m3fn":
+        return x
+    limit = float(jnp.finfo(metadata_dtype).max)
+    return jnp.clip(x, -limit, limit)
+
+
+def _store(x: Array, metadata_dtype: str, tokens: int, block: int) -> tuple[Array, Array | None]:
+    """Rounds metadata `[..., rows, n]` to its dtype; 8-bit floats are relative to the largest of their block."""
+    if metadata_dtype != "float8_e4m3fn":
+        return x.astype(metadata_dtype), None
+    *lead, rows, width = x.shape
+    blocks = x.reshape(*lead, tokens // block, rows * block // tokens * width)
+    factor = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) * (1 / _FLOAT8_MAX)
+    return (blocks * _reciprocal(factor)).astype(jnp.float8_e4m3fn).reshape(x.shape), factor
+
+
+def _reciprocal(x: Array) -> Array:
+    """`1 / x`, and 0 where `x` is 0 or so small (subnormal) that its reciprocal overflows."""
+    normal = x >= jnp.finfo(jnp.float32).tiny
+    return jnp.where(normal, 1 / jnp.where(normal, x, 1.0), 0.0)
+
+
+def _restore(x: Array, factor: Array | None) -> Array:
+    if factor is None:
+        return x.astype(jnp.float32)
+    blocks = x.astype(jnp.float32).reshape(*factor.shape[:-1], -1)
+    return (blocks * factor).reshape(x.shape)
+
+
+def _check(shape: tuple[int, ...], bits: int, group_size: int, axis: str, metadata_dtype: str) -> None:
+    for name, value, choices in (
+        ("bits", bits, BITS),
+        ("group_size", group_size, GROUP_SIZES),
+        ("axis", axis, ("tokens", "channels")),
+        ("metadata_dtype", metadata_dtype, METADATA_DTYPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
+    tokens, channels = shape[-2:]
+    unit = max(group_size if axis == "tokens" else 1, 32 // min(PLANES[bits]))
+    if tokens % unit:
+        raise ValueError(f"{tokens} tokens do not fill whole groups and words: expected a multiple of {unit}")
+    if axis == "channels" and channels % group_size:
+        raise ValueError(f"head_dim {channels} is not divisible by group_size {group_size}")
