@@ -25,7 +25,7 @@ from minikv_jax.methods.base import register_budget as register_budget
 from minikv_jax.methods.base import register_method as register_method
 from minikv_jax.methods.base import register_quantizer as register_quantizer
 from minikv_jax.methods.base import register_scorer as register_scorer
-from minikv_jax.models.config import CacheConfig as CacheConfig
+from minikv_jax.methods.config import CacheConfig as CacheConfig
 from minikv_jax.models.config import ModelConfig as ModelConfig
 from minikv_jax.models.decoder import Llama as Llama
 from minikv_jax.ops.decode_attention import decode_attention as decode_attention

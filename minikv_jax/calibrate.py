@@ -28,8 +28,9 @@ from minikv_jax.evaluation.measure import needs_column_sums
 from minikv_jax.layerwise import compress_layers, prefill_layers
 from minikv_jax.methods.base import QUANTIZERS, Kind, Operand
 from minikv_jax.methods.calibrated import Calibration, OperandCalibration, Ranges, clipped
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.methods.quantizers import minmax_arguments
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 
 LEARNABLE = ("ranges", "rotation")

@@ -37,3 +37,13 @@ def number(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise ValueError(f"{name}={value!r}: expected a number")
+
+
+def choice(name: str, value: object, choices: tuple) -> None:
+    """Looks whether `value` is one of `choices`.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if value not in choices or isinstance(value, bool | float):  # which equal integers
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")

@@ -22,7 +22,7 @@ from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.checks import integer
 from minikv_jax.methods import lookup as presets
-from minikv_jax.models.config import CacheConfig
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops import dispatch as kernels
 from minikv_jax.sampling import Sampling, sample

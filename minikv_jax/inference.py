@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache, LayerCache, LayerCapacity, append, compress, layer_capacity
 from minikv_jax.methods.base import BUDGETS, SCORERS, ScorerInputs
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama
 from minikv_jax.models.rotary import inverse_frequencies
 from minikv_jax.ops import decode_attention as attention

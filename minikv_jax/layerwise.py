@@ -20,7 +20,8 @@ from minikv_jax import inference
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache, LayerCache, LayerCapacity
 from minikv_jax.methods.base import BUDGETS, QUANTIZERS, ScorerInputs
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Layer, Llama
 from minikv_jax.models.rotary import inverse_frequencies, rotary_tables
 from minikv_jax.ops import decode_attention as attention

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from minikv_jax.models.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
+from minikv_jax.methods.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
 
 Axis = Literal["tokens", "channels"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 import pytest
-from model_directory import write_model
+from support.model_directory import write_model
 from transformers import PreTrainedTokenizerBase
 
 from minikv_jax.methods import base as schemes

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 import minikv_jax
 from minikv_jax.cache import memory

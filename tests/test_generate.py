@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 import minikv_jax as mk
 from minikv_jax import inference
@@ -19,7 +19,8 @@ from minikv_jax.cache import memory
 from minikv_jax.generate import _decode_chunk, _generate, _prefill_only, _Settings, bucket_length
 from minikv_jax.inference import last_valid
 from minikv_jax.methods import lookup as presets
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.sampling import sample
 
 VOCABULARY = 96

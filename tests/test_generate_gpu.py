@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_ffi_reference import quantize
 from flax import nnx
 from jax import lax
-from tiny import tiny_model
+from oracle.cuda_ffi_reference import quantize
+from support.tiny import tiny_model
 
 import minikv_jax as mk
 from minikv_jax import layerwise

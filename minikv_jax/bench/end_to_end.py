@@ -23,8 +23,9 @@ from minikv_jax.cache.state import KVCache
 from minikv_jax.generate import _decode_chunk, _prefill_only, _settings, _State, bucket_length
 from minikv_jax.methods import lookup as presets
 from minikv_jax.methods.base import load_plugin
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.models import hub
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.sampling import Sampling
 

@@ -15,7 +15,8 @@ from jaxtyping import Array
 from minikv_jax.cache.state import KVCache, LayerCache
 from minikv_jax.methods import quantizers
 from minikv_jax.methods.base import Operand
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.ops.evict import Eviction
 
 _DESCRIPTION = "cache.json"

@@ -9,8 +9,9 @@ from minikv_jax.cache.state import LayerCapacity, layer_capacity
 from minikv_jax.checks import integer
 from minikv_jax.methods import base as schemes
 from minikv_jax.methods.base import QUANTIZERS
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.methods.quantizers import block_bytes
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.ops.select import layer_budgets
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from minikv_jax.methods import quantizers
 from minikv_jax.methods.base import Kind, Operand
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.methods.quantizers import Packed
-from minikv_jax.models.config import CacheConfig
 from minikv_jax.ops import dispatch as kernels
 from minikv_jax.ops.evict import Eviction, most_tokens
 from minikv_jax.ops.select import Kept, kept_capacity

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from minikv_jax.cache.state import KVCache
-    from minikv_jax.models.config import CacheConfig
+    from minikv_jax.methods.config import CacheConfig
     from minikv_jax.models.decoder import Llama
     from minikv_jax.sampling import Sampling
 
@@ -438,7 +438,7 @@ def _methods(arguments: argparse.Namespace) -> int:
     del arguments
     from minikv_jax.methods import base as schemes
     from minikv_jax.methods import lookup as presets
-    from minikv_jax.models.config import CacheConfig
+    from minikv_jax.methods.config import CacheConfig
 
     defaults = _fields(CacheConfig())
     for preset in presets.names():

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from minikv_jax.cache import memory
 from minikv_jax.methods import lookup as presets
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.config import ModelConfig
 
 _UNIT = 10000  # shares of a prompt are multiples of 1/_UNIT (selection.budget_tokens)
 

@@ -23,7 +23,8 @@ from minikv_jax.evaluation.measure import check_case, needs_column_sums, padded_
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import bucket_length, generate
 from minikv_jax.layerwise import PromptLayer, compress_layers, prefill_layers
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.select import Kept
 

@@ -25,7 +25,8 @@ from minikv_jax.generate import bucket_length
 from minikv_jax.layerwise import compress_layers, decode_step, prefill_layers, shared_capacities
 from minikv_jax.methods import lookup as presets
 from minikv_jax.methods.base import SCORERS
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 
 

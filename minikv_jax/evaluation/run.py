@@ -19,7 +19,7 @@ from minikv_jax.cache import memory
 from minikv_jax.evaluation.fit import Method
 from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
 from minikv_jax.evaluation.task import Case, Task
-from minikv_jax.models.config import CacheConfig
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.models.decoder import Llama
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 if TYPE_CHECKING:
-    from minikv_jax.models.config import CacheConfig, ModelConfig
+    from minikv_jax.methods.config import CacheConfig
+    from minikv_jax.models.config import ModelConfig
 
 Option = int | float | str  # a setting of a scheme's own: `CacheConfig.options`
 Kind = Literal["keys", "values"]
@@ -257,7 +258,7 @@ def register_method(config: CacheConfig) -> CacheConfig:
     Raises:
       ValueError: not a `CacheConfig`, or a name that is the library's own or has spaces, ':', ',' or '='.
     """
-    from minikv_jax.models.config import CacheConfig
+    from minikv_jax.methods.config import CacheConfig
 
     if not isinstance(config, CacheConfig):
         raise ValueError(f"method {config!r}: expected a CacheConfig, whose name it is registered under")

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float
 
 from minikv_jax import packing as quantization
 from minikv_jax.methods.base import Operand, register_quantizer
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.methods.quantizers import MinMax, minmax_arguments
-from minikv_jax.models.config import CacheConfig, ModelConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.packing import QuantizedArray
 
 _DESCRIPTION = "calibration.json"

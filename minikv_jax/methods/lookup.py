@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from minikv_jax.methods import calibrated as calibration
 from minikv_jax.methods import quantizers, scorers  # noqa: F401  (they register the schemes named here)
 from minikv_jax.methods.base import METHODS, register_method
-from minikv_jax.models.config import CacheConfig
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.ops import select  # noqa: F401
 
 _MINIKV = CacheConfig(

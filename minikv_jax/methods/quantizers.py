@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from minikv_jax import packing as quantization
 from minikv_jax.methods.base import QUANTIZERS, Kind, Operand, Quantizer, register_quantizer
-from minikv_jax.models.config import PLANES, CacheConfig
+from minikv_jax.methods.config import PLANES, CacheConfig
 from minikv_jax.ops import decode_attention as attention
 from minikv_jax.packing import Axis, QuantizedArray, StoredArray
 

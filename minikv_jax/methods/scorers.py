@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from minikv_jax.methods.base import ScorerInputs, register_scorer
-from minikv_jax.models.config import CacheConfig
+from minikv_jax.methods.config import CacheConfig
 from minikv_jax.models.rotary import rotate
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.models.config import PLANES
+from minikv_jax.methods.config import PLANES
 from minikv_jax.packing import Axis, QuantizedArray
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from minikv_jax.ops.select import Kept, budget_tokens, granted, rank
 
 if TYPE_CHECKING:
     from minikv_jax.cache.state import LayerCache
-    from minikv_jax.models.config import CacheConfig
+    from minikv_jax.methods.config import CacheConfig
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax.methods.base import BUDGETS, register_budget
-from minikv_jax.models.config import CacheConfig
+from minikv_jax.methods.config import CacheConfig
 
 _UNIT = 10000  # shares are multiples of 1/_UNIT
 

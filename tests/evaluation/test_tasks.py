@@ -1,0 +1,282 @@
+"""The tasks' cases and scores, without a model; and one task through the command."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.model_directory import byte_tokenizer
+
+from minikv_jax.evaluation import Case
+from minikv_jax.evaluation.task import fill
+from minikv_jax.evaluation.tasks import (
+    GSM8K,
+    TASKS,
+    Cases,
+    InfiniteBench,
+    KVRetrieval,
+    LongBench,
+    LongEval,
+    Needle,
+    NumberString,
+    Passkey,
+    Perplexity,
+    metrics,
+)
+from minikv_jax.evaluation.tasks.retrieval import Retrieval
+
+TOKENIZER = byte_tokenizer()
+GENERATED = [Needle, Passkey, NumberString, KVRetrieval, LongEval]
+
+
+def text(case: Case) -> str:
+    return str(TOKENIZER.decode(list(case.prompt)))
+
+
+def answer(case: Case) -> str:
+    return str(TOKENIZER.decode(list(case.continuation)))
+
+
+@pytest.mark.parametrize("task", GENERATED)
+def test_generated_cases_fill_the_context_and_hide_the_fact_at_its_depth(task: type[Retrieval]):
+    cases = task(context=(900, 1500), samples=2).cases(TOKENIZER, 2000)
+    assert len(cases) == 2 * 2 * 5
+    assert len({case.name for case in cases}) == len({case.prompt for case in cases}) == len(cases)
+    for case in cases:
+        context, depth = case.tags["context"], case.tags["depth"]
+        assert context - 120 < len(case.prompt) <= context
+        assert text(case).startswith("<|user|>")
+        (reference,) = case.answers
+        before, _, after = text(case).partition(reference)
+        assert before
+        assert after
+        if depth in (0.0, 1.0):  # the facts' words and the question's are not filler
+            assert (len(before) < 300) if depth == 0 else (len(after) < 300)
+        else:
+            assert abs(len(before) / len(text(case)) - depth) < 0.25
+        assert reference in answer(case)
+        assert case.max_new_tokens > len(case.continuation)
+
+
+@pytest.mark.parametrize("task", GENERATED)
+def test_generated_cases_are_a_function_of_the_seed(task: type[Retrieval]):
+    first, same, other = (task(context=(900,), seed=seed).cases(TOKENIZER, 2000) for seed in (0, 0, 1))
+    assert first == same
+    assert all(a.answers != b.answers for a, b in zip(first, other, strict=True))
+    assert task(context=(900,), limit=3).cases(TOKENIZER, 2000) == first[:3]
+    plain = task(context=(900,), chat_template=False).cases(TOKENIZER, 2000)[0]
+    assert "<|user|>" not in text(plain)
+
+
+def test_needles_of_each_kind():
+    multikey = Needle(kind="multikey", needles=5, context=(1500,)).cases(TOKENIZER, 2000)[2]
+    facts = [line for line in text(multikey).split(".") if "special number of" in line and " is " in line]
+    assert len(facts) >= 5
+    assert sum(multikey.answers[0] in fact for fact in facts) == 1
+
+    multivalue = Needle(kind="multivalue", needles=3, context=(1500,)).cases(TOKENIZER, 2000)[2]
+    assert len(multivalue.answers) == 3
+    places = [text(multivalue).index(value) for value in multivalue.answers]
+    assert places == sorted(places)
+    assert answer(multivalue) == " " + ", ".join(multivalue.answers)
+    task = Needle(kind="multivalue")
+    assert task.score(multivalue, f"{multivalue.answers[0]} and {multivalue.answers[2]}") == pytest.approx(2 / 3)
+
+
+def test_needles_in_a_text_of_ones_own(tmp_path: pathlib.Path):
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(f"Sentence {number} of the book." for number in range(200)))
+    case = Needle(haystack=book, context=(800,)).cases(TOKENIZER, 2000)[2]
+    assert "of the book. The special number of" in text(case)
+    book.write_text("Too short.")
+    with pytest.raises(ValueError, match="haystack is too short to fill 800 tokens"):
+        Needle(haystack=book, context=(800,)).cases(TOKENIZER, 2000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "many"}, "kind='many': expected one of single, multikey, multivalue"),
+        ({"context": (3000,)}, "context=3000 exceeds the model's 2000 positions"),
+        ({"context": (50,)}, "context=50: the question alone has more tokens"),
+        ({"depths": (1.5,)}, "depths="),
+        ({"samples": 0}, "samples=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_wrong_options_are_named(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(Needle(context=(900,)), **fields).cases(TOKENIZER, 2000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: Needle(kind="many"), "kind='many'"),
+        (lambda _: Needle(needles=0), "needles=0: expected at least 1"),
+        (lambda path: Needle(haystack=path / "none"), "none does not exist"),
+        (lambda _: Passkey(limit=0), "limit=0: expected at least 1"),
+        (lambda path: Perplexity(text=path / "none"), "none does not exist"),
+        (lambda _: Perplexity(text=pathlib.Path(__file__), continuation=0), "continuation=0: expected at least 1"),
+        (lambda path: Cases(data=path / "none"), "none does not exist"),
+        (lambda path: GSM8K(data=path), "lacks test.jsonl, train.jsonl"),
+        (lambda path: GSM8K(data=path, shots=-1), "shots=-1: expected at least 0"),
+        (lambda path: LongBench(data=path), "has none of narrativeqa.jsonl"),
+        (lambda path: InfiniteBench(data=path), "lacks prompts.json"),
+    ],
+)
+def test_options_are_checked_when_a_task_is_made(
+    tmp_path: pathlib.Path, make: Callable[[pathlib.Path], Any], message: str
+):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        make(tmp_path)
+
+
+def write_rows(path: pathlib.Path, *rows: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def longbench(tmp_path: pathlib.Path) -> pathlib.Path:
+    prompts = {"qasper": "Read: {context}\nQ: {input}\nA:", "trec": "{context}\n{input}", "lcc": "{context}Next:\n"}
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps(prompts))
+    row = {"context": "x" * 3000, "input": "why?", "answers": ["so", "the reason"], "all_classes": None, "_id": "a"}
+    write_rows(tmp_path / "qasper.jsonl", row | {"context": "short"}, row)
+    write_rows(tmp_path / "trec_e.jsonl", row | {"answers": ["Food"], "all_classes": ["Food", "Other food"]})
+    write_rows(tmp_path / "lcc.jsonl", {"prompt": "a = 1\nNext:\n", "answers": ["b = 2"], "id": "b"})
+    return tmp_path
+
+
+def test_longbench_prompts_templates_and_truncation(longbench: pathlib.Path):
+    short, long, code = LongBench(data=longbench, context=300).cases(TOKENIZER, 1024)
+    assert text(short) == "<|user|>Read: short\nQ: why?\nA:<|end|>\n<|assistant|>"
+    assert answer(short) == "so"
+    assert short.max_new_tokens == 128
+    assert len(long.prompt) == 300
+    assert text(long).startswith("<|user|>Read: xxx")
+    assert text(long).endswith("xxx\nQ: why?\nA:<|end|>\n<|assistant|>")
+    assert text(code) == "a = 1\nNext:\n"  # code goes without a chat template
+    assert answer(code) == "b = 2"
+    assert (code.name, code.group) == ("lcc b", "lcc")
+
+    (few,) = LongBench(data=longbench, e=True, context=100).cases(TOKENIZER, 1024)
+    assert few.tags == {"classes": ["Food", "Other food"]}
+    longest = LongBench(data=longbench, limit=2, datasets=("qasper",)).cases(TOKENIZER, 1024)[1]
+    assert len(longest.prompt) == 1024 - 128
+
+
+def test_longbench_scores(longbench: pathlib.Path):
+    task = LongBench(data=longbench)
+    qa = Case("", (1,), answers=("so", "the reason"), group="qasper")
+    assert task.score(qa, "A reason, it is") == pytest.approx(2 * 1 / (3 + 1))
+    few = Case("", (1,), answers=("Food",), group="trec", tags={"classes": ["Food", "Place"]})
+    assert task.score(few, "\nFood\nPlace") == 1
+    assert task.score(few, "Food Place") == 0.5
+    code = Case("", (1,), answers=("b = 2",), group="lcc")
+    assert task.score(code, "# two\nb = 2") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"datasets": ("hotpotqa",)}, "lacks hotpotqa.jsonl: they come from the LongBench repository"),
+        ({"datasets": ("dureader",)}, "dataset 'dureader': expected one of narrativeqa"),
+        ({"data": "nosuch"}, "has none of narrativeqa.jsonl"),
+        ({"datasets": ("qasper",), "context": 1000}, "context=1000: beside the answer .* room for 896"),
+    ],
+)
+def test_longbench_errors_say_what_is_wanted(longbench: pathlib.Path, fields: dict[str, Any], message: str):
+    if "data" in fields:
+        fields = fields | {"data": longbench / fields["data"]}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dataclasses.replace(LongBench(data=longbench), **fields).cases(TOKENIZER, 1024)
+
+
+def test_longbench_rows_are_checked(longbench: pathlib.Path):
+    write_rows(longbench / "qasper.jsonl", {"context": "x", "answers": ["y"]})
+    with pytest.raises(ValueError, match=r"qasper.jsonl, line 1 lacks input"):
+        LongBench(data=longbench).cases(TOKENIZER, 1024)
+    (longbench / "dataset2prompt.json").unlink()
+    write_rows(longbench / "qasper.jsonl", {"context": "x", "input": "y", "answers": ["y"]})
+    with pytest.raises(FileNotFoundError, match=r"lacks dataset2prompt.json"):
+        LongBench(data=longbench).cases(TOKENIZER, 1024)
+    write_rows(longbench / "qasper.jsonl", {"prompt": "x", "answers": []})
+    with pytest.raises(ValueError, match="answers is empty"):
+        LongBench(data=longbench).cases(TOKENIZER, 1024)
+
+
+def test_infinitebench(tmp_path: pathlib.Path):
+    prompts = {"passkey": "{context}\n{input}", "longbook_choice_eng": "{context} {question} {OPTION_A} {OPTION_B}"}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    write_rows(tmp_path / "passkey.jsonl", {"id": 7, "context": "x" * 900, "input": "key?", "answer": ["123"]})
+    row = {"context": "book", "input": "who?", "answer": ["Bob"], "options": ["Ann", "Bob", "Cat", "Dan"]}
+    write_rows(tmp_path / "longbook_choice_eng.jsonl", row)
+    task = InfiniteBench(data=tmp_path, datasets=("passkey", "longbook_choice_eng"), context=500)
+    key, choice = task.cases(TOKENIZER, 1024)
+    assert len(key.prompt) == 500
+    assert text(key).endswith("key?<|end|>\n<|assistant|>")
+    assert (key.name, key.max_new_tokens, key.answers) == ("passkey 7", 6, ("123",))
+    assert "book who? Ann Bob<|end|>" in text(choice)
+    assert (choice.answers, answer(choice)) == (("B",), "B")
+    assert task.score(key, "It is 123, not 45") == 1
+    assert task.score(key, "45 or 123") == 0
+    assert task.score(choice, "The answer is B. Bob") == 1
+    with pytest.raises(FileNotFoundError, match=r"lacks kv_retrieval.jsonl: the data come from"):
+        dataclasses.replace(task, datasets=("kv_retrieval",)).cases(TOKENIZER, 1024)
+
+
+def test_what_is_filled_in_is_not_filled_again():
+    assert fill("{context} {input} {other}", {"context": "a {input}", "input": "b"}) == "a {input} b {other}"
+
+
+def test_gsm8k(tmp_path: pathlib.Path):
+    solved = {"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}
+    write_rows(tmp_path / "train.jsonl", solved, solved)
+    write_rows(tmp_path / "test.jsonl", {"question": "500*2?", "answer": "Double.\n#### 1,000"})
+    task = GSM8K(data=tmp_path, shots=1, max_new_tokens=20)
+    (case,) = task.cases(TOKENIZER, 1024)
+    expected = "Question: 1+1?\nAnswer: It is 1+1=2.\n#### 2\n\nQuestion: 500*2?\nAnswer:"
+    assert text(case) == f"<|user|>{expected}<|end|>\n<|assistant|>"
+    assert answer(case) == "Double.\n#### 1,000"
+    assert case.answers == ("1000",)
+    assert task.score(case, "So\n#### 1000\nQuestion: 3?\n#### 7") == 1
+    assert task.score(case, "500 twice is 1,000.") == 1
+    assert task.score(case, "1000.50") == 0
+    assert task.score(case, "$1,000.00") == 1
+    million = dataclasses.replace(case, answers=("1234567",))
+    assert task.score(million, "#### 1,234,567.0") == 1
+    assert task.score(million, "#### 1,234,567.5") == 0
+    assert task.score(case, "none") == 0
+    with pytest.raises(ValueError, match=r"train.jsonl has 2 rows: shots=3"):
+        dataclasses.replace(task, shots=3).cases(TOKENIZER, 1024)
+    write_rows(tmp_path / "test.jsonl", {"question": "?", "answer": "5"})
+    with pytest.raises(ValueError, match=r"test.jsonl, line 1: answer has no"):
+        task.cases(TOKENIZER, 1024)
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks test.jsonl: they come from the grade-school-math"):
+        dataclasses.replace(task)
+
+
+def test_metrics_by_hand():
+    assert metrics.qa_f1("The cat sat.", "a cat, sat down") == pytest.approx(2 * 2 / (2 + 3))
+    assert metrics.qa_f1("", "x") == 0
+    assert metrics.rouge_l("the cat sat on it", "the dog sat") == pytest.approx(2 * (2 / 5) * (2 / 3) / (2 / 5 + 2 / 3))
+    assert metrics.rouge_l(" .", "x") == 0
+    assert metrics.code_similarity("`x`\nabcd", "abce") == 0.75
+    assert metrics.classification("Group of people", "Group of people", ["Group", "Group of people", "City"]) == 1
+    assert metrics.share_of_numbers("3 or 4", "4") == 0.5
+    assert metrics.paragraph("It is Paragraph 12", "Paragraph 12") == 1
+    assert metrics.paragraph("12", "none") == 0
+    assert metrics.first_number("key 12 or 13", "12") == 1
+    assert metrics.has_word('"ab-1", sir', "ab-1") == 1
+    assert metrics.choice("I say C", "C") == 1
+    assert metrics.choice("ABCD", "A") == 0
+
+
+def test_every_task_is_in_the_documentation():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
+    documented = page.read_text(encoding="utf-8")
+    assert [name for name in TASKS if f"`{name}`" not in documented] == []

@@ -1,0 +1,269 @@
+"""Eviction during generation against a plain reimplementation: one row and KV head at a time, scores in a dict."""
+
+import dataclasses
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import naive
+from support.layers import assert_close, cache_of, normal
+from support.projections import VOCABULARY, Projections, projections
+from support.tiny import tiny_config, tiny_model
+
+from minikv_jax import inference
+from minikv_jax.cache import memory
+from minikv_jax.cache.checkpoint import restore_cache, save_cache
+from minikv_jax.cache.state import KVCache, LayerCache
+from minikv_jax.generate import generate
+from minikv_jax.methods import lookup as presets
+from minikv_jax.methods.base import SCORERS, register_scorer
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.models.decoder import Llama
+from minikv_jax.ops.decode_attention import decode_attention_weights
+from minikv_jax.ops.evict import Eviction, evict
+from minikv_jax.ops.select import budgets_from_scores
+
+LENGTHS, BUCKET, STEPS = [50, 31, 12, 3], 64, 30
+CONFIGS = {
+    "h2o": dataclasses.replace(presets.get("h2o"), evict_every=1),
+    "h2o-counts": CacheConfig(scorer="cumulative", heavy=9, recent=5, sinks=2, evict_every=7),
+    "h2o-pyramid": CacheConfig(scorer="cumulative", heavy=0.2, recent=0.1, budget="pyramid", evict_every=4),
+    "tova": dataclasses.replace(presets.get("tova"), evict_every=1),
+    "streaming-llm": CacheConfig(sinks=3, recent=10, evict_every=6),
+    "never-full": CacheConfig(scorer="cumulative", heavy=20, recent=20, evict_every=500),
+}
+
+
+class Head:
+    """What one KV head of one row holds: tokens by their place in the text, each with a score."""
+
+    def __init__(self, scores: np.ndarray, length: int, sinks: int, heavy: float | int, recent: float | int):
+        tokens = lambda budget: budget if isinstance(budget, int) else naive.tokens_of(budget, length)  # noqa: E731
+        self.sinks, self.heavy, self.recent = sinks, tokens(heavy), tokens(recent)
+        kept = naive.kept_positions(scores, length, sinks=sinks, heavy=self.heavy, recent=self.recent)
+        self.scores = {place: float(scores[place]) for place in kept}
+
+    @property
+    def budget(self) -> int:
+        return self.sinks + self.heavy + self.recent
+
+    def cut_back(self) -> None:
+        places = list(self.scores)
+        middle = places[self.sinks : len(places) - self.recent]
+        leave = sorted(middle, key=lambda place: -self.scores[place])[self.heavy :]
+        self.scores = {place: score for place, score in self.scores.items() if place not in leave}
+
+
+class Text:
+    """Every row's tokens so far, and the caches of all layers; evicts as the papers say."""
+
+    def __init__(self, model: Projections, config: CacheConfig, ids: np.ndarray):
+        self.model, self.config = model, config
+        self.ids = [list(row[:n]) for row, n in zip(ids, LENGTHS, strict=True)]
+        layers = model.config.num_hidden_layers
+        shares = naive.layer_shares(config, layers)
+        self.heads: list[list[list[Head]]] = []
+        for layer in range(layers):
+            heavy = shares[layer] if isinstance(config.heavy, int) else shares[layer] / 10000
+            scores = self.prompt_scores(*(table[layer][ids] for table in (model.q, model.k)))
+            kinds = config.sinks, heavy, config.recent
+            self.heads.append([[Head(head, n, *kinds) for head in row] for row, n in zip(scores, LENGTHS, strict=True)])
+
+    def prompt_scores(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        if self.config.scorer != "tova":
+            return naive.prefill_attention(q, k, k, LENGTHS)[1]
+        last = naive.window_scores(q, k, LENGTHS, observation_window=1, pooling="max", pooling_kernel=1)
+        return np.broadcast_to(last.sum(axis=1, keepdims=True) / q.shape[2], last.shape)
+
+    def step(self, row: int, token: int) -> np.ndarray:
+        """Takes a token in; the attention outputs [L, N, H] of its queries."""
+        model, place = self.model, len(self.ids[row])
+        self.ids[row].append(token)
+        kv_heads, group = model.k.shape[2], model.q.shape[2] // model.k.shape[2]
+        out = np.zeros(model.q[:, 0].shape)
+        for layer, rows in enumerate(self.heads):
+            given = []
+            for number, head in enumerate(rows[row]):
+                head.scores[place] = 0.0
+                keys, values = self.stored(layer, row, number)
+                weights = np.zeros(len(keys))
+                for n in range(number * group, (number + 1) * group):
+                    q = model.q[layer, token, n].astype(np.float64)
+                    of_query = naive.softmax(keys.astype(np.float64) @ q * len(q) ** -0.5)
+                    out[layer, n] = of_query @ values
+                    weights += of_query
+                given.append(weights)
+            if self.config.scorer == "tova":
+                given = [np.mean(given, axis=0)] * kv_heads
+            for head, weights in zip(rows[row], given, strict=True):
+                for at, weight in zip(head.scores, weights, strict=True):
+                    head.scores[at] = weight + (0 if self.config.scorer == "tova" else head.scores[at])
+                if len(head.scores) == head.budget + cast(int, self.config.evict_every):
+                    head.cut_back()
+        return out
+
+    def stored(self, layer: int, row: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = [self.ids[row][place] for place in self.heads[layer][row][head].scores]
+        return self.model.k[layer, ids, head], self.model.v[layer, ids, head]
+
+
+def assert_same(cache: KVCache, text: Text) -> None:
+    """Exactly the tokens that the reference has kept, with its scores."""
+    for number, layer in enumerate(cache.layers):
+        for row, heads in enumerate(text.heads[number]):
+            for at, head in enumerate(heads):
+                count = int(layer.tail_length[row])
+                assert count == len(head.scores)
+                keys, values = text.stored(number, row, at)
+                np.testing.assert_array_equal(layer.tail_k[row, at, :count], keys)
+                np.testing.assert_array_equal(layer.tail_v[row, at, :count], values)
+                assert layer.eviction is not None
+                if layer.eviction.scores is not None:
+                    assert_close(layer.eviction.scores[row, at, :count], np.array(list(head.scores.values())))
+                    assert (np.asarray(layer.eviction.scores[row, at, count:]) == 0).all()
+
+
+def inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt's ids, without repeats, and those of the tokens after it."""
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(VOCABULARY)[: BUCKET + STEPS] for _ in LENGTHS])
+    return ids[:, :BUCKET], ids[:, BUCKET:]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decode_evicts_like_naive(name: str):
+    """Ragged rows, grouped queries, a row that pauses and one that is shorter than its budget; bytes as foretold."""
+    config = CONFIGS[name]
+    model = projections(2, (6, 2))
+    llama = cast(Llama, model)
+    ids, new_ids = inputs()
+    prefill = jax.jit(lambda ids, lengths: inference.prefill(llama, ids, lengths, config, STEPS)[1])
+    cache = prefill(ids, np.array(LENGTHS))
+    text = Text(model, config, ids)
+    assert_same(cache, text)
+    report = memory.report(
+        model.config, config, prompt_length=BUCKET, max_new_tokens=STEPS, batch=len(LENGTHS), dtype="float32"
+    )
+    assert cache.nbytes == report.bytes
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(*args: Any) -> tuple[jax.Array, KVCache]:
+        traces.append(args)
+        return inference.decode(llama, *args)
+
+    shrank = 0
+    for t in range(STEPS):
+        active = np.array([1, 1, t % 5 != 2, t < 20], np.int32)
+        before = cache.kept_tokens
+        hidden, cache = decode(cache, new_ids[:, t], active)
+        for row in np.flatnonzero(active).tolist():
+            assert_close(hidden[row], text.step(row, int(new_ids[row, t])), 2e-5)
+        assert_same(cache, text)
+        shrank += int((cache.kept_tokens <= before)[:, active > 0].sum())
+    assert (shrank > 0) == (name != "never-full")
+    assert len(traces) == 1
+
+
+def test_more_tokens_at_once_are_one_decode_step_each():
+    config, model = CONFIGS["h2o-counts"], projections(2, (4, 2))
+    llama = cast(Llama, model)
+    ids, new_ids = inputs(2)
+    prefill = jax.jit(lambda: inference.prefill(llama, jnp.asarray(ids), jnp.asarray(LENGTHS), config, 4)[1])
+    counts = np.array([STEPS, 11, 0, 1], np.int32)
+    text = Text(model, config, ids)
+    outs = [[text.step(row, int(new_ids[row, t])) for t in range(count)] for row, count in enumerate(counts)]
+    cache = prefill()
+    assert cache.room() < STEPS
+    hidden, cache = jax.jit(lambda *args: inference.extend(llama, *args))(cache.grow(STEPS), new_ids, counts)
+    assert_same(cache, text)
+    for row, count in enumerate(counts):
+        if count:
+            assert_close(hidden[row, :count], np.stack(outs[row]), 2e-5)
+    assert cache.length.tolist() == (np.array(LENGTHS) + counts).tolist()
+
+
+def test_memory_does_not_grow_with_the_answer(tmp_path: Any):
+    """`generate` goes on in the same bytes, however long the answer; a cache from a file goes on alike."""
+    model = tiny_model(max_position_embeddings=400)
+    config = CacheConfig(scorer="cumulative", heavy=8, recent=8, evict_every=4)
+    prompts = [list(range(40)), list(range(50, 59))]
+    short, long = (generate(model, prompts, cache=config, max_new_tokens=n, eos_token_ids=()) for n in (30, 200))
+    assert short.cache.nbytes == long.cache.nbytes
+    assert short.tokens.tolist() == long.tokens[:, :30].tolist()
+    assert int(long.cache.kept_tokens.max()) < 20
+    assert long.cache.length.tolist() == [240, 209]
+    save_cache(short.cache, tmp_path / "cache")
+    restored = restore_cache(tmp_path / "cache", model.config)
+    more = [[7, 8, 9]] * 2
+    on, again = (generate(model, more, cache=cache, max_new_tokens=20) for cache in (short.cache, restored))
+    assert on.tokens.tolist() == again.tokens.tolist()
+    assert on.cache.nbytes == long.cache.nbytes
+
+
+def test_variance_grants_counts_beyond_the_prompt():
+    """A count of heavy tokens is reached while the answer grows, whatever rule spreads it."""
+    config = CacheConfig(scorer="cumulative", heavy=16, recent=4, budget="variance", evict_every=1)
+    scores = [jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8))]
+    assert budgets_from_scores(scores, jnp.asarray([8]), config).tolist() == [[16], [16]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"evict_every": 0}, "evict_every=0: expected at least 1"),
+        ({"evict_every": 0.5}, "evict_every=0.5: expected an integer"),
+        ({"evict_every": 8, "k_bits": 4, "v_bits": 4}, "evict_every=8 with k_bits=4: only full-precision tokens"),
+        ({"evict_every": 8, "heavy": 0.0, "recent": 1.0}, "evict_every=8 with recent=1.0: there is no budget"),
+        ({"evict_every": 8, "scorer": "window"}, r"scorer='window': expected .* \(cumulative, tova\)"),
+    ],
+)
+def test_what_cannot_evict_is_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(presets.get("h2o"), **fields)
+
+
+def a_layer(config: CacheConfig) -> LayerCache:
+    rng = np.random.default_rng(3)
+    return cache_of(config, normal(rng, 1, 40, 2, 16), normal(rng, 1, 40, 2, 16), np.array([40]), 4)
+
+
+def test_kernels_and_windows_are_refused_by_name():
+    config, q = CONFIGS["h2o-counts"], jnp.zeros((1, 4, 16))
+    with pytest.raises(NotImplementedError, match="decode_attention_weights: no 'cuda' kernel"):
+        decode_attention_weights(q, a_layer(CacheConfig()), implementation="cuda")
+    with pytest.raises(ValueError, match="k_bits=2, window=None: weights are of full-precision tails only"):
+        decode_attention_weights(q, a_layer(presets.get("minikv")))
+    x = jnp.zeros((1, 8, 2, 16))
+    with pytest.raises(NotImplementedError, match="evict_every=7: only this library's own models"):
+        inference.prefill_layer(x, x, x, jnp.array([8]), config, 4)
+    with pytest.raises(ValueError, match=r"evict_every=7: a layer with a sliding window \(8\)"):
+        memory.check_model(tiny_config(model_type="mistral", sliding_window=8), config)
+
+
+def test_a_scorer_of_ones_own_goes_on():
+    """`update` is followed, with its options, and refused where it breaks its contract."""
+
+    def decay(scores: jax.Array, weights: jax.Array, config: CacheConfig) -> jax.Array:
+        return config.option("keep") * scores + weights
+
+    register_scorer("test-decaying", needs_column_sums=True, update=decay, keep=0.5)(SCORERS["cumulative"].score)
+    config = CacheConfig(scorer="test-decaying", heavy=4, recent=2, evict_every=100, options={"keep": 0.25})
+    layer = a_layer(CacheConfig())
+    scores, weights = normal(np.random.default_rng(4), 2, *layer.tail_k.shape[:3])
+    state = Eviction(jnp.asarray(scores), jnp.array([4]), jnp.array([2]))
+    layer = dataclasses.replace(layer, config=config, eviction=state)
+    after = evict(layer, jnp.asarray(weights), jnp.array([1])).eviction
+    assert after is not None
+    assert after.scores is not None
+    assert_close(after.scores[:, :, :40], (0.25 * scores + weights)[:, :, :40])
+    np.testing.assert_array_equal(after.scores[:, :, 40:], scores[:, :, 40:])
+    model = tiny_config()
+    memory.check_model(model, config)
+    register_scorer("test-short", needs_column_sums=True, update=lambda *_: jnp.zeros(3))(SCORERS["cumulative"].score)
+    short = dataclasses.replace(config, scorer="test-short", options=())
+    with pytest.raises(ValueError, match=r"scorer 'test-short': update returns float32\[3\]: expected .*\[B, K, C\]"):
+        memory.check_model(model, short)

@@ -1,0 +1,377 @@
+"""A slow, obvious NumPy model of everything the library does to a KV cache: dense maps, python loops, no JAX.
+
+Written from docs/architecture.md, one row and one KV head at a time, so that a mistake in the vectorised code has
+nothing to hide behind. Shape legend as in the document; B, K are loops here, `n` is the length of one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+
+from minikv_jax.methods.config import CacheConfig
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+SMALLEST = np.finfo(np.float32).tiny  # below it a reciprocal overflows
+METADATA = {
+    "float16": (np.float16, 65504.0),
+    "bfloat16": (ml_dtypes.bfloat16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+    "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, 448.0),
+}
+
+
+# Attention ----------------------------------------------------------------------------------------
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def causal_map(q: np.ndarray, k: np.ndarray, scale: float, window: int | None = None) -> np.ndarray:
+    """q[n, H], k[n, H] of one head -> the whole softmax map [n, n] in float64."""
+    n = len(q)
+    result = np.zeros((n, n))
+    for t in range(n):
+        first = 0 if window is None else max(0, t - window + 1)
+        result[t, first : t + 1] = softmax(k[first : t + 1].astype(np.float64) @ q[t].astype(np.float64) * scale)
+    return result
+
+
+def prefill_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: Sequence[int],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """q[B,T,N,H], k and v[B,T,K,H] -> out[B,T,N,H], column sums[B,K,T] ("cumulative" scores); zero in the padding."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    scale = float(H**-0.5) if scale is None else scale
+    out, scores = np.zeros((B, T, N, H)), np.zeros((B, K, T))
+    for b, n in enumerate(lengths):
+        for head in range(N):
+            kv_head = head // (N // K)
+            attention = causal_map(q[b, :n, head], k[b, :n, kv_head], scale, window)
+            out[b, :n, head] = attention @ v[b, :n, kv_head].astype(np.float64)
+            scores[b, kv_head, :n] += attention.sum(axis=0)
+    return out, scores
+
+
+def window_scores(
+    q: np.ndarray,
+    k: np.ndarray,
+    lengths: Sequence[int],
+    *,
+    observation_window: int,
+    pooling: str,
+    pooling_kernel: int,
+    window: int | None = None,
+) -> np.ndarray:
+    """SnapKV's votes[B,K,T]: the map's last rows summed over queries and heads, then pooled along the tokens."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    scores = np.zeros((B, K, T))
+    for b, n in enumerate(lengths):
+        for head in range(N):
+            kv_head = head // (N // K)
+            attention = causal_map(q[b, :n, head], k[b, :n, kv_head], H**-0.5, window)
+            scores[b, kv_head, :n] += attention[max(0, n - observation_window) :].sum(axis=0)
+        for kv_head in range(K):
+            scores[b, kv_head, :n] = pool(scores[b, kv_head, :n], pooling, pooling_kernel)
+    return scores
+
+
+def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], config: CacheConfig) -> np.ndarray:
+    """Minus the better of two places: among the short window's pooled votes, and among the long window's plain ones."""
+    pooling, kernel = config.pooling, config.pooling_kernel
+    windows = [(config.observation_window, pooling, kernel), (config.option("long_window"), "max", 1)]
+    places = np.zeros((2, *k.shape[:1], k.shape[2], k.shape[1]))
+    for i, (size, pooling, kernel) in enumerate(windows):
+        votes = window_scores(q, k, lengths, observation_window=size, pooling=pooling, pooling_kernel=kernel)
+        for row, head in np.ndindex(votes.shape[:2]):
+            order = sorted(range(votes.shape[2]), key=lambda token: (-votes[row, head, token], token))
+            places[i, row, head, order] = range(len(order))
+    return -np.minimum(*places)
+
+
+def pool(votes: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
+    """Same length, stride 1. "mean" counts what lies outside as zeros, "max" does not see it."""
+    result = np.zeros_like(votes)
+    for i in range(len(votes)):
+        near = votes[max(0, i - kernel // 2) : i + kernel // 2 + 1]
+        result[i] = near.max() if pooling == "max" else near.sum() / kernel
+    return result
+
+
+def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | None = None) -> np.ndarray:
+    """One query q[H] over keys and values[S, H], every one of which is seen; float64."""
+    scale = float(len(q) ** -0.5) if scale is None else scale
+    return softmax(keys.astype(np.float64) @ q.astype(np.float64) * scale) @ values.astype(np.float64)
+
+
+# Selection ----------------------------------------------------------------------------------------
+
+
+def tokens_of(budget: float | int, length: int) -> int:
+    """As many as there are, at most; a share is resolved to 1/10000 and rounded down, in integers."""
+    return min(budget, length) if isinstance(budget, int) else length * round(budget * 10000) // 10000
+
+
+def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, recent: int) -> list[int]:
+    """Which of the first `length` tokens of one row and KV head stay, in position order."""
+    sinks = min(sinks, length)
+    recent = min(recent, length - sinks)
+    heavy = min(heavy, length - sinks - recent)
+    middle = range(sinks, length - recent)
+    top = sorted(middle, key=lambda position: (-scores[position], position))[:heavy]
+    return [*range(sinks), *sorted(top), *range(length - recent, length)]
+
+
+def layer_shares(config: CacheConfig, layers: int) -> list[int]:
+    """Each layer's heavy budget, in 1/10000 of the prompt or in tokens, in exact rational arithmetic."""
+    counted = isinstance(config.heavy, int)
+    mean = round(config.heavy if counted else config.heavy * 10000)
+    if config.budget == "uniform" or layers == 1:
+        return [mean] * layers
+    assert config.budget == "pyramid"
+    last = Fraction(mean) / Fraction(config.pyramid_beta)
+    first = 2 * mean - last
+    wanted = [first + (last - first) * layer / (layers - 1) for layer in range(layers)]
+    recent = round(config.recent * 10000) if isinstance(config.recent, float) else 0
+    exact = share_out(wanted, mean * layers, mean * layers if counted else 10000 - recent)
+    shares = [math.floor(value) for value in exact]
+    by_remainder = sorted(range(layers), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: round(sum(exact)) - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def share_out(weights: Sequence, total, most) -> list:
+    """`total` in proportion to `weights`, no one over `most`: what is cut off goes to the others in proportion."""
+    capped: set[int] = set()
+    while len(capped) < len(weights):
+        free = sum(weight for i, weight in enumerate(weights) if i not in capped)
+        left = total - most * len(capped)
+        over = {i for i, weight in enumerate(weights) if i not in capped and left * weight > most * free}
+        if not over:
+            return [most if i in capped else left * weight / free for i, weight in enumerate(weights)]
+        capped |= over
+    return [most] * len(weights)
+
+
+def heavy_tokens(config: CacheConfig, scores: Sequence[np.ndarray], lengths: Sequence[int]) -> list[list[int]]:
+    """How many top-scored tokens each layer and row is granted; scores[B, K, T] of each layer."""
+    if config.budget != "variance":
+        shares = layer_shares(config, len(scores))
+        if isinstance(config.heavy, int):
+            return [[share] * len(lengths) for share in shares]
+        return [[n * share // 10000 for n in lengths] for share in shares]
+    counts = [[0] * len(lengths) for _ in scores]
+    for b, n in enumerate(lengths):
+        weights = [np.mean([1 / (1 + np.var(head[:n] / head[:n].mean())) for head in layer[b]]) for layer in scores]
+        most = config.heavy * config.variance_cap
+        if isinstance(config.heavy, int):
+            most = int(most)
+        elif isinstance(config.recent, float):
+            most = min(most, 1 - config.recent)
+        granted = share_out(weights, len(scores) * tokens_of(config.heavy, n), tokens_of(most, n))
+        for layer, value in enumerate(granted):
+            counts[layer][b] = math.floor(value + 1e-6)
+    return counts
+
+
+def prompt_scores(
+    config: CacheConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int]
+) -> np.ndarray:
+    """The scores[B, K, T] that `config.scorer` gives a prompt."""
+    if config.scorer == "cumulative":
+        return prefill_attention(q, k, v, lengths)[1]
+    if config.scorer == "window":
+        return window_scores(
+            q,
+            k,
+            lengths,
+            observation_window=config.observation_window,
+            pooling=config.pooling,
+            pooling_kernel=config.pooling_kernel,
+        )
+    if config.scorer == "twin-window":
+        return twin_window_scores(q, k, lengths, config)
+    assert config.scorer == "none"
+    return np.zeros((k.shape[0], k.shape[2], k.shape[1]))
+
+
+# Quantisation -------------------------------------------------------------------------------------
+
+
+def pack(codes: np.ndarray, bits: int) -> list[np.ndarray]:
+    """codes[S, H] -> one uint32[S * p / 32, H] for each plane of p bits."""
+    S, H = codes.shape
+    planes, low = [], 0
+    for p in PLANES[bits]:
+        per_word = 32 // p
+        words = [[0] * H for _ in range(S // per_word)]
+        for s in range(S):
+            for h in range(H):
+                piece = (int(codes[s, h]) >> low) & (2**p - 1)
+                words[s // per_word][h] |= piece << (s % per_word * p)
+        planes.append(np.array(words, np.uint32).reshape(S // per_word, H))
+        low += p
+    return planes
+
+
+def unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
+    """The codes[S, H] that `pack` was given."""
+    S, H = len(planes[0]) * (32 // PLANES[bits][0]), planes[0].shape[1]
+    codes = np.zeros((S, H), np.int64)
+    for s in range(S):
+        for h in range(H):
+            low = 0
+            for p, plane in zip(PLANES[bits], planes, strict=True):
+                per_word = 32 // p
+                codes[s, h] |= ((int(plane[s // per_word, h]) >> (s % per_word * p)) & (2**p - 1)) << low
+                low += p
+    return codes
+
+
+@dataclasses.dataclass
+class Quantized:
+    """One packing block [Q, H] of one row and KV head. `scale` and `zero` are the rounded ones, as float32."""
+
+    codes: np.ndarray  # [Q, H]
+    steps: np.ndarray  # [Q, H], the codes before they were rounded
+    scale: np.ndarray  # [Q/g, H] (axis "tokens") or [Q, H/g] (axis "channels")
+    zero: np.ndarray
+    axis: str
+    group_size: int
+    metadata_dtype: str
+
+    def adopt(self, codes: np.ndarray) -> bool:
+        """Whether these are the codes. If 8-bit floats make a tie of one, it may go either way, and is taken over.
+
+        `x - scale_f8 * factor` may be one rounding or two, as the compiler likes; 16-bit metadata leaves no choice.
+        """
+        differ = codes != self.codes
+        if differ.any() and self.metadata_dtype == "float8_e4m3fn":
+            # Off by 2**-24 of the zero, which is at most some 255 steps: 1e-4 of a step has a margin of a few.
+            tie = np.abs(self.steps - np.floor(self.steps) - 0.5) < 1e-4
+            differ &= ~tie | (np.abs(codes.astype(np.int64) - self.codes) > 1)
+            self.codes = np.where(differ, self.codes, codes)
+        return not differ.any()
+
+    def dequantize(self) -> np.ndarray:
+        axis = 0 if self.axis == "tokens" else 1
+        scale, zero = (np.repeat(x, self.group_size, axis) for x in (self.scale, self.zero))
+        return self.codes.astype(np.float32) * scale + zero
+
+
+def quantize_block(x: np.ndarray, bits: int, group_size: int, axis: str, metadata_dtype: str) -> Quantized:
+    """x[Q, H], one packing block, in float32 throughout."""
+    x = x.astype(np.float32)
+    S, H = x.shape
+    g, levels = group_size, np.float32(2**bits - 1)
+    shape = (S // g, H) if axis == "tokens" else (S, H // g)
+
+    def group(i: int, j: int) -> tuple[slice | int, slice | int]:
+        return (slice(i * g, (i + 1) * g), j) if axis == "tokens" else (i, slice(j * g, (j + 1) * g))
+
+    scale, zero = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for i, j in np.ndindex(shape):
+        low, high = x[group(i, j)].min(), x[group(i, j)].max()
+        zero[i, j] = low
+        scale[i, j] = (high - low) * (np.float32(1) / levels)
+    scale, zero = round_metadata(scale, metadata_dtype), round_metadata(zero, metadata_dtype)
+    steps = np.zeros((S, H), np.float32)
+    for i, j in np.ndindex(shape):
+        if scale[i, j] >= SMALLEST:
+            steps[group(i, j)] = (x[group(i, j)] - zero[i, j]) * (np.float32(1) / scale[i, j])
+    codes = np.clip(np.rint(steps), 0, levels).astype(np.int64)
+    return Quantized(codes, steps, scale, zero, axis, g, metadata_dtype)
+
+
+def round_metadata(x: np.ndarray, metadata_dtype: str) -> np.ndarray:
+    """What is left of one packing block's scales (or zeros) once stored, as float32."""
+    dtype, largest = METADATA[metadata_dtype]
+    if metadata_dtype != "float8_e4m3fn":
+        return np.clip(x, -largest, largest).astype(dtype).astype(np.float32)
+    factor = np.abs(x).max() * np.float32(1 / largest)
+    if factor < SMALLEST:
+        return np.zeros_like(x)
+    return (x * (np.float32(1) / factor)).astype(dtype).astype(np.float32) * factor
+
+
+def packing_block(config: CacheConfig) -> int:
+    """The number of tokens that enter the packed region together."""
+    assert config.k_bits is not None and config.v_bits is not None
+    return max(config.group_size, 32 // min(PLANES[config.k_bits] + PLANES[config.v_bits]))
+
+
+# One row and one KV head of a layer's cache -------------------------------------------------------
+
+
+@dataclasses.dataclass
+class HeadCache:
+    """What one KV head holds of one row: quantised blocks, and full-precision tokens (sinks first, then by age)."""
+
+    config: CacheConfig
+    head_dim: int
+    packed_k: list[Quantized] = dataclasses.field(default_factory=list)
+    packed_v: list[Quantized] = dataclasses.field(default_factory=list)
+    tail: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def compress(cls, config: CacheConfig, k: np.ndarray, v: np.ndarray, positions: Sequence[int]) -> HeadCache:
+        """k and v[n, H] of the prompt; `positions` are the kept ones, the sinks leading."""
+        cache = cls(config, k.shape[1], tail=[(k[position], v[position]) for position in positions])
+        if config.k_bits is None:
+            return cache
+        block = packing_block(config)
+        not_sinks = max(len(positions) - config.sinks, 0)
+        stay = not_sinks % block
+        if config.residual == "kivi":
+            stay = not_sinks - max(not_sinks - config.residual_length, 0) // block * block
+        while len(cache.tail) > config.sinks + stay:
+            cache.pack_oldest(block)
+        return cache
+
+    def append(self, k: np.ndarray, v: np.ndarray) -> None:
+        """k and v[H] of a generated token."""
+        self.tail.append((k, v))
+        config = self.config
+        if config.k_bits is None:
+            return
+        if config.residual == "minikv" and len(self.tail) == config.sinks + config.residual_length:
+            self.pack_oldest(config.residual_length)
+        elif config.residual == "kivi":
+            block = packing_block(config)
+            if len(self.tail) == config.sinks + config.residual_length + block:
+                self.pack_oldest(block)
+
+    def pack_oldest(self, count: int) -> None:
+        config, block = self.config, packing_block(self.config)
+        assert config.k_bits is not None and config.v_bits is not None and count % block == 0
+        for _ in range(count // block):
+            chosen = self.tail[config.sinks : config.sinks + block]
+            del self.tail[config.sinks : config.sinks + block]
+            keys, values = (np.stack(tokens) for tokens in zip(*chosen, strict=True))
+            shared = config.group_size, config.metadata_dtype
+            self.packed_k.append(quantize_block(keys, config.k_bits, shared[0], "tokens", shared[1]))
+            self.packed_v.append(quantize_block(values, config.v_bits, shared[0], "channels", shared[1]))
+
+    def keys(self) -> np.ndarray:
+        """[S, H] float32: everything a query sees, quantised or not."""
+        tail = np.array([k for k, _ in self.tail], np.float32).reshape(-1, self.head_dim)
+        return np.concatenate([*(x.dequantize() for x in self.packed_k), tail])
+
+    def values(self) -> np.ndarray:
+        tail = np.array([v for _, v in self.tail], np.float32).reshape(-1, self.head_dim)
+        return np.concatenate([*(x.dequantize() for x in self.packed_v), tail])

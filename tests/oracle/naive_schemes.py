@@ -1,0 +1,149 @@
+"""Naive NumPy versions of the scorers and quantisers beyond MiniKV's own (`naive.py`), from their papers' formulas.
+
+One row and one KV head at a time, in float64. q[n, G, H] holds the queries of the head's group, k and v[n, H] its keys
+and values, `n` being the row's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+from oracle.naive import softmax
+
+from minikv_jax.methods.config import CacheConfig
+
+
+def tova(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """q[n, N, H] and k[n, K, H] of a layer: the last query's weights, averaged over heads, for every KV head."""
+    n, N, H = q.shape
+    K = k.shape[1]
+    weights = [softmax(k[:, head // (N // K)].astype(np.float64) @ q[n - 1, head] / np.sqrt(H)) for head in range(N)]
+    return np.mean(weights, axis=0)
+
+
+def knorm(k: np.ndarray) -> np.ndarray:
+    return np.array([-np.sqrt(np.sum(key.astype(np.float64) ** 2)) for key in k])
+
+
+def keydiff(k: np.ndarray) -> np.ndarray:
+    unit = np.array([key / np.sqrt(np.sum(key.astype(np.float64) ** 2)) for key in k])
+    anchor = unit.mean(axis=0)
+    return np.array([-(key @ anchor) / np.sqrt(anchor @ anchor) for key in unit])
+
+
+def lagkv(k: np.ndarray, v: np.ndarray, *, sinks: int, lag: int, padded: int) -> np.ndarray:
+    """Ranks in 1/lag inside each partition that a whole one follows; all others 1 + position / padded."""
+    n = len(k)
+    scores = 1 + np.arange(n) / padded
+    partitions = max(n - sinks, 0) // lag
+    for p in range(partitions - 1):
+        first = sinks + p * lag
+        own, following = slice(first, first + lag), slice(first + lag, first + 2 * lag)
+        total = np.zeros(lag)
+        for x in (k.astype(np.float64), v.astype(np.float64)):
+            low, high = x[following].min(axis=0), x[following].max(axis=0)
+            total += softmax(((x[own] - low) / (high - low)).std(axis=1, ddof=1))
+        scores[own] = np.array([np.sum(total < value) for value in total]) / lag
+    return scores
+
+
+def expected_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, frequencies: np.ndarray, *, sinks: int, future: int, epsilon: float
+) -> np.ndarray:
+    """Scores of the tokens after the sinks; those of the sinks are left 0. q and k are rotated to their positions."""
+    n, G, H = q.shape
+
+    def rotation(position: int) -> np.ndarray:
+        matrix = np.zeros((H, H))
+        for i, frequency in enumerate(frequencies.astype(np.float64)):
+            j, angle = i + H // 2, position * frequency
+            matrix[i, i] = matrix[j, j] = np.cos(angle)
+            matrix[i, j], matrix[j, i] = -np.sin(angle), np.sin(angle)
+        return matrix
+
+    ahead = np.mean([rotation(n + step) for step in range(future)], axis=0)
+    total = np.zeros(n)
+    for g in range(G):
+        plain = np.array([rotation(t).T @ q[t, g] for t in range(sinks, n)])
+        mean = ahead @ plain.mean(axis=0)
+        covariance = ahead @ np.cov(plain.T, bias=True) @ ahead.T
+        logits = [key @ mean / np.sqrt(H) + key @ covariance @ key / (2 * H) for key in k[sinks:].astype(np.float64)]
+        total[sinks:] += softmax(np.array(logits)) / G
+    return (total + epsilon) * np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=1))
+
+
+def prompt_scores(
+    config: CacheConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int], frequencies: np.ndarray
+) -> np.ndarray:
+    """The scores[B, K, T] that `config.scorer` gives q[B, T, N, H], k and v[B, T, K, H]; zero in the padding."""
+    B, T, N, _ = q.shape
+    K = k.shape[2]
+    scores = np.zeros((B, K, T))
+    for b, head in np.ndindex(B, K):
+        n = lengths[b]
+        keys, values, group = k[b, :n, head], v[b, :n, head], slice(head * (N // K), (head + 1) * (N // K))
+        if config.scorer == "tova":
+            scores[b, head, :n] = tova(q[b, :n], k[b, :n])
+        elif config.scorer == "lagkv":
+            scores[b, head, :n] = lagkv(keys, values, sinks=config.sinks, lag=config.option("lag"), padded=T)
+        elif config.scorer == "expected-attention":
+            settings = {name: config.option(name) for name in ("future", "epsilon")}
+            if n > config.sinks:
+                scores[b, head, :n] = expected_attention(
+                    q[b, :n, group], keys, values, frequencies, sinks=config.sinks, **settings
+                )
+        else:
+            scores[b, head, :n] = {"knorm": knorm, "keydiff": keydiff}[config.scorer](keys)
+    return scores
+
+
+# Quantisers: x[S, H], one packing block of one row and KV head -> the numbers that are read back ----
+
+
+def hqq(x: np.ndarray, bits: int, group_size: int, axis: str, *, iterations: int = 20) -> np.ndarray:
+    """The mean absolute error that HQQ's solver reaches in each group (p = 0.7, beta = 10, growing by 1 %); float32."""
+    columns = x.T if axis == "tokens" else x
+    errors = []
+    for line in columns.astype(np.float32):
+        for group in line.reshape(-1, group_size):
+            scale = (group.max() - group.min()) / np.float32(2**bits - 1)
+            zero, beta, least = group.min(), np.float32(10), np.inf
+            for _ in range(iterations + 1):
+                codes = np.clip(np.rint((group - zero) / scale), 0, 2**bits - 1)
+                gap = group - codes * scale - zero
+                least = min(least, np.abs(gap).mean())
+                with np.errstate(divide="ignore"):
+                    shrunk = np.sign(gap) * np.maximum(np.abs(gap) - np.abs(gap) ** np.float32(-0.3) / beta, 0)
+                zero = (group - shrunk - codes * scale).mean(dtype=np.float32)
+                beta *= np.float32(1.01)
+            errors.append(least)
+    return np.array(errors)
+
+
+def turboquant(x: np.ndarray, levels: np.ndarray, metadata_dtype: type) -> np.ndarray:
+    """`x` is rotated already; each coordinate of its direction goes to the nearest level."""
+    result = np.zeros(x.shape)
+    for s, token in enumerate(x.astype(np.float64)):
+        norm = np.sqrt(token @ token)
+        nearest = [levels[np.argmin(np.abs(levels - value / norm))] for value in token]
+        result[s] = np.array(nearest) * np.float64(np.asarray(norm).astype(metadata_dtype))
+    return result
+
+
+def nvfp4(x: np.ndarray) -> np.ndarray:
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    factor = np.abs(x).max() / np.float32(6 * 448)
+    result = np.zeros(x.shape, np.float32)
+    for s, h in np.ndindex(x.shape[0], x.shape[1] // 16):
+        group = x[s, h * 16 : (h + 1) * 16]
+        scale = np.float32((np.abs(group).max() / np.float32(6) / factor).astype(ml_dtypes.float8_e4m3fn)) * factor
+        nearest = [values[np.argmin(np.abs(values - abs(value) / scale))] * np.sign(value) for value in group]
+        result[s, h * 16 : (h + 1) * 16] = np.array(nearest) * scale
+    return result
+
+
+def fp8(x: np.ndarray, name: str) -> np.ndarray:
+    dtype, largest = {"e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8_e5m2, 57344.0)}[name]
+    return np.clip(x, -largest, largest).astype(dtype).astype(np.float32)

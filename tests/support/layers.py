@@ -1,0 +1,115 @@
+"""Builds the layers that several test files look at, and holds them against the naive reference."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from oracle import naive
+
+from minikv_jax.cache.state import LayerCache, compress, layer_capacity
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.ops.select import Kept
+from minikv_jax.packing import QuantizedArray, unpack
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def assert_close(got: Any, want: np.ndarray, tolerance: float = 1e-5) -> None:
+    """Within float32's error of attention over unit normal numbers.
+
+    A logit of size L carries about L * sqrt(H) * 2**-24, and the softmax turns that into a relative error of the
+    weights: with L < 6 that stays under 1e-5, of sums as of outputs near zero.
+    """
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+def all_kept(lengths: np.ndarray, heads: int, tokens: int) -> Kept:
+    positions = np.where(np.arange(tokens) < lengths[:, None, None], np.arange(tokens), tokens)
+    return Kept(jnp.asarray(np.broadcast_to(positions, (len(lengths), heads, tokens))), jnp.asarray(lengths))
+
+
+def cache_of(config: CacheConfig, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, new_tokens: int = 0) -> LayerCache:
+    """A layer that keeps the whole prompt and has room for `new_tokens`."""
+    capacity = layer_capacity(config, config.heavy, k.shape[1], new_tokens)
+    run = jax.jit(lambda k, v, kept: compress(k, v, kept, config, capacity))
+    return run(k, v, all_kept(lengths, k.shape[2], k.shape[1]))
+
+
+@jax.jit
+def with_garbage(layer: LayerCache) -> LayerCache:
+    """NaN in every slot beyond the lengths, and all ones in the unused code words."""
+
+    def spoil(leaf: jax.Array, valid: jax.Array, capacity: int) -> jax.Array:
+        rows = valid * leaf.shape[2] // max(capacity, 1)
+        unused = (jnp.arange(leaf.shape[2]) >= rows[:, None])[:, None, :, None]
+        garbage = jnp.uint32(2**32 - 1) if leaf.dtype == jnp.uint32 else jnp.asarray(jnp.nan, leaf.dtype)
+        return jnp.where(unused, garbage, leaf)
+
+    def spoil_all(tree: Any, valid: jax.Array, capacity: int) -> Any:
+        return jax.tree.map(lambda leaf: spoil(leaf, valid, capacity), tree)
+
+    return dataclasses.replace(
+        layer,
+        k=spoil_all(layer.k, layer.packed_length, layer.packed_capacity),
+        v=spoil_all(layer.v, layer.packed_length, layer.packed_capacity),
+        tail_k=spoil_all(layer.tail_k, layer.tail_length, layer.tail_capacity),
+        tail_v=spoil_all(layer.tail_v, layer.tail_length, layer.tail_capacity),
+    )
+
+
+Rows = list[list[naive.HeadCache]]
+
+
+def naive_rows(config: CacheConfig, k: np.ndarray, v: np.ndarray, lengths: Sequence[int]) -> Rows:
+    return [
+        [naive.HeadCache.compress(config, k[b, :n, h], v[b, :n, h], range(n)) for h in range(k.shape[2])]
+        for b, n in enumerate(lengths)
+    ]
+
+
+def naive_append(rows: Rows, k: np.ndarray, v: np.ndarray, counts: np.ndarray) -> None:
+    """The first counts[b] of k and v[B, T, K, H]."""
+    for b, row in enumerate(rows):
+        for h, head in enumerate(row):
+            for t in range(counts[b]):
+                head.append(k[b, t, h], v[b, t, h])
+
+
+@jax.jit
+def plain(x: QuantizedArray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes, and scales and zeros in float32."""
+
+    def restore(leaf: jax.Array, factor: jax.Array | None) -> jax.Array:
+        leaf = leaf.astype(jnp.float32)
+        return leaf if factor is None else leaf * jnp.repeat(factor, leaf.shape[-2] // factor.shape[-2], axis=-2)
+
+    return unpack(x.planes, x.bits), restore(x.scale, x.scale_factor), restore(x.zero, x.zero_factor)
+
+
+def assert_same(layer: LayerCache, rows: Rows) -> None:
+    """The same tokens in the same slots: codes, metadata and tail bit for bit (`naive.Quantized.adopt` for ties)."""
+    assert np.asarray(layer.tail_length).tolist() == [len(row[0].tail) for row in rows]
+    assert np.asarray(layer.packed_length).tolist() == [sum(len(x.codes) for x in row[0].packed_k) for row in rows]
+    for tail, which in ((layer.tail_k, 0), (layer.tail_v, 1)):
+        tail = np.asarray(tail)
+        for b, h in np.ndindex(tail.shape[:2]):
+            if tokens := [token[which] for token in rows[b][h].tail]:
+                np.testing.assert_array_equal(tail[b, h, : len(tokens)], tokens)
+    if layer.k is None or layer.v is None:
+        return
+    for packed, name in ((layer.k, "packed_k"), (layer.v, "packed_v")):
+        codes, scale, zero = map(np.asarray, plain(packed))
+        for b, h in np.ndindex(codes.shape[:2]):
+            for i, block in enumerate(getattr(rows[b][h], name)):
+                codes_i, scale_i, zero_i = (
+                    x[b, h, i * size : (i + 1) * size]
+                    for x, size in ((codes, len(block.codes)), (scale, len(block.scale)), (zero, len(block.scale)))
+                )
+                np.testing.assert_array_equal(scale_i, block.scale)
+                np.testing.assert_array_equal(zero_i, block.zero)
+                assert block.adopt(codes_i)

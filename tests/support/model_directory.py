@@ -1,0 +1,36 @@
+"""A tiny random chat model with a byte tokenizer, as a Hugging Face directory."""
+
+import pathlib
+
+from support.checkpoints import random_tensors, write_hf
+from support.tiny import tiny_config
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+END = "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token per byte, and the roles' and the end token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(text, special=True) for text in (END, "<|user|>", "<|assistant|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, chat_template=chat_template)
+
+
+def write_model(directory: pathlib.Path) -> None:
+    tokenizer = byte_tokenizer()
+    config = tiny_config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        eos_token_ids=(tokenizer.convert_tokens_to_ids(END),),
+    )
+    write_hf(directory, config, random_tensors(config))
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,52 @@
+"""A model that only projects: random queries, keys and values per token, and the attention of every layer as output."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support.layers import normal
+
+from minikv_jax.models.config import ModelConfig
+
+VOCABULARY, H = 400, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Projections:
+    """Stands where a Llama does: looks a token's queries, keys and values up, and returns every layer's output."""
+
+    config: ModelConfig
+    q: np.ndarray  # [L, V, N, H]
+    k: np.ndarray  # [L, V, K, H]
+    v: np.ndarray
+
+    def window(self, layer: int) -> int | None:
+        return self.config.window(layer)
+
+    def forward(self, ids: jax.Array, positions: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
+        outs = [
+            attend(layer, *(jnp.asarray(table[layer])[ids] for table in (self.q, self.k, self.v)))
+            for layer in range(self.config.num_hidden_layers)
+        ]
+        return jnp.stack(outs, axis=2)  # [B, T, L, N, H]
+
+
+def projections(layers: int, heads: tuple[int, int]) -> Projections:
+    """Random ones; the deeper the layer, the sharper its attention."""
+    N, K = heads
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=N * H,
+        intermediate_size=H,
+        num_hidden_layers=layers,
+        num_attention_heads=N,
+        num_key_value_heads=K,
+        head_dim=H,
+        max_position_embeddings=1024,
+    )
+    rng = np.random.default_rng(0)
+    sharpness = np.linspace(0.5, 2.0, layers, dtype=np.float32)[:, None, None, None]
+    q, k, v = (normal(rng, layers, VOCABULARY, count, H) for count in (N, K, K))
+    return Projections(config, q * sharpness, k, v)
