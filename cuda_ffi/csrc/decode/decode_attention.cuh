@@ -5,14 +5,14 @@
 //
 // Each team of computing warps has a private ring of shared-memory stages (keys of a tile, values of a tile, keys of
 // the next,
-// ...), which further warps of the block, the producers, keep full. Each segment of a warp's tiles (decode_work.cuh)
+// ...), which further warps of the block, the producers, keep full. Each segment of a warp's tiles (work.cuh)
 // leaves an unnormalised partial output with its softmax maximum and denominator; those of a row are joined at the end
-// (decode_merge.cuh).
+// (merge.cuh).
 #pragma once
 
 #include <type_traits>
 
-#include "decode_merge.cuh"
+#include "decode/merge.cuh"
 
 namespace minikv {
 

@@ -5,8 +5,8 @@
 // the tail down and writes the new lengths over the old ones, of which the first kernel has left it a copy.
 #include <array>
 
-#include "ffi_checks.h"
-#include "quantize.cuh"
+#include "common/ffi_checks.h"
+#include "quantize/quantize.cuh"
 
 namespace minikv {
 

@@ -5,8 +5,8 @@
 #include <limits>
 #include <vector>
 
-#include "decode_attention.cuh"
-#include "ffi_checks.h"
+#include "common/ffi_checks.h"
+#include "decode/decode_attention.cuh"
 
 namespace minikv {
 
