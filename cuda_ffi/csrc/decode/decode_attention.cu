@@ -1,4 +1,4 @@
-// Decode attention: the XLA FFI handler. The kernel is in decode_attention.cuh.
+// Decode attention: the XLA FFI handler. The kernel is in kernel.cuh.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/ffi_checks.h"
-#include "decode/decode_attention.cuh"
+#include "decode/kernel.cuh"
 
 namespace minikv {
 
