@@ -148,10 +148,9 @@ def quantize(
     options: dict[str, Any] = {"metadata_dtype": metadata_dtype}
     if metadata_dtype == "float8_e4m3fn":  # 16-bit metadata have no factors
         options["factor_block"] = factor_block or max(group_size, 32 // min(PLANES[bits]))
-    planes, scale, zero, *factors = _package(implementation).quantize(
-        x, bits=bits, group_size=group_size, axis=axis, **options
-    )
-    return QuantizedArray(planes, scale, zero, *(factors or (None, None)), bits=bits, group_size=group_size, axis=axis)
+    out = _package(implementation).quantize(x, bits=bits, group_size=group_size, axis=axis, **options)
+    factors = out.factors or (None, None)
+    return QuantizedArray(out.planes, out.scale, out.zero, *factors, bits=bits, group_size=group_size, axis=axis)
 
 
 def decode_attention(
@@ -160,9 +159,10 @@ def decode_attention(
     """`attention.decode_attention` by a kernel package; under "cuda" by cuDNN where nothing is packed."""
     k, v = _packed(layer)
     package = _package(implementation)
+    packed, tail = _regions(package, layer, k, v)
     if implementation == "cuda" and layer.k is None:
-        return package.decode_unpacked(q, layer.tail_k, layer.tail_v, layer.tail_length, scale=scale)
-    return package.decode_attention(q, **_arrays(layer, k, v), scale=scale, **_storage(k, v))
+        return package.decode_unpacked(q, tail, scale=scale)
+    return package.decode_attention(q, packed, tail, storage=_storage(package, k, v), scale=scale)
 
 
 def cuda_append(
@@ -177,29 +177,33 @@ def cuda_append(
     if not packs_by_minmax(layer.config):
         raise NotImplementedError(f"append: the CUDA kernel packs by min/max, not quantizer={layer.config.quantizer!r}")
     old_k, old_v = _packed(layer)
-    new = cuda_ffi.append(
+    packed, tail = _regions(cuda_ffi, layer, old_k, old_v)
+    packed, tail = cuda_ffi.append(
         k,
         v,
         count,
-        **_arrays(layer, old_k, old_v),
-        **_storage(old_k, old_v),
+        packed,
+        tail,
+        storage=_storage(cuda_ffi, old_k, old_v),
         sinks=layer.config.sinks,
         block=layer.config.flush_block,
     )
 
-    def packed(old: QuantizedArray, name: str) -> QuantizedArray:
-        scale_factor, zero_factor = new.get(f"{name}_factors") or (None, None)
+    def stored(old: QuantizedArray, new: cuda_ffi.Packed) -> QuantizedArray:
+        scale_factor, zero_factor = new.factors or (None, None)
         return dataclasses.replace(
-            old,
-            planes=new[f"{name}_planes"],
-            scale=new[f"{name}_scale"],
-            zero=new[f"{name}_zero"],
-            scale_factor=scale_factor,
-            zero_factor=zero_factor,
+            old, planes=new.planes, scale=new.scale, zero=new.zero, scale_factor=scale_factor, zero_factor=zero_factor
         )
 
-    rest = {name: new[name] for name in ("tail_k", "tail_v", "packed_length", "tail_length")}
-    return dataclasses.replace(layer, k=packed(old_k, "k"), v=packed(old_v, "v"), **rest)
+    return dataclasses.replace(
+        layer,
+        k=stored(old_k, packed.k),
+        v=stored(old_v, packed.v),
+        tail_k=tail.k,
+        tail_v=tail.v,
+        packed_length=packed.length,
+        tail_length=tail.length,
+    )
 
 
 def _package(implementation: str) -> ModuleType:
@@ -225,19 +229,19 @@ def _packed(layer: LayerCache) -> tuple[QuantizedArray, QuantizedArray]:
     return layer.k, layer.v
 
 
-def _arrays(layer: LayerCache, k: QuantizedArray, v: QuantizedArray) -> dict[str, Any]:
-    """A layer's arrays under the kernels' names."""
-    names = ("tail_k", "tail_v", "packed_length", "tail_length")
-    arrays: dict[str, Any] = {name: getattr(layer, name) for name in names}
-    for name, x in (("k", k), ("v", v)):
-        arrays |= {f"{name}_planes": x.planes, f"{name}_scale": x.scale, f"{name}_zero": x.zero}
-        factors = (x.scale_factor, x.zero_factor)
-        arrays[f"{name}_factors"] = None if x.scale_factor is None else factors
-    return arrays
+def _regions(package: ModuleType, layer: LayerCache, k: QuantizedArray, v: QuantizedArray) -> tuple[Any, Any]:
+    """A layer's packed region and tail as the values of a kernel package."""
+
+    def packed(x: QuantizedArray) -> Any:
+        factors = None if x.scale_factor is None else (x.scale_factor, x.zero_factor)
+        return package.Packed(x.planes, x.scale, x.zero, factors)
+
+    tail = package.Region(layer.tail_k, layer.tail_v, layer.tail_length)
+    return package.Region(packed(k), packed(v), layer.packed_length), tail
 
 
-def _storage(k: QuantizedArray, v: QuantizedArray) -> dict[str, Any]:
-    return {"k_bits": k.bits, "v_bits": v.bits, "group_size": k.group_size}
+def _storage(package: ModuleType, k: QuantizedArray, v: QuantizedArray) -> Any:
+    return package.Storage(k.bits, v.bits, k.group_size)
 
 
 def _empty(layer: LayerCache, axis: Axis) -> QuantizedArray:
