@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -12,12 +11,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from minikv_jax.cache.state import KVCache, LayerCache
-from minikv_jax.methods import quantizers
-from minikv_jax.methods.base import Operand
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Region, empty_region
+from minikv_jax.methods.base import Method
+from minikv_jax.methods.registry import from_dict, to_dict
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.ops.evict import Eviction
 
 _DESCRIPTION = "cache.json"
 _ARRAYS = "arrays"
@@ -33,15 +30,21 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
     if directory.exists():
         raise FileExistsError(f"{directory} exists: a cache is saved into a new directory")
     directory.mkdir(parents=True)
-    batch, kv_heads, _, head_dim = cache.layers[0].tail_k.shape
+    tail = cache.layers[0].tail
+    batch, kv_heads, _, head_dim = tail.k.shape
     description = {
-        "config": dataclasses.asdict(cache.layers[0].config),
+        "method": to_dict(cache.layers[0].method),
         "batch": batch,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "dtype": str(cache.layers[0].tail_k.dtype),
+        "dtype": str(tail.k.dtype),
         "layers": [
-            {"packed": layer.packed_capacity, "tail": layer.tail_capacity, "window": layer.window}
+            {
+                "packed": layer.packed.capacity,
+                "tail": layer.tail.capacity,
+                "window": layer.spec.window,
+                "layer": layer.spec.layer,
+            }
             for layer in cache.layers
         ],
     }
@@ -91,25 +94,34 @@ def _check_model(description: dict, model: ModelConfig) -> None:
 
 def _blank(description: dict) -> KVCache:
     """A cache of zeros with the described structure, for its shapes."""
-    config = CacheConfig(**description["config"])
-    batch, kv_heads, dim = (description[name] for name in ("batch", "kv_heads", "head_dim"))
-    zero = jnp.zeros((batch,), jnp.int32)
+    method = from_dict(description["method"])
+    batch = description["batch"]
+    layers = (
+        _blank_layer(LayerSpec(method, sizes["window"], sizes["layer"]), sizes["packed"], sizes["tail"], description)
+        for sizes in description["layers"]
+    )
+    return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
-    def layer(number: int, packed: int, tail: int, window: int | None) -> LayerCache:
-        k = v = None
-        if config.quantized:
-            x = jnp.zeros((batch, kv_heads, packed, dim), description["dtype"])
-            k = quantizers.quantize(x, Operand("keys", number, config))
-            v = quantizers.quantize(x, Operand("values", number, config))
-        places = lambda size: None if window is None else jnp.zeros((batch, kv_heads, size), jnp.int32)  # noqa: E731
-        full = jnp.zeros((batch, kv_heads, tail, dim), description["dtype"])
-        packed_positions = places(packed) if config.quantized else None
-        eviction = None
-        if config.evict_every is not None:
-            scores = jnp.zeros((batch, kv_heads, tail), jnp.float32) if config.heavy else None
-            eviction = Eviction(scores, zero, zero)
-        return LayerCache(
-            k, v, full, full, zero, zero, packed_positions, places(tail), config, window, number, eviction
-        )
 
-    return KVCache(tuple(layer(number, **sizes) for number, sizes in enumerate(description["layers"])), zero)
+def _blank_layer(spec: LayerSpec, packed: int, tail: int, description: dict) -> LayerCache:
+    batch, kv_heads, dim, dtype = (description[name] for name in ("batch", "kv_heads", "head_dim", "dtype"))
+    length = jnp.zeros((batch,), jnp.int32)
+
+    def positions(size: int) -> Array | None:
+        return None if spec.window is None else jnp.zeros((batch, kv_heads, size), jnp.int32)
+
+    packed_region = empty_region(length)
+    if spec.method.quantizer is not None:
+        x = jnp.zeros((batch, kv_heads, packed, dim), dtype)
+        packed_region = Region(spec.encode(x, "keys"), spec.encode(x, "values"), length, positions(packed))
+    full = jnp.zeros((batch, kv_heads, tail, dim), dtype)
+    return LayerCache(
+        packed_region, Region(full, full, length, positions(tail)), _blank_eviction(spec.method, full.shape[:3]), spec
+    )
+
+
+def _blank_eviction(method: Method, slots: tuple[int, ...]) -> Eviction | None:
+    if method.evict_every is None:
+        return None
+    count = jnp.zeros(slots[:1], jnp.int32)
+    return Eviction(jnp.zeros(slots, jnp.float32) if method.heavy else None, count, count)
