@@ -76,6 +76,21 @@ def prefill(
     return lax.fori_loop(0, chunks, run_rows, whole)
 
 
+def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
+    """Runs the whole model without a cache: float32 logits of right-padded rows of `lengths` tokens (None: all `T`).
+
+    Logits in the padding are garbage. Raises ValueError if `T` exceeds the model's positions.
+    """
+    batch, tokens = ids.shape
+    known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
+
+    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+        return attention.prefill_attention(q, k, v, known, window=model.window(layer), with_scores=False)[0]
+
+    return model.logits(model.forward(ids, positions, attend))
+
+
 def last_valid(hidden: Float[Array, "B T *D"], lengths: Int[Array, "B"]) -> Float[Array, "B *D"]:
     """The hidden state of each row's last valid token."""
     return hidden[jnp.arange(hidden.shape[0]), lengths - 1]

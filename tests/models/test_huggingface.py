@@ -1,14 +1,16 @@
-import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
 import transformers
+from safetensors.numpy import save_file
+from support.checkpoints import assert_holds, random_tensors, write_hf
 from support.tiny import tiny_config
 
-from minikv_jax.methods.config import CacheConfig
-from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models.config import RopeScaling
+from minikv_jax.models.huggingface import config_from_hf, load_safetensors
 
 SHAPE = {
     "vocab_size": 96,
@@ -32,7 +34,7 @@ def hf(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
 
 
 def test_llama2_leaves_head_dim_to_be_derived():
-    config = ModelConfig.from_hf(hf(max_position_embeddings=4096, rms_norm_eps=1e-5, eos_token_id=2))
+    config = config_from_hf(hf(max_position_embeddings=4096, rms_norm_eps=1e-5, eos_token_id=2))
     assert config.head_dim == 12
     assert config.rope_theta == 10000.0
     assert config.rope_scaling is None
@@ -45,12 +47,12 @@ def test_llama2_leaves_head_dim_to_be_derived():
 def test_llama_without_key_value_heads_has_one_per_query_head():
     raw = hf()
     del raw["num_key_value_heads"]
-    assert ModelConfig.from_hf(raw).num_key_value_heads == 4
+    assert config_from_hf(raw).num_key_value_heads == 4
 
 
 def test_llama3_scaling_in_the_old_and_the_new_spelling():
-    old = ModelConfig.from_hf(hf(rope_theta=500000.0, rope_scaling=LLAMA31_ROPE))
-    new = ModelConfig.from_hf(hf(rope_parameters=LLAMA31_ROPE | {"rope_theta": 500000}))
+    old = config_from_hf(hf(rope_theta=500000.0, rope_scaling=LLAMA31_ROPE))
+    new = config_from_hf(hf(rope_parameters=LLAMA31_ROPE | {"rope_theta": 500000}))
     assert old == new
     assert old.rope_theta == 500000.0
     assert old.rope_scaling == RopeScaling(**LLAMA31_ROPE)
@@ -58,24 +60,24 @@ def test_llama3_scaling_in_the_old_and_the_new_spelling():
 
 def test_llama3_scaling_falls_back_to_the_positions_of_the_model():
     rope = {key: value for key, value in LLAMA31_ROPE.items() if key != "original_max_position_embeddings"}
-    scaling = ModelConfig.from_hf(hf(rope_scaling=rope, max_position_embeddings=4096)).rope_scaling
+    scaling = config_from_hf(hf(rope_scaling=rope, max_position_embeddings=4096)).rope_scaling
     assert scaling is not None
     assert scaling.original_max_position_embeddings == 4096
 
 
 def test_linear_scaling_under_its_older_key():
-    config = ModelConfig.from_hf(hf(rope_scaling={"type": "linear", "factor": 2.0}))
+    config = config_from_hf(hf(rope_scaling={"type": "linear", "factor": 2.0}))
     assert config.rope_scaling == RopeScaling(rope_type="linear", factor=2.0)
 
 
 def test_mistral_has_a_window_unless_the_config_says_null():
-    assert ModelConfig.from_hf(hf("mistral", sliding_window=8)).window(1) == 8
-    assert ModelConfig.from_hf(hf("mistral", sliding_window=None)).window(1) is None
-    assert ModelConfig.from_hf(hf("mistral")).window(1) == 4096
+    assert config_from_hf(hf("mistral", sliding_window=8)).window(1) == 8
+    assert config_from_hf(hf("mistral", sliding_window=None)).window(1) is None
+    assert config_from_hf(hf("mistral")).window(1) == 4096
 
 
 def test_qwen2_has_biases_and_a_window_only_when_switched_on():
-    config = ModelConfig.from_hf(hf("qwen2", sliding_window=8, max_window_layers=1))
+    config = config_from_hf(hf("qwen2", sliding_window=8, max_window_layers=1))
     assert config.qkv_bias
     assert not config.attention_bias
     assert [config.window(layer) for layer in range(3)] == [None] * 3
@@ -84,17 +86,17 @@ def test_qwen2_has_biases_and_a_window_only_when_switched_on():
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_qwen_windows_begin_at_max_window_layers(model_type: str):
     raw = hf(model_type, sliding_window=8, use_sliding_window=True, max_window_layers=1)
-    assert [ModelConfig.from_hf(raw).window(layer) for layer in range(3)] == [None, 8, 8]
+    assert [config_from_hf(raw).window(layer) for layer in range(3)] == [None, 8, 8]
 
 
 def test_qwen_layer_types_win_over_max_window_layers():
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     raw = hf("qwen3", sliding_window=8, use_sliding_window=True, max_window_layers=3, layer_types=types)
-    assert [ModelConfig.from_hf(raw).window(layer) for layer in range(3)] == [8, None, 8]
+    assert [config_from_hf(raw).window(layer) for layer in range(3)] == [8, None, 8]
 
 
 def test_qwen3_normalises_queries_and_keys_and_defaults_its_head_dim():
-    config = ModelConfig.from_hf(hf("qwen3"))
+    config = config_from_hf(hf("qwen3"))
     assert config.qk_norm
     assert not config.qkv_bias
     assert config.head_dim == 128
@@ -103,16 +105,16 @@ def test_qwen3_normalises_queries_and_keys_and_defaults_its_head_dim():
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_defaults_agree_with_transformers(model_type: str):
     theirs = transformers.AutoConfig.for_model(model_type, **SHAPE)
-    ours = ModelConfig.from_hf(hf(model_type, eos_token_id=theirs.eos_token_id))
-    assert ours == ModelConfig.from_hf(theirs.to_dict())
+    ours = config_from_hf(hf(model_type, eos_token_id=theirs.eos_token_id))
+    assert ours == config_from_hf(theirs.to_dict())
 
 
 def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf(eos_token_id=1)))
-    assert ModelConfig.from_hf(tmp_path).eos_token_ids == (1,)
+    assert config_from_hf(tmp_path).eos_token_ids == (1,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert ModelConfig.from_hf(tmp_path).eos_token_ids == (3, 5)
-    assert ModelConfig.from_hf(tmp_path / "config.json").eos_token_ids == (3, 5)
+    assert config_from_hf(tmp_path).eos_token_ids == (3, 5)
+    assert config_from_hf(tmp_path / "config.json").eos_token_ids == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -158,56 +160,53 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
 )
 def test_what_is_not_supported_is_named(raw: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(raw)
+        config_from_hf(raw)
 
 
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
-        ModelConfig.from_hf(tmp_path)
+        config_from_hf(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        ModelConfig.from_hf(tmp_path)
+        config_from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a JSON list"):
-        ModelConfig.from_hf(tmp_path)
+        config_from_hf(tmp_path)
 
 
-def test_window_and_layer_types_must_agree():
-    with pytest.raises(ValueError, match="sliding_window=None disagrees"):
-        tiny_config(layer_types=("sliding_attention", "full_attention"))
-    with pytest.raises(ValueError, match="sliding_window=4 disagrees"):
-        tiny_config(sliding_window=4, layer_types=("full_attention", "full_attention"))
+def test_rotary_buffers_of_old_files_are_known(tmp_path: pathlib.Path):
+    config, tensors = tiny_config(), random_tensors(tiny_config())
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    write_hf(tmp_path, config, tensors | buffers)
+    assert_holds(load_safetensors(tmp_path), tensors)
 
 
-def test_dict_round_trip_through_json():
-    config = tiny_config(
-        rope_scaling=RopeScaling(rope_type="factors", factors=tuple(float(i + 1) for i in range(8))),
-        sliding_window=8,
-        layer_types=("sliding_attention", "full_attention"),
-        eos_token_ids=(1, 2),
-    )
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing fields \['head_dim'\]"):
-        ModelConfig.from_dict({k: v for k, v in config.to_dict().items() if k != "head_dim"} | {"colour": "red"})
+def test_integer_weights_are_refused(tmp_path: pathlib.Path):
+    config, tensors = tiny_config(), random_tensors(tiny_config())
+    write_hf(tmp_path, config, tensors | {"model.norm.weight": np.zeros(48, np.int8)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight \(I8\)"):
+        load_safetensors(tmp_path)
 
 
-def test_a_count_is_not_a_share():
-    """1 == 1.0 in Python: programs compiled for a method, and its results, must not serve the other."""
-    share, count = CacheConfig(recent=1.0), CacheConfig(recent=1)
-    assert share != count
-    assert len({share, count, CacheConfig(recent=1)}) == 2
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_safetensors_are_named(tmp_path: pathlib.Path, keep: int):
+    write_hf(tmp_path, tiny_config(), random_tensors(tiny_config()))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
+        load_safetensors(tmp_path)
 
 
-def test_numpys_numbers_are_pythons():
-    """A sweep over `np.arange` gives the methods that plain numbers give."""
-    values: dict[str, Any] = {"heavy": np.float64(0.25), "recent": np.int64(4), "residual_length": np.int32(32)}
-    given = CacheConfig(scorer="cumulative", **values)
-    assert given == CacheConfig(scorer="cumulative", heavy=0.25, recent=4, residual_length=32)
-    json.dumps(dataclasses.asdict(given))
-    assert type(ModelConfig.from_hf(hf(vocab_size=np.int64(96))).vocab_size) is int
-
-
-@pytest.mark.parametrize("bits", [True, 2.0])
-def test_bits_are_integers(bits: object):
-    with pytest.raises(ValueError, match=f"k_bits={bits}: expected one of"):
-        CacheConfig(k_bits=bits, v_bits=bits)  # pyright: ignore[reportArgumentType]
+def test_shards_must_agree_with_their_index(tmp_path: pathlib.Path):
+    config, tensors = tiny_config(), random_tensors(tiny_config())
+    write_hf(tmp_path, config, tensors, shards=2)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file({"surprise": np.zeros(1, np.float32)}, shard)
+    with pytest.raises(ValueError, match=r"disagrees with its files about: .*surprise in model-00002"):
+        load_safetensors(tmp_path)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match="names files that are not there: model-00002-of-00002"):
+        load_safetensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a safetensors index"):
+        load_safetensors(tmp_path)
