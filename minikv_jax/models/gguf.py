@@ -247,14 +247,14 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     )
 
 
-def _family(architecture: str, *, windowed: bool) -> Family:
+def _family(architecture: str | None, *, windowed: bool) -> Family:
     """The family of an architecture. If several share it, the one that has windows as the file has or has not."""
     candidates = [family for family in families.FAMILIES.values() if family.gguf_architecture == architecture]
     return next((family for family in candidates if (family.windows is not None) == windowed), candidates[0])
 
 
 def _one_for_all_layers(file: GGUFFile, key: str, value: int | list[int]) -> int:
-    """GGUF allows one value per layer; this library needs them equal."""
+    """The value that all layers share: GGUF allows one per layer, this library needs them equal."""
     if isinstance(value, int):
         return value
     if len(set(value)) != 1:
@@ -263,7 +263,7 @@ def _one_for_all_layers(file: GGUFFile, key: str, value: int | list[int]) -> int
 
 
 def _rope_scaling(file: GGUFFile, values: dict[str, Any]) -> RopeScaling | None:
-    """llama3 scaling comes as a tensor of per-frequency divisors, linear scaling as metadata."""
+    """The rope scaling: Llama 3's comes as a tensor of per-frequency divisors, a linear one as metadata."""
     kind = values.get("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Mistral 7B and its successors (arXiv 2310.06825): Llama with a sliding window in every layer."""
+"""Mistral 7B and its successors (arXiv 2310.06825): Llama with, if the config has one, a window in every layer."""
 
 from collections.abc import Mapping
 from typing import Any
