@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jaxtyping import Array
+
+from minikv_jax import files
 
 from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Region, empty_region
 from minikv_jax.methods.base import Method
 from minikv_jax.methods.registry import from_dict, to_dict
 from minikv_jax.models.config import ModelConfig
 
-_DESCRIPTION = "cache.json"
-_ARRAYS = "arrays"
+_KIND = "cache"
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
     """Writes `cache` into the new directory `path`.
 
     Raises:
-      FileExistsError: if there is something at `path` already.
+      FileExistsError: something is at `path` already.
     """
-    directory = pathlib.Path(path).resolve()
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists: a cache is saved into a new directory")
-    directory.mkdir(parents=True)
     tail = cache.layers[0].tail
     batch, kv_heads, _, head_dim = tail.k.shape
     description = {
@@ -48,9 +42,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
             for layer in cache.layers
         ],
     }
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _ARRAYS, _leaves(cache))
-    (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+    files.save_arrays(path, cache, description, kind=_KIND)
 
 
 def restore_cache(path: str | os.PathLike[str], model: ModelConfig) -> KVCache:
@@ -61,23 +53,9 @@ def restore_cache(path: str | os.PathLike[str], model: ModelConfig) -> KVCache:
       ValueError: the description is damaged, or the cache was made by a model of another shape; the text names what
         differs.
     """
-    directory = pathlib.Path(path).resolve()
-    if not (directory / _DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{directory} holds no saved cache: {_DESCRIPTION} is missing")
-    try:
-        description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:  # also a UnicodeDecodeError
-        raise ValueError(f"{directory / _DESCRIPTION} is not valid JSON: {error}") from error
+    description = files.read_description(path, _KIND)
     _check_model(description, model)
-    abstract = jax.eval_shape(lambda: _blank(description))
-    leaves, structure = jax.tree.flatten(abstract)
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.restore(directory / _ARRAYS, _leaves(abstract))
-    return jax.tree.unflatten(structure, [stored[f"{index:05d}"] for index in range(len(leaves))])
-
-
-def _leaves(cache: KVCache) -> dict[str, Array]:
-    return {f"{index:05d}": leaf for index, leaf in enumerate(jax.tree.leaves(cache))}
+    return files.load_arrays(path, jax.eval_shape(lambda: _blank(description)))
 
 
 def _check_model(description: dict, model: ModelConfig) -> None:

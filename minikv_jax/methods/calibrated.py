@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,18 +16,16 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
-from minikv_jax import packing
+from minikv_jax import files, packing
 from minikv_jax.methods.base import Method, Operand
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.registry import from_dict, register_quantizer, to_dict
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.packing import Packing, QuantizedArray
 
-_DESCRIPTION = "calibration.json"
-_ARRAYS = "arrays"
+_KIND = "calibration"
 _SIZES = ("num_hidden_layers", "num_key_value_heads", "head_dim")
 _FITTED_SETTINGS = ("k_bits", "v_bits", "group_size")  # what ranges are learned for
 
@@ -92,7 +89,7 @@ class CalibratedRotation(MinMax):
         if not self.calibration:
             raise ValueError("calibration='': expected a directory that `minikv calibrate` wrote")
         load(self.calibration)  # before anything is traced
-        saved = _read(self.calibration)
+        saved = files.read_description(self.calibration, _KIND)
         fitted = saved["method"]["quantizer"]
         values = [(name, fitted[name], getattr(self, name)) for name in _FITTED_SETTINGS]
         values += [(name, saved["model"][name], size) for name, size in model_sizes(model).items()]
@@ -130,20 +127,13 @@ def save(
     Raises:
       FileExistsError: something is at `path` already.
     """
-    directory = pathlib.Path(path).resolve()
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists: a calibration is saved into a new directory")
-    directory.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _ARRAYS, _leaves(calibration))
     description = {"method": to_dict(method), "model": model_sizes(model), "details": details or {}}
-    (directory / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    return saved_method(path)
+    return saved_method(files.save_arrays(path, calibration, description, kind=_KIND))
 
 
 def is_calibration(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a directory that `save` wrote."""
-    return (pathlib.Path(path) / _DESCRIPTION).is_file()
+    return files.holds(path, _KIND)
 
 
 def saved_method(path: str | os.PathLike[str]) -> Method:
@@ -152,7 +142,7 @@ def saved_method(path: str | os.PathLike[str]) -> Method:
     If no ranges were learned, the quantizer is a `CalibratedRotation`, which kernels can pack too.
     """
     directory = pathlib.Path(path).resolve()
-    base = from_dict(_read(directory)["method"])
+    base = from_dict(files.read_description(directory, _KIND)["method"])
     old = base.quantizer
     assert isinstance(old, MinMax)  # what `calibrate` accepts
     only_rotation = all(np.all(leaf == 1) for operand in load(directory) for leaf in operand.ranges)
@@ -174,13 +164,9 @@ def load(path: str | os.PathLike[str]) -> Calibration:
 
 @functools.lru_cache(maxsize=8)
 def _load(path: str) -> Calibration:
-    saved = _read(path)
+    saved = files.read_description(path, _KIND)
     layers, heads, dim = (saved["model"][name] for name in _SIZES)
-    blank = _blank(layers, heads, dim, saved["method"]["quantizer"]["group_size"])
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.restore(pathlib.Path(path) / _ARRAYS, _leaves(blank))
-    leaves, structure = jax.tree.flatten(blank)
-    return jax.tree.unflatten(structure, [stored[f"{index:02d}"] for index in range(len(leaves))])
+    return files.load_arrays(path, _blank(layers, heads, dim, saved["method"]["quantizer"]["group_size"]))
 
 
 def _blank(layers: int, heads: int, dim: int, group_size: int) -> Calibration:
@@ -192,13 +178,3 @@ def _blank(layers: int, heads: int, dim: int, group_size: int) -> Calibration:
 
     shapes = jax.eval_shape(lambda: Calibration(operand(dim), operand(dim // group_size)))
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def _leaves(calibration: Calibration) -> dict[str, Array]:
-    return {f"{index:02d}": leaf for index, leaf in enumerate(jax.tree.leaves(calibration))}
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    if not is_calibration(path):
-        raise FileNotFoundError(f"{os.fspath(path)} holds no calibration: {_DESCRIPTION} is missing")
-    return json.loads((pathlib.Path(path) / _DESCRIPTION).read_text(encoding="utf-8"))
