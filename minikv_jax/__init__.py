@@ -12,6 +12,7 @@ from minikv_jax.decode import extend as extend
 from minikv_jax.generate import compile_ahead as compile_ahead
 from minikv_jax.generate import generate as generate
 from minikv_jax.generate import stream as stream
+from minikv_jax.methods import lookup as lookup
 from minikv_jax.methods.base import Budget as Budget
 from minikv_jax.methods.base import LayerInputs as LayerInputs
 from minikv_jax.methods.base import Method as Method
@@ -24,7 +25,6 @@ from minikv_jax.methods.base import Tail as Tail
 from minikv_jax.methods.base import Tokens as Tokens
 from minikv_jax.methods.h2o import H2O as H2O
 from minikv_jax.methods.kivi import MinMax as MinMax
-from minikv_jax.methods.lookup import get as get_method
 from minikv_jax.methods.minikv import Variance as Variance
 from minikv_jax.methods.plugins import load_plugin as load_plugin
 from minikv_jax.methods.pyramidkv import Pyramid as Pyramid

@@ -133,7 +133,7 @@ def prefill(
         new, cache = _prefill_rows(model, chunk_ids, chunk_lengths, plan, _Rows(cache, start))
         return _write_rows(hidden, new, start), KVCache(cache.layers, lengths)
 
-    shapes = jax.eval_shape(lambda *rows: _prefill_rows(model, *rows, plan), ids[:rows], lengths[:rows])
+    shapes = jax.eval_shape(lambda ids, lengths: _prefill_rows(model, ids, lengths, plan), ids[:rows], lengths[:rows])
     zeros = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), shapes)
     return lax.fori_loop(0, chunks, chunk, zeros)
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from minikv_jax import files
-
 from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Region, empty_region
 from minikv_jax.methods.base import Method
 from minikv_jax.methods.registry import from_dict, to_dict

@@ -54,7 +54,7 @@ class Share:
 
     def granted(self, length: Length) -> Length:
         """`tokens`: a fraction of a row never exceeds it."""
-        return self.tokens(length)
+        return self.tokens(length)  # pyright: ignore[reportReturnType]  (Length is Length)
 
     def __bool__(self) -> bool:
         return self.fraction > 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from minikv_jax.methods import calibrated
-from minikv_jax.methods.base import Component, Method, Share, Tokens, settings
+from minikv_jax.methods.base import Amount, Component, Method, settings, to_amount
 from minikv_jax.methods.registry import BUDGETS, METHODS, QUANTIZERS, SCORERS, Components
 
 _COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
@@ -125,16 +126,10 @@ def _parse_setting(key: str, text: str, current: Any) -> Any:
         raise ValueError(f"{key}={text!r}: expected {kind.__name__}") from error
 
 
-def _parse_amount(key: str, text: str) -> Share | Tokens:
-    for kind, amount in ((int, Tokens), (float, Share)):  # "512" is a count, "0.5" a share
-        try:
-            value = kind(text)
-        except ValueError:
-            continue
-        try:
-            return amount(value)
-        except ValueError:
-            break
+def _parse_amount(key: str, text: str) -> Amount:
+    for kind in (int, float):  # "512" is a count, "0.5" a share
+        with contextlib.suppress(ValueError):
+            return to_amount(kind(text))
     raise ValueError(f"{key}={text!r}: expected a share (float in 0..1) or a token count (int >= 0)")
 
 

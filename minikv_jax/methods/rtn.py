@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -25,6 +26,6 @@ class RTN(MinMax):
         per_token = dataclasses.replace(self.packing(operand.kind), axis="channels")
         return {"packed": packing.encode_minmax(x, per_token)}
 
-    def decode(self, stored: dict[str, QuantizedArray], operand: Operand) -> Float[Array, "B K S H"]:
+    def decode(self, stored: Any, operand: Operand) -> Float[Array, "B K S H"]:
         del operand
         return packing.dequantize(stored["packed"])

@@ -145,12 +145,13 @@ def decode_attention_weights(
       ValueError: shapes that disagree, a quantised cache or one with a sliding window.
       NotImplementedError: an `implementation` other than "xla".
     """
-    check_cache(*q.shape, layer)
+    batch, heads, head_dim = q.shape
+    check_cache(batch, heads, head_dim, layer)
     if layer.method.quantizer is not None or layer.spec.window is not None:
         raise ValueError(
             f"quantizer={layer.method.quantizer}, window={layer.spec.window}: weights are of full-precision tails only"
         )
-    arguments = (q, layer, softmax_scale(scale, q.shape[-1]))
+    arguments = (q, layer, softmax_scale(scale, head_dim))
     return dispatch.run("decode_attention_weights", implementation, {}, {"xla": _xla_weights}, *arguments)
 
 

@@ -41,12 +41,13 @@ def evict(
     full = tail.length >= state.budget(method) + method.evict_every
     # A loop of zero or one turns, not a `cond`: XLA updates a loop's carry in place.
     turns = jnp.any(full).astype(jnp.int32)
-    tail, state = lax.fori_loop(0, turns, lambda _, carry: _cut_back(*carry, full, layer.method), (tail, state))
+    tail, state = lax.fori_loop(0, turns, lambda _, carry: _cut_back(carry, full, method), (tail, state))
     return dataclasses.replace(layer, tail=tail, eviction=state)
 
 
-def _cut_back(tail: Region[Array], state: Eviction, full: Array, method: Method) -> tuple[Region[Array], Eviction]:
+def _cut_back(carry: tuple[Region[Array], Eviction], full: Array, method: Method) -> tuple[Region[Array], Eviction]:
     """The full rows with their budget's tokens, moved together in order of position."""
+    tail, state = carry
     capacity = tail.capacity
     slots, length = jnp.arange(capacity), tail.length[:, None]
     forced = (slots < method.sinks) | (slots >= length - state.recent[:, None])  # [B, C]

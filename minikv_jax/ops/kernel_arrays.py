@@ -67,4 +67,5 @@ def _packed(package: Any, x: QuantizedArray) -> Any:
 
 
 def _quantized(x: Any, packing: Packing) -> QuantizedArray:
-    return QuantizedArray(x.planes, x.scale, x.zero, *(x.factors or (None, None)), packing)
+    scale_factor, zero_factor = x.factors or (None, None)
+    return QuantizedArray(x.planes, x.scale, x.zero, scale_factor, zero_factor, packing)
