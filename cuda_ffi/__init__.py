@@ -1,6 +1,6 @@
 """CUDA C++ kernels for compressed KV caches behind the XLA FFI, for sm_80, sm_86, sm_89 and sm_90a.
 
-Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/architecture.md`.
+Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/packed-layout.md`.
 """
 
 from cuda_ffi import registration

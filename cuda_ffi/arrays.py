@@ -17,7 +17,7 @@ Stored = TypeVar("Stored")
 
 
 class Packed(NamedTuple):
-    """Keys or values of `S` tokens in few bits, laid out as in `docs/architecture.md`.
+    """Keys or values of `S` tokens in few bits, laid out as in `docs/packed-layout.md`.
 
     A group of size `g` shares a scale and a zero: `g` consecutive tokens of one channel (keys) or `g` consecutive
     channels of one token (values).

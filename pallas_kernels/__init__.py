@@ -1,6 +1,6 @@
 """Pallas Mosaic GPU kernels for Hopper GPUs.
 
-Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/architecture.md`.
+Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/packed-layout.md`.
 """
 
 from pallas_kernels.arrays import Packed, Region, Storage

@@ -42,7 +42,7 @@ def quantize(
     metadata_dtype: str = "float16",
     factor_block: int | None = None,
 ) -> Packed:
-    """Quantises and packs `x`, bit for bit as `docs/architecture.md` defines it.
+    """Quantises and packs `x`, bit for bit as `docs/packed-layout.md` defines it.
 
     Args:
       x: `[B, K, S, H]`, float32, bfloat16 or float16; `S` fills whole groups and words.

@@ -1,6 +1,6 @@
 """The packed layout in NumPy, the one definition that the library and the kernels are held to.
 
-Written from docs/architecture.md, one group and one token at a time, for `S` tokens of `H` channels behind any leading
+Written from docs/packed-layout.md, one group and one token at a time, for `S` tokens of `H` channels behind any leading
 axes.
 """
 
