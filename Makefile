@@ -40,10 +40,11 @@ test: $(TEST)  ## The suite on the CPU; what needs a GPU is skipped, and counted
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(TEST)  ## Formatting, lint and types.
+lint: $(TEST)  ## Formatting, lint, types and the direction of imports.
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright $(if $(VENV),--pythonpath $(PY))
+	$(BIN)lint-imports
 	$(if $(CUDA_SOURCES),$(BIN)clang-format --dry-run -Werror $(CUDA_SOURCES))
 
 format: $(TEST)  ## Rewrite the sources as `make lint` wants them.

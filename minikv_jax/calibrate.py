@@ -21,20 +21,21 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import packing as quantization
-from minikv_jax.cache import memory
+from minikv_jax import packing
+from minikv_jax.cache.capacity import capacities
 from minikv_jax.checks import at_least
-from minikv_jax.evaluation.measure import needs_column_sums
 from minikv_jax.layerwise import compress_layers, prefill_layers
-from minikv_jax.methods.base import QUANTIZERS, Kind, Operand
+from minikv_jax.methods import contracts
+from minikv_jax.methods.base import Kind, Method, Operand
 from minikv_jax.methods.calibrated import Calibration, OperandCalibration, Ranges, clipped
-from minikv_jax.methods.config import CacheConfig
-from minikv_jax.methods.quantizers import minmax_arguments
+from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.quarot import Hadamard
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
+from minikv_jax.packing import Packing
 
 LEARNABLE = ("ranges", "rotation")
-_START = ("minmax", "hadamard")  # quantisers whose rule is that of the calibrated one before anything is learnt
+_STARTING_POINTS = (MinMax, Hadamard)  # quantizers that a calibrated one equals before anything is learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,41 +70,44 @@ class Learnt(NamedTuple):
 def calibrate(
     model: Llama,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    config: CacheConfig,
+    method: Method,
     settings: Settings = Settings(),
     done: Callable[[int], None] = lambda layers: None,
 ) -> Learnt:
-    """Learns how to store what `config` keeps.
+    """Learns how to store what `method` keeps.
 
     Args:
       texts: a prompt and the tokens after it, ids, each text of the same lengths.
-      config: quantises by "minmax" or "hadamard", whose basis is then where rotations start.
+      method: quantises by `MinMax` or `Hadamard`, whose basis is then where rotations start.
       done: is told how many layers are done.
 
     Raises:
       ValueError: a method that does not fit the model, or packs nothing of such prompts; texts of different lengths.
     """
-    check_method(model.config, config)
+    quantizer = check_method(model.config, method)
     if len({(len(prompt), len(after)) for prompt, after in texts}) != 1:
         raise ValueError("expected at least one text, and the same lengths of every prompt and of what follows")
-    found = []
-    for number, samples in enumerate(_samples(model, texts, config)):
+    layers = []
+    for number, samples in enumerate(_samples(model, texts, method)):
         if not samples.packed.any():
-            raise ValueError(f"method {config.name!r} packs nothing of a prompt of {len(texts[0][0])} tokens")
+            raise ValueError(f"method {method.name!r} packs nothing of a prompt of {len(texts[0][0])} tokens")
         key = jax.random.fold_in(jax.random.key(settings.seed), number)
         window = model.window(number)
-        found.append(jax.device_get(_learn_layer(samples, key, config=config, settings=settings, window=window)))
+        learned = _learn_layer(samples, key, quantizer=quantizer, sinks=method.sinks, settings=settings, window=window)
+        layers.append(jax.device_get(learned))
         done(number + 1)
-    calibration, before, after, curve = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    calibration, before, after, curve = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return Learnt(calibration, before, after, curve.mean(axis=0))
 
 
-def check_method(model: ModelConfig, config: CacheConfig) -> None:
-    """Raises ValueError where a method cannot be calibrated, or does not fit the model."""
-    if not config.quantized or config.quantizer not in _START:
-        how = f"quantizer={config.quantizer!r}" if config.quantized else "nothing quantised"
-        raise ValueError(f"method {config.name!r} has {how}: expected quantizer={' or '.join(map(repr, _START))}")
-    memory.check_model(model, config)
+def check_method(model: ModelConfig, method: Method) -> MinMax:
+    """The method's quantizer. Raises ValueError if it cannot be calibrated, or the method does not fit the model."""
+    quantizer = method.quantizer
+    if not isinstance(quantizer, MinMax) or type(quantizer) not in _STARTING_POINTS:
+        expected = " or ".join(kind.__name__ for kind in _STARTING_POINTS)
+        raise ValueError(f"method {method.name!r} has quantizer={quantizer}: expected {expected}")
+    contracts.check(method, model)
+    return quantizer
 
 
 class _Samples(NamedTuple):
@@ -116,22 +120,21 @@ class _Samples(NamedTuple):
     packed: Int[Array, "W"]  # slots that are quantised, after the sinks
 
 
-def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]], config: CacheConfig) -> list[_Samples]:
-    """Each layer's, as NumPy arrays."""
-    found = []
+def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]], method: Method) -> list[_Samples]:
+    """Each layer's samples, as NumPy arrays."""
+    by_text = []
     for prompt, after in texts:
         ids, length = np.array([[*prompt, *after]], np.int32), np.array([len(prompt)], np.int32)
-        sums = needs_column_sums(config)
-        _, layers = prefill_layers(model, ids[:, : len(prompt)], length, sums, None)
-        capacities = memory.capacities(model.config, config, len(prompt), len(after))
-        cache, kept, _ = compress_layers(model.config, config, layers, length, capacities, None)
+        _, layers = prefill_layers(model, ids[:, : len(prompt)], length, method.scorer.needs_column_sums, None)
+        sizes = capacities(model.config, method, len(prompt), len(after))
+        cache, kept, _ = compress_layers(model.config, method, layers, length, sizes, None)
         _, whole = prefill_layers(model, ids, length + len(after), False, None)
         rows = [
-            _sample(q, k, v, chosen.positions, layer.packed_length, prompt=len(prompt))
+            _sample(q, k, v, chosen.positions, layer.packed.length, prompt=len(prompt))
             for (q, k, v, _), chosen, layer in zip(whole, kept, cache.layers, strict=True)
         ]
-        found.append(jax.device_get(rows))
-    return [jax.tree.map(lambda *rows: np.concatenate(rows), *layer) for layer in zip(*found, strict=True)]
+        by_text.append(jax.device_get(rows))
+    return [jax.tree.map(lambda *rows: np.concatenate(rows), *layer) for layer in zip(*by_text, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="prompt")
@@ -153,17 +156,17 @@ def _sample(
     return _Samples(q[:, prompt:].astype(jnp.float32), k, v, jnp.concatenate([empty, after], axis=-1), packed)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "window"))
+@functools.partial(jax.jit, static_argnames=("quantizer", "sinks", "settings", "window"))
 def _learn_layer(
-    samples: _Samples, key: Array, *, config: CacheConfig, settings: Settings, window: int | None
+    samples: _Samples, key: Array, *, quantizer: MinMax, sinks: int, settings: Settings, window: int | None
 ) -> tuple[Calibration, Array, Array, Array]:
     """A layer's calibration; its mean loss before and after; the loss of every step."""
     texts, _, _, dim = samples.q.shape
-    bases = _basis("keys", config, dim), _basis("values", config, dim)
-    start = _nothing_learnt(samples.k.shape[1], dim, config.group_size)
+    bases = _basis("keys", quantizer, dim), _basis("values", quantizer, dim)
+    start = _nothing_learnt(samples.k.shape[1], dim, quantizer.group_size)
 
     def loss(free: Calibration, sample: _Samples) -> Array:
-        return _loss(_calibration(free, bases, settings.learn), sample, config, window)
+        return _loss(_calibration(free, bases, settings.learn), sample, quantizer, sinks, window)
 
     def mean(free: Calibration) -> Array:
         return jnp.mean(lax.map(functools.partial(loss, free), samples))
@@ -180,9 +183,9 @@ def _learn_layer(
     return _calibration(learnt, bases, settings.learn), mean(start), mean(learnt), curve
 
 
-def _basis(kind: Kind, config: CacheConfig, dim: int) -> Float[Array, "H H"]:
-    """Where a rotation starts: the basis of the method's own quantiser."""
-    rotation = QUANTIZERS[config.quantizer].rotation(Operand(kind, 0, config), dim)
+def _basis(kind: Kind, quantizer: MinMax, dim: int) -> Float[Array, "H H"]:
+    """Where a rotation starts: the basis of the method's own quantizer."""
+    rotation = quantizer.rotation(Operand(kind), dim)
     return jnp.eye(dim) if rotation is None else rotation
 
 
@@ -211,12 +214,14 @@ def _calibration(free: Calibration, bases: tuple[Array, Array], learn: tuple[str
     return Calibration(operand(free.keys, keys), operand(free.values, values))
 
 
-def _loss(calibration: Calibration, sample: _Samples, config: CacheConfig, window: int | None) -> Float[Array, ""]:
+def _loss(
+    calibration: Calibration, sample: _Samples, quantizer: MinMax, sinks: int, window: int | None
+) -> Float[Array, ""]:
     """Squared error of one text's attention output over its stored tokens, relative to the size of the output."""
-    wanted = _attend(sample, sample.k, sample.v, window)
-    k = _stored(sample.k, sample.packed, calibration.keys, Operand("keys", 0, config))
-    v = _stored(sample.v, sample.packed, calibration.values, Operand("values", 0, config))
-    return jnp.sum((_attend(sample, k, v, window) - wanted) ** 2) / jnp.sum(wanted**2)
+    exact = _attend(sample, sample.k, sample.v, window)
+    k = _stored(sample.k, sample.packed, calibration.keys, quantizer.packing("keys"), sinks)
+    v = _stored(sample.v, sample.packed, calibration.values, quantizer.packing("values"), sinks)
+    return jnp.sum((_attend(sample, k, v, window) - exact) ** 2) / jnp.sum(exact**2)
 
 
 def _attend(sample: _Samples, k: Float[Array, "K S H"], v: Float[Array, "K S H"], window: int | None) -> Array:
@@ -233,28 +238,24 @@ def _attend(sample: _Samples, k: Float[Array, "K S H"], v: Float[Array, "K S H"]
 
 
 def _stored(
-    x: Float[Array, "K S H"], packed: Int[Array, ""], learnt: OperandCalibration, operand: Operand
+    x: Float[Array, "K S H"], packed: Int[Array, ""], learnt: OperandCalibration, rule: Packing, sinks: int
 ) -> Float[Array, "K S H"]:
     """The tokens as the cache gives them back: those that are packed with their errors, the others exact."""
-    sinks, block = operand.config.sinks, operand.config.packing_block
     slots = jnp.arange(x.shape[1])
-    size = (x.shape[1] - sinks) // block * block
+    size = (x.shape[1] - sinks) // rule.block * rule.block
     turned = jnp.matmul(x[None, :, sinks : sinks + size], learnt.rotation, precision="highest")
-    back = jnp.matmul(_rounded(turned, learnt.ranges, operand), learnt.rotation.T, precision="highest")[0]
+    back = jnp.matmul(_rounded(turned, learnt.ranges, rule), learnt.rotation.T, precision="highest")[0]
     padded = jnp.pad(back, [(0, 0), (sinks, x.shape[1] - sinks - size), (0, 0)])
     return jnp.where(((slots >= sinks) & (slots < sinks + packed))[:, None], padded, x)
 
 
-def _rounded(x: Float[Array, "1 K S H"], ranges: Ranges, operand: Operand) -> Float[Array, "1 K S H"]:
+def _rounded(x: Float[Array, "1 K S H"], ranges: Ranges, rule: Packing) -> Float[Array, "1 K S H"]:
     """What is read back of `x`, exactly; as if it had not been rounded, for gradients."""
-    arguments = minmax_arguments(operand)
-    bits, axis = arguments["bits"], arguments["axis"]
-    groups = quantization.grouped(x, arguments["group_size"], axis)
-    low, step = clipped(groups, ranges, bits, axis)
-    exact = quantization.dequantize(quantization.encode(*lax.stop_gradient((x, low, step)), **arguments))
-    reduced = -2 if axis == "tokens" else -1
-    low, step = jnp.expand_dims(low, reduced), jnp.expand_dims(step, reduced)
-    codes = jnp.clip((groups - low) / jnp.where(step > 0, step, 1.0), 0, (1 << bits) - 1)
+    groups = packing.grouped(x, rule)
+    low, step = clipped(groups, ranges, rule)
+    exact = packing.dequantize(packing.encode(*lax.stop_gradient((x, low, step)), rule))
+    low, step = jnp.expand_dims(low, rule.reduced), jnp.expand_dims(step, rule.reduced)
+    codes = jnp.clip((groups - low) / jnp.where(step > 0, step, 1.0), 0, (1 << rule.bits) - 1)
     codes += lax.stop_gradient(jnp.round(codes) - codes)
     smooth = (codes * step + low).reshape(x.shape)
     return smooth + lax.stop_gradient(exact - smooth)

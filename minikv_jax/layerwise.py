@@ -16,17 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import inference
-from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache, LayerCache, LayerCapacity
-from minikv_jax.methods.base import BUDGETS, QUANTIZERS, ScorerInputs
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.cache.capacity import LayerCapacity, capacities
+from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
+from minikv_jax.decode import decode_layer
+from minikv_jax.methods.base import LayerInputs, Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Layer, Llama
 from minikv_jax.models.rotary import inverse_frequencies, rotary_tables
-from minikv_jax.ops import decode_attention as attention
-from minikv_jax.ops import evict as eviction
-from minikv_jax.ops.select import Kept, budgets_from_scores, layer_budgets
+from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.ops.select import Kept
+from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
 
 
 class PromptLayer(NamedTuple):
@@ -60,12 +59,12 @@ def prefill_layers(
 ) -> tuple[Float[Array, "B D"], list[PromptLayer]]:
     """The hidden state of each row's last token, and what every layer saw."""
     ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
-    x, found = model.embed(ids), []
+    x, layers = model.embed(ids), []
     for number, layer in enumerate(model.layers):
         case = {"window": model.window(number), "column_sums": column_sums, "implementation": implementation}
         x, seen = _prefill_layer(layer, x, lengths, model=model.config, **case)
-        found.append(seen)
-    return model.norm(inference.last_valid(x, lengths)), found
+        layers.append(seen)
+    return model.norm(last_valid(x, lengths)), layers
 
 
 @functools.partial(jax.jit, static_argnames=("model", "window", "column_sums", "implementation"))
@@ -79,27 +78,27 @@ def _prefill_layer(
     column_sums: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "B T D"], PromptLayer]:
-    found: list[PromptLayer] = []
+    seen: list[PromptLayer] = []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        out, sums = attention.prefill_attention(
+        out, sums = prefill_attention(
             q, k, v, lengths, window=window, with_scores=column_sums, implementation=implementation
         )
-        found.append(PromptLayer(q, k, v, sums))
+        seen.append(PromptLayer(q, k, v, sums))
         return out
 
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return layer(x, *rotary_tables(model, positions), attend), found[0]
+    return layer(x, *rotary_tables(model, positions), attend), seen[0]
 
 
 def shared_capacities(
-    model: ModelConfig, config: CacheConfig, prompt_length: int, max_new_tokens: int
+    model: ModelConfig, method: Method, prompt_length: int, max_new_tokens: int
 ) -> tuple[LayerCapacity, ...]:
-    """`memory.capacities`, but layers whose budgets alone differ all get the largest, and so can share a program.
+    """`capacities`, but layers that differ only in their budgets all get the largest, and so can share a program.
 
     What a cache holds does not change, only the room that it leaves unused.
     """
-    own = memory.capacities(model, config, prompt_length, max_new_tokens)
+    own = capacities(model, method, prompt_length, max_new_tokens)
     windows = [model.window(number) for number in range(len(own))]
     largest = {
         window: LayerCapacity(*map(max, zip(*(own[i] for i, w in enumerate(windows) if w == window), strict=True)))
@@ -110,80 +109,59 @@ def shared_capacities(
 
 def compress_layers(
     model: ModelConfig,
-    config: CacheConfig,
+    method: Method,
     layers: list[PromptLayer],
     lengths: Int[Array | np.ndarray, "B"],
-    capacities: Sequence[LayerCapacity],
+    layer_capacities: Sequence[LayerCapacity],
     implementation: str | None,
 ) -> Compressed:
     """The cache that a method keeps of `prefill_layers`' prompt.
 
-    `capacities` are the layers', of `memory.capacities` or larger ones (`shared_capacities`).
+    `layer_capacities` are those of `capacities` or larger ones (`shared_capacities`).
     """
     lengths = jnp.asarray(lengths)
-    windows = [model.window(number) for number in range(len(layers))]
-    by_layer = QUANTIZERS[config.quantizer].by_layer
+    by_layer = method.quantizer is not None and method.quantizer.by_layer
+    # Layers of equal specs share a program: the number is part of one only if the quantizer reads it.
+    specs = [LayerSpec(method, model.window(number), number if by_layer else 0) for number in range(len(layers))]
     scored = [
-        _score_layer(layer, np.int32(number), lengths, model=model, config=config, window=windows[number])
-        for number, layer in enumerate(layers)
+        _score_layer(layer, np.int32(number), lengths, model=model, spec=spec)
+        for number, (layer, spec) in enumerate(zip(layers, specs, strict=True))
     ]
-    scores, numbers = zip(*scored, strict=True)
-    if BUDGETS[config.budget].needs_scores:
-        heavy = list(budgets_from_scores(scores, lengths, config))
-    else:
-        heavy = [eviction.granted(share, lengths) for share in layer_budgets(config, len(layers))]
-    found = [
-        _compress_layer(
-            layer,
-            scores[number],
-            heavy[number],
-            lengths,
-            config=config,
-            capacity=capacity,
-            number=number if by_layer else 0,
-            window=windows[number],
-            implementation=implementation,
-        )
-        for number, (layer, capacity) in enumerate(zip(layers, capacities, strict=True))
+    scores, are_numbers = zip(*scored, strict=True)
+    heavy = heavy_tokens(method, len(layers), lengths, scores)
+    made = [
+        _keep_layer(*arrays, lengths, capacity=capacity, spec=spec, implementation=implementation)
+        for *arrays, capacity, spec in zip(layers, scores, heavy, layer_capacities, specs, strict=True)
     ]
-    cache = KVCache(tuple(cache for cache, _ in found), lengths)
-    return Compressed(cache, [kept for _, kept in found], functools.reduce(jnp.logical_and, numbers))
+    cache = KVCache(tuple(layer for layer, _ in made), lengths)
+    return Compressed(cache, [kept for _, kept in made], functools.reduce(jnp.logical_and, are_numbers))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "window"))
+@functools.partial(jax.jit, static_argnames=("model", "spec"))
 def _score_layer(
-    layer: PromptLayer,
-    number: Int[Array, ""],
-    lengths: Int[Array, "B"],
-    *,
-    model: ModelConfig,
-    config: CacheConfig,
-    window: int | None,
+    layer: PromptLayer, number: Int[Array, ""], lengths: Int[Array, "B"], *, model: ModelConfig, spec: LayerSpec
 ) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
     """The scores, and whether those of a row's tokens are all numbers."""
-    inputs = ScorerInputs(
-        *layer[:3], lengths, layer.column_sums, window, number, jnp.asarray(inverse_frequencies(model))
-    )
-    scores = inference.layer_scores(inputs, config)
+    frequencies = jnp.asarray(inverse_frequencies(model))
+    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies)
+    scores = score(inputs, spec.method)
     padding = jnp.arange(scores.shape[-1]) >= lengths[:, None, None]
     return scores, jnp.all(~jnp.isnan(scores) | padding, axis=(1, 2))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "number", "window", "implementation"))
-def _compress_layer(
+@functools.partial(jax.jit, static_argnames=("capacity", "spec", "implementation"))
+def _keep_layer(
     layer: PromptLayer,
     scores: Float[Array, "B K T"],
     heavy: Int[Array, "B"],
     lengths: Int[Array, "B"],
     *,
-    config: CacheConfig,
     capacity: LayerCapacity,
-    number: int,
-    window: int | None,
+    spec: LayerSpec,
     implementation: str | None,
 ) -> tuple[LayerCache, Kept]:
-    inputs = ScorerInputs(*layer[:3], lengths, layer.column_sums, window)
-    return inference.compress_layer(inputs, scores, heavy, config, capacity, number, implementation)
+    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window)
+    return keep(inputs, scores, heavy, capacity, spec, implementation)
 
 
 def decode_step(
@@ -193,7 +171,7 @@ def decode_step(
     active: Int[Array, "B"],
     implementation: str | None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """`inference.decode` layer by layer. The cache is donated."""
+    """`decode.decode` layer by layer. The cache is donated."""
     positions = cache.length[:, None]
     x, layers = model.embed(token[:, None]), []
     for layer, old in zip(model.layers, cache.layers, strict=True):
@@ -213,11 +191,11 @@ def _decode_layer(
     model: ModelConfig,
     implementation: str | None,
 ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-    found: list[LayerCache] = []
+    updated: list[LayerCache] = []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        out, new = inference.decode_layer(cache, q, k, v, active, positions, implementation)
-        found.append(new)
+        out, new = decode_layer(cache, q, k, v, active, positions, implementation)
+        updated.append(new)
         return out
 
-    return layer(x, *rotary_tables(model, positions), attend), found[0]
+    return layer(x, *rotary_tables(model, positions), attend), updated[0]

@@ -2,7 +2,7 @@
 
 Keys are quantised per channel in groups of consecutive tokens ("sub-channel"), values per token in groups of
 consecutive channels. The packed layout, one for keys and values and for every number of bits, is
-`docs/architecture.md`, "Packed layout": a 32-bit word holds consecutive tokens of one channel.
+`docs/packed-layout.md`: a 32-bit word holds consecutive tokens of one channel.
 """
 
 from __future__ import annotations
@@ -15,11 +15,73 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from minikv_jax.methods.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
+from minikv_jax import checks
 
 Axis = Literal["tokens", "channels"]
 
+BITS = (1, 2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128)
+METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # widths of the bit planes that hold a code
+MAX_BLOCK = 1024  # tokens read at a time from a packed region: every packing block divides it
+
 _FLOAT8_MAX = 448.0  # largest finite float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How an array `[..., S, H]` is quantised in groups and packed.
+
+    Attributes:
+      bits: 1, 2, 3, 4 or 8.
+      group_size: values that share a scale and a zero point: 16, 32, 64 or 128.
+      axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token
+        (values).
+      metadata_dtype: of scale and zero point: "float16", "bfloat16" or "float8_e4m3fn".
+      factor_block: tokens that share a float32 factor of 8-bit metadata; None: the fewest that fill whole groups and
+        words.
+    """
+
+    bits: int
+    group_size: int
+    axis: Axis
+    metadata_dtype: str = "float16"
+    factor_block: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice("bits", self.bits, BITS)
+        checks.choice("group_size", self.group_size, GROUP_SIZES)
+        checks.choice("axis", self.axis, ("tokens", "channels"))
+        checks.choice("metadata_dtype", self.metadata_dtype, METADATA_DTYPES)
+
+    @property
+    def word_tokens(self) -> int:
+        """Tokens in a word of the narrowest plane."""
+        return 32 // min(PLANES[self.bits])
+
+    @property
+    def block(self) -> int:
+        """Tokens that share a factor of 8-bit metadata."""
+        return self.factor_block or max(self.group_size, self.word_tokens)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether metadata have a second level: a float32 factor for each block of tokens."""
+        return self.metadata_dtype == "float8_e4m3fn"
+
+    @property
+    def reduced(self) -> int:
+        """The axis of `grouped` arrays that runs over the values of a group."""
+        return -2 if self.axis == "tokens" else -1
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless arrays of `shape` fill whole groups and words."""
+        tokens, channels = shape[-2:]
+        unit = max(self.group_size if self.axis == "tokens" else 1, self.word_tokens)
+        if tokens % unit:
+            raise ValueError(f"{tokens} tokens do not fill whole groups and words: expected a multiple of {unit}")
+        if self.axis == "channels" and channels % self.group_size:
+            raise ValueError(f"head_dim {channels} is not divisible by group_size {self.group_size}")
 
 
 class TokenRows:
@@ -38,8 +100,7 @@ class TokenRows:
 
     def _resized(self, size: int) -> Self:
         """The same arrays, whose leaves have come to hold `size` tokens."""
-        del size
-        return self
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +151,7 @@ class TokenRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StoredArray(TokenRows):
-    """What a quantiser of its own layout stores (`schemes.Quantizer`): a pytree of arrays `[B, K, S / r, ...]`."""
+    """What a quantizer with a layout of its own stores (`methods.Quantizer`): arrays `[B, K, S / r, ...]`."""
 
     arrays: Any
     size: int = dataclasses.field(metadata={"static": True})
@@ -114,7 +175,7 @@ class QuantizedArray(TokenRows):
     In every array the token axis is the last but one, so a run of tokens is a run of rows in each.
 
     Attributes:
-      planes: uint32 `[..., S * p / 32, H]`, one array per bit plane of `p` bits (`config.PLANES`).
+      planes: uint32 `[..., S * p / 32, H]`, one array per bit plane of `p` bits (`PLANES`).
       scale, zero: `[..., S / g, H]` for `axis="tokens"`, `[..., S, H / g]` for `axis="channels"`; float16, bfloat16 or
         float8_e4m3fn.
       scale_factor, zero_factor: float32 `[..., S / Q, 1]`, the second level of 8-bit metadata, else None.
@@ -125,17 +186,19 @@ class QuantizedArray(TokenRows):
     zero: Array
     scale_factor: Float[Array, "... R 1"] | None
     zero_factor: Float[Array, "... R 1"] | None
-    bits: int = dataclasses.field(metadata={"static": True})
-    group_size: int = dataclasses.field(metadata={"static": True})
-    axis: Axis = dataclasses.field(metadata={"static": True})
+    packing: Packing = dataclasses.field(metadata={"static": True})
 
     @property
     def num_tokens(self) -> int:
         """`S`, the token capacity."""
-        return self.planes[0].shape[-2] * 32 // PLANES[self.bits][0]
+        return self.planes[0].shape[-2] * 32 // PLANES[self.packing.bits][0]
 
     def _axis(self, leaf: Array) -> int:
         return leaf.ndim - 2
+
+    def _resized(self, size: int) -> Self:
+        del size  # the shape of the planes says it
+        return self
 
 
 def pack(codes: UInt32[Array, "... S H"], bits: int) -> tuple[UInt32[Array, "... W H"], ...]:
@@ -164,102 +227,69 @@ def unpack(planes: tuple[UInt32[Array, "... W H"], ...], bits: int) -> UInt32[Ar
     return sum(parts[1:], start=parts[0])
 
 
-def quantize(
-    x: Float[Array, "... S H"],
-    *,
-    bits: int,
-    group_size: int,
-    axis: Axis,
-    metadata_dtype: str = "float16",
-    factor_block: int | None = None,
-) -> QuantizedArray:
-    """Asymmetric min/max quantisation of groups of `group_size` (KIVI eq. 1; MiniKV section 3.2).
+def encode_minmax(x: Float[Array, "... S H"], packing: Packing) -> QuantizedArray:
+    """Asymmetric min/max quantisation (KIVI eq. 1; MiniKV section 3.2).
 
     Args:
       x: float32, bfloat16 or float16.
-      bits: 1, 2, 3, 4 or 8.
-      axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token
-        (values).
-      metadata_dtype: dtype of scale and zero. 8-bit metadata carries a float32 factor per `factor_block` tokens.
-      factor_block: defaults to the smallest count of tokens that fills whole groups and words.
 
     Returns:
-      Codes rounded against the *stored* scale and zero; a constant group has scale 0 and gives itself back.
+      Codes rounded against the *stored* scale and zero point; a constant group has scale 0 and gives itself back.
 
     Raises:
-      ValueError: for an unsupported `bits`, `group_size`, `axis` or `metadata_dtype`, or sizes that do not divide.
+      ValueError: a size that does not fill whole groups and words.
     """
-    _check(x.shape, bits, group_size, axis, metadata_dtype)
-    low, steps = minmax(grouped(x, group_size, axis), bits, axis)
-    return encode(x, low, steps, bits, group_size, axis, metadata_dtype, factor_block)
+    packing.check(x.shape)
+    return encode(x, *minmax(grouped(x, packing), packing), packing)
 
 
-def minmax(groups: Float[Array, "..."], bits: int, axis: Axis) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The least value of each group (`grouped`), and the step that reaches its largest at the last code; float32."""
-    reduced = -2 if axis == "tokens" else -1
-    low, high = groups.min(axis=reduced), groups.max(axis=reduced)
+def minmax(groups: Float[Array, "..."], packing: Packing) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The smallest value of each group (`grouped`), and the step that reaches its largest at the last code; float32."""
+    low, high = groups.min(axis=packing.reduced), groups.max(axis=packing.reduced)
     # Reciprocals, here and below: XLA turns a division by a constant or a broadcast into one, so that `/` would give
     # bits that depend on what is compiled together.
-    return low, (high - low) * (1 / ((1 << bits) - 1))
+    return low, (high - low) * (1 / ((1 << packing.bits) - 1))
 
 
 def encode(
-    x: Float[Array, "... S H"],
-    low: Float[Array, "..."],
-    steps: Float[Array, "..."],
-    bits: int,
-    group_size: int,
-    axis: Axis,
-    metadata_dtype: str,
-    factor_block: int | None = None,
+    x: Float[Array, "... S H"], low: Float[Array, "..."], steps: Float[Array, "..."], packing: Packing
 ) -> QuantizedArray:
-    """Codes of `x` under a zero (`low`) and a scale (`steps`) per group, which are rounded to their dtype first."""
-    block = factor_block or max(group_size, 32 // min(PLANES[bits]))
-    groups = grouped(x, group_size, axis)
-    reduced = -2 if axis == "tokens" else -1
-    scale, scale_factor = _store(_finite(steps, metadata_dtype), metadata_dtype, x.shape[-2], block)
-    zero, zero_factor = _store(_finite(low, metadata_dtype), metadata_dtype, x.shape[-2], block)
+    """Codes of `x` under a zero point (`low`) and a scale (`steps`) per group, both rounded to their dtype first."""
+    groups, tokens = grouped(x, packing), x.shape[-2]
+    scale, scale_factor = _store(steps, packing, tokens)
+    zero, zero_factor = _store(low, packing, tokens)
 
-    stored_scale = jnp.expand_dims(_restore(scale, scale_factor), reduced)
-    stored_zero = jnp.expand_dims(_restore(zero, zero_factor), reduced)
-    codes = jnp.clip(jnp.round((groups - stored_zero) * _reciprocal(stored_scale)), 0, (1 << bits) - 1)
-    planes = pack(codes.astype(jnp.uint32).reshape(x.shape), bits)
-    return QuantizedArray(planes, scale, zero, scale_factor, zero_factor, bits, group_size, axis)
+    stored_scale = jnp.expand_dims(_restore(scale, scale_factor), packing.reduced)
+    stored_zero = jnp.expand_dims(_restore(zero, zero_factor), packing.reduced)
+    codes = jnp.clip(jnp.round((groups - stored_zero) * _reciprocal(stored_scale)), 0, (1 << packing.bits) - 1)
+    planes = pack(codes.astype(jnp.uint32).reshape(x.shape), packing.bits)
+    return QuantizedArray(planes, scale, zero, scale_factor, zero_factor, packing)
 
 
 def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "... S H"]:
     """`code * scale + zero`, computed in float32 and rounded to `dtype` once."""
-    codes = unpack(x.planes, x.bits).astype(jnp.float32)
-    groups = grouped(codes, x.group_size, x.axis)
-    reduced = -2 if x.axis == "tokens" else -1
-    scale = jnp.expand_dims(_restore(x.scale, x.scale_factor), reduced)
-    zero = jnp.expand_dims(_restore(x.zero, x.zero_factor), reduced)
-    return (groups * scale + zero).reshape(codes.shape).astype(dtype)
+    codes = unpack(x.planes, x.packing.bits).astype(jnp.float32)
+    scale = jnp.expand_dims(_restore(x.scale, x.scale_factor), x.packing.reduced)
+    zero = jnp.expand_dims(_restore(x.zero, x.zero_factor), x.packing.reduced)
+    return (grouped(codes, x.packing) * scale + zero).reshape(codes.shape).astype(dtype)
 
 
-def grouped(x: Float[Array, "... S H"], group_size: int, axis: Axis) -> Float[Array, "..."]:
-    """Float32 `[..., S/g, g, H]` for tokens, `[..., S, H/g, g]` for channels."""
+def grouped(x: Float[Array, "... S H"], packing: Packing) -> Float[Array, "..."]:
+    """Float32 `[..., S/g, g, H]` for groups of tokens, `[..., S, H/g, g]` for groups of channels."""
     x = x.astype(jnp.float32)
     *lead, tokens, channels = x.shape
-    if axis == "tokens":
-        return x.reshape(*lead, tokens // group_size, group_size, channels)
-    return x.reshape(*lead, tokens, channels // group_size, group_size)
+    if packing.axis == "tokens":
+        return x.reshape(*lead, tokens // packing.group_size, packing.group_size, channels)
+    return x.reshape(*lead, tokens, channels // packing.group_size, packing.group_size)
 
 
-def _finite(x: Array, metadata_dtype: str) -> Array:
-    """Clamps to the range of 16-bit metadata: a bfloat16 outlier must not turn into infinity."""
-    if metadata_dtype == "float8_e4m3fn":
-        return x
-    limit = float(jnp.finfo(metadata_dtype).max)
-    return jnp.clip(x, -limit, limit)
-
-
-def _store(x: Array, metadata_dtype: str, tokens: int, block: int) -> tuple[Array, Array | None]:
+def _store(x: Array, packing: Packing, tokens: int) -> tuple[Array, Array | None]:
     """Rounds metadata `[..., rows, n]` to its dtype; 8-bit floats are relative to the largest of their block."""
-    if metadata_dtype != "float8_e4m3fn":
-        return x.astype(metadata_dtype), None
+    if not packing.has_factors:
+        limit = float(jnp.finfo(packing.metadata_dtype).max)  # a bfloat16 outlier must not turn into infinity
+        return jnp.clip(x, -limit, limit).astype(packing.metadata_dtype), None
     *lead, rows, width = x.shape
-    blocks = x.reshape(*lead, tokens // block, rows * block // tokens * width)
+    blocks = x.reshape(*lead, tokens // packing.block, rows * packing.block // tokens * width)
     factor = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) * (1 / _FLOAT8_MAX)
     return (blocks * _reciprocal(factor)).astype(jnp.float8_e4m3fn).reshape(x.shape), factor
 
@@ -275,20 +305,3 @@ def _restore(x: Array, factor: Array | None) -> Array:
         return x.astype(jnp.float32)
     blocks = x.astype(jnp.float32).reshape(*factor.shape[:-1], -1)
     return (blocks * factor).reshape(x.shape)
-
-
-def _check(shape: tuple[int, ...], bits: int, group_size: int, axis: str, metadata_dtype: str) -> None:
-    for name, value, choices in (
-        ("bits", bits, BITS),
-        ("group_size", group_size, GROUP_SIZES),
-        ("axis", axis, ("tokens", "channels")),
-        ("metadata_dtype", metadata_dtype, METADATA_DTYPES),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
-    tokens, channels = shape[-2:]
-    unit = max(group_size if axis == "tokens" else 1, 32 // min(PLANES[bits]))
-    if tokens % unit:
-        raise ValueError(f"{tokens} tokens do not fill whole groups and words: expected a multiple of {unit}")
-    if axis == "channels" and channels % group_size:
-        raise ValueError(f"head_dim {channels} is not divisible by group_size {group_size}")

@@ -38,7 +38,7 @@ def prefill_attention(
     with_scores: bool = False,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B K T"] | None]:
-    """Causal attention over right-padded rows, as `docs/architecture.md` defines it.
+    """Causal attention over right-padded rows, as `docs/packed-layout.md` defines it.
 
     Args:
       q: `[B, T, N, H]`, bfloat16 or float16, H 64 or 128.

@@ -45,7 +45,7 @@ def test_full_equals_one_shot_forward(model: mk.Llama):
     """Stepwise decode under `full` gives the logits of one pass over the whole sequence."""
     (row,) = prompts(37)
     generated = tokens(model, [row], cache="full", max_new_tokens=40)[0].tolist()
-    one_shot = model(jnp.asarray([row + generated]))
+    one_shot = inference.one_shot(model, jnp.asarray([row + generated]))
     hidden, cache = inference.prefill(model, jnp.asarray([row]), jnp.asarray([37]), presets.get("full"), 40)
     steps = [model.logits(hidden)]
     for token in generated[:-1]:
@@ -60,7 +60,7 @@ def test_extend_equals_one_shot_forward(model: mk.Llama):
     first, second = prompts(70, 31)
     _hidden, cache = inference.prefill(model, jnp.asarray([first]), jnp.asarray([70]), presets.get("full"), 31)
     extended, cache = inference.extend(model, cache, jnp.asarray([second]), jnp.asarray([31]))
-    one_shot = model(jnp.asarray([first + second]))
+    one_shot = inference.one_shot(model, jnp.asarray([first + second]))
     np.testing.assert_allclose(model.logits(extended), one_shot[:, 70:], atol=2e-5)
     assert int(cache.length[0]) == 101
 
@@ -412,7 +412,7 @@ def test_log_probabilities_are_the_models(model: mk.Llama):
     (row,) = prompts(40)
     result = mk.generate(model, [row], cache="full", max_new_tokens=12, eos_token_ids=(), log_probabilities=True)
     generated = result.tokens[0].tolist()
-    expected = jax.nn.log_softmax(model(jnp.asarray([row + generated]))[0, 39:-1])
+    expected = jax.nn.log_softmax(inference.one_shot(model, jnp.asarray([row + generated]))[0, 39:-1])
     assert result.log_probabilities is not None
     found = np.asarray(result.log_probabilities[0])
     np.testing.assert_allclose(found, [line[token] for line, token in zip(expected, generated, strict=True)], atol=2e-5)

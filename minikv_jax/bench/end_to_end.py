@@ -27,6 +27,7 @@ from minikv_jax.methods.config import CacheConfig
 from minikv_jax.models import hub
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.huggingface import config_from_hf
 from minikv_jax.sampling import Sampling
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
@@ -110,11 +111,11 @@ def shape_config(shape: str) -> ModelConfig:
     """A named shape, or the one of a config.json or of its directory."""
     named = SHAPES / f"{shape}.json"
     if named.is_file():
-        return ModelConfig.from_hf(named)
+        return config_from_hf(named)
     if not pathlib.Path(shape).exists():
         names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
         raise ValueError(f"shape {shape!r}: expected one of {names}, a config.json or a directory that holds one")
-    return ModelConfig.from_hf(shape)
+    return config_from_hf(shape)
 
 
 def skeleton(config: ModelConfig, dtype: str) -> Llama:

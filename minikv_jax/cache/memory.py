@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from minikv_jax.cache.state import LayerCapacity, layer_capacity
+import jax
+from jax.typing import DTypeLike
+
+from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.checks import integer
-from minikv_jax.methods import base as schemes
-from minikv_jax.methods.base import QUANTIZERS
-from minikv_jax.methods.config import CacheConfig
-from minikv_jax.methods.quantizers import block_bytes
+from minikv_jax.methods import contracts
+from minikv_jax.methods.base import Method, Quantizer
+from minikv_jax.methods.lookup import resolve
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.ops.select import layer_budgets
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -62,20 +63,9 @@ class MemoryReport:
         return 1 - self.packed_bytes / self.full_bytes
 
 
-def capacities(
-    model: ModelConfig, config: CacheConfig, prompt_length: int, max_new_tokens: int
-) -> tuple[LayerCapacity, ...]:
-    """Each layer's capacities for prompts of at most `prompt_length` tokens."""
-    heavy = layer_budgets(config, model.num_hidden_layers)
-    return tuple(
-        layer_capacity(config, share, prompt_length, max_new_tokens, model.window(layer))
-        for layer, share in enumerate(heavy)
-    )
-
-
 def report(
     model: ModelConfig,
-    config: CacheConfig,
+    method: str | Method,
     *,
     prompt_length: int,
     max_new_tokens: int,
@@ -94,12 +84,13 @@ def report(
         integer(name, value, 1)
     if dtype not in _BYTES:
         raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
-    check_model(model, config)
-    layers = capacities(model, config, prompt_length, max_new_tokens)
+    method = resolve(method)
+    contracts.check(method, model)
+    layers = capacities(model, method, prompt_length, max_new_tokens)
     heads, dim, size = model.num_key_value_heads, model.head_dim, _BYTES[dtype]
-    packed = _packed_bytes(model, config, layers, batch, dtype)
+    packed = _packed_bytes(model, method, layers, batch, dtype)
     tail = [batch * heads * 2 * layer.tail * dim * size for layer in layers]
-    index = [_index_bytes(config, layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
+    index = [_index_bytes(method, layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
     return MemoryReport(
         packed_bytes=sum(packed),
         tail_bytes=sum(tail),
@@ -111,18 +102,26 @@ def report(
 
 
 def _packed_bytes(
-    model: ModelConfig, config: CacheConfig, layers: tuple[LayerCapacity, ...], batch: int, dtype: str
+    model: ModelConfig, method: Method, layers: tuple[LayerCapacity, ...], batch: int, dtype: str
 ) -> list[int]:
-    if not config.quantized:
+    quantizer = method.quantizer
+    if quantizer is None:
         return [0] * len(layers)
-    of_layer = functools.cache(
-        lambda number: block_bytes(config, number, model.num_key_value_heads, model.head_dim, dtype)
+    block_bytes = functools.cache(
+        lambda layer: _block_bytes(quantizer, layer, model.num_key_value_heads, model.head_dim, dtype)
     )
-    alike = not QUANTIZERS[config.quantizer].by_layer
     return [
-        batch * layer.packed // config.packing_block * of_layer(0 if alike else number)
+        batch * layer.packed // quantizer.block * block_bytes(number if quantizer.by_layer else 0)
         for number, layer in enumerate(layers)
     ]
+
+
+def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
+    """Bytes of one packing block's keys and values, of all heads of a row, from the shapes the quantizer returns."""
+    block = jax.ShapeDtypeStruct((1, kv_heads, quantizer.block, head_dim), dtype)
+    operands = quantizer.operand("keys", layer), quantizer.operand("values", layer)
+    stored = [jax.eval_shape(lambda x, operand=operand: quantizer.encode(x, operand), block) for operand in operands]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
 
 
 def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
@@ -135,18 +134,10 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     return _BYTES[dtype] * (model.num_hidden_layers * (attention + mlp + norms) + d + model.vocab_size * d)
 
 
-def _index_bytes(config: CacheConfig, layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
-    """Two lengths per row, every token's position where the layer has a window, and what eviction needs."""
+def _index_bytes(method: Method, layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
+    """Two lengths per row, every token's position if the layer has a window, and what eviction needs."""
     positions = 0 if window is None else 4 * batch * heads * (layer.packed + layer.tail)
-    eviction = 0 if config.evict_every is None else 2 * 4 * batch + bool(config.heavy) * 4 * batch * heads * layer.tail
+    eviction = 0
+    if method.evict_every is not None:
+        eviction = 2 * 4 * batch + (4 * batch * heads * layer.tail if method.heavy else 0)
     return 2 * 4 * batch + positions + eviction
-
-
-def check_model(model: ModelConfig, config: CacheConfig) -> None:
-    """Raises ValueError where the method does not fit the model, or one of its schemes breaks its contract."""
-    windows = {model.window(layer) for layer in range(model.num_hidden_layers)} - {None}
-    if config.evict_every is not None and windows:
-        raise ValueError(
-            f"evict_every={config.evict_every}: a layer with a sliding window ({windows.pop()}) evicts by it"
-        )
-    schemes.check(config, model)

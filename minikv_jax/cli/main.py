@@ -377,11 +377,11 @@ def _print_report(report: dict[str, Any]) -> None:
 def _memory(arguments: argparse.Namespace) -> int:
     from minikv_jax.cache import memory
     from minikv_jax.models import hub
-    from minikv_jax.models.config import ModelConfig
+    from minikv_jax.models.huggingface import config_from_hf
 
     method = _method(arguments)
     source = arguments.model or str(arguments.config)
-    model = ModelConfig.from_hf(arguments.config) if arguments.model is None else hub.load_config(arguments.model)
+    model = config_from_hf(arguments.config) if arguments.model is None else hub.load_config(arguments.model)
     report = memory.report(
         model,
         method,

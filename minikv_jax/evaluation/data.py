@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
@@ -30,10 +27,10 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
     name = source.as_posix()
     if source.is_dir():
         return source
-    if source.exists() or not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"data {name!r} is neither a directory nor a data set on the hub (OWNER/NAME)")
     from minikv_jax.models import hub
 
+    if source.exists() or not hub.HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"data {name!r} is neither a directory nor a data set on the hub (OWNER/NAME)")
     wanted = ", ".join(patterns)
     snapshot = hub.download(name, patterns, repo_type="dataset", advice=f"a local directory with {wanted}")
     directory = hub.cache_directory() / "datasets" / f"{name.replace('/', '--')}@{snapshot.name[:12]}"

@@ -8,11 +8,13 @@ is also answered by greedy generation, and the task scores the text.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from minikv_jax.files import read_jsonl as read_jsonl
+from minikv_jax.files import read_text as read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,39 +161,6 @@ def truncate_middle(
             return shorter
         keep -= excess
     raise ValueError(f"{limit} prompt tokens leave no room for the text within the chat template")
-
-
-def read_text(path: pathlib.Path) -> str:
-    """A UTF-8 file's text; ValueError names a file that is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
-    """Line number and object of the first `limit` lines of a JSON Lines file that are not blank.
-
-    Raises:
-      ValueError: a line that is not a JSON object, or no lines at all, naming the file and the line.
-    """
-    rows = []
-    lines = read_text(path).split("\n")
-    for number, line in enumerate(lines, 1):
-        if limit is not None and len(rows) == limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got a {type(row).__name__}")
-        rows.append((number, row))
-    if not rows:
-        raise ValueError(f"{path} is empty: expected one JSON object a line")
-    return rows
 
 
 def need_fields(where: str, row: Mapping[str, Any], names: Sequence[str]) -> None:

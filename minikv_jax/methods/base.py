@@ -1,148 +1,328 @@
-"""The extension points: scorers, budget rules and quantisers, each a small protocol with a registry of names.
+"""`Method`, and what it is composed of: a scorer, two budgets, a budget rule, a quantizer and a tail.
 
-A scheme is registered under a name, and the name works wherever a `CacheConfig` does. What the library ships is
-registered in the same way (`selection.py`, `quantizers.py`); `docs/schemes.md` shows a scheme of each kind. What a
-scheme must keep to is checked on abstract shapes (`check`) before any work starts.
+All are frozen values: equal methods compile once, and `dataclasses.replace` changes any part of one. A component is a
+class whose fields are its settings; subclass `Scorer`, `Budget`, `ScoredBudget` or `Quantizer` and put an instance into
+a `Method`. Names (`registry.py`) exist for the command line only.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-import importlib.util
-import math
-import os
-import pathlib
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-if TYPE_CHECKING:
-    from minikv_jax.methods.config import CacheConfig
-    from minikv_jax.models.config import ModelConfig
+from minikv_jax import checks
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.packing import MAX_BLOCK, Packing
 
-Option = int | float | str  # a setting of a scheme's own: `CacheConfig.options`
 Kind = Literal["keys", "values"]
+Length = TypeVar("Length", int, Array)
+T = TypeVar("T")
 
-MAX_BLOCK = 1024  # tokens read at a time from the packed region: a quantiser's block divides it
+SHARE_UNITS = 10000  # a share is a whole number of 1 / SHARE_UNITS
 
 
-class ScorerInputs(NamedTuple):
-    """What a scorer may read of one layer's prefill. RoPE is already applied; rows are right-padded to `T`.
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A budget of a fraction of the prompt's tokens, in 0..1, resolved to 1/10000.
+
+    Whole units keep a static capacity and a traced count from ever disagreeing.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        value = self.fraction
+        if isinstance(value, bool) or not isinstance(value, float | np.floating) or not 0 <= value <= 1:
+            raise ValueError(f"Share({value!r}): expected a float in 0..1")
+        object.__setattr__(self, "fraction", float(value))
+
+    @property
+    def units(self) -> int:
+        """The fraction in units of 1/10000."""
+        return round(self.fraction * SHARE_UNITS)
+
+    def tokens(self, length: Length) -> Length:
+        """Tokens granted to a row of `length`: `floor(length * fraction)`."""
+        units = self.units
+        return length // SHARE_UNITS * units + length % SHARE_UNITS * units // SHARE_UNITS  # exact within 32 bits
+
+    def granted(self, length: Length) -> Length:
+        """`tokens`: a fraction of a row never exceeds it."""
+        return self.tokens(length)  # pyright: ignore[reportReturnType]  (Length is Length)
+
+    def __bool__(self) -> bool:
+        return self.fraction > 0
+
+    def __str__(self) -> str:
+        return str(self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A budget of a number of tokens."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", checks.integer("Tokens", self.count, 0))
+
+    def tokens(self, length: Length) -> Length:
+        """Tokens granted to a row of `length`: the count itself if the row has as many."""
+        return min(self.count, length) if isinstance(length, int) else jnp.minimum(self.count, length)
+
+    def granted(self, length: Length) -> Length:
+        """The count, which may exceed the row: a row that goes on evicting grows up to it."""
+        return self.count if isinstance(length, int) else jnp.full_like(length, self.count)
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        return str(self.count)
+
+
+Amount = Share | Tokens
+
+
+def to_amount(value: Amount | float | int) -> Amount:
+    """A budget as given: a float is a share, an int a count. Raises ValueError for anything else."""
+    if isinstance(value, Share | Tokens):
+        return value
+    try:
+        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        return Tokens(int(value)) if is_count else Share(value)
+    except ValueError as error:
+        raise ValueError("expected a share (float in 0..1) or a token count (int >= 0)") from error
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Component:
+    """Part of a method: a subclass becomes a frozen dataclass, whose fields are its settings.
+
+    Every setting has a default, an int, float, str or bool; a value of another type is refused when an instance is made
+    (an int is taken for a float).
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        for name, default in settings(type(self)).items():
+            object.__setattr__(self, name, _of_the_same_type(name, getattr(self, name), default))
+
+
+def settings(component: type[Component] | Component) -> dict[str, Any]:
+    """The settings of a class with their defaults, or those of an instance with their values."""
+    if isinstance(component, type):
+        return {field.name: field.default for field in dataclasses.fields(component)}  # pyright: ignore[reportArgumentType]
+    return {field.name: getattr(component, field.name) for field in dataclasses.fields(component)}  # pyright: ignore[reportArgumentType]
+
+
+def _of_the_same_type(name: str, value: Any, default: Any) -> Any:
+    """`value` as Python's own type: equal settings are of equal types, and numpy's are not Python's."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if default is dataclasses.MISSING or callable(default) or type(value) is type(default):
+        return value
+    if type(default) is float and type(value) is int:
+        return float(value)
+    raise ValueError(f"{name}={value!r}: expected {type(default).__name__}, as its default {default!r}")
+
+
+class LayerInputs(NamedTuple):
+    """One layer's prompt, as attention and scorers see it. RoPE is already applied; rows are right-padded to `T`.
 
     Attributes:
       q, k, v: in the model's dtype; what lies beyond a row's length may be anything, NaN too.
       lengths: valid tokens per row.
-      column_sums: float32, of the causal softmax map over all queries, if the scorer asks for them, else None.
+      column_sums: float32, of the causal softmax map over all queries and the heads of a KV head, if the scorer needs
+        them, else None.
       window: the layer's sliding window.
-      layer: the layer's number, a traced int32 scalar: layers of equal shapes may share a program.
+      layer: the layer's number; a scorer gets it as a traced int32 scalar, because layers of equal shapes may share a
+        program.
       frequencies: float32 `[H/2]`, radians per position by which RoPE turned channels (i, i + H/2); None if unknown.
+      sinks: leading tokens that the method keeps whatever they score.
     """
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     lengths: Int[Array, "B"]
-    column_sums: Float[Array, "B K T"] | None
-    window: int | None
+    column_sums: Float[Array, "B K T"] | None = None
+    window: int | None = None
     layer: Int[Array, ""] | int = 0
     frequencies: Float[Array, "F"] | None = None
+    sinks: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Scorer:
-    """A score per key: `score(inputs, config) -> float [B, K, T]`, higher is kept first. Padding may score anything.
-
-    Sinks and recent tokens stay whatever they score. NaN counts as the lowest score, and evaluations report it.
-
-    `update(scores, weights, config) -> float [B, K, C]`, if there is one, takes a decode step in: the `scores` of the
-    cache's `C` slots (0 for a new token) and the attention `weights` that they got, summed over the KV head's queries.
-    """
-
-    score: Callable[[ScorerInputs, CacheConfig], Array]
-    needs_column_sums: bool = False
-    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
-    update: Callable[[Array, Array, CacheConfig], Array] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """How the heavy budget is spread over layers: non-negative weights, of which only the ratios count.
-
-    `weights(config, num_layers)` gives one number per layer. If the rule `needs_scores`, it is
-    `weights(config, scores, lengths) -> float [L, B]` instead, with each layer's scores `[B, K, T]`, and runs inside
-    the compiled prefill, after all layers.
-    """
-
-    weights: Callable[..., Any]
-    needs_scores: bool = False
-    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """What a quantiser is given: the keys or the values of one layer, under a method."""
-
-    kind: Kind
-    number: int
-    config: CacheConfig
-
-    @property
-    def layer(self) -> int:
-        """The layer's number, for a quantiser that says `by_layer`; ValueError for others."""
-        if not QUANTIZERS[self.config.quantizer].by_layer:
-            raise ValueError("operand.layer is read: a quantiser that differs between layers sets by_layer = True")
-        return self.number
-
-    @property
-    def bits(self) -> int:
-        """`k_bits` or `v_bits`."""
-        bits = self.config.k_bits if self.kind == "keys" else self.config.v_bits
-        assert bits is not None  # a config has both or neither
-        return bits
-
-
-class Quantizer(abc.ABC):
-    """How keys and values are stored. Subclass it and give at least `quantize` and `dequantize`.
+class Scorer(Component, abc.ABC):
+    """Scores every prompt token, per layer, row and KV head; higher is kept first.
 
     Attributes:
-      bits: what `k_bits` and `v_bits` may be.
-      by_layer: whether it reads `Operand.layer`. If not, layers of equal shapes may share a program.
-      options: settings of its own and their defaults (`register_quantizer`).
+      needs_column_sums: whether `score` reads `LayerInputs.column_sums`, a second pass over the prefill's attention.
     """
 
-    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
-    by_layer: bool = False
-    options: Mapping[str, Option] = {}
-
-    def block(self, config: CacheConfig) -> int:
-        """Tokens that enter the packed region together: a divisor of `MAX_BLOCK` and of `residual_length`."""
-        del config
-        return 32
+    needs_column_sums: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def quantize(self, x: Float[Array, "B K S H"], operand: Operand) -> Any:
+    def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
+        """A floating-point score per token; padding may score anything.
+
+        Sinks and recent tokens stay whatever they score. NaN counts as the lowest score, and evaluations report it.
+        """
+
+    def update(self, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
+        """The scores after a decode step, which `Method.evict_every` needs.
+
+        Args:
+          scores: of the cache's `C` slots; 0 for a new token.
+          weights: attention that the slots got in this step, summed over the query heads of a KV head.
+        """
+        raise NotImplementedError
+
+    @property
+    def can_update(self) -> bool:
+        """Whether the scores go on during generation."""
+        return type(self).update is not Scorer.update
+
+
+class NoScores(Scorer):
+    """Scores all tokens alike: position alone decides (StreamingLLM, or no eviction at all)."""
+
+    def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
+        batch, tokens, kv_heads, _ = inputs.k.shape
+        return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
+
+
+class FunctionScorer(Scorer):
+    """A function `score(inputs)` as a scorer."""
+
+    function: Callable[[LayerInputs], Array]
+
+    def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
+        return self.function(inputs)
+
+
+class Budget(Component, abc.ABC):
+    """Spreads the heavy budget over layers."""
+
+    @abc.abstractmethod
+    def weights(self, num_layers: int) -> Sequence[float]:
+        """One non-negative number per layer, of which only the ratios count."""
+
+
+class Uniform(Budget):
+    """The same budget for every layer."""
+
+    def weights(self, num_layers: int) -> list[float]:
+        return [1.0] * num_layers
+
+
+class FunctionBudget(Budget):
+    """A function `weights(num_layers)` as a budget rule."""
+
+    function: Callable[[int], Sequence[float]]
+
+    def weights(self, num_layers: int) -> Sequence[float]:
+        return self.function(num_layers)
+
+
+class ScoredBudget(Component, abc.ABC):
+    """Spreads the heavy budget over layers by their scores, inside the compiled prefill and after all layers.
+
+    Attributes:
+      cap: no layer gets more than this multiple of the mean budget; it decides how much is allocated.
+    """
+
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cap >= 1:
+            raise ValueError(f"cap={self.cap!r}: expected a number >= 1")
+
+    @abc.abstractmethod
+    def weights(self, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]) -> Float[Array, "L B"]:
+        """Non-negative weights per layer and row, of which only the ratios count."""
+
+
+class Operand(NamedTuple):
+    """The keys or the values of one layer.
+
+    Attributes:
+      layer: the layer's number for a quantizer that says `by_layer`, else None.
+    """
+
+    kind: Kind
+    layer: int | None = None
+
+
+class Quantizer(Component, abc.ABC):
+    """Stores keys and values in few bits. Subclasses give at least `encode` and `decode`.
+
+    Attributes:
+      choices: what `k_bits` and `v_bits` may be.
+      by_layer: whether it reads `Operand.layer`. If not, layers of equal shapes share a program.
+      kernel_packs: whether `encode` is `minikv_jax.packing.encode_minmax` by `packing(kind)`, which a kernel may do
+        instead. False in a subclass that defines `encode`, unless it says otherwise.
+      kernel_reads: likewise for `decode` and `minikv_jax.packing.dequantize`.
+    """
+
+    choices: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 8)
+    by_layer: ClassVar[bool] = False
+    kernel_packs: ClassVar[bool] = False
+    kernel_reads: ClassVar[bool] = False
+
+    k_bits: int = 2
+    v_bits: int = 2
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for function, flag in (("encode", "kernel_packs"), ("decode", "kernel_reads")):
+            if function in vars(cls) and flag not in vars(cls):
+                setattr(cls, flag, False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.choice("k_bits", self.k_bits, self.choices)
+        checks.choice("v_bits", self.v_bits, self.choices)
+
+    @property
+    def block(self) -> int:
+        """Tokens that enter the packed region together: a divisor of `MAX_BLOCK` and of what a tail packs."""
+        return 32
+
+    def operand(self, kind: Kind, layer: int) -> Operand:
+        """The keys or the values of layer number `layer`."""
+        return Operand(kind, layer if self.by_layer else None)
+
+    def bits(self, kind: Kind) -> int:
+        """`k_bits` or `v_bits`."""
+        return self.k_bits if kind == "keys" else self.v_bits
+
+    def packing(self, kind: Kind) -> Packing:
+        """How keys or values are packed, for a quantizer that kernels pack or read."""
+        raise NotImplementedError(f"{type(self).__name__} has a layout of its own")
+
+    @abc.abstractmethod
+    def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> Any:
         """What to store of `S` tokens, a multiple of `block`.
 
         Returns:
-          A `QuantizedArray`, which the kernels can read too, or any pytree of arrays `[B, K, S / r, ...]` where `r`
-          divides the block, each array with its own `r`. Blocks are quantised independently of one another.
+          A `QuantizedArray`, or any pytree of arrays `[B, K, S / r, ...]` in which `r` divides the block, each array
+          with its own `r`. Blocks are quantised independently of one another.
         """
 
     @abc.abstractmethod
-    def dequantize(self, stored: Any, operand: Operand) -> Float[Array, "B K S H"]:
+    def decode(self, stored: Any, operand: Operand) -> Float[Array, "B K S H"]:
         """The tokens that `stored`, any whole number of blocks, stands for."""
-
-    def check(self, config: CacheConfig, model: ModelConfig) -> None:
-        """Raises ValueError where the quantiser cannot serve this method or model; shapes are checked without it."""
-        del config, model
 
     def rotation(self, operand: Operand, head_dim: int) -> Float[Array, "H H"] | None:
         """An orthogonal `R`: the cache then holds `k @ R` (or `v @ R`), its tail too.
@@ -152,292 +332,148 @@ class Quantizer(abc.ABC):
         del operand, head_dim
         return None
 
-
-T = TypeVar("T")
-
-
-class Registry(Generic[T]):
-    """Schemes of one kind by name."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
-        self._entries: dict[str, T] = {}
-        self._built_in: frozenset[str] = frozenset()
-
-    def __getitem__(self, name: str) -> T:
-        self.require(name)
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def require(self, name: object) -> None:
-        """Raises ValueError listing the names there are, unless `name` is one of them."""
-        if name not in self._entries:
-            raise ValueError(f"{self.kind}={name!r}: expected one of {', '.join(self._entries)}")
-
-    def add(self, name: str, entry: T) -> None:
-        """Registers `entry`; a name of the user's own may be taken again, one of the library's may not."""
-        if not isinstance(name, str) or not name or set(name) & set(":,= \n"):
-            raise ValueError(f"{self.kind}={name!r}: expected a name without spaces, ':', ',' and '='")
-        if name in self._built_in:
-            raise ValueError(f"{self.kind}={name!r} is the library's own: choose another name")
-        if name in self._entries:  # compiled programs know a scheme by its name
-            jax.clear_caches()
-            _check.cache_clear()
-        self._entries[name] = entry
-
-    def seal(self) -> None:
-        """Protects the names registered so far."""
-        self._built_in = frozenset(self._entries)
-
-    def is_built_in(self, name: str) -> bool:
-        return name in self._built_in
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError if the quantizer cannot serve this model; shapes are checked without it."""
+        del model
 
 
-SCORERS: Registry[Scorer] = Registry("scorer")
-BUDGETS: Registry[Budget] = Registry("budget")
-QUANTIZERS: Registry[Quantizer] = Registry("quantizer")
-METHODS: Registry[CacheConfig] = Registry("method")
-_REGISTRIES = (SCORERS, BUDGETS, QUANTIZERS, METHODS)
+class Tail(Component):
+    """The newest tokens of a cache that quantises, in full precision.
 
-
-def register_scorer(
-    name: str,
-    /,
-    *,
-    needs_column_sums: bool = False,
-    update: Callable[[Array, Array, CacheConfig], Array] | None = None,
-    **options: Option,
-) -> Callable[[Callable[[ScorerInputs, CacheConfig], Array]], Callable]:
-    """Registers the decorated function as `CacheConfig(scorer=name)`: see `Scorer`.
-
-    Args:
-      needs_column_sums: have the prefill give `ScorerInputs.column_sums`, a second pass over its attention.
-      update: how the scores go on during generation, which `evict_every` needs.
-      options: settings of the scorer's own and their defaults, read with `config.option(name)`.
+    Attributes:
+      length: tokens. The tail has room for as many, beside the sinks, and `rule` says which of them stay.
+      rule: "minikv" packs the whole tail when it is full, and after the prompt leaves only what fills no packing block;
+        "kivi" packs block by block, so that the newest `length` tokens always stay.
     """
 
-    def register(score: Callable[[ScorerInputs, CacheConfig], Array]) -> Callable:
-        SCORERS.add(name, Scorer(score, needs_column_sums, options, update))
-        return score
+    length: int = 128
+    rule: str = "minikv"
 
-    return register
-
-
-def register_budget(name: str, /, *, needs_scores: bool = False, **options: Option) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as `CacheConfig(budget=name)`: see `Budget`."""
-
-    def register(weights: Callable) -> Callable:
-        BUDGETS.add(name, Budget(weights, needs_scores, options))
-        return weights
-
-    return register
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.integer("tail.length", self.length, 1)
+        checks.choice("tail.rule", self.rule, ("minikv", "kivi"))
 
 
-Q = TypeVar("Q", bound="type[Quantizer] | Quantizer")
+def to_scorer(value: Scorer | Callable[[LayerInputs], Array]) -> Scorer:
+    """A scorer as given, or a function `score(inputs)` made one."""
+    if isinstance(value, Scorer):
+        return value
+    if isinstance(value, type) or not callable(value):
+        raise ValueError("expected an instance of a Scorer class, or a function of LayerInputs")
+    return FunctionScorer(function=value)
 
 
-def register_quantizer(name: str, /, **options: Option) -> Callable[[Q], Q]:
-    """Registers a `Quantizer`, the decorated class or an instance, as `CacheConfig(quantizer=name)`."""
-
-    def register(quantizer: Q) -> Q:
-        instance = quantizer() if isinstance(quantizer, type) else quantizer
-        if not isinstance(instance, Quantizer):
-            raise ValueError(f"quantizer={name!r} is a {type(instance).__name__}: expected a minikv_jax.Quantizer")
-        instance.options = options
-        QUANTIZERS.add(name, instance)
-        return quantizer
-
-    return register
+def to_budget(value: Budget | ScoredBudget | Callable[[int], Sequence[float]]) -> Budget | ScoredBudget:
+    """A budget rule as given, or a function `weights(num_layers)` made one."""
+    if isinstance(value, Budget | ScoredBudget):
+        return value
+    if isinstance(value, type) or not callable(value):
+        raise ValueError("expected an instance of a Budget or ScoredBudget class, or a function of num_layers")
+    return FunctionBudget(function=value)
 
 
-def register_method(config: CacheConfig) -> CacheConfig:
-    """Makes `config` a method under its own name, as `minikv_jax.methods.lookup` are.
+def _field(*, default: Any, converter: Callable[[Any], Any]) -> Any:
+    """A field whose value `converter` makes of what is given (type checkers know the name `converter`)."""
+    return dataclasses.field(default=default, metadata={"converter": converter})
 
-    Raises:
-      ValueError: not a `CacheConfig`, or a name that is the library's own or has spaces, ':', ',' or '='.
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, _field))
+def _value(cls: type[T]) -> type[T]:
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@_value
+class Method:
+    """A KV-cache compression method: which tokens are kept, and how the kept ones are stored.
+
+    Tokens are chosen once, at prefill, per layer and KV head. Every generated token is kept, unless `evict_every` is
+    given. Name and citation are not part of a method's identity.
+
+    Attributes:
+      scorer: scores the prompt's tokens; a function `score(inputs)` will do.
+      heavy: budget of top-scored tokens ("heavy hitters", H2O); a float is a share of the prompt, an int a count.
+      recent: budget of newest tokens, likewise.
+      sinks: leading tokens always kept, in full precision, beside the budgets (StreamingLLM).
+      budget: spreads `heavy` over layers; a function `weights(num_layers)` will do.
+      evict_every: new tokens after which a layer is cut back to its budget; None: never (`ops/evict.py`).
+      quantizer: stores K and V; None keeps them in the model's dtype.
+      tail: the newest tokens that are not quantised.
     """
-    from minikv_jax.methods.config import CacheConfig
 
-    if not isinstance(config, CacheConfig):
-        raise ValueError(f"method {config!r}: expected a CacheConfig, whose name it is registered under")
-    METHODS.add(config.name, config)
-    return config
+    name: str = dataclasses.field(default="custom", compare=False)
+    citation: str = dataclasses.field(default="", compare=False)
 
+    scorer: Scorer = _field(default=NoScores(), converter=to_scorer)
+    heavy: Amount = _field(default=Share(0.0), converter=to_amount)
+    recent: Amount = _field(default=Share(1.0), converter=to_amount)
+    sinks: int = 0
+    budget: Budget | ScoredBudget = _field(default=Uniform(), converter=to_budget)
+    evict_every: int | None = None
 
-def seal() -> None:
-    """Protects everything registered so far: called once the library is imported."""
-    for registry in _REGISTRIES:
-        registry.seal()
+    quantizer: Quantizer | None = None
+    tail: Tail = Tail()
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, field.metadata.get("converter", lambda same: same)(value))
+            except ValueError as error:
+                raise ValueError(f"{field.name}={value!r}: {error}") from error
+        object.__setattr__(self, "sinks", checks.integer("sinks", self.sinks, 0))
+        shares = [budget.units for budget in (self.heavy, self.recent) if isinstance(budget, Share)]
+        if sum(shares) > SHARE_UNITS:
+            raise ValueError(f"heavy={self.heavy} + recent={self.recent}: shares of the prompt may not sum over 1")
+        if self.heavy and isinstance(self.scorer, NoScores):
+            raise ValueError(f"heavy={self.heavy} needs a scorer")
+        if self.quantizer is not None:
+            self._check_storage(self.quantizer)
+        if not isinstance(self.tail, Tail):
+            raise ValueError(f"tail={self.tail!r}: expected a Tail")
+        if self.evict_every is not None:
+            object.__setattr__(self, "evict_every", checks.integer("evict_every", self.evict_every, 1))
+            self._check_eviction()
 
-def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
-    """Runs a Python file that registers schemes.
-
-    Returns:
-      The new names by kind: `{"scorer": ("mine",), "method": ("my-method",)}`.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file fails, with its line and the cause; or it registers nothing.
-    """
-    file = pathlib.Path(path).resolve()
-    if not file.is_file():
-        raise FileNotFoundError(f"plugin {os.fspath(path)} does not exist")
-    before = [dict(registry._entries) for registry in _REGISTRIES]
-    spec = importlib.util.spec_from_file_location(f"minikv_plugin_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"plugin {os.fspath(path)} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's file may raise
-        del sys.modules[spec.name]
-        raise ValueError(f"plugin {os.fspath(path)}{_cause(error, str(file))}") from error
-    new = {
-        registry.kind: names
-        for registry, old in zip(_REGISTRIES, before, strict=True)
-        if (names := tuple(name for name in registry if registry[name] is not old.get(name)))
-    }
-    if not new:
-        raise ValueError(f"plugin {os.fspath(path)} registers nothing: no scorer, budget, quantizer or method")
-    return new
-
-
-def check(config: CacheConfig, model: ModelConfig) -> None:
-    """Holds the schemes of a method against their contracts, for a model's shapes; nothing is computed.
-
-    Raises:
-      ValueError: naming the scheme, what it got, what it returned or raised, and what is expected.
-    """
-    heads = (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
-    if config.quantized:
-        QUANTIZERS[config.quantizer].check(config, model)
-    _check(config, *heads, model.num_hidden_layers)
-
-
-@functools.lru_cache(maxsize=256)
-def _check(config: CacheConfig, heads: int, kv_heads: int, head_dim: int, layers: int) -> None:
-    _check_scorer(config, heads, kv_heads, head_dim)
-    _check_budget(config, kv_heads, layers)
-    if config.quantized:
-        for operand in (Operand("keys", 0, config), Operand("values", 0, config)):
-            _check_quantizer(operand, kv_heads, head_dim)
-
-
-_ROWS, _TOKENS = 2, 96  # what schemes are tried on
-
-
-def _check_scorer(config: CacheConfig, heads: int, kv_heads: int, head_dim: int) -> None:
-    scorer = SCORERS[config.scorer]
-    q = jax.ShapeDtypeStruct((_ROWS, _TOKENS, heads, head_dim), jnp.float32)
-    k = jax.ShapeDtypeStruct((_ROWS, _TOKENS, kv_heads, head_dim), jnp.float32)
-    lengths = jax.ShapeDtypeStruct((_ROWS,), jnp.int32)
-    scores = jax.ShapeDtypeStruct((_ROWS, kv_heads, _TOKENS), jnp.float32)
-    layer = jax.ShapeDtypeStruct((), jnp.int32)
-    frequencies = jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32)
-
-    def run(q: Array, k: Array, lengths: Array, sums: Array, layer: Array, frequencies: Array) -> Array:
-        column_sums = sums if scorer.needs_column_sums else None
-        return scorer.score(ScorerInputs(q, k, k, lengths, column_sums, None, layer, frequencies), config)
-
-    what = f"scorer {config.scorer!r}"
-    out = _abstract(what, scorer.score, run, q, k, lengths, scores, layer, frequencies)
-    _expect(what, out, scores.shape, "[B, K, T]")
-    update = scorer.update
-    if config.evict_every and update is not None:
-        what += ": update"
-        out = _abstract(what, update, lambda scores, weights: update(scores, weights, config), scores, scores)
-        _expect(what, out, scores.shape, "[B, K, C]")
-
-
-def _check_budget(config: CacheConfig, kv_heads: int, layers: int) -> None:
-    rule = BUDGETS[config.budget]
-    what = f"budget {config.budget!r}"
-    if rule.needs_scores:
-        scores = [jax.ShapeDtypeStruct((_ROWS, kv_heads, _TOKENS), jnp.float32)] * layers
-        lengths = jax.ShapeDtypeStruct((_ROWS,), jnp.int32)
-        out = _abstract(what, rule.weights, lambda *args: rule.weights(config, *args), scores, lengths)
-        _expect(what, out, (layers, _ROWS), "[L, B]")
-        return
-    try:
-        weights: Sequence[Any] = list(rule.weights(config, layers))
-        valid = len(weights) == layers and all(math.isfinite(value) and value >= 0 for value in weights)
-    except Exception as error:  # whatever a user's code may raise
-        raise ValueError(f"{what} fails for {layers} layers{_cause(error, _file(rule.weights))}") from error
-    if not valid or not sum(weights) > 0:
-        raise ValueError(
-            f"{what} gives {weights} for {layers} layers: expected {layers} weights, finite, not negative, not all zero"
-        )
-
-
-def _check_quantizer(operand: Operand, kv_heads: int, head_dim: int) -> None:
-    config = operand.config
-    quantizer, block = QUANTIZERS[config.quantizer], config.packing_block
-    what = f"quantizer {config.quantizer!r}: {operand.kind}"
-
-    def stored(tokens: int) -> tuple[Any, jax.ShapeDtypeStruct]:
-        x = jax.ShapeDtypeStruct((_ROWS, kv_heads, tokens, head_dim), jnp.float32)
-        return _abstract(what, quantizer.quantize, lambda x: quantizer.quantize(x, operand), x), x
-
-    (one, x), (three, x_three) = stored(block), stored(3 * block)
-    if jax.tree.structure(one) != jax.tree.structure(three) or not jax.tree.leaves(one):
-        raise ValueError(f"{what}: expected quantize to return the same pytree of arrays for any number of tokens")
-    for (path, leaf), other in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(three), strict=True):
-        rows = leaf.shape[2] if len(leaf.shape) > 2 else 0
-        expected = (_ROWS, kv_heads, 3 * rows, *leaf.shape[3:])
-        if leaf.shape[:2] != (_ROWS, kv_heads) or not rows or block % rows or other.shape != expected:
+    def _check_storage(self, quantizer: Quantizer) -> None:
+        if not isinstance(quantizer, Quantizer):
+            raise ValueError(f"quantizer={quantizer!r}: expected a Quantizer or None")
+        kind = type(quantizer).__name__
+        if MAX_BLOCK % quantizer.block:
+            raise ValueError(f"{kind} has block={quantizer.block}: expected a divisor of {MAX_BLOCK}")
+        if self.tail.length % quantizer.block:
             raise ValueError(
-                f"{what}: quantize returns{jax.tree_util.keystr(path) or ' an array'} of shape {list(leaf.shape)} for "
-                f"{list(x.shape)} and {list(other.shape)} for {list(x_three.shape)}: expected [B, K, S / r, ...] "
-                f"where r divides the block of {block} tokens"
+                f"tail.length={self.tail.length}: expected a multiple of {kind}'s packing block {quantizer.block}"
             )
-    for given, values in ((one, x), (three, x_three)):
-        out = _abstract(what, quantizer.dequantize, lambda stored: quantizer.dequantize(stored, operand), given)
-        _expect(f"{what}: dequantize", out, values.shape, "[B, K, S, H]")
-    rotation = quantizer.rotation(operand, head_dim)
-    if rotation is not None:
-        _check_rotation(what, rotation, head_dim)
 
+    def _check_eviction(self) -> None:
+        every = f"evict_every={self.evict_every}"
+        if self.quantizer is not None:
+            raise ValueError(
+                f"{every} with {type(self.quantizer).__name__}: only full-precision tokens can leave, those of a "
+                "packed block share their metadata"
+            )
+        if self.keeps_all:
+            raise ValueError(f"{every} with recent=1.0: there is no budget to cut back to")
+        if self.heavy and not self.scorer.can_update:
+            raise ValueError(
+                f"{every} with {type(self.scorer).__name__}: expected a scorer that goes on during generation (one "
+                "with `update`, such as H2O or TOVA)"
+            )
 
-def _check_rotation(what: str, rotation: Array, head_dim: int) -> None:
-    _expect(f"{what}: rotation", rotation, (head_dim, head_dim), "[H, H]")
-    matrix = np.asarray(rotation, np.float64)
-    error = np.abs(matrix @ matrix.T - np.eye(head_dim)).max()
-    if not error < 1e-4:
-        raise ValueError(f"{what}: rotation is not orthogonal: R @ R.T differs from 1 by {error:.2g}")
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token is ever evicted."""
+        return self.recent == Share(1.0)
 
+    @property
+    def flush_block(self) -> int:
+        """Tokens that leave a full tail at once."""
+        if self.quantizer is None or self.tail.rule == "minikv":
+            return self.tail.length
+        return self.quantizer.block
 
-def _abstract(what: str, scheme: Callable, function: Callable, *shapes: Any) -> Any:
-    """The output shapes of a user's code, or one error that says where it fails."""
-    try:
-        return jax.eval_shape(function, *shapes)
-    except Exception as error:
-        given = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(shapes))
-        raise ValueError(f"{what} fails on {given}{_cause(error, _file(scheme))}") from error
-
-
-def _expect(what: str, out: Any, shape: tuple[int, ...], legend: str) -> None:
-    if not hasattr(out, "shape") or not hasattr(out, "dtype"):
-        raise ValueError(f"{what} returns a {type(out).__name__}: expected an array {legend}")
-    if out.shape != shape or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise ValueError(
-            f"{what} returns {out.dtype}{list(out.shape)}: expected floating-point {list(shape)}, that is {legend}"
-        )
-
-
-def _file(function: Callable) -> str:
-    code = getattr(function, "__code__", None)
-    return "" if code is None else code.co_filename
-
-
-def _cause(error: BaseException, file: str) -> str:
-    """` (line 3): TypeError: ...`: the innermost line of `file` on the way to the error, and the error's first line."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
-        lines.append(error.lineno)
-    place = f" ({pathlib.Path(file).name}, line {lines[-1]})" if lines else ""
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return f"{place}: {kind}{(str(error).strip().splitlines() or ['no message'])[0]}"
+    @property
+    def tail_keep(self) -> int:
+        """Newest tokens that stay in full precision after a flush."""
+        return 0 if self.tail.rule == "minikv" else self.tail.length

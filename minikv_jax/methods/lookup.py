@@ -1,197 +1,18 @@
-"""Named methods: each a frozen `CacheConfig` with its paper's defaults. `dataclasses.replace` changes any field.
-
-All of them choose tokens once, at prefill, and keep every generated token, as MiniKV does; H2O, TOVA and StreamingLLM
-evict during generation too, which is `evict_every=1` here.
-"""
+"""Methods by name, and changes to them as text: what command lines and files say."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import types
-import typing
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from minikv_jax.methods import calibrated as calibration
-from minikv_jax.methods import quantizers, scorers  # noqa: F401  (they register the schemes named here)
-from minikv_jax.methods.base import METHODS, register_method
-from minikv_jax.methods.config import CacheConfig
-from minikv_jax.ops import select  # noqa: F401
+from minikv_jax.methods import calibrated
+from minikv_jax.methods.base import Amount, Component, Method, settings, to_amount
+from minikv_jax.methods.registry import BUDGETS, METHODS, QUANTIZERS, SCORERS, Components
 
-_MINIKV = CacheConfig(
-    name="minikv",
-    citation="MiniKV, arXiv 2411.18077: 25 % heavy hitters + 25 % recent window, 2 bits in groups of 16",
-    scorer="cumulative",
-    heavy=0.25,
-    recent=0.25,
-    k_bits=2,
-    v_bits=2,
-)
-_KIVI = CacheConfig(
-    name="kivi-2",
-    citation="KIVI, arXiv 2402.02750: every token, 2 bits in groups of 32, the last 128 in full precision",
-    k_bits=2,
-    v_bits=2,
-    group_size=32,
-    residual="kivi",
-)
-_H2O = CacheConfig(
-    name="h2o",
-    citation="H2O, arXiv 2306.14048: 10 % heavy hitters + 10 % recent window",
-    scorer="cumulative",
-    heavy=0.1,
-    recent=0.1,
-)
-_SNAPKV = CacheConfig(
-    name="snapkv",
-    citation="SnapKV, arXiv 2404.14469: 1024 tokens by the votes of the last 32 queries, max-pooled over 7",
-    scorer="window",
-    heavy=992,
-    recent=32,
-)
-# Eviction to half costs little, two bits cost much, 8-bit metadata and a short tail free bytes: docs/results.md.
-_TWIN = CacheConfig(
-    name="twin-4bit",
-    citation="minikv_jax: 44 % by the votes of a short and a long window + the newest 256, 4 bits, 8-bit metadata; "
-    "no more bytes than minikv",
-    scorer="twin-window",
-    heavy=0.44,
-    recent=256,
-    sinks=4,
-    observation_window=16,
-    pooling_kernel=31,
-    k_bits=4,
-    v_bits=4,
-    group_size=32,
-    metadata_dtype="float8_e4m3fn",
-    residual_length=32,
-)
-
-_PRESETS = (
-    CacheConfig(name="full", citation="every token, in the model's dtype"),
-    _KIVI,
-    dataclasses.replace(_KIVI, name="kivi-4", k_bits=4, v_bits=4, citation=_KIVI.citation.replace("2 bits", "4 bits")),
-    _H2O,
-    _SNAPKV,
-    dataclasses.replace(
-        _SNAPKV,
-        name="pyramidkv",
-        citation="PyramidKV, arXiv 2406.02069: the votes of the last 8 queries, budgets falling linearly, beta 20",
-        budget="pyramid",
-        pyramid_beta=20.0,
-        heavy=1016,
-        recent=8,
-        observation_window=8,
-    ),
-    CacheConfig(
-        name="streaming-llm",
-        citation="StreamingLLM, arXiv 2309.17453: 4 sink tokens + the newest 1020",
-        sinks=4,
-        recent=1020,
-    ),
-    CacheConfig(
-        name="q-hitter",
-        citation="Q-Hitter, MLSys 2024: heavy hitters + recent window (59 % as in MiniKV's table 1), 4 bits",
-        scorer="cumulative",
-        heavy=0.295,
-        recent=0.295,
-        k_bits=4,
-        v_bits=4,
-        group_size=32,
-    ),
-    CacheConfig(
-        name="tova",
-        citation="TOVA, arXiv 2401.06104: 20 % by the last query's weights, the same tokens for every head",
-        scorer="tova",
-        heavy=0.2,
-        recent=0.0,
-    ),
-    CacheConfig(
-        name="knorm",
-        citation="Devoto et al., arXiv 2406.11430: the 50 % of keys with the smallest norm",
-        scorer="knorm",
-        heavy=0.5,
-        recent=0.0,
-    ),
-    CacheConfig(
-        name="keydiff",
-        citation="KeyDiff, arXiv 2504.15364: the 20 % of keys least like their mean",
-        scorer="keydiff",
-        heavy=0.2,
-        recent=0.0,
-    ),
-    CacheConfig(
-        name="lagkv",
-        citation="LagKV, arXiv 2504.04704: 25 % by spread against the next 128 tokens, 16 sinks",
-        scorer="lagkv",
-        heavy=0.25,
-        recent=0.0,
-        sinks=16,
-    ),
-    CacheConfig(
-        name="expected-attention",
-        citation="Expected Attention, arXiv 2510.00636: 50 % by what the next 512 queries are expected to pay, 4 sinks",
-        scorer="expected-attention",
-        heavy=0.5,
-        recent=0.0,
-        sinks=4,
-    ),
-    dataclasses.replace(
-        _KIVI,
-        name="kivi-2-hadamard",
-        quantizer="hadamard",
-        citation=_KIVI.citation + ", turned by a Hadamard matrix (QuaRot, arXiv 2404.00456)",
-    ),
-    CacheConfig(
-        name="turboquant-4",
-        citation="TurboQuant-MSE, arXiv 2504.19874: every token, 4 bits and a norm",
-        quantizer="turboquant",
-        k_bits=4,
-        v_bits=4,
-    ),
-    CacheConfig(
-        name="nvfp4",
-        citation="NVFP4 (NVIDIA, 2025): every token, 4-bit floats, an 8-bit scale per 16 channels",
-        quantizer="nvfp4",
-        k_bits=4,
-        v_bits=4,
-    ),
-    CacheConfig(
-        name="fp8",
-        citation="FP8, arXiv 2209.05433: every token, 8-bit floats (e4m3)",
-        quantizer="fp8",
-        k_bits=8,
-        v_bits=8,
-    ),
-    _MINIKV,
-    dataclasses.replace(
-        _MINIKV,
-        name="minikv-pyramid",
-        budget="pyramid",
-        citation=_MINIKV.citation + ", heavy budget falling linearly over layers",
-    ),
-    dataclasses.replace(
-        _MINIKV,
-        name="minikv-variance",
-        budget="variance",
-        citation=_MINIKV.citation + ", heavy budget by how spread out each layer's scores are",
-    ),
-    dataclasses.replace(
-        _MINIKV,
-        name="minikv-snap",
-        scorer="window",
-        citation=_MINIKV.citation + ", heavy hitters by SnapKV's observation window",
-    ),
-    _TWIN,
-    dataclasses.replace(
-        _TWIN,
-        name="twin-4bit-half",
-        citation="minikv_jax: as twin-4bit, 21 % + the newest 32; half of minikv's bytes",
-        heavy=0.21,
-        recent=32,
-    ),
-)
-for _preset in _PRESETS:
-    register_method(_preset)
+_COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
+_PARTS = (*_COMPONENTS, "tail")  # fields whose settings can be named by themselves
 
 
 def names() -> tuple[str, ...]:
@@ -199,69 +20,137 @@ def names() -> tuple[str, ...]:
     return tuple(METHODS)
 
 
-def get(name: str) -> CacheConfig:
-    """The method called `name`, or that a directory is which `minikv calibrate` wrote; ValueError lists the names."""
+def get(name: str) -> Method:
+    """Returns the method registered as `name`, or the one saved in a directory by `minikv calibrate`.
+
+    Raises:
+      ValueError: an unknown name; the text lists the known ones.
+    """
     if not isinstance(name, str):
         raise ValueError(f"method {name!r}: expected a name")
     if name in METHODS:
         return METHODS[name]
-    if calibration.is_calibration(name):
-        return calibration.method(name)
+    if calibrated.is_calibration(name):
+        return calibrated.saved_method(name)
     raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}; or a calibration's directory")
 
 
-def parse(text: str, settings: Iterable[tuple[str, str]] = ()) -> CacheConfig:
+def resolve(method: str | Method) -> Method:
+    """A method by name, or the method itself. Raises ValueError for anything else."""
+    return method if isinstance(method, Method) else get(method)
+
+
+def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:
     """A method and changes to it, as command lines take them: `h2o`, or `h2o:heavy=0.25,recent=0.25`.
 
-    `settings` are changes too (`override`); the text's own win over them.
+    `changes` apply too (`override`); the text's own win over them.
 
     Raises:
-      ValueError: an unknown method, field or value.
+      ValueError: an unknown method, setting or value.
     """
     name, _, own = text.partition(":")
-    changes = dict(settings)
+    merged = dict(changes)
     for setting in filter(None, own.split(",")):
         key, separator, value = setting.partition("=")
         if not separator:
             raise ValueError(f"method {text!r}: expected NAME or NAME:KEY=VALUE,KEY=VALUE, got {setting!r}")
-        changes[key] = value
-    return override(get(name), changes)
+        merged[key] = value
+    return override(get(name), merged)
 
 
-def override(config: CacheConfig, settings: Mapping[str, str]) -> CacheConfig:
-    """`config` with fields set from text, as in `--set heavy=0.5`: `0.5` is a share, `512` a count, `none` is None.
+def override(method: Method, changes: Mapping[str, str]) -> Method:
+    """`method` with settings given as text, as in `--set heavy=0.5`.
 
-    A key may also be an option of the scorer, budget rule or quantiser that the method then has. Options of schemes
-    that it no longer has are dropped.
+    A key is a field of `Method` (`heavy=0.5` is a share, `heavy=512` a count; `scorer`, `budget` and `quantizer` take
+    registered names, `quantizer` and `evict_every` also `none`) or a setting of one of its components: `k_bits`, or
+    `quantizer.k_bits` if two components have it. A new component takes over the settings that it has in common with the
+    one it replaces.
 
     Raises:
-      ValueError: an unknown field or a value of the wrong type or out of range, naming both.
+      ValueError: an unknown setting or a value of the wrong type or out of range, naming both.
     """
-    for key, text in settings.items():
+    for key, text in changes.items():
         if not isinstance(text, str):
             raise ValueError(f"{key}={text!r}: expected text, as on the command line; values go to dataclasses.replace")
-    kinds = {key: kind for key, kind in typing.get_type_hints(CacheConfig).items() if key != "options"}
-    fields = {key: _parse(key, text, kinds[key]) for key, text in settings.items() if key in kinds}
-    plain = dataclasses.replace(config, **fields, options=())
-    known = plain.option_defaults
-    for key in settings:
-        if key not in kinds and key not in known:
-            raise ValueError(f"unknown setting {key!r}: expected one of {', '.join([*kinds, *known])}")
-    options = {key: value for key, value in config.options if key in known}
-    options |= {key: _parse(key, text, type(known[key])) for key, text in settings.items() if key not in kinds}
-    return dataclasses.replace(plain, options=options)
+    parts: dict[str, Any] = {part: getattr(method, part) for part in _PARTS}
+    fields: dict[str, Any] = {}
+    for key in sorted(changes, key=lambda key: key not in _COMPONENTS):  # components first: settings are theirs
+        text = changes[key]
+        if key in _COMPONENTS:
+            parts[key] = _replaced(_COMPONENTS[key], parts[key], text, optional=key == "quantizer")
+        elif key in _PARSERS:
+            fields[key] = _PARSERS[key](key, text)
+        else:
+            part, setting = _locate(key, parts)
+            value = _parse_setting(key, text, getattr(parts[part], setting))
+            fields.setdefault(part, {})[setting] = value
+    for part in _PARTS:
+        changed = fields.pop(part, None)
+        fields[part] = dataclasses.replace(parts[part], **changed) if changed else parts[part]
+    return dataclasses.replace(method, **fields)
 
 
-def _parse(key: str, text: str, kind: object) -> object:
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in options and text.lower() == "none":
+def _replaced(registry: Components, old: Component | None, name: str, *, optional: bool) -> Component | None:
+    """The component called `name`, with the settings that it shares with `old`; None for `none` if `optional`."""
+    if optional and name.lower() == "none":
         return None
-    for option in (int, float, str):  # "512" is a count, "0.5" a share: the narrowest type that parses
-        if option in options:
-            try:
-                return option(text)
-            except ValueError:
-                continue
-    raise ValueError(
-        f"{key}={text!r}: expected {' or '.join(getattr(option, '__name__', str(option)) for option in options)}"
-    )
+    entry = registry[name]
+    if old is None or not isinstance(entry, type):
+        return registry.make(name)
+    if type(old) is entry:
+        return old
+    return registry.make(name, **{key: value for key, value in settings(old).items() if key in settings(entry)})
+
+
+def _locate(key: str, parts: Mapping[str, Any]) -> tuple[str, str]:
+    """The component and the setting that a key names."""
+    owners = {part: settings(component) for part, component in parts.items() if component is not None}
+    part, separator, setting = key.partition(".")
+    if separator and setting in owners.get(part, ()):
+        return part, setting
+    having = [part for part, values in owners.items() if key in values]
+    if len(having) == 1:
+        return having[0], key
+    if having:
+        raise ValueError(f"setting {key!r} is ambiguous: say {' or '.join(f'{part}.{key}' for part in having)}")
+    known = [*_COMPONENTS, *_PARSERS, *(f"{part}.{name}" for part, values in owners.items() for name in values)]
+    raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known)}")
+
+
+def _parse_setting(key: str, text: str, current: Any) -> Any:
+    """Text as a value of the current one's type."""
+    kind = type(current)
+    try:
+        return kind(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}={text!r}: expected {kind.__name__}") from error
+
+
+def _parse_amount(key: str, text: str) -> Amount:
+    for kind in (int, float):  # "512" is a count, "0.5" a share
+        with contextlib.suppress(ValueError):
+            return to_amount(kind(text))
+    raise ValueError(f"{key}={text!r}: expected a share (float in 0..1) or a token count (int >= 0)")
+
+
+def _parse_integer(key: str, text: str) -> int:
+    return _parse_setting(key, text, 0)
+
+
+def _parse_optional_integer(key: str, text: str) -> int | None:
+    return None if text.lower() == "none" else _parse_integer(key, text)
+
+
+def _parse_text(key: str, text: str) -> str:
+    del key
+    return text
+
+
+_PARSERS = {
+    "name": _parse_text,
+    "citation": _parse_text,
+    "heavy": _parse_amount,
+    "recent": _parse_amount,
+    "sinks": _parse_integer,
+    "evict_every": _parse_optional_integer,
+}

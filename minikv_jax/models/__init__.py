@@ -1,1 +1,1 @@
-"""The Llama family in Flax, and the checkpoints that it is read from."""
+"""The decoder in Flax, the families it covers, and the checkpoints it is read from."""

@@ -1,8 +1,11 @@
-"""Chat templates as token ids: the first turn of a conversation, and what each further turn adds to the cache."""
+"""Chat templates as token ids: the first turn of a conversation, and the tokens that each further turn adds."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REPLY = "<<the assistant's reply>>"
 
@@ -29,8 +32,8 @@ def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int)
     """
     turns = [("user", "?"), ("assistant", _REPLY), ("user", message)]
     text = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
-    _, found, rest = text.partition(_REPLY)
-    if not found:
+    _, reply, rest = text.partition(_REPLY)
+    if not reply:
         raise ValueError("the tokenizer's chat template drops earlier replies: it cannot continue a conversation")
     ids = _encode(tokenizer, rest)
     return ids[1:] if ids[0] == last_token else ids

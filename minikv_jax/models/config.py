@@ -1,27 +1,18 @@
-"""The shape of a model, read from its Hugging Face config.json."""
+"""The shape of a model as a validated value. Readers of files make it: `huggingface`, `gguf`, `checkpoint`."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from minikv_jax import checks
+from minikv_jax.models import families
+from minikv_jax.models.family import LAYER_TYPES, Family
 
-# What `transformers` assumes where a config.json leaves the field out; the other fields of a family are required.
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-}
-MODEL_TYPES = tuple(_FAMILY_DEFAULTS)
-ROPE_TYPES = ("default", "linear", "llama3")
+DTYPES = ("float32", "bfloat16", "float16")  # of parameters and activations
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_SCALINGS = ("linear", "llama3", "factors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +32,17 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown type or a factor that cannot be divided by."""
-        checks.choice("rope_type", self.rope_type, ("linear", "llama3", "factors"))
+        checks.choice("rope_type", self.rope_type, ROPE_SCALINGS)
         if not self.factor > 0 or any(not f > 0 for f in self.factors):
             raise ValueError(f"rope scaling factors must be positive, got factor={self.factor}, factors={self.factors}")
-        if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.rope_type != "llama3":
+            return
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be positive and below "
                 f"high_freq_factor={self.high_freq_factor}"
             )
-        if self.rope_type == "llama3" and self.original_max_position_embeddings < 1:
+        if self.original_max_position_embeddings < 1:
             raise ValueError(
                 f"original_max_position_embeddings={self.original_max_position_embeddings} must be positive"
             )
@@ -57,10 +50,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a Llama-family model, under the field names of a Hugging Face config.json.
+    """The shape of a model, under the field names of a Hugging Face config.json.
 
-    `model_type` is the family: "llama" (Llama 2, 3, SmolLM2), "mistral", "qwen2" (q/k/v biases), "qwen3" (q/k norms).
-    `layer_types` says per layer whether the sliding window holds; None: in all layers, if there is a window at all.
+    `model_type` names the family, a file in `minikv_jax/models/families`. `layer_types` says for each layer whether the
+    sliding window holds; None means in every layer, if the model has a window.
     """
 
     model_type: str = "llama"
@@ -84,26 +77,31 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()  # any of these ends a text
 
     @property
+    def family(self) -> Family:
+        """What sets the model's family apart."""
+        return families.get(self.model_type)
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether the q, k and v projections have biases."""
-        return self.attention_bias or self.model_type == "qwen2"
+        return self.attention_bias or self.family.qkv_bias
 
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head before the rotation."""
-        return self.model_type == "qwen3"
+        return self.family.qk_norm
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of one layer, or None where the layer sees everything."""
+        """The sliding window of one layer, or None if the layer sees everything."""
         if self.layer_types is not None and self.layer_types[layer] == "full_attention":
             return None
         return self.sliding_window
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field whose value is not accepted."""
-        checks.choice("model_type", self.model_type, MODEL_TYPES)
+        families.get(self.model_type)
         checks.choice("hidden_act", self.hidden_act, ACTIVATIONS)
-        for name in _POSITIVE_FIELDS:
+        for name in _POSITIVE_INTEGERS:
             object.__setattr__(self, name, checks.integer(name, getattr(self, name), 1))
         for name in ("rms_norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
@@ -115,35 +113,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs of channels")
-        per_pair = self.rope_scaling is not None and self.rope_scaling.rope_type == "factors"
-        if self.rope_scaling is not None and len(self.rope_scaling.factors) != per_pair * self.head_dim // 2:
-            raise ValueError(
-                f"rope_scaling of type {self.rope_scaling.rope_type!r} has {len(self.rope_scaling.factors)} factors, "
-                f"head_dim={self.head_dim} needs {per_pair * self.head_dim // 2}"
-            )
-        for token in self.eos_token_ids:
-            if not isinstance(token, int) or isinstance(token, bool):
-                raise ValueError(f"eos_token_ids={self.eos_token_ids}: expected integers")
-        if any(token < 0 or token >= self.vocab_size for token in self.eos_token_ids):
-            raise ValueError(f"eos_token_ids={self.eos_token_ids} must lie in 0..{self.vocab_size - 1} (vocab_size)")
+        _check_scaling(self)
+        _check_stop_tokens(self)
         _check_windows(self)
-
-    @classmethod
-    def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConfig:
-        """Reads a Hugging Face config: a dict, a config.json, or the directory that holds one.
-
-        From a directory the stop tokens of generation_config.json win over those of config.json, as in transformers.
-        Raises ValueError for a missing field or a value this library does not implement, FileNotFoundError if absent.
-        """
-        if isinstance(source, Mapping):
-            return _from_hf_dict(source)
-        path = pathlib.Path(source)
-        directory = path if path.is_dir() else path.parent
-        raw = _read_json(path / "config.json" if path.is_dir() else path)
-        generation = directory / "generation_config.json"
-        if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
-            raw["eos_token_id"] = eos
-        return _from_hf_dict(raw)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values; `from_dict` reads them back."""
@@ -166,7 +138,7 @@ class ModelConfig:
         return cls(**values)
 
 
-_POSITIVE_FIELDS = (
+_POSITIVE_INTEGERS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -176,18 +148,31 @@ _POSITIVE_FIELDS = (
     "head_dim",
     "max_position_embeddings",
 )
-_REQUIRED_HF_FIELDS = _POSITIVE_FIELDS[:5]
 
 
-def _number(name: str, value: object) -> float:
-    """A JSON number as a float: files write 10000 as well as 10000.0."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a number")
-    return float(value)
+def _check_scaling(config: ModelConfig) -> None:
+    """Raises ValueError if the rope scaling has another number of factors than its type and the head size need."""
+    if config.rope_scaling is None:
+        return
+    needed = config.head_dim // 2 if config.rope_scaling.rope_type == "factors" else 0
+    if len(config.rope_scaling.factors) != needed:
+        raise ValueError(
+            f"rope_scaling of type {config.rope_scaling.rope_type!r} has {len(config.rope_scaling.factors)} factors, "
+            f"head_dim={config.head_dim} needs {needed}"
+        )
+
+
+def _check_stop_tokens(config: ModelConfig) -> None:
+    """Raises ValueError for stop tokens that are no integers, or lie outside the vocabulary."""
+    for token in config.eos_token_ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise ValueError(f"eos_token_ids={config.eos_token_ids}: expected integers")
+    if any(token < 0 or token >= config.vocab_size for token in config.eos_token_ids):
+        raise ValueError(f"eos_token_ids={config.eos_token_ids} must lie in 0..{config.vocab_size - 1} (vocab_size)")
 
 
 def _check_windows(config: ModelConfig) -> None:
-    """Raises ValueError where the window and the layers that should use it disagree."""
+    """Raises ValueError if the window and the layers that should use it disagree."""
     if config.sliding_window is not None:
         checks.integer("sliding_window", config.sliding_window, 1)
     if config.layer_types is None:
@@ -203,113 +188,3 @@ def _check_windows(config: ModelConfig) -> None:
             f"sliding_window={config.sliding_window} disagrees with layer_types={config.layer_types}: "
             "a window needs sliding_attention layers, and they need a window"
         )
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError, or ValueError naming the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a model directory needs a config.json")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also a UnicodeDecodeError
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, a config is an object")
-    return value
-
-
-def _from_hf_dict(raw: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig from the fields of a config.json; see `ModelConfig.from_hf`."""
-    model_type = str(raw.get("model_type"))
-    checks.choice("model_type", model_type, MODEL_TYPES)
-    raw = _FAMILY_DEFAULTS[model_type] | dict(raw)
-    if missing := [name for name in _REQUIRED_HF_FIELDS if raw.get(name) is None]:
-        raise ValueError(f"the config of a {model_type} model lacks {', '.join(missing)}")
-    if raw.get("quantization_config") is not None:
-        raise ValueError(
-            f"quantization_config={raw['quantization_config']!r} is not supported: use plain safetensors or GGUF"
-        )
-    for name in _REQUIRED_HF_FIELDS:
-        checks.integer(name, raw[name], 1)
-    theta, scaling = _rope_from_hf(raw)
-    window, layer_types = _windows_from_hf(raw)
-    eos = raw.get("eos_token_id")
-    return ModelConfig(
-        model_type=model_type,
-        **{name: raw[name] for name in _REQUIRED_HF_FIELDS},
-        num_key_value_heads=_given(raw, "num_key_value_heads", raw["num_attention_heads"]),
-        head_dim=_given(raw, "head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
-        hidden_act=raw.get("hidden_act", "silu"),
-        max_position_embeddings=raw["max_position_embeddings"],
-        rms_norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        # Mistral and Qwen2 have no such switches: transformers never reads them there, so neither do we.
-        attention_bias=model_type in ("llama", "qwen3") and _switch(raw, "attention_bias"),
-        mlp_bias=model_type == "llama" and _switch(raw, "mlp_bias"),
-        tie_word_embeddings=_switch(raw, "tie_word_embeddings"),
-        sliding_window=window,
-        layer_types=layer_types,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-    )
-
-
-def _given(raw: Mapping[str, Any], name: str, otherwise: int) -> int:
-    """A field that may be left out or null."""
-    return otherwise if raw.get(name) is None else raw[name]
-
-
-def _switch(raw: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false, and false where it is left out or null."""
-    value = raw.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: expected true or false")
-    return bool(value)
-
-
-def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"rope_scaling={given!r}: expected an object")
-    rope = dict(given)
-    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
-        raise ValueError(f"rope_parameters per layer type ({', '.join(nested)}) are not supported: use one set for all")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    checks.choice("rope_type", rope_type, ROPE_TYPES)
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial!r} is not supported: use 1.0")
-    theta = _number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    if rope_type == "default":
-        return theta, None
-    names = ["factor"] if rope_type == "linear" else ["factor", "low_freq_factor", "high_freq_factor"]
-    if missing := [name for name in names if rope.get(name) is None]:
-        raise ValueError(f"rope_type={rope_type!r} needs {', '.join(missing)} in the rope parameters")
-    values: dict[str, Any] = {name: _number(name, rope[name]) for name in names}
-    if rope_type == "llama3":
-        original = rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
-        values["original_max_position_embeddings"] = original or raw["max_position_embeddings"]
-    return theta, RopeScaling(rope_type=rope_type, **values)
-
-
-def _windows_from_hf(raw: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...] | None]:
-    """Sliding window and the layers it holds in, by the rules of each family."""
-    if raw["model_type"] == "llama":
-        return None, None  # the architecture has no window, whatever else the file says
-    window = raw["sliding_window"]
-    if raw["model_type"] == "mistral":
-        return window, None  # the window holds in every layer
-    if not raw.get("use_sliding_window", False) or window is None:
-        if "sliding_attention" in (raw.get("layer_types") or ()):
-            raise ValueError(
-                f"layer_types={raw['layer_types']} has sliding_attention layers, but use_sliding_window="
-                f"{raw.get('use_sliding_window', False)} and sliding_window={window}"
-            )
-        return None, None
-    layers = range(raw["num_hidden_layers"])
-    first = raw["max_window_layers"]
-    types = raw.get("layer_types") or [LAYER_TYPES[layer >= first] for layer in layers]
-    if "sliding_attention" not in types:
-        return None, None
-    return window, None if set(types) == {"sliding_attention"} else tuple(types)

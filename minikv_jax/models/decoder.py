@@ -1,7 +1,7 @@
-"""The Llama family in Flax NNX: Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3 differ in config only.
+"""The decoder in Flax NNX: Llama, Mistral, Qwen2 and Qwen3 differ in config only.
 
-The model computes; it owns no cache. Attention is a callback, so prefill, decode and one-shot runs share one body.
-Shape letters are those of docs/architecture.md.
+The model owns no cache and knows no attention op: attention is a callback, so that prefill, decode and one-shot runs
+share one body. Shape letters are those of docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.config import DTYPES, ModelConfig
 from minikv_jax.models.rotary import rotary_tables, rotate
-from minikv_jax.ops.decode_attention import prefill_attention
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k come normalised and rotated.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Tokens that run at a time. The three arrays of `intermediate_size` that an MLP makes of them take about what attention
-# takes for as many, and there are enough of them to keep a matmul busy.
+# Tokens that an MLP, or a prefill, runs at a time: enough to keep a matmul busy, and few enough that the MLP's three
+# arrays of `intermediate_size` take about the memory that attention takes for as many tokens.
 CHUNK_TOKENS = 1 << 14
 
 _ACTIVATIONS = {
@@ -37,7 +34,7 @@ _ACTIVATIONS = {
 }
 
 
-# Projections of the same input are one matmul: a decode step waits for fewer kernels, each of which reads longer.
+# Projections of the same input are one matmul: a decode step then waits for fewer kernels, each of which reads longer.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -54,7 +51,7 @@ def _linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
 
 
 def _precision(dtype: DTypeLike) -> lax.Precision | None:
-    """Float32 is meant: a GPU would by default round a matmul's float32 factors to TF32, which has 10 bits."""
+    """Keeps float32 exact: a GPU would by default round a matmul's float32 factors to TF32, which has 10 bits."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -97,7 +94,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = jnp.split(qk, (query_heads,), axis=2)
             qk = jnp.concatenate([self.q_norm(q), self.k_norm(k)], axis=2)
-        q, k = jnp.split(rotate(qk, cos, sin), (query_heads,), axis=2)  # turned together: one kernel less a layer
+        q, k = jnp.split(rotate(qk, cos, sin), (query_heads,), axis=2)  # turned together: one kernel less per layer
         out = attend(q, k, v)  # [B, T, N, H]
         return self.o_proj(out.reshape(*x.shape[:2], -1))  # [B, T, D]
 
@@ -139,7 +136,7 @@ class Layer(nnx.Module):
 
 
 def _by_chunks(function: Callable[[jax.Array], jax.Array], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """`function`, which sees each token by itself, over at most `CHUNK_TOKENS` tokens at a time, in `x`'s place."""
+    """Applies `function`, which treats tokens separately, to at most `CHUNK_TOKENS` tokens at a time, in place."""
     tokens = x.shape[1]
     size = min(max(CHUNK_TOKENS // x.shape[0], 1), tokens)
 
@@ -155,10 +152,10 @@ def _by_chunks(function: Callable[[jax.Array], jax.Array], x: Float[Array, "B T 
 
 
 class Llama(nnx.Module):
-    """A decoder of the Llama family. Parameters and activations have `dtype`; norms, rotary and logits are float32.
+    """A Llama-like decoder. Parameters and activations have `dtype`; norms, rotary and logits are computed in float32.
 
     Linear kernels are stored `[in, out]` and embeddings `[V, D]`, so that no matmul needs a transposed copy. Layers are
-    separate modules, not one stacked array: per-layer caches then update in place (docs/architecture.md).
+    separate modules, not one stacked array: per-layer caches then update in place (docs/memory.md).
     Raises ValueError for a dtype other than float32, bfloat16 and float16.
     """
 
@@ -178,11 +175,11 @@ class Llama(nnx.Module):
         )
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None where it sees all."""
+        """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None if it sees all."""
         return self.config.window(layer)
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the first layer is given. An id outside the vocabulary embeds to NaN."""
+        """The input of the first layer. An id outside the vocabulary embeds to NaN."""
         with jax.named_scope("embed"):
             return jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill")
 
@@ -191,7 +188,7 @@ class Llama(nnx.Module):
 
         `attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]` is called once per layer, in order,
         with q and k already normalised and rotated to `positions`.
-        Raises ValueError where T exceeds the model's positions.
+        Raises ValueError if T exceeds the model's positions.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -205,30 +202,16 @@ class Llama(nnx.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
-        """Scores of every token after `hidden` (from `forward`), accumulated and returned in float32."""
+        """Scores of every vocabulary entry as the next token after `hidden` (from `forward`), in float32."""
         product = functools.partial(jnp.einsum, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
         with jax.named_scope("logits"):
             if self.lm_head is None:
                 return product("...d,vd->...v", hidden, self.embed_tokens.embedding[...])
             return product("...d,dv->...v", hidden, self.lm_head.kernel[...])
 
-    def __call__(self, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
-        """One-shot causal forward: float32 logits [B, T, V] of right-padded rows of `lengths` tokens (None: all T).
-
-        Logits at and beyond a row's length mean nothing. Raises ValueError where T exceeds the model's positions.
-        """
-        batch, tokens = ids.shape
-        known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
-        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
-
-        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return prefill_attention(q, k, v, known, window=self.window(layer), with_scores=False)[0]
-
-        return self.logits(self.forward(ids, positions, attend))
-
 
 def resolve_dtype(dtype: DTypeLike | None) -> jnp.dtype:
-    """A model dtype from its name or type. Raises ValueError naming the accepted ones."""
+    """Turns a name or type into a model's dtype. Raises ValueError naming the accepted ones."""
     try:
         resolved = jnp.dtype("none" if dtype is None else dtype)  # None would be float64
     except TypeError as error:

@@ -1,7 +1,7 @@
-"""GGUF files (llama.cpp's checkpoint format): metadata, tensors row by row, and the ModelConfig they describe.
+"""GGUF files (llama.cpp's checkpoint format): metadata, tensors row by row, and the model they hold.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package dequantises. Its reader is not
-used: it keeps an array object for every vocabulary entry and is slow to tell a truncated file.
+used, because it keeps an array object for every vocabulary entry and is slow to notice a truncated file.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ import pathlib
 import struct
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
+from jax.typing import DTypeLike
 
+from minikv_jax import checks
+from minikv_jax.models import families
 from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.family import Family
+from minikv_jax.models.parameters import Rule, TensorSource, read_parameters
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = tuple(dict.fromkeys(f.gguf_architecture for f in families.FAMILIES.values() if f.gguf_architecture))
 VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _SCALARS = {
@@ -36,10 +43,34 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<d",
 }
 
+RULES = (
+    Rule(r"token_embd\.weight", "embed_tokens.embedding"),
+    Rule(r"output_norm\.weight", "norm.scale"),
+    Rule(r"output\.weight", "lm_head.kernel"),
+    Rule(r"rope_freqs\.weight", None),  # in the config as rope_scaling
+    Rule(r"blk\.(\d+)\.attn_norm\.weight", r"layers.\1.input_layernorm.scale"),
+    Rule(r"blk\.(\d+)\.ffn_norm\.weight", r"layers.\1.post_attention_layernorm.scale"),
+    Rule(r"blk\.(\d+)\.attn_([qk])_norm\.weight", r"layers.\1.self_attn.\2_norm.scale"),
+    Rule(r"blk\.(\d+)\.attn_([qkv])\.weight", r"layers.\1.self_attn.\2_proj.kernel"),
+    Rule(r"blk\.(\d+)\.attn_([qkv])\.bias", r"layers.\1.self_attn.\2_proj.bias"),
+    Rule(r"blk\.(\d+)\.attn_output\.weight", r"layers.\1.self_attn.o_proj.kernel"),
+    Rule(r"blk\.(\d+)\.attn_output\.bias", r"layers.\1.self_attn.o_proj.bias"),
+    Rule(r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"layers.\1.mlp.\2_proj.kernel"),
+    Rule(r"blk\.(\d+)\.ffn_(gate|up|down)\.bias", r"layers.\1.mlp.\2_proj.bias"),
+)
+
+# They go before `RULES` for families whose q and k are interleaved.
+INTERLEAVED_RULES = (
+    Rule(r"blk\.(\d+)\.attn_q\.weight", r"layers.\1.self_attn.q_proj.kernel", heads="num_attention_heads"),
+    Rule(r"blk\.(\d+)\.attn_k\.weight", r"layers.\1.self_attn.k_proj.kernel", heads="num_key_value_heads"),
+    Rule(r"blk\.(\d+)\.attn_q\.bias", r"layers.\1.self_attn.q_proj.bias", heads="num_attention_heads"),
+    Rule(r"blk\.(\d+)\.attn_k\.bias", r"layers.\1.self_attn.k_proj.bias", heads="num_key_value_heads"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies. `shape` is in row-major (numpy) order: `[out, in]` for a matrix."""
+    """The place of a tensor in its file. `shape` is in row-major (NumPy) order: `[out, in]` for a matrix."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -56,7 +87,7 @@ class GGUFFile:
     """A GGUF file, its header read and its tensor data memory-mapped.
 
     `metadata` maps keys to Python values; `tensors` maps names to `GGUFTensor`. Raises FileNotFoundError, or ValueError
-    naming the file where it is not GGUF, is truncated, or is one part of a split model.
+    naming a file that is not GGUF, is truncated, or is one part of a split model.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -90,7 +121,7 @@ class GGUFFile:
 
 
 def _read_header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Metadata and tensor directory. Raises EOFError or ValueError saying what is wrong."""
+    """Reads metadata and tensor directory. Raises EOFError or ValueError saying what is wrong."""
     if stream.read(4) != b"GGUF":
         raise ValueError("it does not start with 'GGUF'")
     version = _read_scalar(stream, "<I")
@@ -154,16 +185,32 @@ def _read_value(stream: BinaryIO, kind: GGUFValueType, size: int) -> Any:
     return [_read_value(stream, item, size) for _ in range(count)]
 
 
+def load_gguf(file: GGUFFile | str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Llama:
+    """Loads a GGUF file of a supported architecture, dequantised to `dtype`, config included.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is corrupt, has a setting that is not supported, or tensors that are missing, unknown or of
+        the wrong shape (all of them in one message). The error names the file.
+    """
+    file = file if isinstance(file, GGUFFile) else GGUFFile(file)
+    config = config_from_gguf(file)
+    source = TensorSource(
+        origin=str(file.path),
+        shapes={name: tensor.shape for name, tensor in file.tensors.items()},
+        read_rows=file.read_rows,
+        rules=INTERLEAVED_RULES + RULES if config.family.gguf_interleaved else RULES,
+    )
+    return read_parameters(config, source, resolve_dtype(dtype))
+
+
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """The ModelConfig of a GGUF file, from its metadata and from which tensors it has.
+    """The ModelConfig of a GGUF file, from its metadata and the names of its tensors.
 
     Raises ValueError for an architecture or a setting this library does not implement, and for missing keys.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{file.path}: general.architecture={architecture!r}: expected one of {', '.join(ARCHITECTURES)}"
-        )
+    checks.choice(f"{file.path}: general.architecture", architecture, ARCHITECTURES)
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     required = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
@@ -177,9 +224,8 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         if values.get(key, head_dim) != head_dim:
             raise ValueError(f"{file.path}: {key}={values[key]} is not supported: it must be the head size {head_dim}")
     window = values.get("attention.sliding_window") or None
-    # llama.cpp files Mistral under "llama"; only with a window does it matter which of the two it is.
     return ModelConfig(
-        model_type="mistral" if architecture == "llama" and window else architecture,
+        model_type=_family(architecture, windowed=window is not None).model_type,
         vocab_size=values.get("vocab_size", file.tensors["token_embd.weight"].shape[0]),
         hidden_size=values["embedding_length"],
         intermediate_size=_one_for_all_layers(file, "feed_forward_length", values["feed_forward_length"]),
@@ -201,8 +247,14 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     )
 
 
+def _family(architecture: str | None, *, windowed: bool) -> Family:
+    """The family of an architecture. If several share it, the one that has windows as the file has or has not."""
+    candidates = [family for family in families.FAMILIES.values() if family.gguf_architecture == architecture]
+    return next((family for family in candidates if (family.windows is not None) == windowed), candidates[0])
+
+
 def _one_for_all_layers(file: GGUFFile, key: str, value: int | list[int]) -> int:
-    """GGUF allows one value per layer; this library needs them equal."""
+    """The value that all layers share: GGUF allows one per layer, this library needs them equal."""
     if isinstance(value, int):
         return value
     if len(set(value)) != 1:
@@ -211,7 +263,7 @@ def _one_for_all_layers(file: GGUFFile, key: str, value: int | list[int]) -> int
 
 
 def _rope_scaling(file: GGUFFile, values: dict[str, Any]) -> RopeScaling | None:
-    """llama3 scaling comes as a tensor of per-frequency divisors, linear scaling as metadata."""
+    """The rope scaling: Llama 3's comes as a tensor of per-frequency divisors, a linear one as metadata."""
     kind = values.get("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(
@@ -227,5 +279,5 @@ def _rope_scaling(file: GGUFFile, values: dict[str, Any]) -> RopeScaling | None:
 def _stop_tokens(metadata: dict[str, Any]) -> tuple[int, ...]:
     """Ids that end a text: end of sequence, of turn, of message; each at most once."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
-    return tuple(dict.fromkeys(token for token in found if token is not None))
+    tokens = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+    return tuple(dict.fromkeys(token for token in tokens if token is not None))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Values of tokenizer.ggml.token_type.
 _CONTROL, _USER_DEFINED = 3, 4
 
-# How a text is cut into words before byte-pair merging; the patterns were fixed when the models were trained.
+# Regular expressions that cut a text into words before byte-pair merging, as the models were trained.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {"llama-bpe": rf"{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}", "qwen2": rf"{_WORDS}|\p{{N}}|{_OTHERS}"}
@@ -41,8 +41,8 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
     tokens: list[str] = values["tokens"]
     backend = _byte_level(values, pre) if kind == "gpt2" else _sentence_piece(values)
     types = values.get("token_type", [])
-    for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [token for token, found in zip(tokens, types, strict=False) if found == wanted]
+    for added_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [token for token, token_type in zip(tokens, types, strict=False) if token_type == added_type]
         backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     starts_with_bos = values.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
     _add_template(backend, values, bos=starts_with_bos, eos=values.get("add_eos_token", False))
@@ -64,7 +64,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
 def _byte_level(values: dict[str, Any], pre: str) -> Tokenizer:
     """GPT-2 style: bytes as printable characters, merged by rank inside words."""
     merges = [tuple(merge.split(" ", 1)) for merge in values["merges"]]
-    # Llama 3's vocabulary has words that no chain of its merges reaches; they are taken whole.
+    # Llama 3's vocabulary has words that no chain of its merges reaches; such words are one token.
     model = BPE(vocab=_ids(values["tokens"]), merges=merges, ignore_merges=pre == "llama-bpe")
     backend = Tokenizer(model)
     if pre in _SPLITS:
@@ -104,19 +104,19 @@ def _ids(tokens: list[str]) -> dict[str, int]:
 
 def _merges_from_scores(ids: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """SentencePiece keeps no merge list: any two pieces that make a piece merge, the best-scored piece first."""
-    found = []
+    merges = []
     for piece, index in ids.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         pairs = sorted((ids[a], ids[b], a, b) for a, b in pairs if a in ids and b in ids)
-        found += [(-scores[index], left, right) for _, _, left, right in pairs]
-    found.sort(key=lambda merge: merge[0])
-    return [(left, right) for _, left, right in found]
+        merges += [(-scores[index], left, right) for _, _, left, right in pairs]
+    merges.sort(key=lambda merge: merge[0])
+    return [(left, right) for _, left, right in merges]
 
 
 def _add_template(backend: Tokenizer, values: dict[str, Any], *, bos: bool, eos: bool) -> None:
     """Makes encoding add the first and last token that the model was trained with."""
-    first = ["bos"] * (bos and "bos_token_id" in values)
-    last = ["eos"] * (eos and "eos_token_id" in values)
+    first = ["bos"] if bos and "bos_token_id" in values else []
+    last = ["eos"] if eos and "eos_token_id" in values else []
     if not first + last:
         return
     named = {name: (values["tokens"][values[f"{name}_token_id"]], values[f"{name}_token_id"]) for name in first + last}

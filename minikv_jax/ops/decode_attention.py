@@ -1,102 +1,23 @@
-"""The three ops, their contracts, their validation, and the choice of implementation.
-
-Shapes use one legend throughout the project: `B` batch, `T` queries, `S` keys, `N` query heads, `K` KV heads,
-`G = N / K` query heads per KV head, `H` head dim; query head `n` reads KV head `n // G`. Rows are right-padded; RoPE is
-applied.
-
-Each op runs as "xla" (plain JAX, anywhere) or as a kernel ("pallas", "cuda"). `implementation=None` takes the fastest
-that supports the case (`kernels.order`); one asked for by name runs or raises `NotImplementedError` with the reason.
-"""
+"""Decode attention: one query per row over a layer's cache, read as it is stored (MiniKV section 3.4)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import checks
-from minikv_jax import packing as quantization
-from minikv_jax.ops import dispatch as kernels
-from minikv_jax.ops import online_softmax as reference
-from minikv_jax.packing import Axis, QuantizedArray
+from minikv_jax.cache.state import LayerCache
+from minikv_jax.ops import dispatch, kernel_arrays
+from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
+from minikv_jax.ops.shapes import check_cache, softmax_scale
+from minikv_jax.packing import MAX_BLOCK
 
-if TYPE_CHECKING:
-    from minikv_jax.cache.state import LayerCache
+BLOCK = MAX_BLOCK  # cached tokens read at a time in plain JAX; a multiple of every packing block
 
-
-def prefill_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    lengths: Int[Array, "B"],
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    with_scores: bool = False,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]:
-    """Causal attention over a prompt and, if asked for, the score of each key (MiniKV section 3.4).
-
-    Args:
-      q, k, v: float32, bfloat16 or float16, right-padded rows.
-      lengths: valid tokens per row; what lies beyond may be anything, NaN too.
-      scale: of the logits; `H ** -0.5` by default.
-      window: query `t` sees the keys `t - window < s <= t`.
-      with_scores: also return the column sums of the softmax map over the row's queries and the `G` heads of each KV
-        head, in float32. Memory stays linear in `T`.
-
-    Returns:
-      The output in `q`'s dtype, zero in the padding, and the scores (zero in the padding) or None.
-
-    Raises:
-      ValueError: shapes that disagree. NotImplementedError: an `implementation` that cannot run this case.
-    """
-    _check_heads(q.shape, k.shape, v.shape)
-    _check_lengths(lengths, q.shape[0])
-    checks.at_least(1, window=window)
-    batch, tokens, heads, head_dim = q.shape
-    case = {"scale": _scale(scale, head_dim), "window": window, "with_scores": with_scores}
-    sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
-    return kernels.run(
-        "prefill_attention",
-        implementation,
-        sizes,
-        {
-            "xla": lambda: reference.prefill_attention(q, k, v, lengths, **case),
-            "pallas": lambda: kernels.prefill_attention("pallas", q, k, v, lengths, **case),
-            "cuda": lambda: kernels.prefill_attention("cuda", q, k, v, lengths, **case),
-        },
-    )
-
-
-def quantize(
-    x: Float[Array, "B K S H"],
-    *,
-    bits: int | None,
-    group_size: int,
-    axis: Axis,
-    metadata_dtype: str = "float16",
-    factor_block: int | None = None,
-    implementation: str | None = None,
-) -> QuantizedArray:
-    """Quantises and packs keys (`axis="tokens"`) or values (`axis="channels"`): `quantization.quantize`."""
-    if bits is None:
-        raise ValueError("bits=None: expected a number of bits")
-    case = {"bits": bits, "group_size": group_size, "axis": axis}
-    case |= {"metadata_dtype": metadata_dtype, "factor_block": factor_block}
-    batch, kv_heads, tokens, head_dim = x.shape
-    sizes = {"batch": batch, "tokens": tokens, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits}
-    return kernels.run(
-        "quantize",
-        implementation,
-        sizes,
-        {
-            "xla": lambda: quantization.quantize(x, **case),
-            "pallas": lambda: kernels.quantize("pallas", x, **case),
-            "cuda": lambda: kernels.quantize("cuda", x, **case),
-        },
-    )
+_Load = Callable[[Array, int], tuple[Array, Array]]  # (first token, count) -> keys, values
 
 
 def decode_attention(
@@ -111,32 +32,102 @@ def decode_attention(
 
     Args:
       q: the newest token's queries; its key and value are in `layer` already.
-      positions: the queries' positions; needed only where the layer has a sliding window.
+      positions: the queries' positions; needed only if the layer has a sliding window.
+      scale: of the logits; `H ** -0.5` by default.
+      implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
 
     Returns:
       `[B, N, H]` in `q`'s dtype; zero for a row whose cache is empty.
 
     Raises:
-      ValueError: shapes that disagree. NotImplementedError: an `implementation` that cannot run this case.
+      ValueError: shapes that disagree.
+      NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
-    _check_cache(q.shape[0], q.shape[1], q.shape[2], layer)
-    scale = _scale(scale, q.shape[-1])
-    positions = _positions(positions, layer, q.shape[:1])
-    q = layer.rotate(q, "keys")
     batch, heads, head_dim = q.shape
-    sizes = {"batch": batch, "tokens": layer.packed_capacity + layer.tail_capacity, "heads": heads}
-    sizes |= {"kv_heads": layer.tail_k.shape[1], "head_dim": head_dim, "bits": layer.config.k_bits or 16}
-    out = kernels.run(
-        "decode_attention",
-        implementation,
-        sizes,
-        {
-            "xla": lambda: reference.decode_attention(q, layer, positions, scale=scale),
-            "pallas": lambda: kernels.decode_attention("pallas", q, layer, scale=scale),
-            "cuda": lambda: kernels.decode_attention("cuda", q, layer, scale=scale),
-        },
-    )
-    return layer.rotate(out, "values", back=True)
+    check_cache(batch, heads, head_dim, layer)
+    positions = query_positions(positions, layer, q.shape[:1])
+    quantizer = layer.method.quantizer
+    sizes = {"batch": batch, "tokens": layer.packed.capacity + layer.tail.capacity, "heads": heads}
+    sizes |= {"kv_heads": layer.tail.k.shape[1], "head_dim": head_dim, "bits": quantizer.k_bits if quantizer else 16}
+    arguments = (layer.spec.to_basis(q, "keys"), layer, positions, softmax_scale(scale, head_dim))
+    out = dispatch.run("decode_attention", implementation, sizes, _IMPLEMENTATIONS, *arguments)
+    return layer.spec.from_basis(out, "values")
+
+
+def query_positions(positions: Array | None, layer: LayerCache, shape: tuple[int, ...]) -> Array:
+    """The queries' positions; zeros if none are given and none are needed."""
+    if positions is not None:
+        return positions
+    if layer.spec.window is not None:
+        raise ValueError(
+            f"positions=None: a layer with a sliding window ({layer.spec.window}) needs the queries' positions"
+        )
+    return jnp.zeros(shape, jnp.int32)
+
+
+def _xla(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
+    part = attend_cache(q[:, None], layer, positions[:, None], scale)
+    return finish(part, q.shape[1] // layer.tail.k.shape[1], q.dtype)[:, 0]
+
+
+def attend_cache(q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[Array, "B T"], scale: float) -> Partial:
+    """Attention of new queries over everything in a layer's cache, queries group-major (`Q = G * T`).
+
+    `positions` are the queries' own; they matter only under a sliding window.
+    """
+    grouped = split_heads(q, layer.tail.k.shape[1])
+    batch, kv_heads, group, _, dim = grouped.shape
+    q = grouped.reshape(batch, kv_heads, -1, dim)
+    oldest = None
+    if layer.spec.window is not None:
+        oldest = jnp.tile(positions - layer.spec.window, (1, group))[:, None, :, None]  # seen keys lie after it
+
+    def region(part: Partial, load: _Load, capacity: int, length: Array, key_positions: Array | None) -> Partial:
+        """Adds a region's tokens block by block, reading no block past the longest row."""
+        size = min(BLOCK, capacity)
+
+        def block(i: Array | int, part: Partial) -> Partial:
+            # The last block is moved back to end with the region; what it repeats is masked.
+            first = jnp.minimum(i * size, capacity - size)
+            slots = first + jnp.arange(size)
+            seen = ((slots >= i * size) & (slots < length[:, None]))[:, None, None]  # [B, 1, 1, S]
+            if oldest is not None and key_positions is not None:
+                seen &= lax.dynamic_slice_in_dim(key_positions, first, size, axis=2)[:, :, None] > oldest
+            return merge(part, attend(q, *load(first, size), seen, scale))
+
+        if size == capacity:
+            return block(0, part)
+        return lax.fori_loop(0, (jnp.max(length) + size - 1) // size, block, part)
+
+    def tail(first: Array, size: int) -> tuple[Array, Array]:
+        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=2)
+        return cut(layer.tail.k), cut(layer.tail.v)
+
+    def packed(first: Array, size: int) -> tuple[Array, Array]:
+        return layer.packed_tokens(first, size, q.dtype)
+
+    part = empty(batch, kv_heads, q.shape[2], dim)
+    part = region(part, tail, layer.tail.capacity, layer.tail.length, layer.tail.positions)
+    if layer.packed.capacity:
+        part = region(part, packed, layer.packed.capacity, layer.packed.length, layer.packed.positions)
+    return part
+
+
+def _pallas(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
+    del positions  # no kernel supports a window
+    packed, tail, storage = kernel_arrays.regions(layer, "pallas")
+    return dispatch.package("pallas").decode_attention(q, packed, tail, storage=storage, scale=scale)
+
+
+def _cuda(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
+    del positions
+    packed, tail, storage = kernel_arrays.regions(layer, "cuda")
+    if layer.method.quantizer is None:
+        return dispatch.package("cuda").decode_unpacked(q, tail, scale=scale)  # cuDNN's
+    return dispatch.package("cuda").decode_attention(q, packed, tail, storage=storage, scale=scale)
+
+
+_IMPLEMENTATIONS = {"xla": _xla, "pallas": _pallas, "cuda": _cuda}
 
 
 def decode_attention_weights(
@@ -151,84 +142,24 @@ def decode_attention_weights(
     Weights are float32, summed over the `G` query heads of a KV head, and zero in empty slots.
 
     Raises:
-      ValueError: shapes that disagree, or a quantised cache. NotImplementedError: an `implementation` other than "xla".
+      ValueError: shapes that disagree, a quantised cache or one with a sliding window.
+      NotImplementedError: an `implementation` other than "xla".
     """
-    _check_cache(q.shape[0], q.shape[1], q.shape[2], layer)
-    if layer.k is not None or layer.window is not None:
+    batch, heads, head_dim = q.shape
+    check_cache(batch, heads, head_dim, layer)
+    if layer.method.quantizer is not None or layer.spec.window is not None:
         raise ValueError(
-            f"k_bits={layer.config.k_bits}, window={layer.window}: weights are of full-precision tails only"
+            f"quantizer={layer.method.quantizer}, window={layer.spec.window}: weights are of full-precision tails only"
         )
-    scale = _scale(scale, q.shape[-1])
-    return kernels.run(
-        "decode_attention_weights",
-        implementation,
-        {},
-        {"xla": lambda: reference.decode_attention_weights(q, layer, scale=scale)},
-    )
+    arguments = (q, layer, softmax_scale(scale, head_dim))
+    return dispatch.run("decode_attention_weights", implementation, {}, {"xla": _xla_weights}, *arguments)
 
 
-def extend_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    layer: LayerCache,
-    lengths: Int[Array, "B"],
-    positions: Int[Array, "B T"] | None = None,
-    *,
-    scale: float | None = None,
-    implementation: str | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attention of several new tokens per row: over the cache, and causally over one another in full precision.
-
-    `k` and `v` are the new tokens', not yet in `layer`; each row has `lengths[b]` of them. Plain JAX only.
-
-    Raises:
-      ValueError: shapes that disagree. NotImplementedError: an `implementation` other than "xla".
-    """
-    _check_heads(q.shape, k.shape, v.shape)
-    _check_lengths(lengths, q.shape[0])
-    _check_cache(q.shape[0], q.shape[2], q.shape[3], layer)
-    scale = _scale(scale, q.shape[-1])
-    positions = _positions(positions, layer, q.shape[:2])
-    q, k, v = layer.rotate(q, "keys"), layer.rotate(k, "keys"), layer.rotate(v, "values")
-    out = kernels.run(
-        "extend_attention",
-        implementation,
-        {},
-        {"xla": lambda: reference.extend_attention(q, k, v, layer, lengths, positions, scale=scale)},
-    )
-    return layer.rotate(out, "values", back=True)
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    return float(head_dim**-0.5) if scale is None else scale
-
-
-def _positions(positions: Array | None, layer: LayerCache, shape: tuple[int, ...]) -> Array:
-    if positions is not None:
-        return positions
-    if layer.window is not None:
-        raise ValueError(f"positions=None: a layer with a sliding window ({layer.window}) needs the queries' positions")
-    return jnp.zeros(shape, jnp.int32)
-
-
-def _check_heads(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
-    if k != v:
-        raise ValueError(f"k has shape {k}, v {v}: expected the same")
-    if q[0] != k[0] or q[1] != k[1] or q[3] != k[3]:
-        raise ValueError(f"q has shape {q}, k {k}: batch, tokens and head dim must agree")
-    if q[2] % k[2]:
-        raise ValueError(f"{q[2]} query heads over {k[2]} KV heads: expected a multiple")
-
-
-def _check_lengths(lengths: Array, batch: int) -> None:
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths has shape {lengths.shape}: expected ({batch},), one per row")
-
-
-def _check_cache(batch: int, heads: int, head_dim: int, layer: LayerCache) -> None:
-    rows, kv_heads, _, dim = layer.tail_k.shape
-    if (rows, dim) != (batch, head_dim):
-        raise ValueError(f"q has batch {batch} and head dim {head_dim}, the cache {rows} and {dim}: expected the same")
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads over {kv_heads} KV heads in the cache: expected a multiple")
+def _xla_weights(q: Array, layer: LayerCache, scale: float) -> tuple[Array, Array]:
+    kv_heads = layer.tail.k.shape[1]
+    part = attend_cache(q[:, None], layer, jnp.zeros((q.shape[0], 1), jnp.int32), scale)
+    seen = (jnp.arange(layer.tail.capacity) < layer.tail.length[:, None])[:, None, None]  # [B, 1, 1, C]
+    masked = logits(split_heads(q[:, None], kv_heads)[:, :, :, 0], layer.tail.k, seen, scale)
+    top, total = (jnp.where(part.total > 0, x, 1.0)[..., None] for x in (part.top, part.total))
+    weights = jnp.sum(jnp.exp(masked - top) / total, axis=2)
+    return finish(part, q.shape[1] // kv_heads, q.dtype)[:, 0], weights

@@ -11,6 +11,7 @@ from support.tiny import tiny_model
 
 from minikv_jax.evaluation import Case, measure
 from minikv_jax.generate import generate
+from minikv_jax.inference import one_shot
 from minikv_jax.methods import lookup as presets
 from minikv_jax.models.decoder import Llama
 
@@ -34,7 +35,7 @@ def test_full_is_the_models_own_likelihood(model: Llama):
     case = random_case(0, 70, 21)
     (results,) = measure(model, [case], METHODS, ROOM)
     full, other = results.values()
-    logits = jax.nn.log_softmax(model(jnp.asarray([case.prompt + case.continuation]))[0])
+    logits = jax.nn.log_softmax(one_shot(model, jnp.asarray([case.prompt + case.continuation]))[0])
     expected = -float(np.mean([logits[69 + i, token] for i, token in enumerate(case.continuation)]))
     assert full.nll == pytest.approx(expected, abs=1e-5)
     assert full.full_nll == other.full_nll == full.nll

@@ -14,9 +14,10 @@ from support.checkpoints import gguf_name
 from support.tiny import random_ids
 
 from minikv_jax.generate import generate
+from minikv_jax.inference import one_shot
 from minikv_jax.models import hub
-from minikv_jax.models import parameters as weights
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.huggingface import load_safetensors
 from minikv_jax.models.rotary import rotary_tables
 from minikv_jax.ops.decode_attention import prefill_attention
 
@@ -86,7 +87,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             values.copy_(torch.randn_like(values) * 0.25 + ("norm" in name))
     directory = tmp_path_factory.mktemp("parity") / "model"
     theirs.save_pretrained(directory)
-    return theirs, weights.load_safetensors(directory)
+    return theirs, load_safetensors(directory)
 
 
 def assert_close(ours: jax.Array, theirs: torch.Tensor, roundings: int) -> None:
@@ -187,7 +188,7 @@ def test_whole(pair: tuple[Any, Llama]):
     ids = random_ids((2, T))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(np.array(ids))).logits
-    assert_close(jax.jit(lambda ids: ours(ids))(ids), expected, 64)
+    assert_close(jax.jit(lambda ids: one_shot(ours, ids))(ids), expected, 64)
 
 
 PROMPTS = (
@@ -259,7 +260,7 @@ def test_smollm2_logits_of_real_prompts(smollm2: tuple[Llama, Any], their_smollm
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-    found = jax.jit(lambda model, ids, lengths: model(ids, lengths))(ours, jnp.asarray(ids), lengths)
+    found = jax.jit(one_shot)(ours, jnp.asarray(ids), lengths)
     for logits, prompt in zip(np.asarray(found), prompts, strict=True):
         with torch.no_grad():
             expected = theirs(torch.tensor([prompt])).logits[0].numpy()

@@ -1,6 +1,6 @@
 """A slow, obvious NumPy model of everything the library does to a KV cache: dense maps, python loops, no JAX.
 
-Written from docs/architecture.md, one row and one KV head at a time, so that a mistake in the vectorised code has
+Written from docs/packed-layout.md, one row and one KV head at a time, so that a mistake in the vectorised code has
 nothing to hide behind. Shape legend as in the document; B, K are loops here, `n` is the length of one row.
 """
 

@@ -1,4 +1,4 @@
-"""Writers of tiny checkpoints, apart from the library's readers."""
+"""Writers of tiny checkpoints, apart from the library's readers, and what a model read from one must hold."""
 
 import json
 import pathlib
@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.decoder import Llama
 
 Tensors = dict[str, np.ndarray]
 F32 = gguf.GGMLQuantizationType.F32
@@ -139,3 +142,32 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def parameter(model: Llama, path: str) -> np.ndarray:
+    """By its path; or the columns of a joined one that belong to the projection of that name."""
+    flat = {".".join(map(str, at)): leaf[...] for at, leaf in nnx.to_flat_state(nnx.state(model))}
+    for joined, names in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+        *at, module, kind = path.split(".")
+        if module in names:
+            whole, index = np.asarray(flat[".".join((*at, joined, kind))]), names.index(module)
+            config = model.config
+            q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+            ends = (q, q + kv) if joined == "qkv_proj" else (config.intermediate_size,)
+            return np.split(whole, ends, axis=-1)[index]
+    return np.asarray(flat[path])
+
+
+def assert_holds(model: Llama, tensors: Tensors) -> None:
+    """Every tensor is in the model, bit for bit and at its place; nothing else is."""
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == sum(x.size for x in tensors.values())
+    for name, tensor in tensors.items():
+        path = name.removeprefix("model.").removesuffix(".weight")
+        if name.endswith("bias"):
+            np.testing.assert_array_equal(parameter(model, path), tensor)
+        elif "embed" in name:
+            np.testing.assert_array_equal(parameter(model, path + ".embedding"), tensor)
+        elif "norm" in name:
+            np.testing.assert_array_equal(parameter(model, path + ".scale"), tensor)
+        else:
+            np.testing.assert_array_equal(parameter(model, path + ".kernel"), tensor.T)

@@ -1,0 +1,61 @@
+"""Static sizes of a layer's cache, in tokens: functions of the method and the longest prompt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from minikv_jax.cache.budgets import layer_budgets
+from minikv_jax.methods.base import Amount, Method
+from minikv_jax.models.config import ModelConfig
+
+
+class LayerCapacity(NamedTuple):
+    """Static sizes of a layer's cache, in tokens.
+
+    Attributes:
+      kept: prompt tokens, sinks included.
+      packed, tail: room in the two regions.
+    """
+
+    kept: int
+    packed: int
+    tail: int
+
+
+def layer_capacity(
+    method: Method, heavy: Amount, prompt_tokens: int, max_new_tokens: int, window: int | None = None
+) -> LayerCapacity:
+    """Capacities of a layer with the heavy budget `heavy` for prompts of at most `prompt_tokens`."""
+    kept = kept_capacity(method, heavy, prompt_tokens, window)
+    if method.quantizer is None:
+        tail = max(kept, method.sinks) + max_new_tokens
+        if method.evict_every is not None:
+            tail = min(tail, largest_row(method, heavy, prompt_tokens))
+        return LayerCapacity(kept, 0, tail)
+    block = method.quantizer.block
+    full_precision = method.sinks + method.tail_keep
+    packed = max(kept + max_new_tokens - full_precision, block) // block * block
+    return LayerCapacity(kept, packed, full_precision + method.flush_block)
+
+
+def kept_capacity(method: Method, heavy: Amount, tokens: int, window: int | None = None) -> int:
+    """The most tokens that a row of at most `tokens` keeps under `heavy`, sinks included."""
+    kept = method.sinks + method.recent.tokens(tokens) + heavy.tokens(tokens)
+    return min(kept, tokens if window is None else min(tokens, window - 1))
+
+
+def largest_row(method: Method, heavy: Amount, prompt_tokens: int) -> int:
+    """The most tokens that a row holds, just before it is cut back; `prompt_tokens` is the longest prompt."""
+    assert method.evict_every is not None
+    budgets = heavy.granted(prompt_tokens) + method.recent.granted(prompt_tokens)
+    return method.sinks + budgets + method.evict_every
+
+
+def capacities(
+    model: ModelConfig, method: Method, prompt_length: int, max_new_tokens: int
+) -> tuple[LayerCapacity, ...]:
+    """Each layer's capacities for prompts of at most `prompt_length` tokens."""
+    return tuple(
+        layer_capacity(method, heavy, prompt_length, max_new_tokens, model.window(layer))
+        for layer, heavy in enumerate(layer_budgets(method, model.num_hidden_layers))
+    )

@@ -1,0 +1,79 @@
+"""Expected Attention (arXiv 2510.00636; https://github.com/NVIDIA/kvpress)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minikv_jax import checks
+from minikv_jax.methods.base import LayerInputs, Method, Scorer
+from minikv_jax.methods.registry import register_method, register_scorer
+from minikv_jax.models.rotary import rotate
+
+
+@register_scorer("expected-attention")
+class ExpectedAttention(Scorer):
+    """The attention expected of the next `future` queries (section 3).
+
+    Queries before RoPE, without the sinks', are taken as normal with their mean and covariance, and turned by the mean
+    rotation `R` of the positions to come: `E[exp(q k / sqrt(H))] = exp(Rm k / sqrt(H) + k RCR' k / 2H)`. This is
+    normalised over the keys after the sinks, averaged over the KV head's query heads, and `+ epsilon` times the norm of
+    the value (the paper's norm is of `W_o v`, which a cache does not know).
+    """
+
+    future: int = 512
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.integer("future", self.future, 1)
+
+    def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
+        q, k, lengths, frequencies = inputs.q, inputs.k, inputs.lengths, inputs.frequencies
+        if frequencies is None:
+            raise ValueError("expected-attention needs the rotary frequencies")
+        batch, tokens, _, dim = q.shape
+        kv_heads = k.shape[2]
+        positions = jnp.arange(tokens)
+        used = (positions >= inputs.sinks) & (positions < lengths[:, None])  # [B, T]
+        mean, covariance = _moments(q, used, positions[:, None] * frequencies)
+
+        ahead = (lengths[:, None] + jnp.arange(self.future))[..., None] * frequencies  # [B, future, H/2]
+        cos, sin = (jnp.mean(f(ahead), axis=1, keepdims=True) for f in (jnp.cos, jnp.sin))
+        mean = rotate(mean[:, None], cos, sin)[:, 0].reshape(batch, kv_heads, -1, dim)
+        flat = rotate(covariance.swapaxes(2, 3).reshape(batch, 1, -1, dim), cos, sin)  # rows, then columns
+        flat = flat.reshape(covariance.shape).swapaxes(2, 3)
+        covariance = rotate(flat.reshape(batch, 1, -1, dim), cos, sin).reshape(batch, kv_heads, -1, dim, dim)
+
+        keys = k.astype(jnp.float32)
+        spread = jnp.einsum("btki,bkgij->btkgj", keys, covariance, precision="highest")
+        logits = jnp.einsum("btkh,bkgh->bkgt", keys, mean, precision="highest") * dim**-0.5
+        logits += jnp.einsum("btkgh,btkh->bkgt", spread, keys, precision="highest") / (2 * dim)
+        weights = jax.nn.softmax(jnp.where(used[:, None, None], logits, -jnp.inf), axis=-1, where=used[:, None, None])
+        norms = jnp.linalg.norm(inputs.v.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        return (jnp.mean(weights, axis=2) + self.epsilon) * norms
+
+
+def _moments(
+    q: Float[Array, "B T N H"], used: Array, angles: Float[Array, "T F"]
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N H H"]]:
+    """Mean and covariance of the `used` queries, their rotation undone."""
+    count = jnp.maximum(jnp.sum(used, axis=1), 1)[:, None, None]
+    plain = rotate(q.astype(jnp.float32), jnp.cos(angles)[None], -jnp.sin(angles)[None])
+    plain = jnp.where(used[..., None, None], plain, 0.0)
+    mean = jnp.sum(plain, axis=1) / count  # [B, N, H]
+    centred = jnp.where(used[..., None, None], plain - mean[:, None], 0.0)
+    return mean, jnp.einsum("btni,btnj->bnij", centred, centred, precision="highest") / count[..., None]
+
+
+register_method(
+    Method(
+        name="expected-attention",
+        citation="Expected Attention, arXiv 2510.00636: 50 % by what the next 512 queries are expected to pay, 4 sinks",
+        scorer=ExpectedAttention(),
+        heavy=0.5,
+        recent=0.0,
+        sinks=4,
+    )
+)

@@ -1,0 +1,56 @@
+"""Half-quadratic quantisation (HQQ, Badri and Shaji 2023; https://github.com/mobiusml/hqq)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minikv_jax import checks, packing
+from minikv_jax.methods.base import Operand
+from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.registry import register_quantizer
+from minikv_jax.packing import QuantizedArray
+
+
+@register_quantizer("hqq")
+class HQQ(MinMax):
+    """Zero points that minimise a sparse norm of the error, under min/max scales.
+
+    Half-quadratic splitting: `e = shrink(x - r)`, then `zero = mean(x - e - code * scale)`, with `beta` growing. Of all
+    steps each group keeps the one with the smallest mean absolute error; HQQ stops all groups at once when it grows.
+    """
+
+    iterations: int = 20
+    norm: float = 0.7
+    beta: float = 10.0
+    growth: float = 1.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.integer("iterations", self.iterations, 0)
+
+    def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
+        rule = self.packing(operand.kind)
+        groups = packing.grouped(x, rule)
+        low, steps = packing.minmax(groups, rule)
+        scale = jnp.expand_dims(jnp.where(steps > 0, steps, 1.0), rule.reduced)
+        power = self.norm - 1
+
+        def restored(zero: Array) -> Array:
+            return jnp.clip(jnp.round((groups - zero) / scale), 0, (1 << rule.bits) - 1) * scale
+
+        def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            zero, best, smallest = state
+            codes = restored(zero)
+            gap = groups - codes - zero
+            error = jnp.mean(jnp.abs(gap), axis=rule.reduced, keepdims=True)
+            best, smallest = jnp.where(error < smallest, zero, best), jnp.minimum(error, smallest)
+            size, beta = jnp.abs(gap), self.beta * self.growth**i
+            sparse = jnp.sign(gap) * jnp.maximum(size - jnp.where(size > 0, size, 1.0) ** power / beta, 0.0)
+            return jnp.mean(groups - sparse - codes, axis=rule.reduced, keepdims=True), best, smallest
+
+        zero = jnp.expand_dims(low, rule.reduced)
+        start = zero, zero, jnp.full_like(zero, jnp.inf)
+        _, best, _ = jax.lax.fori_loop(0, self.iterations + 1, step, start)
+        return packing.encode(x, jnp.squeeze(best, rule.reduced), steps, rule)

@@ -1,0 +1,76 @@
+"""KIVI (arXiv 2402.02750; https://github.com/jy-yuan/KIVI): keys per channel, values per token, in groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from jaxtyping import Array, Float
+
+from minikv_jax import checks, packing
+from minikv_jax.methods.base import Kind, Method, Operand, Quantizer, Tail
+from minikv_jax.methods.registry import register_method, register_quantizer
+from minikv_jax.packing import GROUP_SIZES, METADATA_DTYPES, PLANES, Axis, Packing
+
+_AXES: dict[Kind, Axis] = {"keys": "tokens", "values": "channels"}
+
+
+@register_quantizer("minmax")
+class MinMax(Quantizer):
+    """Asymmetric min/max in groups, keys per channel and values per token (KIVI eq. 1; MiniKV section 3.2).
+
+    Attributes:
+      k_bits, v_bits: 1, 2, 3, 4 or 8 bits of a key's and of a value's code.
+      group_size: values that share a scale and a zero point.
+      metadata_dtype: of scale and zero point; 8-bit metadata carry a float32 factor per packing block.
+    """
+
+    kernel_packs: ClassVar[bool] = True
+    kernel_reads: ClassVar[bool] = True
+
+    group_size: int = 16
+    metadata_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.choice("group_size", self.group_size, GROUP_SIZES)
+        checks.choice("metadata_dtype", self.metadata_dtype, METADATA_DTYPES)
+
+    @property
+    def block(self) -> int:
+        """The smallest count that fills whole groups and whole words of keys and of values."""
+        return max(self.group_size, word_tokens(self))
+
+    def packing(self, kind: Kind) -> Packing:
+        """How the keys or the values are packed."""
+        return Packing(self.bits(kind), self.group_size, _AXES[kind], self.metadata_dtype, self.block)
+
+    def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> Any:
+        return packing.encode_minmax(x, self.packing(operand.kind))
+
+    def decode(self, stored: Any, operand: Operand) -> Float[Array, "B K S H"]:
+        del operand
+        return packing.dequantize(stored)
+
+
+def word_tokens(quantizer: Quantizer) -> int:
+    """Tokens in a word of the narrowest plane of keys and values."""
+    return 32 // min(PLANES[quantizer.k_bits] + PLANES[quantizer.v_bits])
+
+
+KIVI_2 = register_method(
+    Method(
+        name="kivi-2",
+        citation="KIVI, arXiv 2402.02750: every token, 2 bits in groups of 32, the last 128 in full precision",
+        quantizer=MinMax(k_bits=2, v_bits=2, group_size=32),
+        tail=Tail(length=128, rule="kivi"),
+    )
+)
+register_method(
+    dataclasses.replace(
+        KIVI_2,
+        name="kivi-4",
+        citation=KIVI_2.citation.replace("2 bits", "4 bits"),
+        quantizer=MinMax(k_bits=4, v_bits=4, group_size=32),
+    )
+)

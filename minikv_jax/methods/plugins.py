@@ -1,0 +1,47 @@
+"""A user's Python file that registers components and methods."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+from minikv_jax.methods.contracts import cause
+from minikv_jax.methods.registry import REGISTRIES
+
+
+def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
+    """Runs a Python file that registers components or methods.
+
+    Returns:
+      The new names by kind: `{"scorer": ("mine",), "method": ("my-method",)}`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file fails, with its line and the cause, or registers nothing. Nothing stays registered then.
+    """
+    file = pathlib.Path(path).resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"plugin {os.fspath(path)} does not exist")
+    before = [registry.snapshot() for registry in REGISTRIES]
+    spec = importlib.util.spec_from_file_location(f"minikv_plugin_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"plugin {os.fspath(path)} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
+        del sys.modules[spec.name]
+        for registry, entries in zip(REGISTRIES, before, strict=True):
+            registry.restore(entries)
+        raise ValueError(f"plugin {os.fspath(path)}{cause(error, str(file))}") from error
+    new = {
+        registry.kind: names
+        for registry, old in zip(REGISTRIES, before, strict=True)
+        if (names := tuple(name for name, entry in registry.snapshot().items() if entry is not old.get(name)))
+    }
+    if not new:
+        raise ValueError(f"plugin {os.fspath(path)} registers nothing: no scorer, budget, quantizer or method")
+    return new

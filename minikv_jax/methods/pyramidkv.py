@@ -1,0 +1,40 @@
+"""PyramidKV (arXiv 2406.02069; https://github.com/Zefan-Cai/KVCache-Factory)."""
+
+from __future__ import annotations
+
+from minikv_jax.methods.base import Budget, Method
+from minikv_jax.methods.registry import register_budget, register_method
+from minikv_jax.methods.snapkv import SnapKV
+
+
+@register_budget("pyramid")
+class Pyramid(Budget):
+    """A linear fall from the first layer to the last, which gets `1 / beta` of the mean (section 3.2; MiniKV 3.1).
+
+    Attributes:
+      beta: 20 in PyramidKV, 7 in MiniKV.
+    """
+
+    beta: float = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta >= 1:
+            raise ValueError(f"beta={self.beta!r}: expected a number >= 1")
+
+    def weights(self, num_layers: int) -> list[float]:
+        last = 1 / self.beta
+        first = 2 - last
+        return [first + (last - first) * layer / max(num_layers - 1, 1) for layer in range(num_layers)]
+
+
+register_method(
+    Method(
+        name="pyramidkv",
+        citation="PyramidKV, arXiv 2406.02069: the votes of the last 8 queries, budgets falling linearly, beta 20",
+        scorer=SnapKV(observation_window=8),
+        budget=Pyramid(beta=20.0),
+        heavy=1016,
+        recent=8,
+    )
+)

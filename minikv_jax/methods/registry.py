@@ -1,0 +1,187 @@
+"""Names of components and methods, for the command line and for files; Python code needs none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from minikv_jax.methods.base import (
+    Budget,
+    Component,
+    Method,
+    NoScores,
+    Quantizer,
+    ScoredBudget,
+    Scorer,
+    Share,
+    Tail,
+    Uniform,
+    settings,
+    to_budget,
+    to_scorer,
+)
+
+T = TypeVar("T")
+Registered = TypeVar("Registered", bound=Callable[..., Any])
+
+
+class Registry(Generic[T]):
+    """Entries of one kind by name."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._built_in: frozenset[str] = frozenset()
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise ValueError(f"{self.kind}={name!r}: expected one of {', '.join(sorted(self._entries))}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def add(self, name: str, entry: T) -> None:
+        """Registers `entry`; a name of the user's own may be taken again, one of the library's may not."""
+        if not isinstance(name, str) or not name or set(name) & set(":,=. \n"):
+            raise ValueError(f"{self.kind}={name!r}: expected a name without spaces, ':', ',', '.' and '='")
+        if name in self._built_in:
+            raise ValueError(f"{self.kind}={name!r} is the library's own: choose another name")
+        self._entries[name] = entry
+
+    def seal(self) -> None:
+        """Protects the names registered so far."""
+        self._built_in = frozenset(self._entries)
+
+    def is_built_in(self, name: str) -> bool:
+        """Whether the name was registered when the registry was sealed."""
+        return name in self._built_in
+
+    def snapshot(self) -> dict[str, T]:
+        """The entries as they are now."""
+        return dict(self._entries)
+
+    def restore(self, entries: dict[str, T]) -> None:
+        """Goes back to a snapshot."""
+        self._entries = dict(entries)
+
+
+class Components(Registry[type[Component] | Component]):
+    """Component classes by name; a registered function is an instance without settings."""
+
+    def make(self, name: str, **values: Any) -> Any:
+        """A component with these settings. Raises ValueError naming what is unknown or of the wrong type."""
+        entry = self[name]
+        try:
+            return entry(**values) if isinstance(entry, type) else entry
+        except TypeError as error:  # no such setting, or an abstract method that is missing
+            raise ValueError(f"{self.kind}={name!r}: {error}") from error
+
+    def name_of(self, component: Component) -> str:
+        """The name that a component, or its class, is registered by; the class's own name if there is none."""
+        for name, entry in self._entries.items():
+            if entry == component or entry is type(component):
+                return name
+        return type(component).__name__
+
+
+SCORERS = Components("scorer")
+BUDGETS = Components("budget")
+QUANTIZERS = Components("quantizer")
+METHODS: Registry[Method] = Registry("method")
+REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, BUDGETS, QUANTIZERS, METHODS)
+
+
+def register_scorer(name: str) -> Callable[[Registered], Registered]:
+    """Makes the decorated `Scorer` class, or function `score(inputs)`, known as `--set scorer=NAME`."""
+    return _register(SCORERS, name, (Scorer,), to_scorer)
+
+
+def register_budget(name: str) -> Callable[[Registered], Registered]:
+    """Makes the decorated budget class, or function `weights(num_layers)`, known as `--set budget=NAME`."""
+    return _register(BUDGETS, name, (Budget, ScoredBudget), to_budget)
+
+
+def register_quantizer(name: str) -> Callable[[Registered], Registered]:
+    """Makes the decorated `Quantizer` class known as `--set quantizer=NAME`."""
+    return _register(QUANTIZERS, name, (Quantizer,), None)
+
+
+def _register(
+    registry: Components, name: str, bases: tuple[type, ...], convert: Callable[[Any], Component] | None
+) -> Callable[[Registered], Registered]:
+    expected = " or ".join(base.__name__ for base in bases)
+
+    def register(entry: Registered) -> Registered:
+        if isinstance(entry, type) and issubclass(entry, bases):
+            registry.add(name, entry)
+        elif convert is not None and not isinstance(entry, type) and callable(entry):
+            registry.add(name, convert(entry))
+        else:
+            kind = entry.__name__ if isinstance(entry, type) else type(entry).__name__
+            raise ValueError(f"{registry.kind}={name!r} is {kind}: expected a subclass of minikv_jax.{expected}")
+        return entry  # pyright: ignore[reportReturnType]  (it is what came in)
+
+    return register
+
+
+def register_method(method: Method) -> Method:
+    """Makes `method` known by its own name, as the library's methods are.
+
+    Raises:
+      ValueError: not a `Method`, or a name that is the library's own or has spaces, ':', ',', '.' or '='.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"method {method!r}: expected a Method, whose name it is registered by")
+    METHODS.add(method.name, method)
+    return method
+
+
+def seal() -> None:
+    """Protects everything registered so far: called once the library's own methods are imported."""
+    for registry in REGISTRIES:
+        registry.seal()
+
+
+def to_dict(method: Method) -> dict[str, Any]:
+    """A method as JSON values: components by name with their settings; `from_dict` reads them back."""
+    values: dict[str, Any] = {"name": method.name, "citation": method.citation}
+    for field, registry in _COMPONENT_FIELDS.items():
+        component = getattr(method, field)
+        values[field] = (
+            None if component is None else {"name": registry.name_of(component)} | _plain_settings(component)
+        )
+    for field in ("heavy", "recent"):
+        budget = getattr(method, field)
+        values[field] = budget.fraction if isinstance(budget, Share) else budget.count
+    return values | {"sinks": method.sinks, "evict_every": method.evict_every, "tail": settings(method.tail)}
+
+
+def _plain_settings(component: Component) -> dict[str, Any]:
+    return {name: value for name, value in settings(component).items() if not callable(value)}
+
+
+def from_dict(values: Mapping[str, Any]) -> Method:
+    """Reads what `to_dict` wrote. Raises ValueError naming what is unknown, missing or of the wrong type."""
+    expected = {field.name for field in dataclasses.fields(Method)}
+    if set(values) != expected:
+        unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
+        raise ValueError(f"not a method: unknown fields {unknown}, missing fields {missing}")
+    components: dict[str, Any] = {"tail": Tail(**values["tail"])}
+    for field, registry in _COMPONENT_FIELDS.items():
+        given = values[field]
+        components[field] = None if given is None else registry.make(given["name"], **_without_name(given))
+    return Method(**dict(values) | components)
+
+
+def _without_name(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name != "name"}
+
+
+_COMPONENT_FIELDS = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
+SCORERS.add("none", NoScores)
+BUDGETS.add("uniform", Uniform)

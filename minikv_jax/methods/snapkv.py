@@ -1,0 +1,50 @@
+"""SnapKV (arXiv 2404.14469; https://github.com/FasterDecoding/SnapKV)."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from minikv_jax import checks
+from minikv_jax.methods.base import LayerInputs, Method, Scorer
+from minikv_jax.methods.registry import register_method, register_scorer
+from minikv_jax.methods.votes import pool, window_votes
+
+
+@register_scorer("snapkv")
+class SnapKV(Scorer):
+    """Votes of the last queries, pooled along tokens (section 4).
+
+    All tokens are pooled. SnapKV's own code pools only those before the window, so that no vote for a key of the window
+    reaches the few tokens just before it.
+
+    Attributes:
+      observation_window: how many of the last queries vote.
+      pooling: "max" or "mean".
+      pooling_kernel: tokens that are pooled, an odd number.
+    """
+
+    observation_window: int = 32
+    pooling: str = "max"
+    pooling_kernel: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.integer("observation_window", self.observation_window, 1)
+        checks.choice("pooling", self.pooling, ("max", "mean"))
+        if checks.integer("pooling_kernel", self.pooling_kernel, 1) % 2 == 0:
+            raise ValueError(f"pooling_kernel={self.pooling_kernel}: expected an odd number")
+
+    def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
+        votes = window_votes(inputs, self.observation_window)
+        return pool(votes, inputs.lengths, self.pooling, self.pooling_kernel)
+
+
+register_method(
+    Method(
+        name="snapkv",
+        citation="SnapKV, arXiv 2404.14469: 1024 tokens by the votes of the last 32 queries, max-pooled over 7",
+        scorer=SnapKV(),
+        heavy=992,
+        recent=32,
+    )
+)

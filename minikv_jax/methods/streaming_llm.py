@@ -1,0 +1,13 @@
+"""StreamingLLM (arXiv 2309.17453; https://github.com/mit-han-lab/streaming-llm)."""
+
+from minikv_jax.methods.base import Method
+from minikv_jax.methods.registry import register_method
+
+register_method(
+    Method(
+        name="streaming-llm",
+        citation="StreamingLLM, arXiv 2309.17453: 4 sink tokens + the newest 1020",
+        sinks=4,
+        recent=1020,
+    )
+)

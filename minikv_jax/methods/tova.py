@@ -1,0 +1,36 @@
+"""TOVA, token omission via attention (arXiv 2401.06104; https://github.com/schwartz-lab-NLP/TOVA)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minikv_jax.methods.base import LayerInputs, Method, Scorer
+from minikv_jax.methods.registry import register_method, register_scorer
+from minikv_jax.methods.votes import window_votes
+
+
+@register_scorer("tova")
+class TOVA(Scorer):
+    """Weights of the last query, averaged over all heads: every KV head keeps the same tokens (section 3.2)."""
+
+    def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
+        votes = window_votes(inputs, 1)
+        heads = inputs.q.shape[2]
+        return jnp.broadcast_to(jnp.sum(votes, axis=1, keepdims=True) / heads, votes.shape)
+
+    def update(self, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
+        """The newest query's weights; the same for all KV heads."""
+        del scores
+        return jnp.broadcast_to(jnp.mean(weights, axis=1, keepdims=True), weights.shape)
+
+
+register_method(
+    Method(
+        name="tova",
+        citation="TOVA, arXiv 2401.06104: 20 % by the last query's weights, the same tokens for every head",
+        scorer=TOVA(),
+        heavy=0.2,
+        recent=0.0,
+    )
+)

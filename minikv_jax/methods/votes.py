@@ -1,0 +1,56 @@
+"""Votes of the newest queries: column sums of the softmax map over a row's last queries (SnapKV section 4)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.methods.base import LayerInputs
+
+_VOTERS = 32  # queries whose weights over all keys are held at a time
+
+
+def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
+    """Column sums of the softmax map over each row's last `size` queries, float32; zero in the padding."""
+    q, k, lengths, window = inputs.q, inputs.k, inputs.lengths, inputs.window
+    batch, tokens, heads, dim = q.shape
+    kv_heads, keys = k.shape[2], jnp.arange(tokens)
+    voters = min(size, _VOTERS)
+
+    def add(block: Array | int, votes: Array) -> Array:
+        back = block * voters + jnp.arange(voters)  # 0 is the row's last query
+        positions = jnp.where(back < size, lengths[:, None] - 1 - back, -1)  # [B, w], negative: no such query
+        rows = jnp.take_along_axis(q, jnp.maximum(positions, 0)[:, :, None, None], axis=1)
+        rows = rows.reshape(batch, voters, kv_heads, heads // kv_heads, dim)
+        logits = jnp.einsum("bwkgh,bskh->bkgws", rows, k, preferred_element_type=jnp.float32, precision="highest")
+        seen = keys <= positions[:, :, None]  # [B, w, T]
+        if window is not None:
+            seen &= keys > positions[:, :, None] - window
+        logits = jnp.where(seen[:, None, None], logits * dim**-0.5, -jnp.inf)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return votes + jnp.sum(weights / jnp.where(total == 0, 1.0, total), axis=(2, 3))
+
+    votes = jnp.zeros((batch, kv_heads, tokens), jnp.float32)
+    return add(0, votes) if size == voters else lax.fori_loop(0, -(-size // voters), add, votes)
+
+
+def pool(votes: Float[Array, "B K T"], lengths: Int[Array, "B"], kind: str, kernel: int) -> Float[Array, "B K T"]:
+    """Pools votes along tokens, by `kind` "max" or "mean" over `kernel` (odd) tokens; zero in the padding."""
+    valid = jnp.arange(votes.shape[-1]) < lengths[:, None, None]
+    reach = kernel // 2
+    dims, padding = (1, 1, kernel), ((0, 0), (0, 0), (reach, reach))
+    if kind == "max":
+        votes = jnp.where(valid, votes, -jnp.inf)
+        pooled = lax.reduce_window(votes, -jnp.inf, lax.max, dims, (1, 1, 1), padding)
+    else:
+        votes = jnp.where(valid, votes, 0.0)
+        pooled = lax.reduce_window(votes, 0.0, lax.add, dims, (1, 1, 1), padding) / kernel
+    return jnp.where(valid, pooled, 0.0)
+
+
+def rank(scores: Float[Array, "B K T"]) -> Int[Array, "B K T"]:
+    """0 for the highest score of a row and KV head; equal scores in order of position."""
+    return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)

@@ -1,0 +1,129 @@
+"""A model on disk as an Orbax checkpoint: parameters by their dotted paths, and the config as JSON."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from minikv_jax.files import naming_damage
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.parameters import Skeleton, raise_misfits
+
+if TYPE_CHECKING:
+    import orbax.checkpoint
+
+# Orbax is imported inside the functions: it takes about a second, and most runs neither save nor restore a model.
+
+_KIND = "minikv_jax checkpoint"
+
+
+def save(model: Llama, directory: str | os.PathLike[str]) -> None:
+    """Writes parameters and config into a new directory that `restore` reads.
+
+    Raises ValueError if `directory` already exists.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists():
+        raise ValueError(f"{directory} already exists: give a new directory")
+    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    arguments = ocp.args.Composite(
+        params=ocp.args.StandardSave(_nest(flat)),
+        config=ocp.args.JsonSave(model.config.to_dict()),
+    )
+    with _checkpointer() as checkpointer:
+        checkpointer.save(directory, arguments)
+
+
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory looks like one that `save` wrote."""
+    path = pathlib.Path(directory)
+    return (path / "_CHECKPOINT_METADATA").is_file() or (path / "params" / "_METADATA").is_file()
+
+
+def restore_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The config that `save` wrote, without the parameters. Raises as `restore` does."""
+    import orbax.checkpoint as ocp
+
+    directory = pathlib.Path(directory).absolute()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} does not exist")
+    with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
+        stored = checkpointer.restore(directory, ocp.args.Composite(config=ocp.args.JsonRestore()))
+        return ModelConfig.from_dict(stored["config"])
+
+
+def restore(directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Llama:
+    """Reads a model that `save` wrote, cast to `dtype`, onto JAX's default device.
+
+    Raises:
+      FileNotFoundError: `directory` does not exist.
+      ValueError: it is not a complete checkpoint, or its parameters do not fit its config (all of them in one message).
+    """
+    import orbax.checkpoint as ocp
+
+    directory, resolved = pathlib.Path(directory).absolute(), resolve_dtype(dtype)
+    skeleton = Skeleton.of(restore_config(directory), resolved)
+    device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    targets = {
+        path: jax.ShapeDtypeStruct(leaf.shape, resolved, sharding=device) for path, leaf in skeleton.parameters.items()
+    }
+    with _checkpointer() as checkpointer:
+        with naming_damage(directory, _KIND):
+            stored = _flatten(checkpointer.metadata(directory).item_metadata["params"].tree)
+        _check_stored(directory, {path: tuple(leaf.shape) for path, leaf in stored.items()}, skeleton)
+        with naming_damage(directory, _KIND):
+            item = ocp.args.StandardRestore(_nest(targets))
+            arrays = checkpointer.restore(directory, ocp.args.Composite(params=item))["params"]
+    return skeleton.fill(_flatten(arrays))
+
+
+def _checkpointer() -> orbax.checkpoint.Checkpointer:
+    import orbax.checkpoint as ocp
+
+    handlers = {"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _check_stored(directory: pathlib.Path, stored: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> None:
+    """Raises ValueError listing all stored parameters that are not those of the config."""
+    parameters = skeleton.parameters
+    raise_misfits(
+        str(directory),
+        unknown=[path for path in stored if path not in parameters],
+        unfilled=[path for path in parameters if path not in stored],
+        misshapen=[
+            f"{path} is {list(stored[path])}, the config needs {list(leaf.shape)}"
+            for path, leaf in parameters.items()
+            if stored.get(path, leaf.shape) != leaf.shape
+        ],
+    )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one level of dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree

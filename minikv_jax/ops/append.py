@@ -1,0 +1,175 @@
+"""Append: new tokens enter the tail, and a full tail packs its oldest block (MiniKV section 3.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.cache.state import LayerCache, Region
+from minikv_jax.ops import dispatch, kernel_arrays
+from minikv_jax.ops.quantize import store
+
+
+def append(
+    layer: LayerCache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    positions: Int[Array, "B T"],
+    implementation: str | None = None,
+) -> LayerCache:
+    """Adds each row's first `lengths[b]` of `T` tokens to the tail and packs the tail whenever it is full.
+
+    There must be room (`KVCache.room`): under `jit` an overflow cannot be reported. The call then ends with the layer's
+    contents and lengths undefined.
+
+    Args:
+      k, v: keys (after RoPE) and values.
+      positions: the new tokens' positions, stored if the layer has a sliding window.
+      implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
+
+    Raises:
+      NotImplementedError: an `implementation` that cannot run this case, with the reason.
+    """
+    k, v = layer.spec.to_basis(k, "keys"), layer.spec.to_basis(v, "values")
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+    if layer.method.quantizer is None:
+        return _append_once(layer, k, v, lengths, positions, implementation)
+    if k.shape[2] == 1:
+        sizes = {"batch": k.shape[0], "kv_heads": k.shape[1], "head_dim": k.shape[3]}
+        return dispatch.run("append", implementation, sizes, _IMPLEMENTATIONS, layer, k, v, lengths, positions)
+
+    def step(state: tuple[LayerCache, Array]) -> tuple[LayerCache, Array]:
+        layer, done = state
+        count = jnp.minimum(lengths - done, layer.tail.capacity - layer.tail.length)
+        layer = _write_tail(layer, k, v, positions, done, count)
+        return _flush(layer, implementation), done + count
+
+    def goes_on(state: tuple[LayerCache, Array]) -> Array:
+        layer, done = state
+        # A tail is full here only if nothing of it can be packed: the rest has no room.
+        return jnp.any((done < lengths) & (layer.tail.length < layer.tail.capacity))
+
+    return lax.while_loop(goes_on, step, (layer, jnp.zeros_like(lengths)))[0]
+
+
+def _append_once(
+    layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array, implementation: str | None
+) -> LayerCache:
+    """Adds tokens that fit the tail."""
+    layer = _write_tail(layer, k, v, positions, jnp.zeros_like(lengths), lengths)
+    return _flush(layer, implementation)
+
+
+def _xla(layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array) -> LayerCache:
+    return _append_once(layer, k, v, lengths, positions, "xla")
+
+
+def _pallas(layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array) -> LayerCache:
+    return _append_once(layer, k, v, lengths, positions, "pallas")  # plain JAX writes, the package's kernel packs
+
+
+def _cuda(layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array) -> LayerCache:
+    """One token per row in place, a full tail packed in the same call."""
+    del positions  # no kernel supports a window
+    quantizer = layer.method.quantizer
+    if quantizer is None or not quantizer.kernel_packs:
+        raise NotImplementedError(f"append: the CUDA kernel packs by min/max, not {type(quantizer).__name__}")
+    packed, tail, storage = kernel_arrays.regions(layer, "cuda")
+    packed, tail = dispatch.package("cuda").append(
+        k[:, :, 0],
+        v[:, :, 0],
+        lengths,
+        packed,
+        tail,
+        storage=storage,
+        sinks=layer.method.sinks,
+        block=layer.method.flush_block,
+    )
+    return kernel_arrays.updated(layer, packed, tail)
+
+
+_IMPLEMENTATIONS = {"xla": _xla, "pallas": _pallas, "cuda": _cuda}
+
+
+def _write_tail(layer: LayerCache, k: Array, v: Array, positions: Array, first: Array, count: Array) -> LayerCache:
+    """Writes tokens `first[b] .. first[b] + count[b] - 1` of each row behind its tail."""
+    tail = layer.tail
+    put = _put_token if k.shape[2] == 1 else _put_tokens
+    put = functools.partial(put, slot=tail.length, first=first, count=count)
+    tail_positions = tail.positions
+    if tail_positions is not None:
+        tail_positions = put(tail_positions, jnp.broadcast_to(positions[:, None], k.shape[:3]))
+    return dataclasses.replace(layer, tail=Region(put(tail.k, k), put(tail.v, v), tail.length + count, tail_positions))
+
+
+def _put_token(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:
+    """`[B, K, C, ...]` tails, each with its row's one new token in `slot[b]`, or as it was if `count[b]` is 0."""
+    del first
+    # Writing back what stands there, rather than selecting between two tails, lets XLA update in place.
+    slot = jnp.minimum(slot, tail.shape[2] - 1)
+    rows = jnp.arange(tail.shape[0])
+    old = tail.at[rows, :, slot].get(mode="promise_in_bounds")
+    chosen = jnp.where((count > 0).reshape(-1, *[1] * (old.ndim - 1)), new[:, :, 0], old)
+    return tail.at[rows, :, slot].set(chosen, mode="promise_in_bounds")
+
+
+def _put_tokens(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:
+    """Tails with `count[b]` of the row's new tokens, from `first[b]` on, in `slot[b]` and after."""
+    offset = jnp.arange(new.shape[2]) - first[:, None]
+    chosen = (offset >= 0) & (offset < count[:, None])
+    slots = jnp.where(chosen, slot[:, None] + offset, tail.shape[2])  # out of range: dropped
+    return tail.at[jnp.arange(tail.shape[0])[:, None], :, slots].set(new.swapaxes(1, 2), mode="drop")
+
+
+def _flush(layer: LayerCache, implementation: str | None) -> LayerCache:
+    """Packs the oldest block of every tail that is full (MiniKV section 3.3, KIVI algorithm 1)."""
+    if layer.packed.capacity < layer.method.flush_block:  # not quantised, or made for too few tokens to fill a tail
+        return layer
+    full = layer.tail.length == layer.tail.capacity
+    # A loop of zero or one turns, not a `cond`: XLA updates a loop's carry in place.
+    turns = jnp.any(full).astype(jnp.int32)
+    return lax.fori_loop(0, turns, lambda _, layer: _pack_block(layer, full, implementation), layer)
+
+
+def _pack_block(layer: LayerCache, full: Array, implementation: str | None) -> LayerCache:
+    """Moves the oldest block of the full rows' tails to their packed regions."""
+    method, packed, tail = layer.method, layer.packed, layer.tail
+    block, oldest = method.flush_block, slice(method.sinks, method.sinks + method.flush_block)
+    k = store(tail.k[:, :, oldest], "keys", layer.spec, implementation)
+    v = store(tail.v[:, :, oldest], "values", layer.spec, implementation)
+    moved = jnp.where(full, block, 0)
+    packed_positions, tail_positions = packed.positions, tail.positions
+    if packed_positions is not None and tail_positions is not None:
+        slots = jnp.where(full[:, None], packed.length[:, None] + jnp.arange(block), packed.capacity)
+        rows = jnp.arange(full.shape[0])[:, None]
+        oldest_positions = tail_positions[:, :, oldest].swapaxes(1, 2)
+        packed_positions = packed_positions.at[rows, :, slots].set(oldest_positions, mode="drop")
+        tail_positions = _shift(tail_positions, layer, full)
+    # Never beyond the capacity, whatever was appended: kernels would read on.
+    packed_length = jnp.minimum(packed.length + moved, packed.capacity)
+    return dataclasses.replace(
+        layer,
+        packed=Region(
+            packed.k.write(k, packed.length, full),
+            packed.v.write(v, packed.length, full),
+            packed_length,
+            packed_positions,
+        ),
+        tail=Region(_shift(tail.k, layer, full), _shift(tail.v, layer, full), tail.length - moved, tail_positions),
+    )
+
+
+def _shift(x: Array, layer: LayerCache, full: Array) -> Array:
+    """A tail's array whose full rows have lost their oldest block: what is kept behind it moves down."""
+    method = layer.method
+    if not method.tail_keep:
+        return x
+    sinks, block = method.sinks, method.flush_block
+    kept, moved = x[:, :, sinks : sinks + method.tail_keep], x[:, :, sinks + block :]
+    chosen = full.reshape(-1, *[1] * (x.ndim - 1))
+    return lax.dynamic_update_slice_in_dim(x, jnp.where(chosen, moved, kept), sinks, axis=2)

@@ -1,0 +1,59 @@
+"""Extend attention: several new tokens per row over a layer's cache and over one another."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.cache.state import LayerCache
+from minikv_jax.ops import dispatch
+from minikv_jax.ops.decode_attention import attend_cache, query_positions
+from minikv_jax.ops.online_softmax import finish, merge
+from minikv_jax.ops.prefill_attention import causal_attention
+from minikv_jax.ops.shapes import check_cache, check_heads, check_lengths, softmax_scale
+
+
+def extend_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    layer: LayerCache,
+    lengths: Int[Array, "B"],
+    positions: Int[Array, "B T"] | None = None,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of several new tokens per row: over the cache, and causally over one another in full precision.
+
+    Args:
+      q, k, v: the new tokens', not yet in `layer`; each row has `lengths[b]` of them.
+      positions: the queries' positions; needed only if the layer has a sliding window.
+      scale: of the logits; `H ** -0.5` by default.
+
+    Returns:
+      `[B, T, N, H]` in `q`'s dtype, zero in the padding.
+
+    Raises:
+      ValueError: shapes that disagree.
+      NotImplementedError: an `implementation` other than "xla".
+    """
+    check_heads(q.shape, k.shape, v.shape)
+    check_lengths(lengths, q.shape[0])
+    check_cache(q.shape[0], q.shape[2], q.shape[3], layer)
+    positions = query_positions(positions, layer, q.shape[:2])
+    spec = layer.spec
+    q, k, v = spec.to_basis(q, "keys"), spec.to_basis(k, "keys"), spec.to_basis(v, "values")
+    arguments = (q, k, v, layer, lengths, positions, softmax_scale(scale, q.shape[-1]))
+    out = dispatch.run("extend_attention", implementation, {}, {"xla": _xla}, *arguments)
+    return spec.from_basis(out, "values")
+
+
+def _xla(
+    q: Array, k: Array, v: Array, layer: LayerCache, lengths: Array, positions: Array, scale: float
+) -> Float[Array, "B T N H"]:
+    new = causal_attention(q, k, v, lengths, scale, layer.spec.window)
+    part = merge(attend_cache(q, layer, positions, scale), new)
+    out = finish(part, q.shape[2] // k.shape[2], q.dtype)
+    valid = jnp.arange(q.shape[1]) < lengths[:, None]
+    return jnp.where(valid[..., None, None], out, 0)

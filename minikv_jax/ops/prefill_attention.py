@@ -1,0 +1,200 @@
+"""Prefill attention: causal attention over a prompt and, if asked for, the score of each key (MiniKV section 3.4).
+
+Shapes use one legend throughout the project: `B` batch, `T` queries, `S` keys, `N` query heads, `K` KV heads,
+`G = N / K` query heads per KV head, `H` head dim; query head `n` reads KV head `n // G`. Rows are right-padded; RoPE is
+applied.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from minikv_jax import checks
+from minikv_jax.ops import dispatch
+from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
+from minikv_jax.ops.shapes import check_heads, check_lengths, softmax_scale
+
+BLOCK = 256  # tokens of a block in plain JAX
+
+Scored = tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]
+
+
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    with_scores: bool = False,
+    implementation: str | None = None,
+) -> Scored:
+    """Causal attention over a prompt and, if asked for, the column sums of its softmax map.
+
+    Args:
+      q, k, v: float32, bfloat16 or float16, right-padded rows.
+      lengths: valid tokens per row; what lies beyond may be anything, NaN too.
+      scale: of the logits; `H ** -0.5` by default.
+      window: query `t` sees the keys `t - window < s <= t`.
+      with_scores: also return the column sums of the softmax map over the row's queries and the `G` heads of each KV
+        head, in float32. Memory stays linear in `T`.
+      implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
+
+    Returns:
+      The output in `q`'s dtype, zero in the padding, and the scores (zero in the padding) or None.
+
+    Raises:
+      ValueError: shapes that disagree.
+      NotImplementedError: an `implementation` that cannot run this case, with the reason.
+    """
+    check_heads(q.shape, k.shape, v.shape)
+    check_lengths(lengths, q.shape[0])
+    checks.at_least(1, window=window)
+    batch, tokens, heads, head_dim = q.shape
+    sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
+    arguments = (q, k, v, lengths, softmax_scale(scale, head_dim), window, with_scores)
+    return dispatch.run("prefill_attention", implementation, sizes, _IMPLEMENTATIONS, *arguments)
+
+
+def _xla(q: Array, k: Array, v: Array, lengths: Array, scale: float, window: int | None, with_scores: bool) -> Scored:
+    part = causal_attention(q, k, v, lengths, scale, window)
+    out = finish(part, q.shape[2] // k.shape[2], q.dtype)
+    return out, column_sums(q, k, lengths, part, scale, window) if with_scores else None
+
+
+class _Blocks(NamedTuple):
+    """A prompt cut into blocks of `size` tokens, padded at the end; the first `used` of them hold valid tokens."""
+
+    q: Float[Array, "B K G T H"]
+    k: Float[Array, "B K T H"]
+    v: Float[Array, "B K T H"]
+    lengths: Int[Array, "B"]
+    size: int
+    used: Array
+    window: int | None
+
+    def keys(self, x: Array, j: Array) -> Float[Array, "B K S H"]:
+        """Block `j` of keys or values."""
+        return lax.dynamic_slice_in_dim(x, j * self.size, self.size, axis=2)
+
+    def seen(self, i: Array, j: Array) -> Array:
+        """`[B, 1, Q, S]`: causal, inside the row, inside the window."""
+        rows = (i * self.size + jnp.arange(self.size))[:, None]
+        columns = j * self.size + jnp.arange(self.size)
+        seen = (columns <= rows) & (rows < self.lengths[:, None, None])
+        if self.window is not None:
+            seen &= columns > rows - self.window
+        return jnp.tile(seen, (1, self.q.shape[2], 1))[:, None]
+
+    def first(self, i: Array) -> Array:
+        """The first key block that query block `i` can see."""
+        if self.window is None:
+            return jnp.zeros_like(i)
+        return jnp.maximum(i * self.size - self.window + 1, 0) // self.size
+
+
+def _query_block(q: Float[Array, "B K G T H"], i: Array, size: int) -> Float[Array, "B K Q H"]:
+    """Block `i` of the queries of all heads of a group, group-major."""
+    q = lax.dynamic_slice_in_dim(q, i * size, size, axis=3)
+    batch, kv_heads, _, _, dim = q.shape
+    return q.reshape(batch, kv_heads, -1, dim)
+
+
+def _blocks(q: Array, k: Array, v: Array, lengths: Array, window: int | None) -> _Blocks:
+    tokens = q.shape[1]
+    size = min(BLOCK, tokens)
+    count = -(-tokens // size)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, count * size - tokens), (0, 0), (0, 0)]) for x in (q, k, v))
+    used = (jnp.max(lengths, initial=0) + size - 1) // size
+    return _Blocks(split_heads(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, size, used, window)
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    scale: float,
+    window: int | None = None,
+) -> Partial:
+    """Pass 1: causal attention of right-padded rows, unnormalised, queries group-major (`Q = G * T`)."""
+    blocks = _blocks(q, k, v, lengths, window)
+    batch, kv_heads, group, padded, dim = blocks.q.shape
+
+    def query_block(i: Array, state: Partial) -> Partial:
+        q_i = _query_block(state.acc, i, blocks.size).astype(q.dtype)
+
+        def key_block(j: Array, part: Partial) -> Partial:
+            seen = blocks.seen(i, j)
+            return merge(part, attend(q_i, blocks.keys(blocks.k, j), blocks.keys(blocks.v, j), seen, scale))
+
+        part = lax.fori_loop(blocks.first(i), i + 1, key_block, empty(batch, kv_heads, q_i.shape[2], dim))
+
+        def put(x: Array, block: Array) -> Array:
+            block = block.reshape(batch, kv_heads, group, blocks.size, *block.shape[3:])
+            return lax.dynamic_update_slice_in_dim(x, block, i * blocks.size, axis=3)
+
+        return Partial(*map(put, state, part))
+
+    shape = (batch, kv_heads, group, padded)
+    # `acc` starts as the queries, and block by block the output takes their place: zeros to start with would be one
+    # constant that XLA copies ahead for every layer.
+    queries = blocks.q.astype(jnp.float32)
+    state = Partial(queries, jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32))
+    state = lax.fori_loop(0, blocks.used, query_block, state)
+    state = state._replace(acc=jnp.where(state.total[..., None] > 0, state.acc, 0.0))
+    tokens = q.shape[1]
+    return Partial(*(x[:, :, :, :tokens].reshape(batch, kv_heads, group * tokens, *x.shape[4:]) for x in state))
+
+
+def column_sums(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    part: Partial,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B K T"]:
+    """Pass 2: sums the softmax map over its queries, recomputing it block by block from pass 1's log-sum-exp."""
+    blocks = _blocks(q, k, k, lengths, window)
+    batch, kv_heads, group, padded, _ = blocks.q.shape
+    tokens = q.shape[1]
+    # +inf if a query saw nothing, so that exp(logit - lse) is 0 there.
+    lse = jnp.where(part.total > 0, part.top + jnp.log(jnp.where(part.total > 0, part.total, 1.0)), jnp.inf)
+    lse = lse.reshape(batch, kv_heads, group, tokens)
+    lse = jnp.pad(lse, [(0, 0)] * 3 + [(0, padded - tokens)], constant_values=jnp.inf)
+
+    def query_block(i: Array, sums: Array) -> Array:
+        q_i = _query_block(blocks.q, i, blocks.size)
+        lse_i = lax.dynamic_slice_in_dim(lse, i * blocks.size, blocks.size, axis=3).reshape(batch, kv_heads, -1, 1)
+
+        def key_block(j: Array, sums: Array) -> Array:
+            block = logits(q_i, blocks.keys(blocks.k, j), blocks.seen(i, j), scale)
+            new = jnp.sum(jnp.exp(block - lse_i), axis=2)
+            old = lax.dynamic_slice_in_dim(sums, j * blocks.size, blocks.size, axis=2)
+            return lax.dynamic_update_slice_in_dim(sums, old + new, j * blocks.size, axis=2)
+
+        return lax.fori_loop(blocks.first(i), i + 1, key_block, sums)
+
+    sums = lax.fori_loop(0, blocks.used, query_block, jnp.zeros((batch, kv_heads, padded), jnp.float32))
+    return sums[:, :, :tokens]
+
+
+def _kernel(
+    implementation: str, q: Array, k: Array, v: Array, lengths: Array, scale: float, window: int | None, scores: bool
+) -> Scored:
+    kernel = dispatch.package(implementation).prefill_attention
+    return kernel(q, k, v, lengths, scale=scale, window=window, with_scores=scores)
+
+
+_IMPLEMENTATIONS = {
+    "xla": _xla,
+    "pallas": functools.partial(_kernel, "pallas"),
+    "cuda": functools.partial(_kernel, "cuda"),
+}

@@ -1,0 +1,247 @@
+"""Prefill: MiniKV's algorithm 1, layer by layer: attend, score, budget, select, compress.
+
+The steps are functions of one layer's arrays, so that the compiled prefill (`prefill`), models of one's own
+(`prefill_layer`) and evaluation's one-program-per-layer run (`layerwise.py`) take the same ones:
+
+1. `attend`         causal attention and, if the scorer needs them, its column sums (`ops/prefill_attention.py`);
+2. `score`          a number for every key (`methods/`);
+3. `heavy_tokens`   how many top-scored tokens each layer keeps (`cache/budgets.py`);
+4. `keep`           which tokens (`ops/select.py`), and their cache (`ops/compress.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
+from minikv_jax.cache.capacity import LayerCapacity, capacities, layer_capacity
+from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
+from minikv_jax.methods.base import LayerInputs, Method, ScoredBudget
+from minikv_jax.methods.lookup import resolve
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.decoder import CHUNK_TOKENS, Llama
+from minikv_jax.models.rotary import inverse_frequencies
+from minikv_jax.ops.compress import compress, start_eviction
+from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.ops.select import Kept, select
+
+
+def layer_inputs(model: ModelConfig, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
+    """One layer's arrays with what the model's config says of the layer."""
+    frequencies = jnp.asarray(inverse_frequencies(model))
+    return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies)
+
+
+def attend(
+    inputs: LayerInputs, method: Method, implementation: str | None = None
+) -> tuple[Float[Array, "B T N H"], LayerInputs]:
+    """Step 1: causal attention, and the inputs with its column sums if the scorer needs them."""
+    out, sums = prefill_attention(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.lengths,
+        window=inputs.window,
+        with_scores=method.scorer.needs_column_sums,
+        implementation=implementation,
+    )
+    return out, inputs._replace(column_sums=sums)
+
+
+def score(inputs: LayerInputs, method: Method) -> Float[Array, "B K T"]:
+    """Step 2: every token's score, float32; zero if nothing is evicted."""
+    batch, tokens, kv_heads, _ = inputs.k.shape
+    if method.keeps_all and inputs.window is None:
+        return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
+    return method.scorer.score(inputs._replace(sinks=method.sinks)).astype(jnp.float32)
+
+
+def heavy_tokens(
+    method: Method, num_layers: int, lengths: Int[Array, "B"], scores: Sequence[Float[Array, "B K T"]] = ()
+) -> Sequence[Int[Array, "B"]]:
+    """Step 3: top-scored tokens to keep, per layer and row. Only a `ScoredBudget` reads all layers' scores."""
+    if isinstance(method.budget, ScoredBudget):
+        return list(budgets_from_scores(method, scores, lengths))
+    return [budget.granted(lengths) for budget in layer_budgets(method, num_layers)]
+
+
+def keep(
+    inputs: LayerInputs,
+    scores: Float[Array, "B K T"],
+    heavy: Int[Array, "B"],
+    capacity: LayerCapacity,
+    spec: LayerSpec,
+    implementation: str | None = None,
+) -> tuple[LayerCache, Kept]:
+    """Step 4: a layer's cache under a budget of `heavy` top-scored tokens, and which tokens it holds."""
+    kept = select(scores, inputs.lengths, heavy, spec.method, capacity.kept, spec.window)
+    eviction = start_eviction(scores, kept, inputs.lengths, heavy, spec.method, capacity)
+    return compress(inputs.k, inputs.v, kept, capacity, spec, eviction, implementation), kept
+
+
+class _Plan(NamedTuple):
+    """What a prefill does with every layer."""
+
+    method: Method
+    capacities: tuple[LayerCapacity, ...]
+    implementation: str | None
+
+
+class _Rows(NamedTuple):
+    """A cache of all rows, into which a prefill of some rows, from `start` on, writes each layer as it is made."""
+
+    cache: KVCache
+    start: Array
+
+
+def prefill(
+    model: Llama,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    method: str | Method,
+    max_new_tokens: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """Runs right-padded prompts and makes the cache that `method` keeps of them (MiniKV algorithm 1).
+
+    Each layer is compressed as soon as its attention is done, so that one layer's full K and V live at a time; only a
+    budget rule that reads scores (`ScoredBudget`) has to see all layers' first. A large batch runs some rows at a time,
+    about `CHUNK_TOKENS` tokens, so that its activations take no more than those of one long prompt.
+
+    Returns:
+      The final hidden state of each row's last token, and a cache with room for `max_new_tokens`.
+    """
+    batch, tokens = ids.shape
+    method = resolve(method)
+    plan = _Plan(method, capacities(model.config, method, tokens, max_new_tokens), implementation)
+    chunks = -(-batch // max(CHUNK_TOKENS // tokens, 1))
+    if chunks == 1:
+        return _prefill_rows(model, ids, lengths, plan)
+    rows = -(-batch // chunks)
+
+    def chunk(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        hidden, cache = carry
+        # The last chunk is moved back to end with the batch; the rows that it repeats come out the same.
+        start = jnp.minimum(i * rows, batch - rows)
+        chunk_ids, chunk_lengths = (lax.dynamic_slice_in_dim(x, start, rows) for x in (ids, lengths))
+        new, cache = _prefill_rows(model, chunk_ids, chunk_lengths, plan, _Rows(cache, start))
+        return _write_rows(hidden, new, start), KVCache(cache.layers, lengths)
+
+    shapes = jax.eval_shape(lambda ids, lengths: _prefill_rows(model, ids, lengths, plan), ids[:rows], lengths[:rows])
+    zeros = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), shapes)
+    return lax.fori_loop(0, chunks, chunk, zeros)
+
+
+def _prefill_rows(
+    model: Llama, ids: Array, lengths: Array, plan: _Plan, into: _Rows | None = None
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """`prefill` of all rows at once; `into` receives each layer before the next one runs."""
+    method, num_layers = plan.method, model.config.num_hidden_layers
+    waits = isinstance(method.budget, ScoredBudget)
+    budgets = () if waits else heavy_tokens(method, num_layers, lengths)
+    waiting: list[tuple[LayerInputs, Array]] = []
+    layers: list[LayerCache] = []
+
+    def make(inputs: LayerInputs, scores: Array, heavy: Array) -> LayerCache:
+        number = len(layers)
+        spec = LayerSpec(method, inputs.window, number)
+        layer, _ = keep(inputs, scores, heavy, plan.capacities[number], spec, plan.implementation)
+        if into is not None:
+            layer = _write_rows(into.cache.layers[number], layer, into.start)
+        layers.append(layer)
+        return layer
+
+    def attend_layer(number: int, q: Array, k: Array, v: Array) -> Array:
+        inputs = layer_inputs(model.config, number, q, k, v, lengths)
+        out, inputs = attend(inputs, method, plan.implementation)
+        scores = score(inputs, method)
+        if waits:
+            waiting.append((inputs, scores))
+            return out
+        # The layer is made before the next one begins: nothing it was made from has to live on.
+        return lax.optimization_barrier((out, make(inputs, scores, budgets[number])))[0]
+
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    hidden = model.forward(ids, positions, attend_layer)
+    if waits:
+        counts = heavy_tokens(method, num_layers, lengths, [scores for _, scores in waiting])
+        for (inputs, scores), heavy in zip(waiting, counts, strict=True):
+            make(inputs, scores, heavy)
+    return last_valid(hidden, lengths), KVCache(tuple(layers), lengths)
+
+
+def _write_rows(x: Any, rows: Any, start: Array) -> Any:
+    """Pytrees of arrays with leading batch axes: `x` with `rows` from `start` on."""
+    return jax.tree.map(lambda x, rows: lax.dynamic_update_slice_in_dim(x, rows, start, axis=0), x, rows)
+
+
+def last_valid(hidden: Float[Array, "B T *D"], lengths: Int[Array, "B"]) -> Float[Array, "B *D"]:
+    """The hidden state of each row's last valid token."""
+    return hidden[jnp.arange(hidden.shape[0]), lengths - 1]
+
+
+def prefill_layer(
+    inputs: LayerInputs,
+    method: str | Method,
+    max_new_tokens: int,
+    *,
+    num_layers: int = 1,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
+    """One layer's causal attention over right-padded prompts, and the cache that `method` keeps of it.
+
+    For a model of one's own. New tokens then go through `append` and `decode_attention` (`examples/flax_linen.py`).
+
+    Args:
+      inputs: queries, keys and values after the model's own position embedding, and the rows' lengths; the layer's
+        number and window if they are not 0 and None; RoPE's frequencies if the scorer needs them.
+      num_layers: of the model: budgets may depend on it.
+
+    Returns:
+      The attention output, zero in the padding, and a cache with room for `max_new_tokens`.
+
+    Raises:
+      ValueError: shapes that disagree, or a budget rule that has to see the scores of all layers.
+      NotImplementedError: a method that evicts during generation, which `decode` does.
+    """
+    method = resolve(method)
+    if method.evict_every is not None:
+        raise NotImplementedError(
+            f"evict_every={method.evict_every}: only this library's own models evict during generation"
+        )
+    if isinstance(method.budget, ScoredBudget):
+        raise ValueError(
+            f"budget={type(method.budget).__name__} reads the scores of all layers: a single layer cannot be prefilled"
+        )
+    number, window = int(inputs.layer), inputs.window
+    out, inputs = attend(inputs._replace(layer=jnp.int32(number)), method, implementation)
+    heavy = layer_budgets(method, num_layers)[number]
+    capacity = layer_capacity(method, heavy, inputs.q.shape[1], max_new_tokens, window)
+    spec = LayerSpec(method, window, number)
+    scores = score(inputs, method)
+    cache, _ = keep(inputs, scores, heavy.granted(inputs.lengths), capacity, spec, implementation)
+    return out, cache
+
+
+def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
+    """Causal forward without a cache: float32 logits of right-padded rows of `lengths` tokens (None: all T).
+
+    Logits at and beyond a row's length mean nothing.
+
+    Raises:
+      ValueError: T exceeds the model's positions.
+    """
+    batch, tokens = ids.shape
+    known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
+
+    def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
+        return prefill_attention(q, k, v, known, window=model.config.window(layer))[0]
+
+    return model.logits(model.forward(ids, positions, attend_layer))

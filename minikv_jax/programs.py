@@ -1,0 +1,190 @@
+"""The compiled programs of a generation: prompts in, then the decode loop, as one program or as two.
+
+Static arguments are the model's graph, the settings and the method; parameters, prompts and caches are arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.cache.state import KVCache
+from minikv_jax.decode import decode, extend
+from minikv_jax.methods.base import Method
+from minikv_jax.models.decoder import Llama
+from minikv_jax.prefill import last_valid, prefill
+from minikv_jax.sampling import Sampling, sample
+
+
+class GenerateResult(NamedTuple):
+    """What `generate` returns, and `stream` yields.
+
+    Attributes:
+      tokens: int32 `[B, max_new_tokens]`; row `b` is valid up to `lengths[b]`, its end-of-sequence token included.
+      lengths: int32 `[B]`.
+      cache: holds the prompt as the method keeps it and every generated token; `generate(..., cache=cache)` goes on
+        from it.
+      log_probabilities: float32 `[B, max_new_tokens]` of the drawn tokens under the model (temperature 1), if asked
+        for.
+    """
+
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, "B"]
+    cache: KVCache
+    log_probabilities: Float[Array, "B M"] | None = None
+
+
+class Settings(NamedTuple):
+    """What is compiled into a program beside the model and the method."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    eos: tuple[int, ...]
+    implementation: str | None
+    log_probabilities: bool
+
+
+class State(NamedTuple):
+    """The decode loop's carry.
+
+    Attributes:
+      step: tokens drawn so far, int32 `[]`.
+      logits: of the token to be drawn next, float32 `[B, V]`.
+      tokens, log_probabilities: `[B, max_new_tokens]`, as in `GenerateResult`.
+      active: bool `[B]`, rows that go on.
+      lengths: int32 `[B]`, tokens of each row.
+    """
+
+    step: Array
+    logits: Array
+    tokens: Array
+    log_probabilities: Array | None
+    active: Array
+    lengths: Array
+    key: Array
+    cache: KVCache
+
+    def result(self) -> GenerateResult:
+        """What has been generated so far."""
+        return GenerateResult(self.tokens, self.lengths, self.cache, self.log_probabilities)
+
+
+class Programs(NamedTuple):
+    """The two compiled programs of a generation.
+
+    Attributes:
+      prefill: `(params, cache, ids, lengths, key) -> State`; `cache` is None, or the one to go on from, and donated.
+      decode: `(params, state, last) -> State`, up to step `last` (int32); the state is donated.
+      state: shapes and dtypes of the state between them.
+      compile_s: seconds that each took to trace and compile.
+    """
+
+    prefill: jax.stages.Compiled
+    decode: jax.stages.Compiled
+    state: State
+    compile_s: dict[str, float]
+
+
+class Inputs(NamedTuple):
+    """The arrays that a generation starts with."""
+
+    cache: KVCache | None
+    ids: Any  # int32 [B, T]
+    lengths: Any  # int32 [B]
+    key: Array
+
+
+def compile_programs(graphdef: Any, settings: Settings, method: Method | None, params: Any, inputs: Inputs) -> Programs:
+    """Compiles prefill and decode from arrays or their shapes."""
+    begin = time.perf_counter()
+    first = start.lower(graphdef, settings, method, params, *inputs).compile()
+    middle = time.perf_counter()
+    state = jax.eval_shape(functools.partial(start, graphdef, settings, method), params, *inputs)
+    rest = decode_until.lower(graphdef, settings, params, state, np.int32(0)).compile()
+    compile_s = {"prefill": middle - begin, "decode": time.perf_counter() - middle}
+    return Programs(first, rest, state, compile_s)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def run(
+    graphdef, settings: Settings, method: Method | None, params, cache: KVCache | None, ids, lengths, key
+) -> GenerateResult:
+    """All of a generation in one program."""
+    model = nnx.merge(graphdef, params)
+    state = _begin(model, settings, method, Inputs(cache, ids, lengths, key))
+    return _loop(model, settings, state, settings.max_new_tokens).result()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def start(
+    graphdef, settings: Settings, method: Method | None, params, cache: KVCache | None, ids, lengths, key
+) -> State:
+    """The prompts, into a new cache or behind what is in the given one."""
+    return _begin(nnx.merge(graphdef, params), settings, method, Inputs(cache, ids, lengths, key))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def decode_until(graphdef, settings: Settings, params, state: State, last: Array) -> State:
+    """Decode steps until step `last`, or until every row has ended."""
+    return _loop(nnx.merge(graphdef, params), settings, state, last)
+
+
+def _begin(model: Llama, settings: Settings, method: Method | None, inputs: Inputs) -> State:
+    """Runs the prompts, into a new cache or behind what is in the given one."""
+    cache, ids, lengths, key = inputs
+    if cache is None:
+        assert method is not None
+        hidden, cache = prefill(model, ids, lengths, method, settings.max_new_tokens, settings.implementation)
+    else:
+        hidden, cache = extend(model, cache, ids, lengths, settings.implementation)
+        hidden = last_valid(hidden, lengths)
+    batch, size = hidden.shape[0], settings.max_new_tokens
+    return State(
+        step=jnp.int32(0),
+        logits=model.logits(hidden),
+        tokens=jnp.zeros((batch, size), jnp.int32),
+        log_probabilities=jnp.zeros((batch, size), jnp.float32) if settings.log_probabilities else None,
+        active=jnp.ones(batch, bool),
+        lengths=jnp.zeros(batch, jnp.int32),
+        key=key,
+        cache=cache,
+    )
+
+
+def _loop(model: Llama, settings: Settings, state: State, last: Array | int) -> State:
+    """Draws a token and runs it through the model, until step `last` or until every row has ended.
+
+    Every drawn token enters the cache, so that a cache is always complete.
+    """
+
+    def body(state: State) -> State:
+        key, draw = jax.random.split(state.key)
+        active = state.active.astype(jnp.int32)
+        token = sample(state.logits, settings.sampling, draw) * active
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
+        log_probabilities = state.log_probabilities
+        if log_probabilities is not None:
+            drawn = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)
+            log_probabilities = put(log_probabilities, drawn * active[:, None])
+        hidden, cache = decode(model, state.cache, token, active, settings.implementation)
+        ended = jnp.isin(token, jnp.asarray(settings.eos, jnp.int32))
+        return State(
+            step=state.step + 1,
+            logits=model.logits(hidden),
+            tokens=put(state.tokens, token[:, None]),
+            log_probabilities=log_probabilities,
+            active=state.active & ~ended,
+            lengths=state.lengths + active,
+            key=key,
+            cache=cache,
+        )
+
+    return lax.while_loop(lambda state: (state.step < last) & jnp.any(state.active), body, state)

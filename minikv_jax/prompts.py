@@ -1,0 +1,80 @@
+"""Checks and pads what a generation is given: prompts, the model's positions, a cache to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from minikv_jax.cache.state import KVCache
+from minikv_jax.models.decoder import Llama
+
+
+def bucket_length(tokens: int, limit: int | None = None) -> int:
+    """The padded length a prompt is run at: multiples of 1/8 of the next power of two, so few programs are compiled.
+
+    `limit`, the model's positions, caps it: a prompt that fits is never padded beyond them.
+    """
+    step = 64 if tokens <= 64 else 1 << ((tokens - 1).bit_length() - 3)
+    bucket = -(-tokens // step) * step
+    return bucket if limit is None else max(min(bucket, limit), tokens)
+
+
+def pad_prompts(prompts: Any, vocab_size: int, positions: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Right-padded int32 ids and lengths. Raises ValueError naming the first prompt that is no row of token ids."""
+    if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str):
+        raise ValueError(f"prompts={prompts!r}: expected sequences of token ids, one a row")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: expected at least one sequence of token ids")
+    rows = [_row(index, prompt) for index, prompt in enumerate(prompts)]
+    for index, row in enumerate(rows):
+        outside = row[(row < 0) | (row >= vocab_size)]
+        if outside.size:
+            raise ValueError(f"prompt {index} has token id {outside[0]}: expected 0..{vocab_size - 1}")
+    lengths = np.array([row.size for row in rows], np.int32)
+    ids = np.zeros((len(rows), bucket_length(int(lengths.max()), positions)), np.int32)
+    for index, row in enumerate(rows):
+        ids[index, : row.size] = row
+    return ids, lengths
+
+
+def _row(index: int, prompt: Any) -> np.ndarray:
+    try:
+        row = np.asarray(prompt)
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(f"prompt {index} is no sequence of token ids: {error}") from error
+    if row.ndim != 1 or row.size == 0:
+        raise ValueError(f"prompt {index} has shape {row.shape}: expected a non-empty sequence of token ids")
+    if not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(f"prompt {index} has dtype {row.dtype}: expected integer token ids")
+    return row
+
+
+def check_positions(model: Llama, prompt_tokens: int, new_tokens: int, seen: int = 0) -> None:
+    """Raises ValueError if the model has too few positions; `seen` tokens are in the cache."""
+    positions = model.config.max_position_embeddings
+    if seen + prompt_tokens + new_tokens > positions:
+        before = f"{seen} tokens of the cache + " if seen else ""
+        raise ValueError(
+            f"{before}{prompt_tokens} prompt tokens + {new_tokens} new ones exceed the model's {positions} positions"
+        )
+
+
+def check_cache(model: Llama, cache: KVCache, batch: int) -> None:
+    """Raises ValueError if a cache is donated, or of another model, dtype or batch."""
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache) if isinstance(leaf, jax.Array)):
+        raise ValueError("cache was donated to another call: use the one that it returned")
+    tail = cache.layers[0].tail.k
+    rows, kv_heads, _, dim = tail.shape
+    config, sizes = model.config, (len(cache.layers), kv_heads, dim)
+    expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    if sizes != expected:
+        raise ValueError(f"cache has (layers, KV heads, head dim) {sizes}, the model {expected}")
+    if tail.dtype != model.dtype:
+        raise ValueError(f"cache has dtype {tail.dtype}, the model {jnp.dtype(model.dtype)}: expected the same")
+    if rows != batch:
+        raise ValueError(f"cache has {rows} rows, prompts {batch}: expected the same")

@@ -1,0 +1,63 @@
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny import tiny_config
+
+from minikv_jax.models.config import ModelConfig, RopeScaling
+
+
+def test_window_and_layer_types_must_agree():
+    with pytest.raises(ValueError, match="sliding_window=None disagrees"):
+        tiny_config(layer_types=("sliding_attention", "full_attention"))
+    with pytest.raises(ValueError, match="sliding_window=4 disagrees"):
+        tiny_config(sliding_window=4, layer_types=("full_attention", "full_attention"))
+
+
+def test_dict_round_trip_through_json():
+    config = tiny_config(
+        rope_scaling=RopeScaling(rope_type="factors", factors=tuple(float(i + 1) for i in range(8))),
+        sliding_window=8,
+        layer_types=("sliding_attention", "full_attention"),
+        eos_token_ids=(1, 2),
+    )
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing fields \['head_dim'\]"):
+        ModelConfig.from_dict({k: v for k, v in config.to_dict().items() if k != "head_dim"} | {"colour": "red"})
+
+
+def test_numpys_numbers_become_pythons():
+    assert type(tiny_config(vocab_size=np.int64(96)).vocab_size) is int
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2': expected one of llama, mistral, qwen2, qwen3"),
+        ({"rope_scaling": RopeScaling(rope_type="factors", factors=(1.0,))}, "has 1 factors, head_dim=16 needs 8"),
+        ({"rope_scaling": RopeScaling(rope_type="linear", factors=(1.0,))}, "has 1 factors, head_dim=16 needs 0"),
+        ({"eos_token_ids": (96,)}, r"eos_token_ids=\(96,\) must lie in 0..95"),
+        ({"eos_token_ids": (True,)}, r"eos_token_ids=\(True,\): expected integers"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"sliding_window": 0}, "sliding_window=0: expected at least 1"),
+    ],
+)
+def test_values_that_are_not_accepted_are_named(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_type": "yarn"}, "rope_type='yarn': expected one of linear, llama3, factors"),
+        ({"rope_type": "linear", "factor": 0.0}, "must be positive, got factor=0.0"),
+        ({"rope_type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be positive and below"),
+        ({"rope_type": "llama3", "original_max_position_embeddings": 0}, "original_max_position_embeddings=0"),
+    ],
+)
+def test_scalings_that_are_not_accepted_are_named(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**fields)
