@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 from oracle import layout
 
-from minikv_jax.methods.config import BITS, GROUP_SIZES, METADATA_DTYPES
-from minikv_jax.packing import QuantizedArray, dequantize, pack, quantize, unpack
+from minikv_jax.packing import (
+    BITS,
+    GROUP_SIZES,
+    METADATA_DTYPES,
+    Packing,
+    QuantizedArray,
+    dequantize,
+    encode_minmax,
+    pack,
+    unpack,
+)
 
 AXES = ("tokens", "channels")
 
@@ -23,10 +32,14 @@ class RoundTrip(NamedTuple):
     values: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "axis", "metadata_dtype", "factor_block"))
-def round_trip(x: np.ndarray | jax.Array, **arguments: Any) -> RoundTrip:
-    packed = quantize(jnp.asarray(x), **arguments)
-    return RoundTrip(packed, unpack(packed.planes, packed.bits), dequantize(packed))
+def round_trip(x: np.ndarray | jax.Array, **packing: Any) -> RoundTrip:
+    return _round_trip(jnp.asarray(x), Packing(**packing))
+
+
+@functools.partial(jax.jit, static_argnames="packing")
+def _round_trip(x: jax.Array, packing: Packing) -> RoundTrip:
+    packed = encode_minmax(x, packing)
+    return RoundTrip(packed, unpack(packed.planes, packing.bits), dequantize(packed))
 
 
 def check_against_layout(x: np.ndarray, result: RoundTrip, block: int, metadata_dtype: str) -> None:
@@ -40,7 +53,9 @@ def check_against_layout(x: np.ndarray, result: RoundTrip, block: int, metadata_
     )
     for i in range(blocks):
         rows = slice(i * block, (i + 1) * block)
-        want = layout.quantize(x[rows], got.bits, got.group_size, got.axis, metadata_dtype, block)
+        want = layout.quantize(
+            x[rows], got.packing.bits, got.packing.group_size, got.packing.axis, metadata_dtype, block
+        )
         np.testing.assert_array_equal(scales[i], want.scale.value)
         np.testing.assert_array_equal(zeros[i], want.zero.value)
         assert want.adopt(codes[rows])
@@ -103,7 +118,7 @@ def test_metadata(metadata_dtype: str, dtype: str):
         assert got.packed.scale.dtype == got.packed.zero.dtype == jnp.dtype(metadata_dtype)
         check_against_layout(x, got, 32, metadata_dtype)
         if metadata_dtype == "float16":  # not compiled, the same bits
-            jax.tree.map(np.testing.assert_array_equal, got.packed, quantize(jnp.asarray(x), **arguments))
+            jax.tree.map(np.testing.assert_array_equal, got.packed, encode_minmax(jnp.asarray(x), Packing(**arguments)))
 
 
 @pytest.mark.parametrize(("metadata_dtype", "bits"), [("float16", 1), ("bfloat16", 2), ("float8_e4m3fn", 8)])
@@ -174,14 +189,8 @@ def test_bytes_are_those_of_the_bits(bits: int):
     x = jax.ShapeDtypeStruct((2, 3, tokens, channels), jnp.float32)
     heads = 2 * 3
     for metadata_dtype, size in (("float16", 2), ("bfloat16", 2), ("float8_e4m3fn", 1)):
-        arguments = {
-            "bits": bits,
-            "group_size": 32,
-            "axis": "channels",
-            "metadata_dtype": metadata_dtype,
-            "factor_block": 64,
-        }
-        got = jax.eval_shape(functools.partial(quantize, **arguments), x)
+        packing = Packing(bits, 32, "channels", metadata_dtype, factor_block=64)
+        got = jax.eval_shape(functools.partial(encode_minmax, packing=packing), x)
         factors = heads * 2 * 2 * 4 if size == 1 else 0
         assert (
             sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(got))
@@ -229,4 +238,4 @@ def test_wrong_input_is_named(change: dict, message: str):
     arguments = {"tokens": 32, "channels": 32, "bits": 2, "group_size": 16, "axis": "tokens"} | change
     x = jnp.zeros((1, 1, arguments.pop("tokens"), arguments.pop("channels")))
     with pytest.raises(ValueError, match=message):
-        quantize(x, **arguments)
+        encode_minmax(x, Packing(**arguments))
