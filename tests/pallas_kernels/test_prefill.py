@@ -220,7 +220,7 @@ def test_heads_are_divided_among_blocks_where_there_are_few() -> None:
 
 
 def test_log2_is_exact_to_a_unit_and_a_half_in_the_last_place() -> None:
-    """Of its result, or of 1 where that is less."""
+    """The last place of the result, or of 1 for smaller results."""
     rng = np.random.default_rng(0)
     x = np.exp2(np.concatenate([rng.uniform(-20, 20, 100_000), rng.uniform(-1e-3, 1e-3, 1000), np.arange(-20.0, 20)]))
     exact = np.log2(x.astype(np.float32).astype(np.float64))
