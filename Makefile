@@ -26,7 +26,7 @@ endif
 # (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
 CHECKED := minikv_jax.models.decoder,minikv_jax.ops.online_softmax,minikv_jax.models.rotary,minikv_jax.ops.select
 CHECKS := --jaxtyping-packages=$(CHECKED),beartype.beartype
-CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
+CUDA_SOURCES = $(wildcard cuda_ffi/csrc/*/*.cu cuda_ffi/csrc/*/*.cuh cuda_ffi/csrc/*/*.h)
 
 .PHONY: demo test test-gpu lint format clean
 
@@ -40,10 +40,11 @@ test: $(TEST)  ## The suite on the CPU; what needs a GPU is skipped, and counted
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(TEST)  ## Formatting, lint and types.
+lint: $(TEST)  ## Formatting, lint, types and the direction of imports.
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright $(if $(VENV),--pythonpath $(PY))
+	$(BIN)lint-imports
 	$(if $(CUDA_SOURCES),$(BIN)clang-format --dry-run -Werror $(CUDA_SOURCES))
 
 format: $(TEST)  ## Rewrite the sources as `make lint` wants them.

@@ -20,11 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, tuning
 
-BLOCK_Q = 64  # queries of a warpgroup
+BLOCK_Q = 64  # queries per warpgroup
 BLOCK = BLOCK_Q * hopper.COMPUTE_WARPGROUPS
 _LOG2E = math.log2(math.e)
-_THREE_QUARTERS = 0x3F400000  # the bits of 0.75
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+_BITS_OF_THREE_QUARTERS = 0x3F400000  # 0.75 as float32
+_LOWEST_FLOAT32 = float(jnp.finfo(jnp.float32).min)
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
@@ -34,7 +34,7 @@ class Config(tuning.Config):
     """Tuning of the first pass.
 
     Attributes:
-      block_kv: keys of a tile.
+      block_kv: keys per tile.
       stages: tiles of keys, and of values, in flight.
     """
 
@@ -43,7 +43,7 @@ class Config(tuning.Config):
 
 
 def heuristic_config(head_dim: int) -> Config:
-    """What runs on a kind of device with no record."""
+    """The config for a kind of device without a record."""
     return Config(stages=2 if head_dim == 128 else 4)
 
 
@@ -80,7 +80,7 @@ def flash_attention(
     window: int | None,
     config: Config,
 ) -> tuple[jax.Array, jax.Array]:
-    """Pass 1: attention, and what the column sums need of each query's softmax.
+    """Pass 1: attention, and the log-sum-exp of each query for the column sums.
 
     Args:
       q, k, v, lengths, scale, window: as in `prefill_attention`; `T` is a multiple of `BLOCK`.
@@ -93,8 +93,8 @@ def flash_attention(
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    read = (k.nbytes + v.nbytes) // (batch * kv_heads)
-    section = group * hopper.streams_per_section(batch * kv_heads, read)  # heads whose blocks start side by side
+    head_bytes = (k.nbytes + v.nbytes) // (batch * kv_heads)
+    section = group * hopper.streams_per_section(batch * kv_heads, head_bytes)  # heads whose blocks start side by side
     block_kv, stages = config.block_kv, config.stages
     arrays = scratch(config, head_dim, q.dtype)
     hopper.check_shared_memory(arrays, config)
@@ -197,7 +197,7 @@ def flash_attention(
 
             acc = plgpu.layout_cast(jnp.zeros((BLOCK_Q, head_dim), jnp.float32), plgpu.Layout.WGMMA)
             # Finite, so that a row that has seen nothing yet makes no NaN.
-            top = plgpu.layout_cast(jnp.full((BLOCK_Q,), _LOWEST, jnp.float32), _ROWS)
+            top = plgpu.layout_cast(jnp.full((BLOCK_Q,), _LOWEST_FLOAT32, jnp.float32), _ROWS)
             total = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), _ROWS)
             wait_for_keys(first)
             pl.when(wg == 1)(take_turns)
@@ -247,13 +247,13 @@ def flash_attention(
 
 
 def log2(x: jax.Array) -> jax.Array:
-    """Of a positive x, to a unit and a half in float32's last place.
+    """Logarithm of a positive x, to 1.5 units in float32's last place.
 
-    The hardware's is off in proportion to the logarithm, by nearly the same for the rows of many queries, so that their
-    weights' errors would add up.
+    The error of the hardware's is proportional to the logarithm and nearly the same for many queries, so the errors of
+    their weights would add up.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    exponent = (bits - _THREE_QUARTERS) >> 23
+    exponent = (bits - _BITS_OF_THREE_QUARTERS) >> 23
     mantissa = lax.bitcast_convert_type(bits - (exponent << 23), jnp.float32)  # from 3/4 to 3/2
     z = (mantissa - 1) / (mantissa + 1)
     series = 1 / 9
@@ -263,7 +263,7 @@ def log2(x: jax.Array) -> jax.Array:
 
 
 def _edge(v: jax.Array, lengths: jax.Array) -> jax.Array:
-    """`[B, BLOCK, K, H]`: the tile in which each row ends, zero in the padding.
+    """The tile in which each row ends, `[B, BLOCK, K, H]`, zero in the padding.
 
     A weight of 0 does not undo a value of NaN, so the products read this tile in place of `v`'s own.
     """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import naive, naive_schemes
+from oracle import layout, naive, naive_schemes
 from support.layers import assert_close, cache_of, normal
 from support.tiny import tiny_config
 
@@ -58,7 +58,7 @@ def test_matches_naive(case: str, kind: Kind):
         part = x[b, head, tokens]
         if name == "rtn":
             bits = int(detail)
-            want = naive.quantize_block(part, bits, config.group_size, "channels", "float16").dequantize()
+            want = layout.quantize(part, bits, config.group_size, "channels", "float16").dequantize()
         else:
             want = naive_schemes.nvfp4(part) if name == "nvfp4" else naive_schemes.fp8(part, detail)
         np.testing.assert_allclose(got[b, head, tokens], want, rtol=1e-6, atol=1e-6)

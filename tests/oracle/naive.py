@@ -1,6 +1,6 @@
 """A slow, obvious NumPy model of everything the library does to a KV cache: dense maps, python loops, no JAX.
 
-Written from docs/architecture.md, one row and one KV head at a time, so that a mistake in the vectorised code has
+Written from docs/packed-layout.md, one row and one KV head at a time, so that a mistake in the vectorised code has
 nothing to hide behind. Shape legend as in the document; B, K are loops here, `n` is the length of one row.
 """
 
@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
+from oracle import layout
 
 from minikv_jax.methods.base import Amount, Method, NoScores, Share, Tokens, Uniform
 from minikv_jax.methods.h2o import H2O
@@ -21,15 +21,6 @@ from minikv_jax.methods.minikv import Variance
 from minikv_jax.methods.pyramidkv import Pyramid
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.methods.twin import Twin
-
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-SMALLEST = np.finfo(np.float32).tiny  # below it a reciprocal overflows
-METADATA = {
-    "float16": (np.float16, 65504.0),
-    "bfloat16": (ml_dtypes.bfloat16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
-    "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, 448.0),
-}
-
 
 # Attention ----------------------------------------------------------------------------------------
 
@@ -214,108 +205,12 @@ def prompt_scores(method: Method, q: np.ndarray, k: np.ndarray, v: np.ndarray, l
     return np.zeros((k.shape[0], k.shape[2], k.shape[1]))
 
 
-# Quantisation -------------------------------------------------------------------------------------
-
-
-def pack(codes: np.ndarray, bits: int) -> list[np.ndarray]:
-    """codes[S, H] -> one uint32[S * p / 32, H] for each plane of p bits."""
-    S, H = codes.shape
-    planes, low = [], 0
-    for p in PLANES[bits]:
-        per_word = 32 // p
-        words = [[0] * H for _ in range(S // per_word)]
-        for s in range(S):
-            for h in range(H):
-                piece = (int(codes[s, h]) >> low) & (2**p - 1)
-                words[s // per_word][h] |= piece << (s % per_word * p)
-        planes.append(np.array(words, np.uint32).reshape(S // per_word, H))
-        low += p
-    return planes
-
-
-def unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
-    """The codes[S, H] that `pack` was given."""
-    S, H = len(planes[0]) * (32 // PLANES[bits][0]), planes[0].shape[1]
-    codes = np.zeros((S, H), np.int64)
-    for s in range(S):
-        for h in range(H):
-            low = 0
-            for p, plane in zip(PLANES[bits], planes, strict=True):
-                per_word = 32 // p
-                codes[s, h] |= ((int(plane[s // per_word, h]) >> (s % per_word * p)) & (2**p - 1)) << low
-                low += p
-    return codes
-
-
-@dataclasses.dataclass
-class Quantized:
-    """One packing block [Q, H] of one row and KV head. `scale` and `zero` are the rounded ones, as float32."""
-
-    codes: np.ndarray  # [Q, H]
-    steps: np.ndarray  # [Q, H], the codes before they were rounded
-    scale: np.ndarray  # [Q/g, H] (axis "tokens") or [Q, H/g] (axis "channels")
-    zero: np.ndarray
-    axis: str
-    group_size: int
-    metadata_dtype: str
-
-    def adopt(self, codes: np.ndarray) -> bool:
-        """Whether these are the codes. If 8-bit floats make a tie of one, it may go either way, and is taken over.
-
-        `x - scale_f8 * factor` may be one rounding or two, as the compiler likes; 16-bit metadata leaves no choice.
-        """
-        differ = codes != self.codes
-        if differ.any() and self.metadata_dtype == "float8_e4m3fn":
-            # Off by 2**-24 of the zero, which is at most some 255 steps: 1e-4 of a step has a margin of a few.
-            tie = np.abs(self.steps - np.floor(self.steps) - 0.5) < 1e-4
-            differ &= ~tie | (np.abs(codes.astype(np.int64) - self.codes) > 1)
-            self.codes = np.where(differ, self.codes, codes)
-        return not differ.any()
-
-    def dequantize(self) -> np.ndarray:
-        axis = 0 if self.axis == "tokens" else 1
-        scale, zero = (np.repeat(x, self.group_size, axis) for x in (self.scale, self.zero))
-        return self.codes.astype(np.float32) * scale + zero
-
-
-def quantize_block(x: np.ndarray, bits: int, group_size: int, axis: str, metadata_dtype: str) -> Quantized:
-    """x[Q, H], one packing block, in float32 throughout."""
-    x = x.astype(np.float32)
-    S, H = x.shape
-    g, levels = group_size, np.float32(2**bits - 1)
-    shape = (S // g, H) if axis == "tokens" else (S, H // g)
-
-    def group(i: int, j: int) -> tuple[slice | int, slice | int]:
-        return (slice(i * g, (i + 1) * g), j) if axis == "tokens" else (i, slice(j * g, (j + 1) * g))
-
-    scale, zero = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for i, j in np.ndindex(shape):
-        low, high = x[group(i, j)].min(), x[group(i, j)].max()
-        zero[i, j] = low
-        scale[i, j] = (high - low) * (np.float32(1) / levels)
-    scale, zero = round_metadata(scale, metadata_dtype), round_metadata(zero, metadata_dtype)
-    steps = np.zeros((S, H), np.float32)
-    for i, j in np.ndindex(shape):
-        if scale[i, j] >= SMALLEST:
-            steps[group(i, j)] = (x[group(i, j)] - zero[i, j]) * (np.float32(1) / scale[i, j])
-    codes = np.clip(np.rint(steps), 0, levels).astype(np.int64)
-    return Quantized(codes, steps, scale, zero, axis, g, metadata_dtype)
-
-
-def round_metadata(x: np.ndarray, metadata_dtype: str) -> np.ndarray:
-    """What is left of one packing block's scales (or zeros) once stored, as float32."""
-    dtype, largest = METADATA[metadata_dtype]
-    if metadata_dtype != "float8_e4m3fn":
-        return np.clip(x, -largest, largest).astype(dtype).astype(np.float32)
-    factor = np.abs(x).max() * np.float32(1 / largest)
-    if factor < SMALLEST:
-        return np.zeros_like(x)
-    return (x * (np.float32(1) / factor)).astype(dtype).astype(np.float32) * factor
+# Quantisation: the layout is `layout.quantize` ----------------------------------------------------
 
 
 def packing_block(quantizer: MinMax) -> int:
     """The number of tokens that enter the packed region together."""
-    return max(quantizer.group_size, 32 // min(PLANES[quantizer.k_bits] + PLANES[quantizer.v_bits]))
+    return max(layout.packing_block(bits, quantizer.group_size) for bits in (quantizer.k_bits, quantizer.v_bits))
 
 
 # One row and one KV head of a layer's cache -------------------------------------------------------
@@ -327,8 +222,8 @@ class HeadCache:
 
     method: Method
     head_dim: int
-    packed_k: list[Quantized] = dataclasses.field(default_factory=list)
-    packed_v: list[Quantized] = dataclasses.field(default_factory=list)
+    packed_k: list[layout.Packed] = dataclasses.field(default_factory=list)
+    packed_v: list[layout.Packed] = dataclasses.field(default_factory=list)
     tail: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -371,9 +266,10 @@ class HeadCache:
             chosen = self.tail[sinks : sinks + block]
             del self.tail[sinks : sinks + block]
             keys, values = (np.stack(tokens) for tokens in zip(*chosen, strict=True))
-            shared = quantizer.group_size, quantizer.metadata_dtype
-            self.packed_k.append(quantize_block(keys, quantizer.k_bits, shared[0], "tokens", shared[1]))
-            self.packed_v.append(quantize_block(values, quantizer.v_bits, shared[0], "channels", shared[1]))
+            shared = quantizer.metadata_dtype, block
+            group_size = quantizer.group_size
+            self.packed_k.append(layout.quantize(keys, quantizer.k_bits, group_size, "tokens", *shared))
+            self.packed_v.append(layout.quantize(values, quantizer.v_bits, group_size, "channels", *shared))
 
     def keys(self) -> np.ndarray:
         """[S, H] float32: everything a query sees, quantised or not."""

@@ -106,7 +106,7 @@ def plain(x: QuantizedArray) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def assert_same(layer: LayerCache, rows: Rows) -> None:
-    """The same tokens in the same slots: codes, metadata and tail bit for bit (`naive.Quantized.adopt` for ties)."""
+    """The same tokens in the same slots: codes, metadata and tail bit for bit (`layout.Packed.adopt` for ties)."""
     assert np.asarray(layer.tail.length).tolist() == [len(row[0].tail) for row in rows]
     assert np.asarray(layer.packed.length).tolist() == [sum(len(x.codes) for x in row[0].packed_k) for row in rows]
     for tail, which in ((layer.tail.k, 0), (layer.tail.v, 1)):
@@ -121,10 +121,11 @@ def assert_same(layer: LayerCache, rows: Rows) -> None:
         codes, scale, zero = map(np.asarray, plain(packed))
         for b, h in np.ndindex(codes.shape[:2]):
             for i, block in enumerate(getattr(rows[b][h], name)):
+                want_scale, want_zero = block.scale.value, block.zero.value
                 codes_i, scale_i, zero_i = (
                     x[b, h, i * size : (i + 1) * size]
-                    for x, size in ((codes, len(block.codes)), (scale, len(block.scale)), (zero, len(block.scale)))
+                    for x, size in ((codes, len(block.codes)), (scale, len(want_scale)), (zero, len(want_zero)))
                 )
-                np.testing.assert_array_equal(scale_i, block.scale)
-                np.testing.assert_array_equal(zero_i, block.zero)
+                np.testing.assert_array_equal(scale_i, want_scale)
+                np.testing.assert_array_equal(zero_i, want_zero)
                 assert block.adopt(codes_i)

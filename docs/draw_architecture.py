@@ -1,0 +1,147 @@
+"""Draws docs/architecture.svg from the code: rooms in the layers of pyproject.toml's import contract, imports as arrows.
+
+    python docs/draw_architecture.py [--check]
+
+`--check` only compares, and fails if the picture is not that of the code. Imports that others imply are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import pathlib
+import sys
+import tomllib
+
+import grimp
+
+ROOT = pathlib.Path(__file__).parents[1]
+PICTURE = ROOT / "docs" / "architecture.svg"
+PACKAGE = "minikv_jax"
+KERNELS = ("pallas_kernels", "cuda_ffi")  # `ops` imports them by name, on first use
+
+WIDTH, MARGIN, ROW, GAP, LINE, CHARACTER = 980, 14, 26, 40, 15, 6.4
+STYLE = """
+  text { font: 12px ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; }
+  .name { font-weight: 700; }
+  .files { font-size: 10.5px; fill: #57606a; }
+  rect { fill: #f6f8fa; stroke: #8c959f; rx: 6; }
+  .kernel { fill: #fff8e6; stroke: #bf8700; }
+  path { fill: none; stroke: #57606a; stroke-width: 1.1; marker-end: url(#head); }
+  .lazy { stroke: #bf8700; stroke-dasharray: 4 3; }
+  marker path { fill: #57606a; stroke: none; }
+  .page { fill: #ffffff; stroke: none; }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3; } .files { fill: #9198a1; } rect { fill: #161b22; stroke: #6e7681; }
+    .kernel { fill: #272115; stroke: #9e6a03; } path { stroke: #9198a1; } marker path { fill: #9198a1; }
+    .lazy { stroke: #d29922; } .page { fill: #0d1117; }
+  }
+"""
+
+
+def layers() -> list[list[str]]:
+    """The rooms, top layer first."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contract = next(contract for contract in contracts if contract.get("containers") == [PACKAGE])
+    return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
+
+
+def imports(rooms: list[str]) -> set[tuple[str, str]]:
+    """Which room imports which, without what follows from the others."""
+    graph = grimp.build_graph(PACKAGE, cache_dir=None)
+    for room in rooms:
+        graph.squash_module(f"{PACKAGE}.{room}")
+    direct = {
+        room: {name.removeprefix(f"{PACKAGE}.") for name in graph.find_modules_directly_imported_by(f"{PACKAGE}.{room}")}
+        for room in rooms
+    }
+
+    def reached(room: str) -> set[str]:
+        return direct[room].union(*(reached(below) for below in direct[room]))
+
+    return {
+        (room, below)
+        for room in rooms
+        for below in direct[room]
+        if not any(below in reached(other) for other in direct[room] - {below})
+    }
+
+
+def files(room: str) -> str:
+    """The names of a room's files; empty for a room that is a file."""
+    folder = ROOT / PACKAGE / room
+    if not folder.is_dir():
+        return ""
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    return " ".join([*names, *sorted(f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").exists())])
+
+
+def wrap(text: str, width: float) -> list[str]:
+    """Lines of at most `width` pixels."""
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > width / CHARACTER:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, line] if line else lines
+
+
+def draw() -> str:
+    """The picture as SVG."""
+    rows = layers()
+    rooms = [room for row in rows for room in row]
+    boxes: dict[str, tuple[float, float, float, float]] = {}
+    parts, top = [], float(MARGIN)
+    for row in rows:
+        names = [*row, *KERNELS] if row == ["ops"] else row
+        width = (WIDTH - MARGIN * (len(names) + 1)) / len(names)
+        texts = {name: wrap(files(name), width - 20) for name in names}
+        height = ROW + LINE * max(map(len, texts.values()))
+        for column, name in enumerate(names):
+            left = MARGIN + column * (width + MARGIN)
+            boxes[name] = (left, top, width, height)
+            kind = ' class="kernel"' if name in KERNELS else ""
+            parts.append(f'<rect{kind} x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"/>')
+            title = name if name in KERNELS or not texts[name] else f"{name}/"
+            parts.append(f'<text class="name" x="{left + 10:.1f}" y="{top + 17:.1f}">{html.escape(title)}</text>')
+            for number, line in enumerate(texts[name]):
+                y = top + ROW + 9 + LINE * number
+                parts.append(f'<text class="files" x="{left + 10:.1f}" y="{y:.1f}">{html.escape(line)}</text>')
+        top += height + GAP
+    arrows = [arrow(boxes[upper], boxes[lower]) for upper, lower in sorted(imports(rooms))]
+    left, y, width, height = boxes["ops"]
+    for name in KERNELS:
+        x = boxes[name][0]
+        arrows.append(f'<path class="lazy" d="M{left + width:.1f},{y + height / 2:.1f} H{x:.1f}"/>')
+    size = f'width="{WIDTH}" height="{top - GAP + MARGIN:.0f}"'
+    marker = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    marker += '<path d="M0,0 L8,4 L0,8 z"/></marker>'
+    body = "\n".join([f'<rect class="page" {size}/>', *arrows, *parts])
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n<defs>{marker}</defs>\n{body}\n</svg>\n'
+
+
+def arrow(upper: tuple[float, float, float, float], lower: tuple[float, float, float, float]) -> str:
+    """A curve from the foot of one box to the top of another."""
+    x0, y0 = upper[0] + upper[2] / 2, upper[1] + upper[3]
+    x1, y1 = lower[0] + lower[2] / 2, lower[1]
+    middle = (y0 + y1) / 2
+    return f'<path d="M{x0:.1f},{y0:.1f} C{x0:.1f},{middle:.1f} {x1:.1f},{middle:.1f} {x1:.1f},{y1:.1f}"/>'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draws docs/architecture.svg from the code.")
+    parser.add_argument("--check", action="store_true", help="only say whether the picture is that of the code")
+    picture = draw()
+    if parser.parse_args().check:
+        if PICTURE.read_text(encoding="utf-8") == picture:
+            return 0
+        sys.stderr.write("docs/architecture.svg is not that of the code: run python docs/draw_architecture.py\n")
+        return 1
+    PICTURE.write_text(picture, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
