@@ -1,3 +1,5 @@
+"""The one-shot forward: dense attention, padding, float32 matmuls."""
+
 from typing import Any
 
 import jax
