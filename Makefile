@@ -26,7 +26,7 @@ endif
 # (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
 CHECKED := minikv_jax.models.decoder,minikv_jax.ops.online_softmax,minikv_jax.models.rotary,minikv_jax.ops.select
 CHECKS := --jaxtyping-packages=$(CHECKED),beartype.beartype
-CUDA_SOURCES = $(wildcard cuda_ffi/*.cu cuda_ffi/*.cuh cuda_ffi/*.cc cuda_ffi/*.h)
+CUDA_SOURCES = $(wildcard cuda_ffi/csrc/*/*.cu cuda_ffi/csrc/*/*.cuh cuda_ffi/csrc/*/*.h)
 
 .PHONY: demo test test-gpu lint format clean
 

@@ -1,17 +1,18 @@
 """CUDA C++ kernels for compressed KV caches behind the XLA FFI, for sm_80, sm_86, sm_89 and sm_90a.
 
-Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/architecture.md`.
+Imports nothing from `minikv_jax`: the functions take plain arrays in the layout of `docs/packed-layout.md`.
 """
 
 from cuda_ffi import registration
 from cuda_ffi.append import append
+from cuda_ffi.arrays import Packed, Region, Storage
 from cuda_ffi.decode_attention import decode_attention, decode_unpacked
 from cuda_ffi.prefill_attention import prefill_attention
 from cuda_ffi.quantize import quantize
 
 
 def why_unavailable() -> str | None:
-    """Why the kernels cannot run here (no GPU, not built, stale, other architecture), or None where they can."""
+    """Why the kernels cannot run here (no GPU, not built, stale, other architecture), or None if they can."""
     try:
         registration.load()
     except NotImplementedError as error:
@@ -19,14 +20,11 @@ def why_unavailable() -> str | None:
     return None
 
 
-def available() -> bool:
-    """Whether the kernels can run here."""
-    return why_unavailable() is None
-
-
 __all__ = [
+    "Packed",
+    "Region",
+    "Storage",
     "append",
-    "available",
     "decode_attention",
     "decode_unpacked",
     "prefill_attention",

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels: `python -m cuda_ffi.build [--arch 80,86,89,90a | all | native]`.
 
-Drives `CMakeLists.txt` beside this file; needs nvcc and CMake. The library carries the digest of the sources and the
+Drives `csrc/CMakeLists.txt`; needs nvcc and CMake. The library carries the digest of the sources and the
 list of architectures it was built from, so that `cuda_ffi.registration` can tell a stale or foreign one.
 """
 

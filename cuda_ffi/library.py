@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import pathlib
 
-SOURCE_DIR = pathlib.Path(__file__).parent
-BUILD_DIR = SOURCE_DIR / "build"
+_PACKAGE_DIR = pathlib.Path(__file__).parent
+SOURCE_DIR = _PACKAGE_DIR / "csrc"
+BUILD_DIR = _PACKAGE_DIR / "build"
 LIBRARY = BUILD_DIR / "libminikv_cuda.so"
 ARCHITECTURES = ("80", "86", "89", "90a")
 
 
 def source_digest() -> str:
     """Digest of everything the library is compiled from; `CMakeLists.txt` computes the same."""
-    names = (path for suffix in ("*.cu", "*.cuh", "*.h", "CMakeLists.txt") for path in SOURCE_DIR.glob(suffix))
-    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(names))
+    paths = (path for pattern in ("*.cu", "*.cuh", "*.h", "CMakeLists.txt") for path in SOURCE_DIR.rglob(pattern))
+    digests = {str(path.relative_to(SOURCE_DIR)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

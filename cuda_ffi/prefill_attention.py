@@ -1,7 +1,7 @@
-"""Causal attention over a prompt with the score of each key: cuDNN's output, and column sums from two passes of ours.
+"""Causal attention over a prompt by cuDNN, and the score of each key by two kernels of this package.
 
-cuDNN's own log-sum-exp comes back rounded to the query's dtype, too coarse for scores; pass 1 computes it in float32,
-pass 2 sums the softmax map over its queries. Neither makes an array of queries by keys.
+cuDNN's own log-sum-exp comes back rounded to the query's dtype, which is too coarse for scores. Pass 1 computes it in
+float32, pass 2 sums the softmax map over its queries. Neither makes an array of queries by keys.
 """
 
 from __future__ import annotations
@@ -9,30 +9,33 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
 
 from cuda_ffi import registration
+from cuda_ffi.arrays import check_supported
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
+_KERNEL = "CUDA prefill kernel"
 
 
 def prefill_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int32[Array, "B"],
     *,
-    scale: float | None = None,
+    scale: float,
     window: int | None = None,
     with_scores: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B K T"] | None]:
     """Causal attention of right-padded rows and, if asked for, the column sums of the softmax map (MiniKV section 3.4).
 
     Args:
       q: `[B, T, N, H]`, bfloat16 or float16.
       k, v: `[B, T, K, H]`, the same dtype; query head `n` reads KV head `n // (N / K)`.
-      lengths: int32 `[B]`, valid tokens per row; what lies beyond may be anything, NaN included.
-      scale: softmax scale, positive; `H ** -0.5` unless given.
+      lengths: int32 `[B]`, valid tokens per row; the padding behind them may be anything, NaN included.
+      scale: softmax scale, positive.
       window: query `t` sees the keys `t - window < s <= t`.
       with_scores: also return the scores.
 
@@ -42,7 +45,7 @@ def prefill_attention(
 
     Raises:
       ValueError: for shapes that do not belong together, a scale or a window out of range.
-      NotImplementedError: for a case the kernels or cuDNN do not cover, or where they cannot run.
+      NotImplementedError: for a case the kernels or cuDNN do not support, or if they cannot run here.
     """
     _check(q, k, lengths, scale, window)
     if v.shape != k.shape or v.dtype != k.dtype:
@@ -55,7 +58,7 @@ def prefill_attention(
         q,
         clean_k,
         clean_v,
-        scale=_scale(q, scale),
+        scale=scale,
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
@@ -70,8 +73,13 @@ def prefill_attention(
 
 
 def row_log_sum_exp(
-    q: jax.Array, k: jax.Array, lengths: jax.Array, *, scale: float | None = None, window: int | None = None
-) -> jax.Array:
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    lengths: Int32[Array, "B"],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float32[Array, "B N T"]:
     """Natural log of the softmax denominator of every query, float32 `[B, N, T]`; infinity in the padding.
 
     Arguments and errors are those of `prefill_attention`.
@@ -84,14 +92,14 @@ def row_log_sum_exp(
 
 
 def column_sums(
-    q: jax.Array,
-    k: jax.Array,
-    lengths: jax.Array,
-    row_log_sum_exp: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    lengths: Int32[Array, "B"],
+    row_log_sum_exp: Float32[Array, "B N T"],
     *,
-    scale: float | None = None,
+    scale: float,
     window: int | None = None,
-) -> jax.Array:
+) -> Float32[Array, "B K T"]:
     """Sums of the causal softmax map over queries, float32 `[B, K, T]`, given its `row_log_sum_exp`.
 
     The other arguments and the errors are those of `prefill_attention`.
@@ -111,33 +119,26 @@ def column_sums(
     )[0]
 
 
-def _scale(q: jax.Array, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _attributes(q: jax.Array, scale: float | None, window: int | None) -> dict[str, np.generic]:
+def _attributes(q: jax.Array, scale: float, window: int | None) -> dict[str, np.generic]:
     tokens = max(q.shape[1], 1)
     return {
-        "scale": np.float32(_scale(q, scale)),
+        "scale": np.float32(scale),
         "window": np.int32(tokens if window is None else min(window, tokens)),
     }
 
 
-def _check(q: jax.Array, k: jax.Array, lengths: jax.Array, scale: float | None, window: int | None) -> None:
-    if q.dtype.name not in DTYPES:
-        raise NotImplementedError(f"q.dtype={q.dtype}: the CUDA prefill kernels support {', '.join(DTYPES)}")
+def _check(q: jax.Array, k: jax.Array, lengths: jax.Array, scale: float, window: int | None) -> None:
+    check_supported(_KERNEL, ("q.dtype", q.dtype.name, DTYPES))
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q has shape {q.shape}, k {k.shape}: expected [B, T, N, H] and [B, T, K, H]")
     if k.dtype != q.dtype:
         raise ValueError(f"k.dtype={k.dtype}: expected q's, {q.dtype}")
-    if q.shape[3] not in HEAD_DIMS:
-        supported = ", ".join(map(str, HEAD_DIMS))
-        raise NotImplementedError(f"head_dim={q.shape[3]}: the CUDA prefill kernels support {supported}")
+    check_supported(_KERNEL, ("head_dim", q.shape[3], HEAD_DIMS))
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads over {k.shape[2]} KV heads: expected a multiple")
     if lengths.shape != (q.shape[0],) or lengths.dtype != jnp.int32:
         raise ValueError(f"lengths is {lengths.dtype}{lengths.shape}: expected int32({q.shape[0]},)")
-    if scale is not None and not scale > 0:
+    if not scale > 0:
         raise ValueError(f"scale={scale}: expected a positive number")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected at least 1")

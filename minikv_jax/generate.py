@@ -141,11 +141,11 @@ def compile_ahead(
     Raises:
       ValueError: as `generate`.
     """
+    settings = _settings(model, max_new_tokens, sampling, eos_token_ids, implementation, log_probabilities)
     method = resolve(method)
     contracts.check(method, model.config)
     integer("batch", batch, 1)
-    check_positions(model, integer("prompt_tokens", prompt_tokens, 1), max_new_tokens)
-    settings = _settings(model, max_new_tokens, sampling, eos_token_ids, implementation, log_probabilities)
+    check_positions(model, integer("prompt_tokens", prompt_tokens, 1), settings.max_new_tokens)
     graphdef, params = nnx.split(model)
     tokens = bucket_length(prompt_tokens, model.config.max_position_embeddings)
     ids, lengths = jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)

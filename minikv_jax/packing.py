@@ -2,7 +2,7 @@
 
 Keys are quantised per channel in groups of consecutive tokens ("sub-channel"), values per token in groups of
 consecutive channels. The packed layout, one for keys and values and for every number of bits, is
-`docs/architecture.md`, "Packed layout": a 32-bit word holds consecutive tokens of one channel.
+`docs/packed-layout.md`: a 32-bit word holds consecutive tokens of one channel.
 """
 
 from __future__ import annotations

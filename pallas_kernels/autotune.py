@@ -2,9 +2,9 @@
 
     python -m pallas_kernels.autotune [--op NAME ...] [--output FILE]
 
-Every candidate that fits into shared memory is timed warm, on random data of one large shape a case, and printed. The
-records of this device and of the ops that ran are replaced in FILE (by default `tuned.json` beside the kernels, which
-the kernels read); all others stay.
+Every candidate that fits into shared memory is timed warm, on random data of one large shape per case, and printed.
+The records of this device for the ops that ran are replaced in FILE (by default `tuned.json`, which the kernels read);
+all others stay.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from jax.experimental.mosaic.gpu import profiler
 from pallas_kernels import column_sums, flash_attention, hopper, tuning
 from pallas_kernels.prefill_attention import HEAD_DIMS
 
-_RUNS = 15
-_BUILDERS = 8  # candidates compiled at a time
+_TIMED_RUNS = 15
+_COMPILING_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What candidates are timed on in one case.
+    """The work that candidates are timed on in one case.
 
     Attributes:
-      shape: said in the record.
-      run: the op with a config, a function of `arguments`.
-      arguments: its arrays.
+      shape: description of the shape for the record.
+      run: takes a config and returns the op as a function of `arguments`.
+      arguments: arrays.
     """
 
     shape: str
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A tunable op: its configs, their scratch, the cases that are recorded apart, and what each is timed on."""
+    """A tunable op: its configs, their scratch, the cases with records of their own, and the problem of each case."""
 
     config: type[tuning.Config]
     scratch: Callable[..., dict[str, Any]]
@@ -93,10 +93,10 @@ OPS = {
 
 
 def tune(op: Op, case: dict[str, int], time_ms: Callable[..., float]) -> dict[str, Any]:
-    """Times the candidates of a case: the winner's record, less the op's name and the device."""
+    """Times the candidates of a case; returns the winner's record without the op's name and the device."""
     problem = op.problem(**case)
     fitting = [config for config in tuning.candidates(op.config) if hopper.fits(op.scratch(config, **case))]
-    with ThreadPoolExecutor(_BUILDERS) as builders:
+    with ThreadPoolExecutor(_COMPILING_THREADS) as builders:
         built = builders.map(lambda config: jax.jit(problem.run(config)).lower(*problem.arguments).compile(), fitting)
         programs = list(built)
     tried = []
@@ -108,9 +108,9 @@ def tune(op: Op, case: dict[str, int], time_ms: Callable[..., float]) -> dict[st
 
 
 def kernel_ms(program: Callable[..., Any], *arguments: jax.Array) -> float:
-    """Device time of the fastest warm call: what else the device does only adds to it."""
+    """Device time of the fastest warm call; other work on the device can only add to it."""
     jax.block_until_ready(program(*arguments))
-    _, times = profiler.measure(program, iterations=_RUNS)(*arguments)
+    _, times = profiler.measure(program, iterations=_TIMED_RUNS)(*arguments)
     return min(float(ms) for ms in times or ())
 
 
@@ -122,7 +122,7 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tunes the ops asked for, and writes after each."""
+    """Tunes the ops asked for, and writes the records after each."""
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.autotune", description="Records the fastest configs."
     )

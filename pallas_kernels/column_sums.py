@@ -3,7 +3,7 @@
 A thread block owns 64 keys of one KV head for each warpgroup that computes. They are the left operand: logits come out
 transposed, so that a key's weights lie in one row. Queries of all heads of the group stream through a ring, from the
 keys' own tiles to the row's end; only tiles at an edge (the diagonal, the row's end, the window's) are masked, and go
-last. The special function unit is the bound, so some warpgroups are to exponentiate while others multiply; weights are
+last. The special function unit is the bottleneck, so some warpgroups exponentiate while others multiply; weights are
 added elementwise, and across threads only once. Every sum has one owner and one order, so equal runs are bit-equal.
 """
 
@@ -22,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, tuning
 
-BLOCK_K = 64  # keys of a warpgroup
-_CHUNK = 32  # queries whose weights are added at a time
+BLOCK_K = 64  # keys per warpgroup
+_CHUNK_Q = 32  # queries whose weights are added at a time
 _LOG2E = math.log2(math.e)
 
 _WGMMA = plgpu.Layout.WGMMA
@@ -35,8 +35,8 @@ class Config(tuning.Config):
     """Tuning of the second pass.
 
     Attributes:
-      warpgroups: that compute.
-      block_q: queries of a tile.
+      warpgroups: warpgroups that compute.
+      block_q: queries per tile.
       stages: tiles of queries in flight.
     """
 
@@ -46,7 +46,7 @@ class Config(tuning.Config):
 
 
 def heuristic_config(head_dim: int) -> Config:
-    """What runs on a kind of device with no record."""
+    """The config for a kind of device without a record."""
     return Config()
 
 
@@ -80,7 +80,7 @@ def column_sums(
     window: int | None,
     config: Config,
 ) -> jax.Array:
-    """Pass 2: what each key gets from its row's queries and the heads of its KV head, float32 `[B, K, T]`.
+    """Pass 2: attention that each key gets from its row's queries and its KV head's heads, float32 `[B, K, T]`.
 
     Args:
       q, k: as in `prefill_attention`; `T` is a multiple of 128.
@@ -96,9 +96,9 @@ def column_sums(
     logit_scale = scale * _LOG2E
     k_tiles, group = pl.cdiv(tokens, block_k), heads // kv_heads
     parts = parts_of(group, k_tiles, batch * kv_heads)
-    members = group // parts  # heads of a block
-    read = q.nbytes // (batch * heads)  # of one head at a time
-    section = parts * hopper.streams_per_section(batch * kv_heads, read)  # parts whose blocks start side by side
+    members = group // parts  # heads per block
+    head_bytes = q.nbytes // (batch * heads)  # one head is read at a time
+    section = parts * hopper.streams_per_section(batch * kv_heads, head_bytes)  # parts whose blocks start side by side
 
     def kernel(
         lengths_gmem,
@@ -107,13 +107,7 @@ def column_sums(
         lse_gmem,
         sums_gmem,
         *,
-        k_smem,
-        q_smem,
-        lse_smem,
-        sums_smem,
-        k_ready,
-        q_ready,
-        q_consumed,
+        shared,
     ):
         row_part = lax.axis_index("section") * section + lax.axis_index("member")
         b, part = lax.div(row_part, jnp.int32(kv_heads * parts)), lax.rem(row_part, jnp.int32(kv_heads * parts))
@@ -144,9 +138,9 @@ def column_sums(
             plgpu.set_max_registers(hopper.REGISTERS[warpgroups][0], action="increase")
             start = first_key + wg * BLOCK_K
             own = pl.ds(start, BLOCK_K)
-            plgpu.copy_gmem_to_smem(k_gmem.at[b, own, kv_head], k_smem.at[wg], k_ready.at[wg])
-            plgpu.barrier_wait(k_ready.at[wg])
-            keys = k_smem.at[wg]
+            plgpu.copy_gmem_to_smem(k_gmem.at[b, own, kv_head], shared.k_smem.at[wg], shared.k_ready.at[wg])
+            plgpu.barrier_wait(shared.k_ready.at[wg])
+            keys = shared.k_smem.at[wg]
             if warpgroups == 2:  # there are registers for them
                 keys = plgpu.layout_cast(keys[...], _WGMMA)
             rows = plgpu.broadcasted_iota(jnp.int32, (BLOCK_K,), 0, layout=_ROWS) + start
@@ -163,13 +157,13 @@ def column_sums(
 
             def add_tile(masked, slot, query, sums):
                 def multiply(acc_ref):
-                    plgpu.wgmma(acc_ref, keys, q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, keys, shared.q_smem.at[slot].transpose((1, 0)))
                     return acc_ref[...]
 
                 logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((BLOCK_K, block_q), jnp.float32))
-                for i in range(0, block_q, _CHUNK):
-                    lse = plgpu.layout_cast(lse_smem[slot, pl.ds(i, _CHUNK)], _COLUMNS)
-                    exponents = logits[:, i : i + _CHUNK] * logit_scale
+                for i in range(0, block_q, _CHUNK_Q):
+                    lse = plgpu.layout_cast(shared.lse_smem[slot, pl.ds(i, _CHUNK_Q)], _COLUMNS)
+                    exponents = logits[:, i : i + _CHUNK_Q] * logit_scale
                     weights = jnp.exp2(exponents - lax.broadcast_in_dim(lse, exponents.shape, [1]))
                     sums += mask(weights, query + i) if masked else weights
                 return sums
@@ -191,24 +185,24 @@ def column_sums(
             def consume(add, member, tile, sums):
                 step = member * tiles + tile
                 slot = slot_of(step)
-                plgpu.barrier_wait(q_ready.at[slot])
+                plgpu.barrier_wait(shared.q_ready.at[slot])
                 sums = add(step, first_query(tile), sums)
                 plgpu.commit_smem()  # orders the loads of log-sum-exps before the copies that fill the stage again
-                plgpu.barrier_arrive(q_consumed.at[slot])
+                plgpu.barrier_arrive(shared.q_consumed.at[slot])
                 return sums
 
             def add_head(member, sums):
                 sums = lax.fori_loop(0, inner, functools.partial(consume, add_inner, member), sums)
                 return lax.fori_loop(inner, tiles, functools.partial(consume, add_edge, member), sums)
 
-            sums = plgpu.layout_cast(jnp.zeros((BLOCK_K, _CHUNK), jnp.float32), _WGMMA)
+            sums = plgpu.layout_cast(jnp.zeros((BLOCK_K, _CHUNK_Q), jnp.float32), _WGMMA)
             sums = lax.fori_loop(0, members, add_head, sums)
-            sums_smem[wg] = sums.sum(axis=1)
+            shared.sums_smem[wg] = sums.sum(axis=1)
             plgpu.commit_smem()
 
             @pl.when(start < tokens)
             def _():
-                plgpu.copy_smem_to_gmem(sums_smem.at[wg], sums_gmem.at[b, part, own])
+                plgpu.copy_smem_to_gmem(shared.sums_smem.at[wg], sums_gmem.at[b, part, own])
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == warpgroups)
@@ -223,10 +217,14 @@ def column_sums(
                 def _(tile):
                     step = member * tiles + tile
                     slot = slot_of(step)
-                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
+                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(shared.q_consumed.at[slot]))
                     queries = pl.ds(first_query(tile), block_q)
-                    plgpu.copy_gmem_to_smem(q_gmem.at[b, queries, head], q_smem.at[slot], q_ready.at[slot])
-                    plgpu.copy_gmem_to_smem(lse_gmem.at[b, head, queries], lse_smem.at[slot], q_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        q_gmem.at[b, queries, head], shared.q_smem.at[slot], shared.q_ready.at[slot]
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        lse_gmem.at[b, head, queries], shared.lse_smem.at[slot], shared.q_ready.at[slot]
+                    )
 
     # Early keys have the most queries: they go first.
     grid = {"section": batch * kv_heads * parts // section, "k_tile": k_tiles, "member": section}
@@ -236,10 +234,16 @@ def column_sums(
 
 
 def parts_of(group: int, k_tiles: int, streams: int) -> int:
-    """Among how many thread blocks the heads of a group are divided.
+    """Number of thread blocks that share a group's heads.
 
-    So many that the longest block takes no more than a multiprocessor's share of all work, where that can be had: of
-    `k_tiles` blocks that see 1, 2, ... tiles of queries, for each of `streams` KV heads, it is 2 / (k_tiles + 1).
+    It is the smallest that keeps the longest block within one multiprocessor's share of the work, or the whole group if
+    none does. Of the work on `streams` KV heads, in `k_tiles` blocks each that see 1, 2, ... tiles of queries, the
+    longest block of a KV head takes 2 / (k_tiles + 1) of that head's.
+
+    Args:
+      group: query heads per KV head; the result divides it.
+      k_tiles: blocks of keys per KV head.
+      streams: KV heads over all rows.
     """
     blocks = (k_tiles + 1) * streams // 2
     return next(

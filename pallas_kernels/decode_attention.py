@@ -1,4 +1,4 @@
-"""Decode attention over packed keys and values plus a full-precision tail, in one pass.
+"""Decode attention over a packed region and a full-precision tail, in one pass.
 
 A thread block owns a share of one row's tiles (a row is one batch entry, KV head and block of 8 queries) and deals
 them to its two compute warpgroups in turn; the third warpgroup keeps a ring of stages full for each of them (keys of a
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,32 +20,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 from pallas_kernels import decode_products as products
 from pallas_kernels import hopper
-from pallas_kernels.decode_products import QUERIES, UNIT, WARPS, Storage
+from pallas_kernels.arrays import Packed, Region, Storage, check_packed, check_supported
+from pallas_kernels.decode_products import QUERIES, UNIT, WARPS, WarpLayout
 
-BITS = (2, 4)
-GROUP_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128)
-METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 DTYPES = ("bfloat16", "float16")
-TILE = WARPS * products.WARP_TOKENS
-TAIL_TILE = WARPS * UNIT
-_FACTORS = 32  # copied at a time: the most that a tile has; JAX 0.10 copies no fewer bytes
-_FACTOR_ROW = 4  # a row of factors is a multiple, as copies want it
+_KERNEL = "Pallas decode kernel"
+TILE = WARPS * products.WARP_TOKENS  # tokens
+TAIL_TILE = WARPS * UNIT  # tokens
+_COPIED_FACTORS = 32  # per copy: the most that a tile has; JAX 0.10 copies no fewer bytes
+_FACTOR_MULTIPLE = 4  # rows of factors are padded to a multiple, as copies need it
 _LOG2E = math.log2(math.e)
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+_LOWEST_FLOAT32 = float(jnp.finfo(jnp.float32).min)
 
-State = tuple[jax.Array, jax.Array, jax.Array]  # of each warp: maxima (in log 2), denominators, unnormalised output
+# Per warp: maxima (in log 2), denominators, unnormalised output.
+State = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tuning only: never changes the meaning.
+    """Tuning of the decode kernel; changes nothing that it computes.
 
     Attributes:
-      stages: stages of a warpgroup's ring; one holds the keys or the values of a tile.
+      stages: stages per warpgroup's ring; one holds the keys or the values of a tile.
       splits: thread blocks that share a row.
     """
 
@@ -59,147 +60,108 @@ class Config:
             raise ValueError(f"splits={self.splits}: expected at least 1")
 
 
-def heuristic_config(rows: int, tokens: int, storage: Storage) -> Config:
-    """As many stages as fit, and as many thread blocks as multiprocessors, or one a row where there are more rows."""
+def heuristic_config(rows: int, tokens: int, warp: WarpLayout) -> Config:
+    """As many stages as fit, and as many thread blocks as multiprocessors, but at least one per row."""
     splits = min(max(hopper.MULTIPROCESSORS // rows, 1), -(-tokens // TILE))
-    words = 4 * UNIT * max(storage.k_bits, storage.v_bits) * storage.head_dim
-    stage = words + 2 * 2 * TILE // storage.group_size * storage.head_dim
+    words = 4 * UNIT * max(warp.k_bits, warp.v_bits) * warp.head_dim
+    stage = words + 2 * 2 * TILE // warp.group_size * warp.head_dim
     return Config(stages=min(6, hopper.MAX_SHARED_BYTES // (hopper.COMPUTE_WARPGROUPS * stage)), splits=splits)
 
 
 def decode_attention(
-    q: jax.Array,
-    k_planes: tuple[jax.Array, ...],
-    k_scale: jax.Array,
-    k_zero: jax.Array,
-    v_planes: tuple[jax.Array, ...],
-    v_scale: jax.Array,
-    v_zero: jax.Array,
-    tail_k: jax.Array,
-    tail_v: jax.Array,
-    packed_length: jax.Array,
-    tail_length: jax.Array,
+    q: Float[Array, "B N H"],
+    packed: Region[Packed],
+    tail: Region[Array],
     *,
-    k_bits: int,
-    v_bits: int,
-    group_size: int,
+    storage: Storage,
     scale: float,
-    k_factors: tuple[jax.Array, jax.Array] | None = None,
-    v_factors: tuple[jax.Array, jax.Array] | None = None,
     config: Config | None = None,
-) -> jax.Array:
-    """Attention of one query token over `packed_length[b]` packed and `tail_length[b]` full-precision tokens.
+) -> Float[Array, "B N H"]:
+    """Attention of one query token per row over the packed tokens and the tail.
 
-    Every valid slot is seen; what lies beyond the lengths may be anything, NaN included. Scales, zeros (times their
+    Every valid slot is seen; slots beyond the lengths may hold anything, NaN included. Scales, zeros (times their
     factors), queries and the tail must be within float16.
 
     Args:
-      q: `[B, N, H]`, bfloat16 or float16.
-      k_planes, v_planes: one uint32 array `[B, K, P * bits / 32, H]` each; `P` may be 0.
-      k_scale, k_zero: `[B, K, P / g, H]`, float16, bfloat16 or, with bfloat16 queries, float8_e4m3fn.
-      v_scale, v_zero: `[B, K, P, H / g]`, the same dtype.
-      tail_k, tail_v: `[B, K, C, H]` in q's dtype; `C` may be 0.
-      packed_length: int32 `[B]`, multiples of the packing block, at most `P`.
-      tail_length: int32 `[B]`, at most `C`.
+      q: `[B, N, H]`, bfloat16 or float16; bfloat16 if the metadata are float8_e4m3fn.
+      packed: keys and values of capacity `P`, which may be 0; lengths are multiples of the packing block, and factors
+        of float8 metadata are for `group_size` tokens each.
+      tail: keys and values `[B, K, C, H]` in q's dtype; `C` may be 0.
+      storage: bits and group size of `packed`.
       scale: softmax scale, positive.
-      k_factors, v_factors: (scale factor, zero factor), float32 `[B, K, P / g, 1]`, for 8-bit metadata.
-      config: tuning.
+      config: tuning; a heuristic by default.
 
     Returns:
       `[B, N, H]` in q's dtype. A row without tokens gives zeros.
 
     Raises:
       ValueError: for shapes or dtypes that do not belong together, or a config that does not fit the device.
-      NotImplementedError: for a case the kernel does not cover, or where it cannot run.
+      NotImplementedError: for a case the kernel does not support, or if it cannot run here.
     """
-    metadata = (k_scale, k_zero, v_scale, v_zero)
-    factors = (*(k_factors or ()), *(v_factors or ()))
-    check(q, k_planes, v_planes, metadata, factors, (tail_k, tail_v), k_bits, v_bits, group_size)
+    check(q, packed, tail, storage)
     if not scale > 0:
-        raise NotImplementedError(f"scale={scale}: the Pallas decode kernel supports positive scales")
-    reason = hopper.why_unavailable()
-    if reason:
-        raise NotImplementedError(reason)
-    words, tail, lengths = (k_planes[0], v_planes[0]), (tail_k, tail_v), (packed_length, tail_length)
-    storage = Storage(k_bits, v_bits, group_size, q.shape[2])
-    return launch(q, words, metadata, factors, tail, lengths, scale=scale, storage=storage, config=config)
+        raise NotImplementedError(f"scale={scale}: the {_KERNEL} supports positive scales")
+    hopper.check_available()
+    return launch(q, packed, tail, storage=storage, scale=scale, config=config)
 
 
-def check(
-    q: jax.Array,
-    k_planes: tuple[jax.Array, ...],
-    v_planes: tuple[jax.Array, ...],
-    metadata: tuple[jax.Array, ...],
-    factors: tuple[jax.Array, ...],
-    tail: tuple[jax.Array, jax.Array],
-    k_bits: int,
-    v_bits: int,
-    group_size: int,
-) -> None:
-    """Refuses what the kernel does not cover; looks at shapes and dtypes alone.
+def check(q: jax.Array, packed: Region[Packed], tail: Region[Array], storage: Storage) -> None:
+    """Refuses what the kernel does not support, from shapes and dtypes.
 
     Raises:
       NotImplementedError: naming the value and what is supported.
       ValueError: for shapes or dtypes that do not belong together.
     """
-    supported: tuple[tuple[str, Any, Sequence[Any]], ...] = (
-        ("k_bits", k_bits, BITS),
-        ("v_bits", v_bits, BITS),
-        ("group_size", group_size, GROUP_SIZES),
-        ("metadata dtype", metadata[0].dtype.name, METADATA_DTYPES),
-        ("q.dtype", q.dtype.name, DTYPES),
-        ("head_dim", q.shape[-1], HEAD_DIMS),
-    )
-    for name, value, values in supported:
-        if value not in values:
-            raise NotImplementedError(
-                f"{name}={value}: the Pallas decode kernel supports {', '.join(map(str, values))}"
-            )
-    has_factors = metadata[0].dtype == jnp.float8_e4m3fn
-    if has_factors and q.dtype != jnp.bfloat16:
+    check_packed(_KERNEL, packed, storage)
+    check_supported(_KERNEL, ("q.dtype", q.dtype.name, DTYPES), ("head_dim", q.shape[-1], HEAD_DIMS))
+    if packed.k.factors is not None and q.dtype != jnp.bfloat16:
         # Scales and zeros are rounded to float16: small against bfloat16's own rounding, too much against float16's.
-        raise NotImplementedError(
-            f"q.dtype={q.dtype}: the Pallas decode kernel reads 8-bit metadata for bfloat16 alone"
-        )
-    if len(factors) != 4 * has_factors:
-        raise ValueError(f"{len(factors)} factors with {metadata[0].dtype} metadata: expected {4 * has_factors}")
-    if q.ndim != 3 or tail[0].ndim != 4 or len(k_planes) != 1 or len(v_planes) != 1:
-        raise ValueError(f"q {q.shape}, tail_k {tail[0].shape}: expected [B, N, H], [B, K, C, H] and one plane each")
-    batch, heads, head_dim = q.shape
-    kv_heads, packed = tail[0].shape[1], k_planes[0].shape[2] * 32 // k_bits
-    if head_dim % group_size:
-        raise NotImplementedError(f"group_size={group_size}: does not divide head_dim {head_dim}")
+        raise NotImplementedError(f"q.dtype={q.dtype}: the {_KERNEL} reads float8 metadata for bfloat16 queries only")
+    if q.ndim != 3 or tail.k.ndim != 4:
+        raise ValueError(f"q {q.shape}, tail.k {tail.k.shape}: expected [B, N, H] and [B, K, C, H]")
+    if tail.k.dtype != q.dtype or tail.v.dtype != q.dtype:
+        raise ValueError(f"the tail has dtypes {tail.k.dtype} and {tail.v.dtype}: expected q's dtype, {q.dtype}")
+    heads, head_dim = q.shape[1:]
+    kv_heads = tail.k.shape[1]
+    if head_dim % storage.group_size:
+        raise NotImplementedError(f"group_size={storage.group_size}: does not divide head_dim {head_dim}")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads over {kv_heads} KV heads: expected a multiple")
-    if packed % group_size:
-        raise ValueError(f"packed capacity {packed}: expected a multiple of {group_size}")
+    _check_shapes(q, packed, tail, storage)
+
+
+def _check_shapes(q: jax.Array, packed: Region[Packed], tail: Region[Array], storage: Storage) -> None:
+    (batch, _, head_dim), (_, kv_heads, tail_capacity, _) = q.shape, tail.k.shape
+    group_size = storage.group_size
+    capacity = packed.k.planes[0].shape[2] * 32 // storage.k_bits
+    if capacity % group_size:
+        raise ValueError(f"packed capacity {capacity}: expected a multiple of {group_size}")
     for name, array, rows, columns in (
-        ("k_planes", k_planes[0], packed * k_bits // 32, head_dim),
-        ("v_planes", v_planes[0], packed * v_bits // 32, head_dim),
-        ("k_scale", metadata[0], packed // group_size, head_dim),
-        ("k_zero", metadata[1], packed // group_size, head_dim),
-        ("v_scale", metadata[2], packed, head_dim // group_size),
-        ("v_zero", metadata[3], packed, head_dim // group_size),
-        *(("factors", x, packed // group_size, 1) for x in factors),
-        ("tail_v", tail[1], tail[0].shape[2], head_dim),
-        ("tail_k", tail[0], tail[0].shape[2], head_dim),
+        ("packed.k.planes", packed.k.planes[0], capacity * storage.k_bits // 32, head_dim),
+        ("packed.v.planes", packed.v.planes[0], capacity * storage.v_bits // 32, head_dim),
+        ("packed.k.scale", packed.k.scale, capacity // group_size, head_dim),
+        ("packed.k.zero", packed.k.zero, capacity // group_size, head_dim),
+        ("packed.v.scale", packed.v.scale, capacity, head_dim // group_size),
+        ("packed.v.zero", packed.v.zero, capacity, head_dim // group_size),
+        *(("packed.k.factors", x, capacity // group_size, 1) for x in packed.k.factors or ()),
+        *(("packed.v.factors", x, capacity // group_size, 1) for x in packed.v.factors or ()),
+        ("tail.v", tail.v, tail_capacity, head_dim),
+        ("tail.k", tail.k, tail_capacity, head_dim),
     ):
         if array.shape != (batch, kv_heads, rows, columns):
             raise ValueError(f"{name} has shape {array.shape}: expected {(batch, kv_heads, rows, columns)}")
-    if tail[0].dtype != q.dtype or tail[1].dtype != q.dtype or any(x.dtype != metadata[0].dtype for x in metadata):
-        raise ValueError("expected tail_k and tail_v in q's dtype, and scales and zeros in one dtype")
 
 
-def scratch(config: Config, storage: Storage, metadata_dtype: Any) -> dict[str, Any]:
+def scratch(config: Config, warp: WarpLayout, metadata_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a thread block."""
     ring = (hopper.COMPUTE_WARPGROUPS, config.stages)
-    word_rows = UNIT * max(storage.k_bits, storage.v_bits)
-    metadata = _swizzled(*ring, TILE // storage.group_size, storage.head_dim, dtype=metadata_dtype)
+    word_rows = UNIT * max(warp.k_bits, warp.v_bits)
+    metadata = _swizzled(*ring, TILE // warp.group_size, warp.head_dim, dtype=metadata_dtype)
     has_factors = metadata_dtype == jnp.float8_e4m3fn
     barriers = math.prod(ring)
-    factors = {"factor_smem": plgpu.SMEM((*ring, 2, _FACTORS), jnp.float32)} if has_factors else {}
+    factors = {"factor_smem": plgpu.SMEM((*ring, 2, _COPIED_FACTORS), jnp.float32)} if has_factors else {}
     return factors | {
-        "words_smem": _swizzled(*ring, word_rows, storage.head_dim, dtype=jnp.uint32),
+        "words_smem": _swizzled(*ring, word_rows, warp.head_dim, dtype=jnp.uint32),
         "scale_smem": metadata,
         "zero_smem": metadata,
         "ready": plgpu.Barrier(num_arrivals=5 if has_factors else 3, num_barriers=barriers),
@@ -208,9 +170,9 @@ def scratch(config: Config, storage: Storage, metadata_dtype: Any) -> dict[str, 
 
 
 def _swizzled(*shape: int, dtype: Any) -> Any:
-    """Tiles of one row: of taller ones, an array in device memory would have to hold a whole number.
+    """Swizzled shared memory in tiles of one row; an array in device memory must be a whole number of taller tiles.
 
-    There are at least as many rows as the swizzle's pattern takes, so that every stage begins with one.
+    Each stage has at least as many rows as the swizzle's pattern, so that every stage begins with a new pattern.
     """
     *lead, rows, columns = shape
     itemsize = jnp.dtype(dtype).itemsize
@@ -223,43 +185,48 @@ def _swizzled(*shape: int, dtype: Any) -> Any:
 @functools.partial(jax.jit, static_argnames=("scale", "storage", "config"))  # lowered once for all layers of a model
 def launch(
     q: jax.Array,
-    words: tuple[jax.Array, jax.Array],
-    metadata: tuple[jax.Array, ...],
-    factors: tuple[jax.Array, ...],
-    tail: tuple[jax.Array, jax.Array],
-    lengths: tuple[jax.Array, jax.Array],
+    packed: Region[Packed],
+    tail: Region[Array],
     *,
-    scale: float,
     storage: Storage,
+    scale: float,
     config: Config | None = None,
 ) -> jax.Array:
     """`decode_attention` without its checks."""
     batch, heads, head_dim = q.shape
-    kv_rows = batch * tail[0].shape[1]
+    kv_rows = batch * tail.k.shape[1]
     group = heads * batch // kv_rows
     blocks = -(-group // QUERIES)
     queries = q.astype(jnp.float16).reshape(kv_rows, group, head_dim)
     queries = jnp.pad(queries, [(0, 0), (0, blocks * QUERIES - group), (0, 0)])
 
-    def rows(x: jax.Array, least: int) -> jax.Array:
-        """`[B * K, rows, H]`; what is too short for one tile is made longer. Metadata of `g` tokens make a row."""
+    def rows(x: jax.Array, tile_rows: int) -> jax.Array:
+        """`[B * K, rows, H]`, padded to one tile; the metadata of `g` tokens make a row."""
         x = x.reshape(kv_rows, -1, head_dim)
-        return jnp.pad(x, [(0, 0), (0, max(0, least - x.shape[1])), (0, 0)])
+        return jnp.pad(x, [(0, 0), (0, max(0, tile_rows - x.shape[1])), (0, 0)])
 
     def factor_rows(x: jax.Array) -> jax.Array:
-        """`[B * K, P / g]`, likewise."""
+        """`[B * K, P / g]`, padded to one copy and for aligned rows."""
         x = x.reshape(kv_rows, -1)
-        return jnp.pad(x, [(0, 0), (0, max(_FACTORS - x.shape[1], -x.shape[1] % _FACTOR_ROW))])
+        return jnp.pad(x, [(0, 0), (0, max(_COPIED_FACTORS - x.shape[1], -x.shape[1] % _FACTOR_MULTIPLE))])
 
-    metadata = tuple(rows(x, TILE // storage.group_size) for x in metadata)
-    factors = tuple(factor_rows(x) for x in factors)
-    words = rows(words[0], UNIT * storage.k_bits), rows(words[1], UNIT * storage.v_bits)
-    tail = rows(tail[0], TAIL_TILE), rows(tail[1], TAIL_TILE)
+    def packed_rows(x: Packed, bits: int) -> Packed:
+        scale, zero = (rows(y, TILE // storage.group_size) for y in (x.scale, x.zero))
+        factors = None if x.factors is None else (factor_rows(x.factors[0]), factor_rows(x.factors[1]))
+        return Packed((rows(x.planes[0], UNIT * bits),), scale, zero, factors)
+
+    packed = Region(
+        packed_rows(packed.k, storage.k_bits),
+        packed_rows(packed.v, storage.v_bits),
+        packed.length.astype(jnp.int32),
+    )
+    tail = Region(rows(tail.k, TAIL_TILE), rows(tail.v, TAIL_TILE), tail.length.astype(jnp.int32))
+    warp = WarpLayout(storage.k_bits, storage.v_bits, storage.group_size, head_dim)
     if config is None:
-        tokens = metadata[0].shape[1] * storage.group_size + tail[0].shape[1]
-        config = heuristic_config(kv_rows * blocks, tokens, storage)
+        tokens = packed.k.scale.shape[1] * storage.group_size + tail.k.shape[1]
+        config = heuristic_config(kv_rows * blocks, tokens, warp)
     queries = queries.reshape(kv_rows, blocks, QUERIES, head_dim)
-    parts = attend(queries, words, metadata, factors, tail, lengths, scale, storage, config)
+    parts = attend(queries, packed, tail, warp, scale=scale, config=config)
     out = merge(*(x[:, :, :, :, : min(group, QUERIES)] for x in parts))
     return out.reshape(kv_rows, -1, head_dim)[:, :group].reshape(q.shape).astype(q.dtype)
 
@@ -274,47 +241,45 @@ def merge(top: jax.Array, total: jax.Array, out: jax.Array) -> jax.Array:
 
 def attend(
     q: jax.Array,
-    words: tuple[jax.Array, jax.Array],
-    metadata: tuple[jax.Array, ...],
-    factors: tuple[jax.Array, ...],
-    tail: tuple[jax.Array, jax.Array],
-    lengths: tuple[jax.Array, jax.Array],
+    packed: Region[Packed],
+    tail: Region[Array],
+    warp: WarpLayout,
+    *,
     scale: float,
-    storage: Storage,
     config: Config,
 ) -> State:
     """The parts of each row, one per warp: twice `[B * K, blocks, parts, WARPS, 8]` and `[..., 8, H]`.
 
-    Arrays have rows `[B * K, ..., H]` and hold at least a tile; q is `[B * K, blocks, 8, H]` in float16.
+    Args:
+      q: `[B * K, blocks, 8, H]`, float16.
+      packed, tail: arrays of rows `[B * K, ..., H]`, factors `[B * K, ...]`, of at least one tile each; lengths `[B]`.
+      warp: where the lanes of a warp hold them.
+      scale: softmax scale.
+      config: tuning.
     """
     kv_rows, blocks, _, head_dim = q.shape
-    kv_heads = kv_rows // lengths[0].shape[0]
-    arrays = scratch(config, storage, metadata[0].dtype)
+    kv_heads = kv_rows // packed.length.shape[0]
+    arrays = scratch(config, warp, packed.k.scale.dtype)
     hopper.check_shared_memory(arrays, config)
     stages, warpgroups = config.stages, hopper.COMPUTE_WARPGROUPS
-    metadata_rows = TILE // storage.group_size
+    metadata_rows = TILE // warp.group_size
+    has_factors = packed.k.factors is not None
     logit_scale = scale * _LOG2E
 
     def kernel(
         q_gmem,
-        words_gmem,
-        metadata_gmem,
-        factors_gmem,
+        packed_gmem,
         tail_gmem,
-        lengths_gmem,
         top_gmem,
         total_gmem,
         out_gmem,
         *,
-        words_smem,
-        scale_smem,
-        zero_smem,
-        ready,
-        consumed,
-        factor_smem: Any = None,  # of 8-bit metadata alone
+        shared,
     ):
         kv_row, block, split = (lax.axis_index(name) for name in ("kv_row", "block", "split"))
-        packed_tokens, tail_tokens = (x[lax.div(kv_row, jnp.int32(kv_heads))] for x in lengths_gmem)
+        packed_tokens, tail_tokens = (
+            region.length[lax.div(kv_row, jnp.int32(kv_heads))] for region in (packed_gmem, tail_gmem)
+        )
         packed_tiles = _tiles(packed_tokens, TILE)
         tiles = packed_tiles + _tiles(tail_tokens, TAIL_TILE)
         first, last = (lax.div(tiles * (split + i), jnp.int32(config.splits)) for i in range(2))
@@ -322,14 +287,14 @@ def attend(
         wg = lax.axis_index("warpgroup")
 
         def stage(warpgroup, number):
-            """Of a warpgroup's `number`-th keys or values: its place in the ring, and its barriers'."""
+            """The place in the ring, and of the barriers, of a warpgroup's `number`-th keys or values."""
             slot = lax.rem(number, jnp.int32(stages))
             return slot, warpgroup * stages + slot
 
         @pl.when(wg < warpgroups)
         def compute():
             plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
-            queries = hopper.load(q_gmem.at[kv_row, block], storage.queries)
+            queries = hopper.load(q_gmem.at[kv_row, block], warp.queries)
 
             def softmax(logits, state: State):
                 """The weights of new logits, and the state with its output scaled to the new maxima."""
@@ -341,19 +306,19 @@ def attend(
                 return weights, (new_top, total, out * products.over_rows(correction, out.shape))
 
             def load_stage(number, bits, words_layout, metadata_layout):
-                """Codes, scales and zeros from the ring, which may then be filled again."""
+                """Codes, scales and zeros from the ring; the stage may then be filled again."""
                 slot, barrier = stage(wg, number)
-                plgpu.barrier_wait(ready.at[barrier])
-                words = words_smem.at[wg, slot, pl.ds(0, UNIT * bits)]
+                plgpu.barrier_wait(shared.ready.at[barrier])
+                words = shared.words_smem.at[wg, slot, pl.ds(0, UNIT * bits)]
                 codes = hopper.load(words, words_layout)
-                metadata = [x.at[wg, slot, pl.ds(0, metadata_rows)] for x in (scale_smem, zero_smem)]
+                metadata = [x.at[wg, slot, pl.ds(0, metadata_rows)] for x in (shared.scale_smem, shared.zero_smem)]
                 metadata = [hopper.load(x, metadata_layout) for x in metadata]
-                if factors_gmem:
-                    factors = (factor_smem.at[wg, slot, i, pl.ds(0, metadata_rows)] for i in range(2))
+                if has_factors:
+                    factors = (shared.factor_smem.at[wg, slot, i, pl.ds(0, metadata_rows)] for i in range(2))
                     factors = (hopper.load(x, metadata_layout.reduce(1)) for x in factors)
                     metadata = [products.scaled(x, y, metadata_layout) for x, y in zip(metadata, factors, strict=True)]
                 plgpu.commit_smem()  # orders the loads before the copies that fill the stage again
-                plgpu.barrier_arrive(consumed.at[barrier])
+                plgpu.barrier_arrive(shared.consumed.at[barrier])
                 scales, zeros = (_float16(x) for x in metadata)
                 return codes, scales, zeros
 
@@ -361,33 +326,33 @@ def attend(
                 number = 2 * lax.div(tile - first, jnp.int32(warpgroups))
                 units = lax.div(packed_tokens - tile * TILE, jnp.int32(UNIT))
                 partial = units < TILE // UNIT
-                keys = load_stage(number, storage.k_bits, storage.k_words, storage.k_metadata)
-                logits = products.key_products(storage, *keys, queries)
+                keys = load_stage(number, warp.k_bits, warp.k_words, warp.k_metadata)
+                logits = products.key_products(warp, *keys, queries)
                 logits = lax.cond(partial, lambda x: products.mask_logits(x, units), lambda x: x, logits)
                 weights, (top, total, out) = softmax(logits, state)
-                codes, scales, zeros = load_stage(number + 1, storage.v_bits, storage.v_words, storage.v_metadata)
+                codes, scales, zeros = load_stage(number + 1, warp.v_bits, warp.v_words, warp.v_metadata)
                 scales, zeros = lax.cond(
                     partial,
-                    lambda *x: tuple(products.mask_metadata(storage, y, units) for y in x),
+                    lambda *x: tuple(products.mask_metadata(warp, y, units) for y in x),
                     lambda *x: x,
                     scales,
                     zeros,
                 )
-                return top, total, products.value_products(storage, out, weights, codes, scales, zeros)
+                return top, total, products.value_products(warp, out, weights, codes, scales, zeros)
 
             def tail_tile(tile, state: State) -> State:
                 # A tile that would pass the end is moved back to it; what it repeats is masked.
                 start = (tile - packed_tiles) * TAIL_TILE
-                begin = jnp.minimum(start, tail_gmem[0].shape[1] - TAIL_TILE)
+                begin = jnp.minimum(start, tail_gmem.k.shape[1] - TAIL_TILE)
                 keys, values = (
                     hopper.load(ref.at[kv_row, pl.ds(begin, TAIL_TILE)], layout)
-                    for ref, layout in zip(tail_gmem, (storage.tail_k, storage.tail_v), strict=True)
+                    for ref, layout in ((tail_gmem.k, warp.tail_k), (tail_gmem.v, warp.tail_v))
                 )
-                logits = products.tail_key_products(storage, _float16(keys), queries)
+                logits = products.tail_key_products(warp, _float16(keys), queries)
                 logits = products.mask_tail_logits(logits, start - begin, tail_tokens - begin)
                 weights, (top, total, out) = softmax(logits, state)
-                values = products.mask_tail_values(storage, _float16(values), tail_tokens - begin)
-                return top, total, products.tail_value_products(storage, out, weights, values)
+                values = products.mask_tail_values(warp, _float16(values), tail_tokens - begin)
+                return top, total, products.tail_value_products(warp, out, weights, values)
 
             def own_tiles(begin, end, step: Callable[[jax.Array, State], State], state: State) -> State:
                 """Goes over those of the tiles `begin .. end - 1` that are this warpgroup's."""
@@ -395,47 +360,47 @@ def attend(
                 count = lax.div(end - own + warpgroups - 1, jnp.int32(warpgroups))
                 return lax.fori_loop(0, count, lambda i, state: step(own + warpgroups * i, state), state)
 
-            state = own_tiles(first, middle, packed_tile, products.empty(storage, _LOWEST))
+            state = own_tiles(first, middle, packed_tile, products.empty(warp, _LOWEST_FLOAT32))
             state = own_tiles(middle, last, tail_tile, state)
             part = split * warpgroups + wg
             top, total, out = state
             top_gmem[kv_row, block, part] = top
             total_gmem[kv_row, block, part] = total
-            out_gmem[kv_row, block, part] = products.by_channels(storage, out)
+            out_gmem[kv_row, block, part] = products.by_channels(warp, out)
 
         @pl.when(wg == warpgroups)
         def copy():
             plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
 
-            def fill(tile, which, bits):
-                """Copies the keys (`which` 0) or the values (1) of a tile."""
+            def fill(tile, side: Any, bits, place):
+                """Copies the keys (`place` 0 of a tile's two stages) or the values (1) of a tile."""
                 owner = lax.rem(tile - first, jnp.int32(warpgroups))
-                number = 2 * lax.div(tile - first, jnp.int32(warpgroups)) + which
+                number = 2 * lax.div(tile - first, jnp.int32(warpgroups)) + place
                 slot, barrier = stage(owner, number)
-                pl.when(number >= stages)(lambda: plgpu.barrier_wait(consumed.at[barrier]))
+                pl.when(number >= stages)(lambda: plgpu.barrier_wait(shared.consumed.at[barrier]))
                 rows = pl.ds(tile * UNIT * bits, UNIT * bits)
-                target = words_smem.at[owner, slot, pl.ds(0, UNIT * bits)]
-                plgpu.copy_gmem_to_smem(words_gmem[which].at[kv_row, rows], target, ready.at[barrier])
+                target = shared.words_smem.at[owner, slot, pl.ds(0, UNIT * bits)]
+                plgpu.copy_gmem_to_smem(side.planes[0].at[kv_row, rows], target, shared.ready.at[barrier])
                 own = pl.ds(tile * metadata_rows, metadata_rows)
-                for i, ring in enumerate((scale_smem, zero_smem)):
-                    source = metadata_gmem[2 * which + i].at[kv_row, own]
+                for i, (source, ring) in enumerate(((side.scale, shared.scale_smem), (side.zero, shared.zero_smem))):
                     target = ring.at[owner, slot, pl.ds(0, metadata_rows)]
-                    plgpu.copy_gmem_to_smem(source, target, ready.at[barrier])
-                    if factors_gmem:
-                        source = factors_gmem[2 * which + i].at[kv_row, pl.ds(tile * metadata_rows, _FACTORS)]
-                        plgpu.copy_gmem_to_smem(source, factor_smem.at[owner, slot, i], ready.at[barrier])
+                    plgpu.copy_gmem_to_smem(source.at[kv_row, own], target, shared.ready.at[barrier])
+                    if side.factors is not None:
+                        factors = side.factors[i].at[kv_row, pl.ds(tile * metadata_rows, _COPIED_FACTORS)]
+                        plgpu.copy_gmem_to_smem(
+                            factors, shared.factor_smem.at[owner, slot, i], shared.ready.at[barrier]
+                        )
 
             @pl.loop(first, middle)
             def _(tile):
-                fill(tile, 0, storage.k_bits)
-                fill(tile, 1, storage.v_bits)
+                fill(tile, packed_gmem.k, warp.k_bits, 0)
+                fill(tile, packed_gmem.v, warp.v_bits, 1)
 
     lead = (kv_rows, blocks, config.splits * warpgroups, WARPS)
     columns = jax.ShapeDtypeStruct((*lead, QUERIES), jnp.float32)
     outs = (columns, columns, jax.ShapeDtypeStruct((*lead, QUERIES, head_dim), jnp.float32))
     grid = {"split": config.splits, "block": blocks, "kv_row": kv_rows}
-    lengths = (lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32))
-    return hopper.launch(kernel, outs, arrays, grid)(q, words, metadata, factors, tail, lengths)
+    return hopper.launch(kernel, outs, arrays, grid)(q, packed, tail)
 
 
 def _tiles(tokens: jax.Array, size: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a warp of the decode kernel multiplies: where its lanes find keys and values, products, and masks.
+"""The products of a warp of the decode kernel, the register layouts of their operands, and masks.
 
 Operands are swapped, S^T = K Q^T and O^T = V^T P^T: the large operand is dequantised in registers and never written to
 memory, the few queries of a KV head are the narrow one. Each warp takes 128 packed tokens (or 16 of the tail) of a tile
@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import fragments
 
-QUERIES = 8  # of one product
-WARPS = 4
+QUERIES = 8  # queries per product
+WARPS = 4  # warps per warpgroup
 UNIT = 16  # tokens: packed lengths and groups are multiples
 WARP_TOKENS = 128
 
@@ -26,8 +26,8 @@ _LANES = (("row", 8), ("quad", 4))
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
-    """Which lane holds what of a warp's 128 tokens, or units of 16 tokens.
+class WarpLayout:
+    """Register layouts of a warp's 128 tokens, in units of 16 tokens.
 
     As the tall operand of S^T, lane row `2 pair + odd` holds unit `pair + 4 odd`: after the transposition of P, lane
     column `quad` holds the probabilities of units `quad` and `quad + 4`, and those units' values are what it loads.
@@ -40,7 +40,7 @@ class Storage:
 
     @property
     def run(self) -> int:
-        """Consecutive channels of a lane's row: within one group of values."""
+        """Number of consecutive channels in a lane's row; they lie within one group of values."""
         return self.head_dim // 8
 
     @property
@@ -74,7 +74,7 @@ class Storage:
 
     @property
     def v_metadata(self) -> Any:
-        """Of `[TILE / g, H]`, that is of `[TILE, H / g]` in rows of `g` tokens."""
+        """Layout of `[TILE / g, H]`, which is `[TILE, H / g]` in rows of `g` tokens."""
         units, groups = self.group_size // UNIT, self.head_dim // self.group_size
         quads = min(units, 4)
         unit = [("unit", 2)]
@@ -94,7 +94,7 @@ class Storage:
 
 
 def per_warp(tiles: int) -> Any:
-    """Of `[WARPS, 16 * tiles, QUERIES]`: accumulators of `tiles` products, apart for each warp."""
+    """Layout of `[WARPS, 16 * tiles, QUERIES]`, the accumulators of `tiles` products of each warp."""
     tokens = (("tile", tiles), ("high", 2), ("row", 8))
     return fragments.layout((("warp", WARPS),), tokens, (("quad", 4), ("element", 2)), lanes=_LANES)
 
@@ -106,10 +106,10 @@ def _result(layout: Any, rows: int) -> Any:
     return plgpu.ShapeDtypeStruct((WARPS, rows, QUERIES), jnp.float32, layout=layout)
 
 
-def key_products(storage: Storage, words: Any, scale: Any, zero: Any, queries: Any) -> jax.Array:
+def key_products(warp: WarpLayout, words: Any, scale: Any, zero: Any, queries: Any) -> jax.Array:
     """Logits `[WARPS, 128, QUERIES]`: tile `slots * h + j` holds place `j` of half words, of words `h` of the units."""
-    halves, slots, steps = storage.k_bits // 2, 16 // storage.k_bits, storage.head_dim // 16
-    arguments = (storage.k_words, storage.k_metadata, storage.k_metadata, storage.queries)
+    halves, slots, steps = warp.k_bits // 2, 16 // warp.k_bits, warp.head_dim // 16
+    arguments = (warp.k_words, warp.k_metadata, warp.k_metadata, warp.queries)
 
     def products(ctx, words, scale, zero, queries):
         del ctx
@@ -124,7 +124,7 @@ def key_products(storage: Storage, words: Any, scale: Any, zero: Any, queries: A
                 b = fragments.pairs(queries[step])
                 for slot in range(slots):
                     a = [
-                        fragments.dequantized(word, storage.k_bits, slot, *metadata[i])
+                        fragments.dequantized(word, warp.k_bits, slot, *metadata[i])
                         for i in range(2)
                         for word in by_two[i]
                     ]
@@ -137,24 +137,24 @@ def key_products(storage: Storage, words: Any, scale: Any, zero: Any, queries: A
     )
 
 
-def value_products(storage: Storage, out: Any, weights: Any, words: Any, scale: Any, zero: Any) -> jax.Array:
+def value_products(warp: WarpLayout, out: Any, weights: Any, words: Any, scale: Any, zero: Any) -> jax.Array:
     """`out` plus the weighted values: `[WARPS, H, QUERIES]`, row `16 i + 8 h + r` being channel `run * r + 2 i + h`."""
-    halves, slots, tiles = storage.v_bits // 2, 16 // storage.v_bits, storage.head_dim // 16
-    k_tokens, v_tokens = 32 // storage.k_bits, 32 // storage.v_bits  # of a word
+    halves, slots, tiles = warp.v_bits // 2, 16 // warp.v_bits, warp.head_dim // 16
+    k_tokens, v_tokens = 32 // warp.k_bits, 32 // warp.v_bits  # of a word
     out_layout = per_warp(tiles)
-    arguments = (out_layout, LOGITS, storage.v_words, storage.v_metadata, storage.v_metadata)
+    arguments = (out_layout, LOGITS, warp.v_words, warp.v_metadata, warp.v_metadata)
 
     def products(ctx, out, weights, words, scale, zero):
         del ctx
         acc = list(fragments.registers(out, tiles, 2))
-        words = fragments.registers(words, 2, halves, storage.run // 4)
+        words = fragments.registers(words, 2, halves, warp.run // 4)
         words = [[fragments.pairs(*words[unit, half]) for half in range(halves)] for unit in range(2)]
         scale, zero = fragments.registers(scale, 2, UNIT), fragments.registers(zero, 2, UNIT)
         weights = fragments.registers(weights, 8, 2)
         weights = [[fragments.transposed(fragments.rounded(x)) for x in row] for row in weights]
 
         def weight(token: int) -> Any:
-            """Of a token of both of the lane's units."""
+            """The weights of one token in both of the lane's units."""
             half, place = divmod(token, k_tokens)
             high, slot = divmod(place, k_tokens // 2)
             return weights[half * k_tokens // 2 + slot][high]
@@ -170,21 +170,21 @@ def value_products(storage: Storage, out: Any, weights: Any, words: Any, scale: 
                 ]
                 for i in range(tiles):
                     a = [
-                        fragments.dequantized(words[unit][half][2 * i + odd], storage.v_bits, slot, *metadata[unit])
+                        fragments.dequantized(words[unit][half][2 * i + odd], warp.v_bits, slot, *metadata[unit])
                         for unit in range(2)
                         for odd in range(2)
                     ]
                     acc[i] = fragments.multiply(acc[i], a, b)
-        return fragments.assemble(acc, (WARPS, storage.head_dim, QUERIES), out_layout)
+        return fragments.assemble(acc, (WARPS, warp.head_dim, QUERIES), out_layout)
 
-    return plgpu.inline_mgpu(arg_types=arguments, return_type=_result(out_layout, storage.head_dim))(products)(
+    return plgpu.inline_mgpu(arg_types=arguments, return_type=_result(out_layout, warp.head_dim))(products)(
         out, weights, words, scale, zero
     )
 
 
-def tail_key_products(storage: Storage, keys: Any, queries: Any) -> jax.Array:
-    """Logits `[WARPS, 16, QUERIES]`."""
-    steps = storage.head_dim // 16
+def tail_key_products(warp: WarpLayout, keys: Any, queries: Any) -> jax.Array:
+    """Logits of the tail `[WARPS, 16, QUERIES]`."""
+    steps = warp.head_dim // 16
 
     def products(ctx, keys, queries):
         del ctx
@@ -195,20 +195,20 @@ def tail_key_products(storage: Storage, keys: Any, queries: Any) -> jax.Array:
             acc = fragments.multiply(acc, [low[0], high[0], low[1], high[1]], fragments.pairs(queries[step]))
         return fragments.assemble([acc], (WARPS, UNIT, QUERIES), TAIL_LOGITS)
 
-    return plgpu.inline_mgpu(arg_types=(storage.tail_k, storage.queries), return_type=_result(TAIL_LOGITS, UNIT))(
-        products
-    )(keys, queries)
+    return plgpu.inline_mgpu(arg_types=(warp.tail_k, warp.queries), return_type=_result(TAIL_LOGITS, UNIT))(products)(
+        keys, queries
+    )
 
 
-def tail_value_products(storage: Storage, out: Any, weights: Any, values: Any) -> jax.Array:
-    """As `value_products`, with values in full precision."""
-    tiles = storage.head_dim // 16
+def tail_value_products(warp: WarpLayout, out: Any, weights: Any, values: Any) -> jax.Array:
+    """`out` plus the weighted values of the tail; the rows of the result are those of `value_products`."""
+    tiles = warp.head_dim // 16
     out_layout = per_warp(tiles)
 
     def products(ctx, out, weights, values):
         del ctx
         acc = list(fragments.registers(out, tiles, 2))
-        values = fragments.registers(values, 2, 2, storage.run // 8)
+        values = fragments.registers(values, 2, 2, warp.run // 8)
         values = [[fragments.pairs(*values[high, token]) for token in range(2)] for high in range(2)]
         b = [fragments.transposed(fragments.rounded(x)) for x in fragments.registers(weights, 2)]
         for i in range(tiles):
@@ -217,19 +217,19 @@ def tail_value_products(storage: Storage, out: Any, weights: Any, values: Any) -
                 both = values[high][0][i], values[high][1][i]
                 a += [fragments.low_halves(*both), fragments.high_halves(*both)]
             acc[i] = fragments.multiply(acc[i], a, b)
-        return fragments.assemble(acc, (WARPS, storage.head_dim, QUERIES), out_layout)
+        return fragments.assemble(acc, (WARPS, warp.head_dim, QUERIES), out_layout)
 
     return plgpu.inline_mgpu(
-        arg_types=(out_layout, TAIL_LOGITS, storage.tail_v), return_type=_result(out_layout, storage.head_dim)
+        arg_types=(out_layout, TAIL_LOGITS, warp.tail_v), return_type=_result(out_layout, warp.head_dim)
     )(products)(out, weights, values)
 
 
-def by_channels(storage: Storage, out: Any) -> jax.Array:
+def by_channels(warp: WarpLayout, out: Any) -> jax.Array:
     """The output as `[WARPS, QUERIES, H]`, in the order of the channels; nothing moves between lanes."""
-    columns = (("row", 8), ("register", storage.run // 4), ("element", 4))
+    columns = (("row", 8), ("register", warp.run // 4), ("element", 4))
     layout = fragments.layout((("warp", WARPS),), (("quad", 4), ("query", 2)), columns, lanes=_LANES)
-    tiles = storage.head_dim // 16
-    result = plgpu.ShapeDtypeStruct((WARPS, QUERIES, storage.head_dim), jnp.float32, layout=layout)
+    tiles = warp.head_dim // 16
+    result = plgpu.ShapeDtypeStruct((WARPS, QUERIES, warp.head_dim), jnp.float32, layout=layout)
 
     def reordered(ctx, out):
         del ctx
@@ -237,17 +237,17 @@ def by_channels(storage: Storage, out: Any) -> jax.Array:
         registers = [
             [fragments.gather(channels[i : i + 4], query) for i in range(0, 2 * tiles, 4)] for query in range(2)
         ]
-        return fragments.assemble(registers, (WARPS, QUERIES, storage.head_dim), layout)
+        return fragments.assemble(registers, (WARPS, QUERIES, warp.head_dim), layout)
 
     return plgpu.inline_mgpu(arg_types=(per_warp(tiles),), return_type=result)(reordered)(out)
 
 
-def empty(storage: Storage, lowest: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Maxima (finite, so that what has seen nothing yet makes no NaN), denominators and output before any token."""
-    layout = per_warp(storage.head_dim // 16)
+def empty(warp: WarpLayout, lowest: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maxima, denominators and output before any token; the maxima are finite, so that they make no NaN."""
+    layout = per_warp(warp.head_dim // 16)
     top = plgpu.layout_cast(jnp.full((WARPS, QUERIES), lowest, jnp.float32), layout.reduce(1))
     total = plgpu.layout_cast(jnp.zeros((WARPS, QUERIES), jnp.float32), layout.reduce(1))
-    return top, total, plgpu.layout_cast(jnp.zeros((WARPS, storage.head_dim, QUERIES), jnp.float32), layout)
+    return top, total, plgpu.layout_cast(jnp.zeros((WARPS, warp.head_dim, QUERIES), jnp.float32), layout)
 
 
 def scaled(x: jax.Array, factors: jax.Array, layout: Any) -> jax.Array:
@@ -257,35 +257,35 @@ def scaled(x: jax.Array, factors: jax.Array, layout: Any) -> jax.Array:
 
 
 def over_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A value for each query `[WARPS, QUERIES]`, as often as `shape` has rows."""
+    """Repeats one value per query, `[WARPS, QUERIES]`, over the rows of `shape`."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (0, 2)), per_warp(shape[1] // 16))
 
 
 def mask_logits(logits: jax.Array, units: jax.Array) -> jax.Array:
-    """Takes out the units that do not exist, the first `units` of a tile being those that do."""
+    """Masks all but the first `units` units of a tile."""
     warp, row = (plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=LOGITS) for axis in (0, 1))
     row = lax.rem(row, jnp.int32(8))
     unit = warp * (WARP_TOKENS // UNIT) + lax.div(row, jnp.int32(2)) + 4 * lax.rem(row, jnp.int32(2))
     return jnp.where(unit < units, logits, -jnp.inf)
 
 
-def mask_metadata(storage: Storage, x: jax.Array, units: jax.Array) -> jax.Array:
-    """Clears metadata of values that do not exist: they may be NaN, and NaN times a weight of 0 is NaN."""
-    layout = storage.v_metadata
+def mask_metadata(warp: WarpLayout, x: jax.Array, units: jax.Array) -> jax.Array:
+    """Clears the metadata of units that do not exist: they may be NaN, and NaN times a weight of 0 is NaN."""
+    layout = warp.v_metadata
     row, column = (plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=layout) for axis in (0, 1))
-    values = UNIT * storage.head_dim // storage.group_size  # of a unit
-    unit = lax.div(row * storage.head_dim + column, jnp.int32(values))
+    values = UNIT * warp.head_dim // warp.group_size  # of a unit
+    unit = lax.div(row * warp.head_dim + column, jnp.int32(values))
     return jnp.where(unit < units, x, jnp.float16(0))
 
 
 def mask_tail_logits(logits: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """Takes out all but the tokens `first .. last - 1` of a tile."""
+    """Masks all but the tokens `first .. last - 1` of a tile."""
     warp, row = (plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=TAIL_LOGITS) for axis in (0, 1))
     token = warp * UNIT + row
     return jnp.where((token >= first) & (token < last), logits, -jnp.inf)
 
 
-def mask_tail_values(storage: Storage, values: jax.Array, last: jax.Array) -> jax.Array:
-    """Clears values that do not exist."""
-    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=storage.tail_v)
+def mask_tail_values(warp: WarpLayout, values: jax.Array, last: jax.Array) -> jax.Array:
+    """Clears the values from token `last` on: they may be NaN."""
+    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=warp.tail_v)
     return jnp.where(token < last, values, jnp.float16(0))

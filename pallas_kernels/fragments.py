@@ -1,4 +1,4 @@
-"""Register layouts by name, and warp-level products of what lies in registers (Mosaic GPU code, for `inline_mgpu`).
+"""Register layouts by name, and warp-level operations on registers (Mosaic GPU code, for `inline_mgpu`).
 
 A warp's tensor-core instruction multiplies a 16 x 16 tile of the large operand by a 16 x 8 tile: lane `4 row + quad`
 holds rows `row` and `row + 8` of columns `2 quad`, `2 quad + 1` and the same plus 8, two 16-bit values to a register.
@@ -51,12 +51,12 @@ def layout(*dimensions: Sequence[Factor], lanes: Sequence[Factor]) -> Any:
 
 
 def registers(array: mgpu.FragmentedArray, *shape: int) -> np.ndarray:
-    """An array's registers as `shape`: those of its factors that go over registers."""
+    """An array's registers as `shape`, one axis per factor that goes over registers."""
     return array.registers.reshape(shape)
 
 
 def assemble(accumulators: Sequence[Sequence[Any]], shape: tuple[int, ...], array_layout: Any) -> mgpu.FragmentedArray:
-    """A float array of `shape` from its registers, in the order of its factors."""
+    """A float array of `shape` from its registers in the order of its factors."""
     tiled = array_layout.to_mgpu()
     values = [register for accumulator in accumulators for register in accumulator]
     array = np.empty(len(values), dtype=object)
@@ -82,7 +82,7 @@ def element(register: ir.Value, index: int) -> ir.Value:
 
 
 def pairs(*vectors: ir.Value) -> list[Pair]:
-    """The 16-bit elements of registers, two by two; or their 32-bit elements."""
+    """Splits registers into 32 bits each: pairs of 16-bit elements, or single 32-bit elements."""
     result = []
     for register in vectors:
         kind = ir.VectorType(register.type)
@@ -98,13 +98,13 @@ def _vector2(low: ir.Value, high: ir.Value) -> ir.Value:
 
 
 def gather(vectors: Sequence[ir.Value], index: int) -> ir.Value:
-    """A register of the `index`-th element of each of several."""
+    """A register of the `index`-th elements of several registers."""
     elements = [element(x, index) for x in vectors]
     return vector.from_elements(ir.VectorType.get((len(elements),), elements[0].type), elements)
 
 
 def pair(low: ir.Value, high: ir.Value) -> Pair:
-    """Two registers of one 16-bit element each, as a pair."""
+    """A pair from two registers of one 16-bit element each."""
     return _bits(_vector2(element(low, 0), element(high, 0)))
 
 
@@ -136,7 +136,7 @@ def rounded(register: ir.Value) -> Pair:
 
 
 def elementwise(instruction: str, *arrays: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """Of float32 arrays in one layout, by an instruction that says how it rounds.
+    """Applies a PTX instruction with explicit rounding elementwise to float32 arrays in one layout.
 
     MLIR's quotients may be off by a unit in the last place, and its products are fused with sums.
     """
@@ -175,7 +175,7 @@ def dequantized(word: Pair, bits: int, slot: int, scale: Pair, zero: Pair) -> Pa
 
 
 def _and_or(word: Pair, mask: Pair, bits: Pair) -> Pair:
-    """`word & mask | bits` as one instruction; of an expression with two constants the compiler makes two."""
+    """`word & mask | bits` as one instruction; the compiler makes two of an expression with two constants."""
     return _asm(_i32(), "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", word, mask, bits)
 
 
@@ -191,7 +191,7 @@ def zeros() -> list[ir.Value]:
 
 
 def multiply(acc: Sequence[ir.Value], a: Sequence[Pair], b: Sequence[Pair]) -> list[ir.Value]:
-    """`acc + a b` of a 16 x 16 and a 16 x 8 float16 tile, in float32."""
+    """`acc + a b` in float32, for float16 tiles of 16 x 16 (`a`) and 16 x 8 (`b`)."""
     f32 = ir.F32Type.get()
     sums = [element(register, i) for register in acc for i in range(2)]
     text = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"

@@ -1,9 +1,10 @@
-"""What the kernels share: the device they run on, operand tiles in shared memory, and the launch of a kernel."""
+"""What the kernels share: the checks of the device, operand tiles in shared memory, and the launch of a kernel."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,21 +13,21 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COMPUTE_CAPABILITY = "9.0"
-MULTIPROCESSORS = 132  # of the largest Hopper devices: what work is split for
-MAX_SHARED_BYTES = 227 * 1024  # of one thread block
-_CACHED_BYTES = 16 * 2**20  # of the L2 cache, for what thread blocks that run side by side all read
+MULTIPROCESSORS = 132  # on the largest Hopper devices; work is split for as many
+MAX_SHARED_BYTES = 227 * 1024  # per thread block
+_L2_SHARE_BYTES = 16 * 2**20  # part of the L2 cache for operands that concurrent thread blocks share
 # JAX 0.10 wants an index beside the reference that is loaded, JAX 0.11 warns of one.
-_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
-_RESERVED_BYTES = 3 * 1024  # barriers, alignment, and what reductions exchange
-COMPUTE_WARPGROUPS = 2  # unless a kernel's config says otherwise; one more copies
+_LOAD_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
+_RESERVED_SHARED_BYTES = 3 * 1024  # for barriers, alignment and the exchanges of reductions
+COMPUTE_WARPGROUPS = 2  # the default; one more warpgroup copies
 
-# Registers a thread, of a computing and of the copying warpgroup, once they have split the register file among them.
+# Warpgroups that compute -> registers per thread of those and of the copying one, after they split the register file.
 REGISTERS = {2: (232, 40), 4: (112, 32)}
 COMPUTE_REGISTERS, MEMORY_REGISTERS = REGISTERS[COMPUTE_WARPGROUPS]
 
 
 def why_unavailable() -> str | None:
-    """Why the kernels cannot run here (no GPU, another architecture), or None where they can."""
+    """Why the kernels cannot run here (no GPU, another architecture), or None if they can."""
     try:
         device = jax.devices("gpu")[0]
     except RuntimeError:
@@ -36,8 +37,15 @@ def why_unavailable() -> str | None:
     return None
 
 
+def check_available() -> None:
+    """Raises NotImplementedError with the reason if the kernels cannot run here."""
+    reason = why_unavailable()
+    if reason:
+        raise NotImplementedError(reason)
+
+
 def device_kind() -> str | None:
-    """What the GPU calls itself, or None where there is none."""
+    """Name of the GPU, or None without one."""
     try:
         return jax.devices("gpu")[0].device_kind
     except RuntimeError:
@@ -50,36 +58,40 @@ def operand(*shape: int, dtype: Any) -> Any:
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """All of `ref` in registers, in any layout: the load need not be a fast one."""
-    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+    """Loads `ref` into registers in any layout, which need not make a fast load."""
+    return plgpu.load(ref, *_LOAD_INDEX, layout=layout, optimized=False)
 
 
 def shared_bytes(scratch: dict[str, Any]) -> int:
-    """Bytes of a thread block's shared memory that the arrays of `scratch` take."""
+    """Bytes of shared memory per thread block that the arrays of `scratch` take."""
     arrays = [x for x in scratch.values() if hasattr(x, "shape")]
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays) + _RESERVED_BYTES
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays) + _RESERVED_SHARED_BYTES
 
 
 def fits(scratch: dict[str, Any]) -> bool:
-    """Whether a thread block has the shared memory that `scratch` takes."""
+    """Whether `scratch` fits into the shared memory of a thread block."""
     return shared_bytes(scratch) <= MAX_SHARED_BYTES
 
 
 def check_shared_memory(scratch: dict[str, Any], config: Any) -> None:
-    """Raises ValueError where the arrays of `scratch` do not fit into one thread block's shared memory."""
+    """Raises ValueError if the arrays of `scratch` do not fit into the shared memory of a thread block."""
     if not fits(scratch):
         used = shared_bytes(scratch)
         raise ValueError(f"{config} needs {used} bytes of shared memory: a thread block has {MAX_SHARED_BYTES}")
 
 
 def streams_per_section(streams: int, stream_bytes: int) -> int:
-    """Of how many KV heads (over all rows) the thread blocks are to start side by side, long ones first.
+    """Number of KV heads whose thread blocks are scheduled together, longest first.
 
-    So few that what the blocks of a head all read, `stream_bytes`, stays in the L2 cache for every one of them; not
-    one by one, or the long blocks of the last head would start last.
+    Few enough that the operand which all blocks of a head read, `stream_bytes`, stays in the L2 cache for each head;
+    at least two, or the long blocks of the last head would start last.
+
+    Args:
+      streams: KV heads over all rows; the result divides it.
+      stream_bytes: bytes of the operand of one head.
     """
-    most = max(2, _CACHED_BYTES // stream_bytes)
-    return max(divisor for divisor in range(1, min(streams, most) + 1) if streams % divisor == 0)
+    limit = max(2, _L2_SHARE_BYTES // stream_bytes)
+    return max(divisor for divisor in range(1, min(streams, limit) + 1) if streams % divisor == 0)
 
 
 def launch(
@@ -89,9 +101,16 @@ def launch(
     grid: dict[str, int],
     warpgroups: int = COMPUTE_WARPGROUPS,
 ) -> Callable[..., Any]:
-    """A kernel of `warpgroups` that compute and one that copies; blocks start with the last axis of `grid` fastest."""
+    """A kernel of `warpgroups` that compute and one that copies; blocks start with the last axis of `grid` fastest.
+
+    `body` takes references to the inputs and outputs, and `shared`, which has those of `scratch` as attributes.
+    """
+
+    def kernel(*arrays: Any, **shared: Any) -> None:
+        body(*arrays, shared=types.SimpleNamespace(**shared))
+
     return plgpu.kernel(
-        body,
+        kernel,
         out_type=out,
         scratch_types=scratch,
         grid=tuple(grid.values()),

@@ -1,64 +1,73 @@
-"""Causal attention over a prompt, with the column sums of its softmax map if asked for.
+"""Causal attention over a prompt and, if asked for, the column sums of its softmax map.
 
-Two passes: flash attention, which keeps the log-sum-exp of each query's logits in float32, then the column sums, which
-need it to begin with.
+The first pass is flash attention, which keeps the log-sum-exp of each query's logits in float32. The second pass
+computes the column sums from it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import column_sums, flash_attention, hopper
+from pallas_kernels.arrays import check_supported
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
+_KERNEL = "Pallas prefill kernel"
+
+
+class Config(NamedTuple):
+    """Tuning of the two passes; None for the winner recorded for the device, or the heuristic without a record."""
+
+    attention: flash_attention.Config | None = None
+    sums: column_sums.Config | None = None
 
 
 def prefill_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int32[Array, "B"],
     *,
     scale: float,
     window: int | None = None,
-    with_scores: bool,
-    config: flash_attention.Config | None = None,
-    sums_config: column_sums.Config | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Causal attention over right-padded rows, as `docs/architecture.md` defines it.
+    with_scores: bool = False,
+    config: Config | None = None,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B K T"] | None]:
+    """Causal attention over right-padded rows, as `docs/packed-layout.md` defines it.
 
     Args:
       q: `[B, T, N, H]`, bfloat16 or float16, H 64 or 128.
       k, v: `[B, T, K, H]`, q's dtype; query head `n` reads KV head `n // (N / K)`.
-      lengths: int32 `[B]`, valid tokens per row; what lies beyond may be anything, NaN too.
-      scale: of the logits, positive.
+      lengths: int32 `[B]`, valid tokens per row; the padding behind them may be anything, NaN included.
+      scale: softmax scale, positive.
       window: query `t` sees the keys `t - window < s <= t`.
       with_scores: also return the column sums of the softmax map over the row's queries and the heads of a KV head.
-      config: tuning of the first pass, by default the device's winner or the heuristic.
-      sums_config: tuning of the second pass, likewise.
+      config: tuning.
 
     Returns:
       `out [B, T, N, H]` in q's dtype and `scores [B, K, T]` in float32 or None, both zero in the padding.
 
     Raises:
       ValueError: for shapes or dtypes that do not belong together, or a config that does not fit the device.
-      NotImplementedError: for a case the kernels do not cover, or where they cannot run.
+      NotImplementedError: for a case the kernels do not support, or if they cannot run here.
     """
     check(q, k, v, lengths, scale=scale, window=window)
-    reason = hopper.why_unavailable()
-    if reason:
-        raise NotImplementedError(reason)
+    hopper.check_available()
     head_dim = q.shape[3]
-    config = config or flash_attention.default_config(head_dim)
+    attention_config, sums_config = config or Config()
+    attention_config = attention_config or flash_attention.default_config(head_dim)
     sums_config = sums_config or column_sums.default_config(head_dim)
     tokens = q.shape[1]
     q, k, v = (jnp.pad(x, [(0, 0), (0, -tokens % flash_attention.BLOCK), (0, 0), (0, 0)]) for x in (q, k, v))
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, tokens)
     if window is not None and window >= tokens:
         window = None
-    out, lse = flash_attention.flash_attention(q, k, v, lengths, scale=scale, window=window, config=config)
+    out, lse = flash_attention.flash_attention(q, k, v, lengths, scale=scale, window=window, config=attention_config)
     if not with_scores:
         return out[:, :tokens], None
     scores = column_sums.column_sums(q, k, lse, lengths, scale=scale, window=window, config=sums_config)
@@ -68,7 +77,7 @@ def prefill_attention(
 def check(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float, window: int | None = None
 ) -> None:
-    """Refuses what the kernels do not cover; looks at shapes and dtypes alone.
+    """Refuses what the kernels do not support, from shapes and dtypes.
 
     Raises:
       NotImplementedError: naming the value and what is supported.
@@ -84,9 +93,6 @@ def check(
         raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: expected the same")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected at least 1")
-    if q.dtype.name not in DTYPES:
-        raise NotImplementedError(f"q.dtype={q.dtype}: the Pallas prefill kernel supports {' and '.join(DTYPES)}")
-    if q.shape[3] not in HEAD_DIMS:
-        raise NotImplementedError(f"head_dim={q.shape[3]}: the Pallas prefill kernel supports 64 and 128")
+    check_supported(_KERNEL, ("q.dtype", q.dtype.name, DTYPES), ("head_dim", q.shape[3], HEAD_DIMS))
     if not scale > 0:
-        raise NotImplementedError(f"scale={scale}: the Pallas prefill kernel supports positive scales")
+        raise NotImplementedError(f"scale={scale}: the {_KERNEL} supports positive scales")

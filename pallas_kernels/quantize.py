@@ -1,15 +1,14 @@
 """Group-wise quantisation and packing of keys and values in one pass over memory.
 
-A warpgroup owns a few rows of words, or of groups where those are longer, over all channels. A thread holds eight or
-four channels of a row and walks along the row's tokens, so words are put together without exchanging anything. Keys'
-groups lie along the tokens, within a thread; values' groups lie along the channels and take a few shuffles a token.
-With 8-bit metadata a row is a packing block, so that its factors take a few shuffles too.
+A warpgroup owns a few rows of words, or of groups if those are longer, over all channels. A thread holds eight or four
+channels of a row and walks along the row's tokens, so words are put together without exchanging anything. Keys' groups
+lie along the tokens, within a thread; values' groups lie along the channels and take a few shuffles per token. With
+float8 metadata a row is a packing block, so that its factors take a few shuffles as well.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,27 +17,24 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 from pallas_kernels import fragments, hopper
+from pallas_kernels.arrays import BITS, GROUP_SIZES, METADATA_DTYPES, Packed, check_supported
 
-BITS = (2, 4)
-GROUP_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128)
-METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 DTYPES = ("float32", "bfloat16", "float16")
+_KERNEL = "Pallas quantisation kernel"
 _WARPS = 4
 _LANES = 32
-_VECTOR = 8  # channels of a thread, or half of them
+_THREAD_CHANNELS = 8  # channels per thread, or half of them
 _FLOAT8_MAX = 448
-_HELD = 32  # tokens: registers hold keys' groups of up to as many, so that they are read once
+_MAX_GROUP_IN_REGISTERS = 32  # tokens: registers hold keys' groups up to this size, so that they are read once
 _ROUNDER = 2.0**23  # adding it leaves a float32's integer part, rounded half to even, in the lowest bits
-
-# Planes, scale, zero, and the factors of 8-bit metadata.
-Packed = tuple[tuple[jax.Array, ...], jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
 def quantize(
-    x: jax.Array,
+    x: Float[Array, "B K S H"],
     *,
     bits: int,
     group_size: int,
@@ -46,36 +42,31 @@ def quantize(
     metadata_dtype: str = "float16",
     factor_block: int | None = None,
 ) -> Packed:
-    """Codes, scales and zeros of `x`, bit for bit as `docs/architecture.md` defines them.
+    """Quantises and packs `x`, bit for bit as `docs/packed-layout.md` defines it.
 
     Args:
       x: `[B, K, S, H]`, float32, bfloat16 or float16; `S` fills whole groups and words.
       bits: 2 or 4.
       axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token.
       metadata_dtype: "float16", "bfloat16" or "float8_e4m3fn".
-      factor_block: tokens that share a factor of 8-bit metadata; only `group_size`, the default, is supported.
+      factor_block: tokens that share a factor of float8 metadata; only `group_size`, the default, is supported.
 
     Returns:
-      `(planes, scale, zero, scale_factor, zero_factor)`: uint32 `[B, K, S * bits / 32, H]`; twice `[B, K, S / g, H]` or
-      `[B, K, S, H / g]`; and for 8-bit metadata twice float32 `[B, K, S / g, 1]`, else None.
+      The codes, scales and zeros; factors for float8 metadata.
 
     Raises:
       ValueError: for a wrong axis or sizes that do not divide.
-      NotImplementedError: for a case the kernels do not cover, or where they cannot run.
+      NotImplementedError: for a case the kernel does not support, or if it cannot run here.
     """
     check(x, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata_dtype)
     if factor_block not in (None, group_size):
-        raise NotImplementedError(
-            f"factor_block={factor_block}: the Pallas quantisation kernel supports the group size, {group_size}"
-        )
-    reason = hopper.why_unavailable()
-    if reason:
-        raise NotImplementedError(reason)
+        raise NotImplementedError(f"factor_block={factor_block}: the {_KERNEL} supports the group size, {group_size}")
+    hopper.check_available()
     return launch(x, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata_dtype)
 
 
 def check(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype: str) -> None:
-    """Refuses what the kernels do not cover; looks at shapes and dtypes alone.
+    """Refuses what the kernel does not support, from shapes and dtypes.
 
     Raises:
       NotImplementedError: naming the value and what is supported.
@@ -85,18 +76,14 @@ def check(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype
         raise ValueError(f"axis={axis!r}: expected 'tokens' or 'channels'")
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}: expected [B, K, S, H]")
-    supported: tuple[tuple[str, Any, Sequence[Any]], ...] = (
+    check_supported(
+        _KERNEL,
         ("bits", bits, BITS),
         ("group_size", group_size, GROUP_SIZES),
         ("metadata_dtype", metadata_dtype, METADATA_DTYPES),
         ("x.dtype", x.dtype.name, DTYPES),
         ("head_dim", x.shape[3], HEAD_DIMS),
     )
-    for name, value, values in supported:
-        if value not in values:
-            raise NotImplementedError(
-                f"{name}={value}: the Pallas quantisation kernel supports {', '.join(map(str, values))}"
-            )
     _, _, tokens, head_dim = x.shape
     unit = group_size if axis == "tokens" or metadata_dtype == "float8_e4m3fn" else 32 // bits
     if tokens % unit or (axis == "channels" and head_dim % group_size):
@@ -113,10 +100,12 @@ def launch(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtyp
     groups = head_dim // group_size
     by_tokens, has_factors = axis == "tokens", metadata_dtype == "float8_e4m3fn"
     per_word = 32 // bits
-    unit = group_size if by_tokens or has_factors else per_word  # tokens of a row
+    unit = group_size if by_tokens or has_factors else per_word  # tokens per row
     count = batch * kv_heads * tokens // unit
-    vector = _VECTOR // 2 if by_tokens and group_size == _HELD else _VECTOR
-    rows = _WARPS * _LANES * vector // head_dim  # of a warpgroup
+    vector = _THREAD_CHANNELS
+    if by_tokens and group_size == _MAX_GROUP_IN_REGISTERS:
+        vector //= 2
+    rows = _WARPS * _LANES * vector // head_dim  # per warpgroup
     padded = max(count, rows)
     pad = [(0, padded - count), (0, 0)]
     if by_tokens:
@@ -143,12 +132,11 @@ def launch(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtyp
     words, scale, zero, *factors = (
         part[:count].reshape(batch, kv_heads, -1, n) for part, n in zip(parts, columns, strict=False)
     )
-    scale_factor, zero_factor = factors or (None, None)
-    return (words,), scale, zero, scale_factor, zero_factor
+    return Packed((words,), scale, zero, (factors[0], factors[1]) if has_factors else None)
 
 
 def _layout(vector: int, rows: int, *inner: int) -> Any:
-    """Of a warpgroup's rows of one token each: a warp has whole rows, a thread neighbouring channels."""
+    """Layout of one token of each of a warpgroup's rows: a warp has whole rows, a thread neighbouring channels."""
     *groups, channels = inner
     lanes = (("row", rows // _WARPS), *(("group", n) for n in groups), ("lane", channels // vector))
     dimensions = (("warp", _WARPS), lanes[0]), *((group,) for group in lanes[1:-1]), (lanes[-1], ("element", vector))
@@ -156,7 +144,7 @@ def _layout(vector: int, rows: int, *inner: int) -> Any:
 
 
 def _tile(rows: int, count: int) -> Any:
-    """The rows of a warpgroup; the last tile is moved back to end with the array, and repeats what it finds there."""
+    """The rows of a warpgroup; the last tile is moved back to end with the array, and repeats rows before it."""
     return pl.ds(jnp.minimum(lax.axis_index("tile") * rows, count - rows), rows)
 
 
@@ -175,9 +163,9 @@ def _keys_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *factors_gmem, bits:
         return functools.reduce(jnp.minimum, wide, bounds[0]), functools.reduce(jnp.maximum, wide, bounds[1])
 
     start = plgpu.layout_cast(jnp.full((rows, head_dim), jnp.inf, jnp.float32), layout)
-    held = [load(word) for word in range(words)] if group_size <= _HELD else []
-    if held:
-        low, high = functools.reduce(widen, held, (start, -start))
+    loaded = [load(word) for word in range(words)] if group_size <= _MAX_GROUP_IN_REGISTERS else []
+    if loaded:
+        low, high = functools.reduce(widen, loaded, (start, -start))
     else:
         low, high = lax.fori_loop(0, words, lambda word, bounds: widen(bounds, load(word)), (start, -start))
     exact = _step(low, high, bits), low
@@ -192,17 +180,17 @@ def _keys_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *factors_gmem, bits:
         codes = [_code(x.astype(jnp.float32), zero, inverse, bits) for x in tokens]
         words_gmem[tile, word] = _pack(codes, bits)
 
-    for word, tokens in enumerate(held):
+    for word, tokens in enumerate(loaded):
         pack(word, tokens)
-    if not held:
+    if not loaded:
         pl.loop(0, words)(lambda word: pack(word, load(word)))
 
 
 def _values_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *factors_gmem, bits: int, rows: int, layout: Any) -> None:
     """Reads x `[R, T, H / g, g]` -> words `[R, T * bits / 32, H / g, g]`, scale and zero `[R, T, H / g]`, factors.
 
-    The `T` tokens of a row are those of a word or, with 8-bit metadata, of a packing block, whose factors are `[R]`. An
-    axis of one group is left out.
+    The `T` tokens of a row are those of a word or, with float8 metadata, of a packing block, whose factors are `[R]`.
+    An axis of one group is left out.
     """
     count, tokens, *inner = x_gmem.shape
     tile, per_word = _tile(rows, count), 32 // bits
@@ -244,7 +232,7 @@ def _values_kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, *factors_gmem, bit
 
 
 def _spread(x: jax.Array, shape: tuple[int, ...], layout: Any) -> jax.Array:
-    """`x`, all of whose axes lead, over the axes that it lacks."""
+    """Broadcasts `x`, whose axes are the leading ones of `shape`, over the others."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, range(x.ndim)), layout)
 
 
@@ -257,23 +245,23 @@ def _magnitude(x: jax.Array) -> jax.Array:
 
 
 def _factor(largest: jax.Array, gmem: Any, tile: Any, layout: Any) -> tuple[jax.Array, jax.Array]:
-    """Writes the factors of rows of 8-bit metadata, of magnitudes up to `largest` `[R]` or `[R, n]`.
+    """Writes the factors of rows of float8 metadata whose magnitudes go up to `largest`, `[R]` or `[R, n]`.
 
     Returns:
       The factors and their reciprocals, in the shape of `largest`.
     """
-    of_rows, whole = largest, layout
+    row_largest, row_layout = largest, layout
     if largest.ndim > 1:
-        of_rows, layout = largest.max(axis=1), layout.reduce(1)
-    gmem[tile] = factor = of_rows * np.float32(1 / _FLOAT8_MAX)
-    inverse = _reciprocal(factor, layout)
-    return _spread(factor, largest.shape, whole), _spread(inverse, largest.shape, whole)
+        row_largest, row_layout = largest.max(axis=1), layout.reduce(1)
+    gmem[tile] = factor = row_largest * np.float32(1 / _FLOAT8_MAX)
+    inverse = _reciprocal(factor, row_layout)
+    return _spread(factor, largest.shape, layout), _spread(inverse, largest.shape, layout)
 
 
 def _store(
     x: jax.Array, gmem: Any, index: tuple[Any, ...], factor: tuple[jax.Array, jax.Array] | None, layout: Any
 ) -> jax.Array:
-    """Writes metadata, rounded to their dtype, and says what they then stand for."""
+    """Writes metadata, rounded to their dtype, and returns their stored values in float32."""
     if factor is None:
         limit = float(jnp.finfo(gmem.dtype).max)
         gmem[index] = stored = jnp.clip(x, -limit, limit).astype(gmem.dtype)
@@ -289,7 +277,7 @@ def _reciprocal(x: jax.Array, layout: Any) -> jax.Array:
 
 
 def _rounded(instruction: str, layout: Any, *arrays: jax.Array) -> jax.Array:
-    """Of float32 arrays, elementwise."""
+    """Applies a PTX instruction elementwise to float32 arrays in one layout."""
     result = plgpu.ShapeDtypeStruct(arrays[0].shape, jnp.float32, layout=layout)
 
     def apply(ctx: Any, *arrays: Any) -> Any:
@@ -300,11 +288,11 @@ def _rounded(instruction: str, layout: Any, *arrays: jax.Array) -> jax.Array:
 
 
 def _code(x: jax.Array, zero: jax.Array, inverse: jax.Array, bits: int) -> jax.Array:
-    """The code in the lowest bits; clipping to whole numbers first rounds to the same."""
+    """The codes, in the lowest bits. Clipping before rounding gives the same, as the bounds are whole numbers."""
     step = jnp.clip((x - zero) * inverse, 0.0, float(2**bits - 1))
     return lax.bitcast_convert_type(step + _ROUNDER, jnp.uint32) & jnp.uint32(2**bits - 1)
 
 
 def _pack(codes: list[jax.Array], bits: int) -> jax.Array:
-    """The first token lies lowest."""
+    """Packs one code per token into words, the first token lowest."""
     return functools.reduce(lambda word, code: (word << jnp.uint32(bits)) | code, reversed(codes))

@@ -1,8 +1,8 @@
-"""What a kernel may be tuned by, and which configuration runs.
+"""Configs of tunable kernels, and the recorded winners.
 
-A `Config` holds tuning alone: no choice changes what a kernel computes. The one that runs is the one asked for, else
-the winner recorded for the kind of device (`tuned.json`, written by `python -m pallas_kernels.autotune`), else the
-kernel's heuristic.
+No field of a `Config` changes what a kernel computes. A kernel runs the config it is given; without one, the winner
+recorded for the kind of device (`tuned.json`, written by `python -m pallas_kernels.autotune`); without a record, its
+heuristic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WINNERS = pathlib.Path(__file__).parent / "tuned.json"
 
 
 def choice(*allowed: Any, default: Any) -> Any:
-    """A field of a `Config` and what it may be: the values that are accepted, and those that are tried."""
+    """A field of a `Config` with its values: those that are accepted, which autotuning tries."""
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
@@ -30,7 +30,7 @@ class Config:
     """Base of every kernel's configuration; each field is a `choice`.
 
     Raises:
-      ValueError: naming a value that is not allowed, and those that are.
+      ValueError: naming a value that is not allowed, and the allowed ones.
     """
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def winner(op: str, config: type[C], **case: int) -> C | None:
-    """The configuration recorded for an op and a case (head_dim, bits) on this kind of device, if there is one."""
+    """The config recorded for an op and a case (head_dim, bits) on this kind of device, or None."""
     for record in recorded():
         if (record["op"], record["device"], record["case"]) == (op, hopper.device_kind(), case):
             return config(**record["config"])

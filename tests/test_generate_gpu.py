@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from oracle.cuda_ffi_reference import quantize
+from oracle.layout import quantize
 from support.tiny import tiny_model
 
 import minikv_jax as mk

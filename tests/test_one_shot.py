@@ -1,3 +1,5 @@
+"""The one-shot forward: dense attention, padding, float32 matmuls."""
+
 from typing import Any
 
 import jax
@@ -7,8 +9,8 @@ import pytest
 from support.dense_attention import dense_logits
 from support.tiny import random_ids, tiny_model
 
-from minikv_jax.inference import one_shot
 from minikv_jax.models.decoder import Llama
+from minikv_jax.prefill import one_shot
 
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}, {"tie_word_embeddings": True}], ids=str)

@@ -1,4 +1,4 @@
-"""Packing and quantisation against the naive reference: exact, bit for bit, unless a comment says why not."""
+"""Packing and quantisation against the layout in NumPy: exact, bit for bit, unless a comment says why not."""
 
 import functools
 import itertools
@@ -9,10 +9,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import naive
+from oracle import layout
 
-from minikv_jax.methods.config import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES
-from minikv_jax.packing import QuantizedArray, dequantize, pack, quantize, unpack
+from minikv_jax.packing import (
+    BITS,
+    GROUP_SIZES,
+    METADATA_DTYPES,
+    Packing,
+    QuantizedArray,
+    dequantize,
+    encode_minmax,
+    pack,
+    unpack,
+)
 
 AXES = ("tokens", "channels")
 
@@ -23,13 +32,17 @@ class RoundTrip(NamedTuple):
     values: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "axis", "metadata_dtype", "factor_block"))
-def round_trip(x: np.ndarray | jax.Array, **arguments: Any) -> RoundTrip:
-    packed = quantize(jnp.asarray(x), **arguments)
-    return RoundTrip(packed, unpack(packed.planes, packed.bits), dequantize(packed))
+def round_trip(x: np.ndarray | jax.Array, **packing: Any) -> RoundTrip:
+    return _round_trip(jnp.asarray(x), Packing(**packing))
 
 
-def check_against_naive(x: np.ndarray, result: RoundTrip, block: int, metadata_dtype: str) -> None:
+@functools.partial(jax.jit, static_argnames="packing")
+def _round_trip(x: jax.Array, packing: Packing) -> RoundTrip:
+    packed = encode_minmax(x, packing)
+    return RoundTrip(packed, unpack(packed.planes, packing.bits), dequantize(packed))
+
+
+def check_against_layout(x: np.ndarray, result: RoundTrip, block: int, metadata_dtype: str) -> None:
     """x[S, H]: the same codes, words, scales, zeros and values, block by block."""
     got, codes, values = result.packed, np.asarray(result.codes), np.asarray(result.values)
     blocks = len(x) // block
@@ -40,9 +53,11 @@ def check_against_naive(x: np.ndarray, result: RoundTrip, block: int, metadata_d
     )
     for i in range(blocks):
         rows = slice(i * block, (i + 1) * block)
-        want = naive.quantize_block(x[rows], got.bits, got.group_size, got.axis, metadata_dtype)
-        np.testing.assert_array_equal(scales[i], want.scale)
-        np.testing.assert_array_equal(zeros[i], want.zero)
+        want = layout.quantize(
+            x[rows], got.packing.bits, got.packing.group_size, got.packing.axis, metadata_dtype, block
+        )
+        np.testing.assert_array_equal(scales[i], want.scale.value)
+        np.testing.assert_array_equal(zeros[i], want.zero.value)
         assert want.adopt(codes[rows])
         # The product and the sum may be fused: one rounding of the larger of the two terms, in float32.
         np.testing.assert_allclose(
@@ -51,7 +66,7 @@ def check_against_naive(x: np.ndarray, result: RoundTrip, block: int, metadata_d
             rtol=0,
             atol=2 * 2.0**-24 * max(1.0, 2 * np.abs(x.astype(np.float32)).max()),
         )
-        for plane, words in zip(got.planes, naive.pack(want.codes, got.bits), strict=True):
+        for plane, words in zip(got.planes, want.planes, strict=True):
             np.testing.assert_array_equal(np.asarray(plane).reshape(blocks, -1, x.shape[1])[i], words)
 
 
@@ -60,34 +75,34 @@ def test_pack_holds_every_code_in_every_lane(bits: int):
     tokens, channels = 256, 32  # at least as many channels as lanes, so that each code meets each lane
     codes = (np.arange(tokens)[:, None] + np.arange(channels)) % 2**bits
     planes = pack(jnp.asarray(codes, jnp.uint32), bits)
-    for plane, words, width in zip(planes, naive.pack(codes, bits), PLANES[bits], strict=True):
+    for plane, words, width in zip(planes, layout.pack(codes, bits), layout.PLANES[bits], strict=True):
         assert plane.shape == (tokens * width // 32, channels)
         assert plane.dtype == jnp.uint32
         np.testing.assert_array_equal(plane, words)
     np.testing.assert_array_equal(unpack(planes, bits), codes)
-    np.testing.assert_array_equal(naive.unpack([np.asarray(plane) for plane in planes], bits), codes)
+    np.testing.assert_array_equal(layout.unpack([np.asarray(plane) for plane in planes], bits), codes)
 
 
 def test_pack_has_leading_axes():
     codes = np.random.default_rng(0).integers(0, 8, (2, 3, 64, 5))
     planes = pack(jnp.asarray(codes, jnp.uint32), 3)
     for b, k in np.ndindex(2, 3):
-        for plane, words in zip(planes, naive.pack(codes[b, k], 3), strict=True):
+        for plane, words in zip(planes, layout.pack(codes[b, k], 3), strict=True):
             np.testing.assert_array_equal(plane[b, k], words)
     np.testing.assert_array_equal(unpack(planes, 3), codes)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-def test_quantize_matches_naive(bits: int, group_size: int):
+def test_quantize_matches_the_layout(bits: int, group_size: int):
     # Axes and metadata dtypes take turns over the grid; test_metadata holds all of them against one case.
     turn = BITS.index(bits) + GROUP_SIZES.index(group_size)
     axis, metadata_dtype = AXES[turn % 2], METADATA_DTYPES[turn % 3]
-    block = 32 // min(PLANES[bits]) if axis == "channels" else max(group_size, 32 // min(PLANES[bits]))
+    block = 32 // min(layout.PLANES[bits]) if axis == "channels" else layout.packing_block(bits, group_size)
     shape = (2 * block, 2 * group_size) if axis == "channels" else (2 * block, 3)
     x = np.random.default_rng(bits * group_size).normal(0.3, 1.0, shape).astype(np.float32)
     got = round_trip(x, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata_dtype, factor_block=block)
-    check_against_naive(x, got, block, metadata_dtype)
+    check_against_layout(x, got, block, metadata_dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -101,9 +116,9 @@ def test_metadata(metadata_dtype: str, dtype: str):
         arguments = {"bits": 2, "group_size": 16, "axis": axis, "metadata_dtype": metadata_dtype, "factor_block": 32}
         got = round_trip(x, **arguments)
         assert got.packed.scale.dtype == got.packed.zero.dtype == jnp.dtype(metadata_dtype)
-        check_against_naive(x, got, 32, metadata_dtype)
+        check_against_layout(x, got, 32, metadata_dtype)
         if metadata_dtype == "float16":  # not compiled, the same bits
-            jax.tree.map(np.testing.assert_array_equal, got.packed, quantize(jnp.asarray(x), **arguments))
+            jax.tree.map(np.testing.assert_array_equal, got.packed, encode_minmax(jnp.asarray(x), Packing(**arguments)))
 
 
 @pytest.mark.parametrize(("metadata_dtype", "bits"), [("float16", 1), ("bfloat16", 2), ("float8_e4m3fn", 8)])
@@ -142,7 +157,7 @@ def test_extreme_values_stay_finite(metadata_dtype: str):
         for leaf in jax.tree.leaves(got):
             assert np.isfinite(np.asarray(leaf).astype(np.float32)).all()
         if not tiny:  # whether subnormal numbers are flushed to zero is the platform's choice
-            assert naive.quantize_block(block, 2, 16, axis, metadata_dtype).adopt(np.asarray(got.codes))
+            assert layout.quantize(block, 2, 16, axis, metadata_dtype, 32).adopt(np.asarray(got.codes))
 
 
 def test_float16_metadata_clamps():
@@ -174,14 +189,8 @@ def test_bytes_are_those_of_the_bits(bits: int):
     x = jax.ShapeDtypeStruct((2, 3, tokens, channels), jnp.float32)
     heads = 2 * 3
     for metadata_dtype, size in (("float16", 2), ("bfloat16", 2), ("float8_e4m3fn", 1)):
-        arguments = {
-            "bits": bits,
-            "group_size": 32,
-            "axis": "channels",
-            "metadata_dtype": metadata_dtype,
-            "factor_block": 64,
-        }
-        got = jax.eval_shape(functools.partial(quantize, **arguments), x)
+        packing = Packing(bits, 32, "channels", metadata_dtype, factor_block=64)
+        got = jax.eval_shape(functools.partial(encode_minmax, packing=packing), x)
         factors = heads * 2 * 2 * 4 if size == 1 else 0
         assert (
             sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(got))
@@ -229,4 +238,4 @@ def test_wrong_input_is_named(change: dict, message: str):
     arguments = {"tokens": 32, "channels": 32, "bits": 2, "group_size": 16, "axis": "tokens"} | change
     x = jnp.zeros((1, 1, arguments.pop("tokens"), arguments.pop("channels")))
     with pytest.raises(ValueError, match=message):
-        quantize(x, **arguments)
+        encode_minmax(x, Packing(**arguments))

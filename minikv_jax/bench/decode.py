@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import cuda_ffi
 import pallas_kernels
+from cuda_ffi import Packed, Region, Storage
 from minikv_jax.bench.timing import Benchmark, Row, chain, chained_ms, extra_in_loop_ms, loop
 
 _KERNELS = {"cuda": cuda_ffi.decode_attention, "pallas": pallas_kernels.decode_attention}
@@ -51,8 +52,15 @@ SHAPES = (
 )
 
 
-def random_cache(shape: DecodeShape) -> dict[str, Any]:
-    """The cache arguments of a kernel's `decode_attention`: random words, metadata and tail."""
+class Cache(NamedTuple):
+    """The regions that both packages' `decode_attention` reads, by the names of the fields."""
+
+    packed: Region[Packed]
+    tail: Region[jax.Array]
+
+
+def random_cache(shape: DecodeShape) -> Cache:
+    """A cache of random words, metadata and tail."""
     keys = iter(jax.random.split(jax.random.key(1), 8))
     lead = (shape.batch, shape.kv_heads)
     words = (*lead, shape.tokens * shape.bits // 32, shape.head_dim)
@@ -63,18 +71,16 @@ def random_cache(shape: DecodeShape) -> dict[str, Any]:
     def metadata(size: tuple[int, ...]) -> jax.Array:
         return (0.2 + jax.random.uniform(next(keys), size)).astype(jnp.float16)
 
-    return {
-        "k_planes": (jax.random.bits(next(keys), words, jnp.uint32),),
-        "k_scale": metadata(key_rows),
-        "k_zero": -metadata(key_rows),
-        "v_planes": (jax.random.bits(next(keys), words, jnp.uint32),),
-        "v_scale": metadata(value_rows),
-        "v_zero": -metadata(value_rows),
-        "tail_k": jax.random.normal(next(keys), tail, jnp.bfloat16),
-        "tail_v": jax.random.normal(next(keys), tail, jnp.bfloat16),
-        "packed_length": jnp.full((shape.batch,), shape.tokens, jnp.int32),
-        "tail_length": jnp.full((shape.batch,), shape.tail, jnp.int32),
-    }
+    def packed(rows: tuple[int, ...]) -> Packed:
+        return Packed((jax.random.bits(next(keys), words, jnp.uint32),), metadata(rows), -metadata(rows))
+
+    def lengths(tokens: int) -> jax.Array:
+        return jnp.full((shape.batch,), tokens, jnp.int32)
+
+    tail_k, tail_v = (jax.random.normal(next(keys), tail, jnp.bfloat16) for _ in "kv")
+    return Cache(
+        Region(packed(key_rows), packed(value_rows), lengths(shape.tokens)), Region(tail_k, tail_v, lengths(shape.tail))
+    )
 
 
 def stored_bytes(shape: DecodeShape) -> int:
@@ -130,9 +136,9 @@ def _row(
     }
 
 
-def _decode(kernel: Callable[..., jax.Array], shape: DecodeShape, q: jax.Array, cache: dict[str, Any]) -> jax.Array:
-    bits = {"k_bits": shape.bits, "v_bits": shape.bits, "group_size": shape.group_size}
-    return kernel(q, **cache, **bits, scale=shape.head_dim**-0.5)
+def _decode(kernel: Callable[..., jax.Array], shape: DecodeShape, q: jax.Array, cache: Cache) -> jax.Array:
+    storage = Storage(shape.bits, shape.bits, shape.group_size)
+    return kernel(q, cache.packed, cache.tail, storage=storage, scale=shape.head_dim**-0.5)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -46,10 +46,11 @@ def bench_prefill(shape: PrefillShape) -> Benchmark:
     q, k, v = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes)
     lengths = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
     row = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.tokens), jnp.float32)
+    scale = shape.head_dim**-0.5
     programs = {
         "cudnn": jax.jit(_cudnn).lower(q, k, v),
-        "rows": jax.jit(row_log_sum_exp).lower(q, k, lengths),
-        "columns": jax.jit(column_sums).lower(q, k, lengths, row),
+        "rows": jax.jit(functools.partial(row_log_sum_exp, scale=scale)).lower(q, k, lengths),
+        "columns": jax.jit(functools.partial(column_sums, scale=scale)).lower(q, k, lengths, row),
     }
     programs |= {x: jax.jit(functools.partial(_attend, x)).lower(q, k, v, lengths) for x in _IMPLEMENTATIONS}
     return Benchmark(programs, functools.partial(_measure, shape, (q, k, v)))

@@ -1,6 +1,6 @@
 """The KV cache as a value: frozen pytrees with static capacities and true lengths per row.
 
-A layer keeps two regions (`docs/architecture.md`, "A layer's cache"): packed codes, and a full-precision tail whose
+A layer keeps two regions (`docs/packed-layout.md`): packed codes, and a full-precision tail whose
 first slots are the sinks. `ops/compress.py` makes a layer from a prompt, `ops/append.py` adds tokens and packs a full
 tail, `ops/evict.py` drops tokens; all are pure and update in place inside a compiled loop. Capacities are functions of
 the method and the sizes (`capacity.py`), so that the bytes of a cache are known before it exists.

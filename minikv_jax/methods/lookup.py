@@ -38,7 +38,12 @@ def get(name: str) -> Method:
 
 def resolve(method: str | Method) -> Method:
     """A method by name, or the method itself. Raises ValueError for anything else."""
-    return method if isinstance(method, Method) else get(method)
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        # The type, not the value, which may be a whole cache.
+        raise ValueError(f"method is a {type(method).__name__}: expected a Method or a method's name")
+    return get(method)
 
 
 def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:

@@ -155,7 +155,7 @@ class Llama(nnx.Module):
     """A Llama-like decoder. Parameters and activations have `dtype`; norms, rotary and logits are computed in float32.
 
     Linear kernels are stored `[in, out]` and embeddings `[V, D]`, so that no matmul needs a transposed copy. Layers are
-    separate modules, not one stacked array: per-layer caches then update in place (docs/architecture.md).
+    separate modules, not one stacked array: per-layer caches then update in place (docs/memory.md).
     Raises ValueError for a dtype other than float32, bfloat16 and float16.
     """
 

@@ -23,7 +23,7 @@ import jax
 IMPLEMENTATIONS = ("xla", "pallas", "cuda")
 _KERNELS_FIRST = ("cuda", "pallas", "xla")
 _TIMING_TOLERANCE = 1.05  # times of one kernel in two runs differ by as much; within it, _KERNELS_FIRST decides
-_RESULTS = pathlib.Path(__file__).parents[1] / "bench" / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "bench" / "results"  # of `bench`, a file per device
 
 _log = logging.getLogger("minikv_jax")
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     if jax.default_backend() != "gpu":
         return ("xla",)
     device = jax.devices()[0]
-    rows = [row for row in _recorded(device.device_kind, device.compute_capability) if row["op"] == op]
+    rows = [row for row in recorded(device.device_kind, device.compute_capability) if row["op"] == op]
     if not rows:
         return _KERNELS_FIRST
     nearest = min((row["sizes"] for row in rows), key=lambda recorded: _distance(recorded, sizes))
@@ -107,9 +107,9 @@ def package(implementation: str) -> ModuleType:
 
 
 @functools.cache
-def _recorded(device_kind: str, compute_capability: str) -> tuple[dict, ...]:
+def recorded(device_kind: str, compute_capability: str, results: pathlib.Path = RESULTS) -> tuple[dict, ...]:
     """Benchmark rows of this kind of device or, if there are none, of one of the same compute capability."""
-    reports = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("kernels_*.json"))]
+    reports = [json.loads(path.read_text()) for path in sorted(results.glob("kernels_*.json"))]
     own = [report for report in reports if report["device"] == device_kind]
     related = [report for report in reports if report["compute_capability"] == compute_capability]
     return tuple(row for report in (own or related)[:1] for row in report["results"])

@@ -38,8 +38,8 @@ def updated(layer: LayerCache, packed: Any, tail: Any) -> LayerCache:
     return dataclasses.replace(
         layer,
         packed=Region(
-            _quantized(packed.k, _codes(layer, "keys").packing),
-            _quantized(packed.v, _codes(layer, "values").packing),
+            quantized(packed.k, _codes(layer, "keys").packing),
+            quantized(packed.v, _codes(layer, "values").packing),
             packed.length,
             layer.packed.positions,
         ),
@@ -66,6 +66,7 @@ def _packed(package: Any, x: QuantizedArray) -> Any:
     return package.Packed(x.planes, x.scale, x.zero, factors)
 
 
-def _quantized(x: Any, packing: Packing) -> QuantizedArray:
+def quantized(x: Any, packing: Packing) -> QuantizedArray:
+    """A package's `Packed` as the library's value."""
     scale_factor, zero_factor = x.factors or (None, None)
     return QuantizedArray(x.planes, x.scale, x.zero, scale_factor, zero_factor, packing)

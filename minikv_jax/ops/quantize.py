@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from minikv_jax import packing as packing_module
 from minikv_jax.cache.state import LayerSpec, Packed
 from minikv_jax.methods.base import Kind
-from minikv_jax.ops import dispatch
+from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.packing import Packing, QuantizedArray
 
 
@@ -51,10 +51,9 @@ def _kernel(implementation: str, x: Array, packing: Packing) -> QuantizedArray:
     options: dict[str, Any] = {"metadata_dtype": packing.metadata_dtype}
     if packing.has_factors:  # 16-bit metadata have none
         options["factor_block"] = packing.block
-    planes, scale, zero, scale_factor, zero_factor = dispatch.package(implementation).quantize(
-        x, bits=packing.bits, group_size=packing.group_size, axis=packing.axis, **options
-    )
-    return QuantizedArray(planes, scale, zero, scale_factor, zero_factor, packing)
+    kernel = dispatch.package(implementation).quantize
+    codes = kernel(x, bits=packing.bits, group_size=packing.group_size, axis=packing.axis, **options)
+    return kernel_arrays.quantized(codes, packing)
 
 
 _IMPLEMENTATIONS = {

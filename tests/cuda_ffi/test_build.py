@@ -37,7 +37,7 @@ def test_a_stale_library_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     path = tmp_path / "lib.so"
     info = f"sources={library.source_digest()} architectures=80,90a"
     command = [build.find_nvcc(), "-shared", "-Xcompiler", "-fPIC", f'-DMINIKV_BUILD_INFO="{info}"', "-o", str(path)]
-    subprocess.run([*command, str(library.SOURCE_DIR / "build_info.cu")], check=True)
+    subprocess.run([*command, str(library.SOURCE_DIR / "common" / "build_info.cu")], check=True)
     assert registration.check_library(path) == ("80", "90a")
     monkeypatch.setattr(registration, "source_digest", lambda: "other")
     with pytest.raises(NotImplementedError, match=r"lib\.so is stale"):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.cuda_ffi_reference import DTYPES, attention, attention_in, relative_error
+from oracle.attention import attention, attention_in, relative_error
+from oracle.layout import DTYPES
 from support import decode_checks
-from support.decode_checks import FACTOR, Case, abstract, check
+from support.decode_checks import FACTOR, Case, abstract, check, options, refusal_arguments
 
 import cuda_ffi
+from cuda_ffi import registration
 from cuda_ffi.decode_attention import Config
 
 CASES = decode_checks.CASES | {
@@ -31,7 +34,7 @@ CASES = decode_checks.CASES | {
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_matches_attention_over_the_dequantised_cache(name: str) -> None:
-    check(cuda_ffi.decode_attention, CASES[name], seed=len(name))
+    check(cuda_ffi, CASES[name], seed=len(name))
 
 
 def random_case(seed: int) -> Case:
@@ -48,10 +51,30 @@ def test_random_cases(first_seed: int) -> None:
     failures = []
     for seed in range(first_seed, first_seed + 25):
         try:
-            check(cuda_ffi.decode_attention, random_case(seed), seed)
+            check(cuda_ffi, random_case(seed), seed)
         except AssertionError as error:
             failures.append(f"seed {seed}, {random_case(seed)}: {error}")
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("metadata", ["float16", "float8_e4m3fn"])
+def test_decode_and_append_lower_without_a_gpu(metadata: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is one call of its handler; append gives back every array of the cache in the place of its argument."""
+    monkeypatch.setattr(registration, "load", lambda: None)
+    case = Case(metadata=metadata)
+    inputs, settings = abstract(cuda_ffi, case), options(cuda_ffi, case)
+    run: Any = functools.partial(cuda_ffi.decode_attention, **settings)
+    lowered = jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@minikv_decode_attention") == 1
+
+    token, count = jax.ShapeDtypeStruct((2, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    run = functools.partial(cuda_ffi.append, storage=settings["storage"], sinks=4, block=32)
+    lowered = jax.jit(run).trace(token, token, count, inputs.packed, inputs.tail).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("@minikv_append") == 1
+    assert text.count("output_operand_alias<") == 2 + 12
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (inputs[1:], lowered.out_info))
+    assert before == after
 
 
 @pytest.mark.parametrize(
@@ -66,9 +89,18 @@ def test_random_cases(first_seed: int) -> None:
     ],
 )
 def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> None:
-    arguments: dict[str, Any] = abstract(Case()) | {"k_bits": 2, "v_bits": 2, "group_size": 16} | change
     with pytest.raises(NotImplementedError, match=message):
-        cuda_ffi.decode_attention(**arguments)
+        cuda_ffi.decode_attention(**refusal_arguments(cuda_ffi, change))
+
+
+def test_factors_belong_to_float8_metadata() -> None:
+    case = Case(metadata="float8_e4m3fn")
+    inputs, plain = abstract(cuda_ffi, case), abstract(cuda_ffi, Case())
+    without = inputs.packed._replace(v=inputs.packed.v._replace(factors=None))
+    with_factors = plain.packed._replace(k=plain.packed.k._replace(factors=inputs.packed.k.factors))
+    for packed, message in ((without, "v has no factors with float8"), (with_factors, "k has factors with float16")):
+        with pytest.raises(ValueError, match=message):
+            cuda_ffi.decode_attention(inputs.q, packed, inputs.tail, **options(cuda_ffi, case))
 
 
 @pytest.mark.gpu
@@ -86,5 +118,6 @@ def test_unpacked_tokens_are_read_up_to_the_lengths(group: int, head_dim: int):
             keys, values = (x[b, h, :length].astype(np.float32) for x in (k, v))
             expected[b, heads] = attention(q[b, heads].astype(np.float32), keys, values, head_dim**-0.5)
             rounded[b, heads] = attention_in(dtype, q[b, heads], keys, values, head_dim**-0.5)
-    out = cuda_ffi.decode_unpacked(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths, jnp.int32))
+    tail = cuda_ffi.Region(jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths, jnp.int32))
+    out = cuda_ffi.decode_unpacked(jnp.asarray(q), tail, scale=head_dim**-0.5)
     assert relative_error(np.asarray(out), expected) <= FACTOR * relative_error(rounded, expected)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.cuda_ffi_reference import DTYPES, causal_attention, relative_error
+from oracle.attention import causal_attention, relative_error
+from oracle.layout import DTYPES
 
 import cuda_ffi
 from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
@@ -60,7 +61,7 @@ def check(case: Case, seed: int) -> None:
     want = causal_attention(q, k, v, lengths, scale, case.window)
     in_dtype = causal_attention(q, k, v, lengths, scale, case.window, np.float32)
     arguments = tuple(map(jnp.asarray, (q, k, v, lengths)))
-    options = {"scale": case.scale, "window": case.window, "with_scores": True}
+    options = {"scale": scale, "window": case.window, "with_scores": True}
     out, scores = cuda_ffi.prefill_attention(*arguments, **options)
     assert scores is not None
     assert out.dtype == q.dtype
@@ -72,7 +73,7 @@ def check(case: Case, seed: int) -> None:
     assert not np.asarray(out)[padding].any()
     assert not np.asarray(scores).swapaxes(1, 2)[padding].any()
 
-    lse = row_log_sum_exp(arguments[0], arguments[1], arguments[3], scale=case.scale, window=case.window)
+    lse = row_log_sum_exp(arguments[0], arguments[1], arguments[3], scale=scale, window=case.window)
     valid = np.broadcast_to(~padding[:, None], lse.shape)
     np.testing.assert_allclose(np.asarray(lse)[valid], want[2][valid], rtol=1e-6, atol=2e-6)
     assert np.isposinf(np.asarray(lse)[~valid]).all()
@@ -113,7 +114,7 @@ def test_one_program_serves_all_lengths_and_scores_are_optional() -> None:
     @jax.jit
     def run(lengths: jax.Array) -> jax.Array:
         traces.append(0)
-        out, scores = cuda_ffi.prefill_attention(q, k, v, lengths)
+        out, scores = cuda_ffi.prefill_attention(q, k, v, lengths, scale=1.0)
         assert scores is None
         return out
 
@@ -133,7 +134,7 @@ def test_one_program_serves_all_lengths_and_scores_are_optional() -> None:
     ],
 )
 def test_unsupported_cases_are_refused_by_name(change: dict, error: type[Exception], message: str) -> None:
-    options = {"dtype": jnp.bfloat16, "head_dim": 128, "heads": 4, "window": None, "scale": None} | change
+    options = {"dtype": jnp.bfloat16, "head_dim": 128, "heads": 4, "window": None, "scale": 1.0} | change
     q = jnp.zeros((1, 16, options["heads"], options["head_dim"]), options["dtype"])
     k = jnp.zeros((1, 16, 2, options["head_dim"]), options["dtype"])
     lengths = jnp.array([16], jnp.int32)
@@ -146,4 +147,4 @@ def test_unsupported_cases_are_refused_by_name(change: dict, error: type[Excepti
 def test_column_sums_want_the_log_sum_exp_of_their_shape() -> None:
     q = jnp.zeros((1, 16, 4, 128), jnp.bfloat16)
     with pytest.raises(ValueError, match="row_log_sum_exp"):
-        column_sums(q, q, jnp.array([16], jnp.int32), jnp.zeros((1, 4, 8), jnp.float32))
+        column_sums(q, q, jnp.array([16], jnp.int32), jnp.zeros((1, 4, 8), jnp.float32), scale=1.0)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.cuda_ffi_reference import DTYPES, Packed, quantize
+from oracle.layout import DTYPES, quantize
+from support.decode_checks import Case, abstract
 from support.quantize_checks import check_definition, check_nan_stays_in_its_group, inputs, same_bits
 
 import cuda_ffi
-from cuda_ffi.quantize import GROUP_SIZES
+from cuda_ffi.arrays import GROUP_SIZES
 
 
 @pytest.mark.gpu
@@ -45,11 +48,11 @@ def test_nan_stays_in_its_group(axis: str) -> None:
     check_nan_stays_in_its_group(cuda_ffi.quantize, axis)
 
 
-def pack_block(cache: dict, row: int, start: int, part: Packed, name: str) -> None:
-    old = (*cache[f"{name}_planes"], cache[f"{name}_scale"], cache[f"{name}_zero"], *cache.get(f"{name}_factors", ()))
-    for whole, new in zip(old, part.arrays, strict=True):
-        ratio = cache["capacity"] // whole.shape[2]
-        whole[row, :, start // ratio : start // ratio + new.shape[1]] = new
+def write_block(packed: Any, row: int, share: float, block: Any) -> None:
+    """Writes a packed block of one row, as far behind each array's start as `share` of its capacity."""
+    for array, new in zip(jax.tree.leaves(packed), block.arrays, strict=True):
+        start = round(share * array.shape[2])
+        array[row, :, start : start + new.shape[1]] = new
 
 
 @pytest.mark.gpu
@@ -76,53 +79,69 @@ def test_append_writes_and_flushes_in_place(
     metadata: str,
 ) -> None:
     rng = np.random.default_rng(capacity)
-    batch, kv_heads, packed = 3, 2, 3 * block
-    shape = (batch, kv_heads)
-    cache = {
-        "capacity": packed,
-        "k_planes": (np.zeros((*shape, packed * k_bits // 32, head_dim), np.uint32),),
-        "v_planes": (np.zeros((*shape, packed * v_bits // 32, head_dim), np.uint32),),
-        "k_scale": np.zeros((*shape, packed // group_size, head_dim), DTYPES[metadata]),
-        "k_zero": np.zeros((*shape, packed // group_size, head_dim), DTYPES[metadata]),
-        "v_scale": np.zeros((*shape, packed, head_dim // group_size), DTYPES[metadata]),
-        "v_zero": np.zeros((*shape, packed, head_dim // group_size), DTYPES[metadata]),
-        "tail_k": np.zeros((*shape, capacity, head_dim), DTYPES[dtype]),
-        "tail_v": np.zeros((*shape, capacity, head_dim), DTYPES[dtype]),
-        "packed_length": np.zeros(batch, np.int32),
-        "tail_length": np.array([0, 5, capacity - 1], np.int32),
-    }
-    if metadata == "float8_e4m3fn":
-        for name in ("k_factors", "v_factors"):
-            cache[name] = tuple(np.zeros((*shape, packed // group_size, 1), np.float32) for _ in range(2))
-    device = {key: jax.tree.map(jnp.array, value) for key, value in cache.items() if key != "capacity"}
-    step = jax.jit(
-        lambda cache, k, v, count: cuda_ffi.append(
-            k, v, count, **cache, k_bits=k_bits, v_bits=v_bits, group_size=group_size, sinks=sinks, block=block
-        ),
-        donate_argnums=0,
+    batch, kv_heads, packed_capacity = 3, 2, 3 * block
+    package: Any = cuda_ffi  # its values hold NumPy arrays here
+
+    def zeros(rows: int, columns: int, dtype: str | type) -> np.ndarray:
+        return np.zeros((batch, kv_heads, rows, columns), DTYPES[dtype] if isinstance(dtype, str) else dtype)
+
+    def empty(bits: int, rows: int, columns: int) -> Any:
+        words = zeros(packed_capacity * bits // 32, head_dim, np.uint32)
+        blocks = (zeros(packed_capacity // group_size, 1, np.float32) for _ in range(2))
+        factors = tuple(blocks) if metadata == "float8_e4m3fn" else None
+        return package.Packed((words,), zeros(rows, columns, metadata), zeros(rows, columns, metadata), factors)
+
+    groups = packed_capacity // group_size
+    packed = package.Region(
+        empty(k_bits, groups, head_dim),
+        empty(v_bits, packed_capacity, head_dim // group_size),
+        np.zeros(batch, np.int32),
     )
+    tail_length = np.array([0, 5, capacity - 1], np.int32)
+    tail = package.Region(zeros(capacity, head_dim, dtype), zeros(capacity, head_dim, dtype), tail_length)
+    options = {"storage": cuda_ffi.Storage(k_bits, v_bits, group_size), "sinks": sinks, "block": block}
+    step = jax.jit(functools.partial(cuda_ffi.append, **options), donate_argnames=("packed", "tail"))
+    device = jax.tree.map(jnp.array, (packed, tail))
     for _ in range(2 * block + 3):
-        k, v = (rng.normal(size=(*shape, head_dim)).astype(DTYPES[dtype]) for _ in range(2))
+        k, v = (rng.normal(size=(batch, kv_heads, head_dim)).astype(DTYPES[dtype]) for _ in range(2))
         count = rng.integers(0, 4, batch).clip(0, 1).astype(np.int32)
-        device = step(device, jnp.asarray(k), jnp.asarray(v), jnp.asarray(count))
+        device = step(jnp.asarray(k), jnp.asarray(v), jnp.asarray(count), packed=device[0], tail=device[1])
         for b in range(batch):
-            n = cache["tail_length"][b]
+            n = tail.length[b]
             if count[b]:
-                cache["tail_k"][b, :, n], cache["tail_v"][b, :, n] = k[b], v[b]
+                tail.k[b, :, n], tail.v[b, :, n] = k[b], v[b]
                 n += 1
             if n == capacity:
-                start = int(cache["packed_length"][b])
+                share = packed.length[b] / packed_capacity
                 for name, bits, axis in (("k", k_bits, "tokens"), ("v", v_bits, "channels")):
-                    tail = cache[f"tail_{name}"]
-                    part = quantize(tail[b, :, sinks : sinks + block], bits, group_size, axis, metadata)
-                    pack_block(cache, b, start, part, name)
-                    tail[b, :, sinks : capacity - block] = tail[b, :, sinks + block :].copy()
-                cache["packed_length"][b] += block
+                    side = getattr(tail, name)
+                    part = quantize(side[b, :, sinks : sinks + block], bits, group_size, axis, metadata)
+                    write_block(getattr(packed, name), b, share, part)
+                    side[b, :, sinks : capacity - block] = side[b, :, sinks + block :].copy()
+                packed.length[b] += block
                 n -= block
-            cache["tail_length"][b] = n
-    for name, value in device.items():
-        for got, want in zip(jax.tree.leaves(value), jax.tree.leaves(cache[name]), strict=True):
-            assert same_bits(np.asarray(got), want), name
+            tail.length[b] = n
+    for (path, got), want in zip(jax.tree.leaves_with_path(device), jax.tree.leaves((packed, tail)), strict=True):
+        assert same_bits(np.asarray(got), want), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_bits": 3}, "k_bits=3"),
+        ({"group_size": 8}, "group_size=8"),
+        ({"block": 24}, "block=24"),
+        ({"sinks": 70}, "sinks=70"),
+    ],
+)
+def test_append_refuses_by_name(change: dict, message: str) -> None:
+    inputs = abstract(cuda_ffi, Case())
+    token: Any = jax.ShapeDtypeStruct((2, 2, 128), jnp.bfloat16)
+    settings = {"k_bits": 2, "v_bits": 2, "group_size": 16, "sinks": 4, "block": 32} | change
+    storage = cuda_ffi.Storage(settings.pop("k_bits"), settings.pop("v_bits"), settings.pop("group_size"))
+    count: Any = jax.ShapeDtypeStruct((2,), jnp.int32)
+    with pytest.raises((NotImplementedError, ValueError), match=message):
+        cuda_ffi.append(token, token, count, inputs.packed, inputs.tail, storage=storage, **settings)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import naive, naive_methods
+from oracle import layout, naive, naive_methods
 from support.layers import assert_close, cache_of, normal
 from support.tiny import tiny_config
 
@@ -68,7 +68,7 @@ def test_matches_naive(quantizer: Quantizer, kind: Kind):
         part = x[b, head, tokens]
         if isinstance(quantizer, RTN):
             packing = quantizer.k_bits, quantizer.group_size, "channels", "float16"
-            want = naive.quantize_block(part, *packing).dequantize()
+            want = layout.quantize(part, *packing).dequantize()
         elif isinstance(quantizer, FP8):
             want = naive_methods.fp8(part, quantizer.format)
         else:

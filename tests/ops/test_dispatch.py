@@ -13,14 +13,20 @@ from jax import Array, lax
 from support.tiny import random_ids, tiny_model
 from transformers import PreTrainedTokenizerBase
 
-from minikv_jax import inference, layerwise
-from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache, LayerCache
-from minikv_jax.methods import lookup as presets
+from minikv_jax import layerwise
+from minikv_jax.cache.capacity import capacities
+from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec, Region, empty_region
+from minikv_jax.decode import decode
+from minikv_jax.methods import lookup
+from minikv_jax.methods.kivi import MinMax
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
-from minikv_jax.ops import dispatch as kernels
-from minikv_jax.ops.decode_attention import decode_attention, prefill_attention, quantize
+from minikv_jax.ops import dispatch
+from minikv_jax.ops.decode_attention import decode_attention
+from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.ops.quantize import quantize
+from minikv_jax.packing import Packing
+from minikv_jax.prefill import prefill
 from pallas_kernels import hopper
 
 SIZES = {"batch": 1, "tokens": 4096}
@@ -35,20 +41,20 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if JAX ran on a GPU, without recorded measurements."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="this", compute_capability="9.0")])
-    monkeypatch.setattr(kernels, "_recorded", lambda *device: ())
+    monkeypatch.setattr(dispatch, "recorded", lambda *device: ())
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_without_a_gpu_xla_runs():
-    assert kernels.order("decode_attention", SIZES) == ("xla",)
+    assert dispatch.order("decode_attention", SIZES) == ("xla",)
 
 
 @pytest.mark.usefixtures("on_gpu")
 def test_the_first_that_takes_the_case_runs_and_is_named(caplog: pytest.LogCaptureFixture):
     runners = {"xla": lambda: "xla", "pallas": lambda: "pallas", "cuda": refuse}
     with caplog.at_level(logging.INFO, "minikv_jax"):
-        assert kernels.run("op", None, SIZES, runners) == "pallas"
-        assert kernels.run("op", None, SIZES, runners | {"pallas": refuse}) == "xla"
+        assert dispatch.run("op", None, SIZES, runners) == "pallas"
+        assert dispatch.run("op", None, SIZES, runners | {"pallas": refuse}) == "xla"
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0].endswith("not cuda: bits=3")
     assert messages[1].endswith(": pallas")
@@ -58,13 +64,23 @@ def test_the_first_that_takes_the_case_runs_and_is_named(caplog: pytest.LogCaptu
 @pytest.mark.usefixtures("on_gpu")
 def test_a_named_implementation_runs_or_raises():
     runners = {"xla": lambda: "xla", "pallas": refuse}
-    assert kernels.run("op", "xla", SIZES, runners) == "xla"
+    assert dispatch.run("op", "xla", SIZES, runners) == "xla"
     with pytest.raises(NotImplementedError, match="bits=3"):
-        kernels.run("op", "pallas", SIZES, runners)
+        dispatch.run("op", "pallas", SIZES, runners)
     with pytest.raises(NotImplementedError, match="op: no 'cuda' kernel"):
-        kernels.run("op", "cuda", SIZES, runners)
+        dispatch.run("op", "cuda", SIZES, runners)
     with pytest.raises(ValueError, match="implementation='triton': expected one of xla, pallas, cuda"):
-        kernels.run("op", "triton", SIZES, runners)
+        dispatch.run("op", "triton", SIZES, runners)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_refusal_lists_every_reason():
+    def too_wide() -> str:
+        raise NotImplementedError("head_dim=512")
+
+    with pytest.raises(NotImplementedError) as refusal:
+        dispatch.run("op", None, SIZES, {"pallas": too_wide, "cuda": refuse})
+    assert str(refusal.value) == "op: no implementation supports the case: cuda: bits=3; pallas: head_dim=512"
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -76,11 +92,11 @@ def test_the_nearest_recorded_shape_decides(monkeypatch: pytest.MonkeyPatch):
     recorded = tuple(
         row(name, n, ms) for n, pair in times.items() for name, ms in zip(("cuda", "pallas"), pair, strict=True)
     )
-    monkeypatch.setattr(kernels, "_recorded", lambda *device: recorded)
-    assert kernels.order("op", SIZES) == ("cuda", "pallas", "xla")
-    assert kernels.order("op", SIZES | {"tokens": 50000}) == ("pallas", "cuda", "xla")
-    assert kernels.order("op", SIZES | {"tokens": 2_000_000}) == ("cuda", "pallas", "xla")  # as good as alike
-    assert kernels.order("another op", SIZES) == ("cuda", "pallas", "xla")
+    monkeypatch.setattr(dispatch, "recorded", lambda *device: recorded)
+    assert dispatch.order("op", SIZES) == ("cuda", "pallas", "xla")
+    assert dispatch.order("op", SIZES | {"tokens": 50000}) == ("pallas", "cuda", "xla")
+    assert dispatch.order("op", SIZES | {"tokens": 2_000_000}) == ("cuda", "pallas", "xla")  # as good as alike
+    assert dispatch.order("another op", SIZES) == ("cuda", "pallas", "xla")
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -89,26 +105,22 @@ def test_rows_of_the_same_sizes_count_alike(monkeypatch: pytest.MonkeyPatch):
     rows = [("cuda", 1.0), ("pallas", 3.0), ("cuda", 2.0), ("pallas", 1.9)]
     recorded = tuple({"op": "op", "implementation": name, "sizes": SIZES, "ms": ms} for name, ms in rows)
     for order in (recorded, recorded[::-1]):
-        monkeypatch.setattr(kernels, "_recorded", lambda *device, order=order: order)
-        assert kernels.order("op", SIZES) == ("cuda", "pallas", "xla")
+        monkeypatch.setattr(dispatch, "recorded", lambda *device, order=order: order)
+        assert dispatch.order("op", SIZES) == ("cuda", "pallas", "xla")
 
 
-def test_records_of_the_same_device_or_else_of_the_same_architecture(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-):
+def test_records_of_the_same_device_or_else_of_the_same_architecture(tmp_path: pathlib.Path):
     for device, capability in (("this", "9.0"), ("that", "9.0"), ("older", "8.0")):
         report = {"device": device, "compute_capability": capability, "results": [{"op": device}]}
         (tmp_path / f"kernels_{device}.json").write_text(json.dumps(report))
-    monkeypatch.setattr(kernels, "_RESULTS", tmp_path)
-    recorded = kernels._recorded.__wrapped__
-    assert recorded("this", "9.0") == ({"op": "this"},)
-    assert recorded("another", "9.0") == ({"op": "that"},)  # of one device, not of several
-    assert recorded("another", "8.0") == ({"op": "older"},)
-    assert recorded("another", "12.0") == ()
+    assert dispatch.recorded("this", "9.0", tmp_path) == ({"op": "this"},)
+    assert dispatch.recorded("another", "9.0", tmp_path) == ({"op": "that"},)  # of one device, not of several
+    assert dispatch.recorded("another", "8.0", tmp_path) == ({"op": "older"},)
+    assert dispatch.recorded("another", "12.0", tmp_path) == ()
 
 
 def test_recorded_rows_have_what_the_choice_reads():
-    for path in pathlib.Path(kernels.__file__).parents[1].glob("bench/results/kernels_*.json"):
+    for path in dispatch.RESULTS.glob("kernels_*.json"):
         report = json.loads(path.read_text())
         assert report["device"]
         assert report["compute_capability"]
@@ -118,7 +130,7 @@ def test_recorded_rows_have_what_the_choice_reads():
             shapes[row["implementation"]].append((row["op"], row["shape"]))
         assert len({tuple(found) for found in shapes.values()}) == 1  # each implementation has every shape
         for row in report["results"]:
-            assert row["implementation"] in kernels.IMPLEMENTATIONS
+            assert row["implementation"] in dispatch.IMPLEMENTATIONS
             assert row["ms"] > 0
             assert set(row["sizes"]) >= {"batch", "tokens", "kv_heads", "head_dim"}
 
@@ -130,9 +142,9 @@ def test_kernels_asked_for_by_name_need_their_gpu(name: str):
     with pytest.raises(NotImplementedError, match=r"GPU|build it with"):
         prefill_attention(q, q, q, jnp.array([32]), implementation=name)
     with pytest.raises(NotImplementedError, match=r"GPU|build it with"):
-        quantize(q.swapaxes(1, 2), bits=2, group_size=16, axis="tokens", implementation=name)
+        quantize(q.swapaxes(1, 2), Packing(2, 16, "tokens"), implementation=name)
     tail, nothing = q.swapaxes(1, 2), jnp.zeros(1, jnp.int32)
-    layer = LayerCache(None, None, tail, tail, nothing, nothing, None, None, presets.get("full"), None)
+    layer = LayerCache(empty_region(nothing), Region(tail, tail, nothing, None), None, LayerSpec(lookup.get("full")))
     with pytest.raises(NotImplementedError, match=r"GPU|build it with"):
         decode_attention(q[:, 0], layer, implementation=name)
 
@@ -143,11 +155,11 @@ def test_generation_by_pallas_kernels_lowers_without_a_gpu(monkeypatch: pytest.M
     model = tiny_model(dtype="bfloat16", head_dim=64, num_hidden_layers=1, max_position_embeddings=512)
 
     def run(ids: Array) -> Array:
-        hidden, cache = inference.prefill(model, ids, jnp.array([300]), presets.get("minikv"), 150, "pallas")
+        hidden, cache = prefill(model, ids, jnp.array([300]), "minikv", 150, "pallas")
 
         def step(_: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
             token = jnp.argmax(model.logits(carry[0]), -1)
-            return inference.decode(model, carry[1], token, jnp.ones(1, jnp.int32), "pallas")
+            return decode(model, carry[1], token, jnp.ones(1, jnp.int32), "pallas")
 
         return lax.fori_loop(0, 150, step, (hidden, cache))[0]
 
@@ -166,17 +178,17 @@ def bfloat16_model() -> tuple[Llama, PreTrainedTokenizerBase]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["cuda", "pallas"])
-@pytest.mark.parametrize("method", ["minikv", "kivi-4", "full", "twin-4bit"])
+@pytest.mark.parametrize("name", ["minikv", "kivi-4", "full", "twin-4bit"])
 def test_a_layers_cache_reads_alike(
-    method: str, implementation: str, bfloat16_model: tuple[Llama, PreTrainedTokenizerBase]
+    name: str, implementation: str, bfloat16_model: tuple[Llama, PreTrainedTokenizerBase]
 ):
     """The same stored layers by XLA and by the kernel."""
     model, _ = bfloat16_model
     rng = np.random.default_rng(0)
-    prompt, lengths, config = rng.integers(0, model.config.vocab_size, (1, 700)), np.array([700]), presets.get(method)
+    prompt, lengths, method = rng.integers(0, model.config.vocab_size, (1, 700)), np.array([700]), lookup.get(name)
     layers = layerwise.prefill_layers(model, prompt, lengths, True, "xla")[1]
-    capacities = memory.capacities(model.config, config, 700, 1)
-    layer = layerwise.compress_layers(model.config, config, layers, lengths, capacities, "xla").cache.layers[3]
+    sizes = capacities(model.config, method, 700, 1)
+    layer = layerwise.compress_layers(model.config, method, layers, lengths, sizes, "xla").cache.layers[3]
     q = jnp.asarray(rng.normal(size=(1, 9, 64)), jnp.bfloat16)
     exact = decode_attention(q.astype(jnp.float32), layer, implementation="xla")
     by_xla = decode_attention(q, layer, implementation="xla").astype(jnp.float32)
@@ -184,9 +196,15 @@ def test_a_layers_cache_reads_alike(
     assert jnp.linalg.norm(by_kernel - exact) <= 2 * jnp.linalg.norm(by_xla - exact) + 1e-6
 
 
-def test_presets_that_the_kernels_run():
-    """The flagship presets stay within what the CUDA kernels store: 2 or 4 bits, groups of 16 to 128."""
-    for name in ("minikv", "minikv-pyramid", "kivi-2", "kivi-4", "q-hitter", "twin-4bit", "twin-4bit-half"):
-        config = presets.get(name)
-        assert config.k_bits in (2, 4)
-        assert config.v_bits in (2, 4)
+@pytest.mark.parametrize(
+    "name", ["minikv", "minikv-pyramid", "kivi-2", "kivi-4", "q-hitter", "twin-4bit", "twin-4bit-half"]
+)
+def test_methods_that_the_kernels_run(name: str):
+    """The flagship methods stay within what the CUDA kernels pack and read: 2 or 4 bits, groups of 16 to 128."""
+    quantizer = lookup.get(name).quantizer
+    assert isinstance(quantizer, MinMax)
+    assert quantizer.kernel_packs
+    assert quantizer.kernel_reads
+    assert quantizer.k_bits in (2, 4)
+    assert quantizer.v_bits in (2, 4)
+    assert 16 <= quantizer.group_size <= 128

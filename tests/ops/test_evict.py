@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any, cast
 
 import jax
@@ -13,36 +14,45 @@ from support.layers import assert_close, cache_of, normal
 from support.projections import VOCABULARY, Projections, projections
 from support.tiny import tiny_config, tiny_model
 
-from minikv_jax import inference
 from minikv_jax.cache import memory
+from minikv_jax.cache.budgets import budgets_from_scores
 from minikv_jax.cache.checkpoint import restore_cache, save_cache
-from minikv_jax.cache.state import KVCache, LayerCache
+from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec
+from minikv_jax.decode import decode, extend
 from minikv_jax.generate import generate
-from minikv_jax.methods import lookup as presets
-from minikv_jax.methods.base import SCORERS, register_scorer
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods import contracts, lookup
+from minikv_jax.methods.base import Amount, LayerInputs, Method, Share, Tokens
+from minikv_jax.methods.h2o import H2O
+from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.minikv import Variance
+from minikv_jax.methods.pyramidkv import Pyramid
+from minikv_jax.methods.snapkv import SnapKV
+from minikv_jax.methods.tova import TOVA
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.decode_attention import decode_attention_weights
-from minikv_jax.ops.evict import Eviction, evict
-from minikv_jax.ops.select import budgets_from_scores
+from minikv_jax.ops.evict import evict
+from minikv_jax.prefill import prefill, prefill_layer
 
 LENGTHS, BUCKET, STEPS = [50, 31, 12, 3], 64, 30
-CONFIGS = {
-    "h2o": dataclasses.replace(presets.get("h2o"), evict_every=1),
-    "h2o-counts": CacheConfig(scorer="cumulative", heavy=9, recent=5, sinks=2, evict_every=7),
-    "h2o-pyramid": CacheConfig(scorer="cumulative", heavy=0.2, recent=0.1, budget="pyramid", evict_every=4),
-    "tova": dataclasses.replace(presets.get("tova"), evict_every=1),
-    "streaming-llm": CacheConfig(sinks=3, recent=10, evict_every=6),
-    "never-full": CacheConfig(scorer="cumulative", heavy=20, recent=20, evict_every=500),
+METHODS = {
+    "h2o": dataclasses.replace(lookup.get("h2o"), evict_every=1),
+    "h2o-counts": Method(scorer=H2O(), heavy=9, recent=5, sinks=2, evict_every=7),
+    "h2o-pyramid": Method(scorer=H2O(), heavy=0.2, recent=0.1, budget=Pyramid(), evict_every=4),
+    "tova": dataclasses.replace(lookup.get("tova"), evict_every=1),
+    "streaming-llm": Method(sinks=3, recent=10, evict_every=6),
+    "never-full": Method(scorer=H2O(), heavy=20, recent=20, evict_every=500),
 }
 
 
 class Head:
     """What one KV head of one row holds: tokens by their place in the text, each with a score."""
 
-    def __init__(self, scores: np.ndarray, length: int, sinks: int, heavy: float | int, recent: float | int):
-        tokens = lambda budget: budget if isinstance(budget, int) else naive.tokens_of(budget, length)  # noqa: E731
-        self.sinks, self.heavy, self.recent = sinks, tokens(heavy), tokens(recent)
+    def __init__(self, scores: np.ndarray, length: int, sinks: int, heavy: Amount, recent: Amount):
+        self.sinks = sinks
+        self.heavy, self.recent = (
+            amount.count if isinstance(amount, Tokens) else naive.tokens_of(amount, length)
+            for amount in (heavy, recent)
+        )
         kept = naive.kept_positions(scores, length, sinks=sinks, heavy=self.heavy, recent=self.recent)
         self.scores = {place: float(scores[place]) for place in kept}
 
@@ -60,20 +70,20 @@ class Head:
 class Text:
     """Every row's tokens so far, and the caches of all layers; evicts as the papers say."""
 
-    def __init__(self, model: Projections, config: CacheConfig, ids: np.ndarray):
-        self.model, self.config = model, config
+    def __init__(self, model: Projections, method: Method, ids: np.ndarray):
+        self.model, self.method = model, method
         self.ids = [list(row[:n]) for row, n in zip(ids, LENGTHS, strict=True)]
         layers = model.config.num_hidden_layers
-        shares = naive.layer_shares(config, layers)
+        shares = naive.layer_shares(method, layers)
         self.heads: list[list[list[Head]]] = []
         for layer in range(layers):
-            heavy = shares[layer] if isinstance(config.heavy, int) else shares[layer] / 10000
+            heavy = Tokens(shares[layer]) if isinstance(method.heavy, Tokens) else Share(shares[layer] / 10000)
             scores = self.prompt_scores(*(table[layer][ids] for table in (model.q, model.k)))
-            kinds = config.sinks, heavy, config.recent
+            kinds = method.sinks, heavy, method.recent
             self.heads.append([[Head(head, n, *kinds) for head in row] for row, n in zip(scores, LENGTHS, strict=True)])
 
     def prompt_scores(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
-        if self.config.scorer != "tova":
+        if not isinstance(self.method.scorer, TOVA):
             return naive.prefill_attention(q, k, k, LENGTHS)[1]
         last = naive.window_scores(q, k, LENGTHS, observation_window=1, pooling="max", pooling_kernel=1)
         return np.broadcast_to(last.sum(axis=1, keepdims=True) / q.shape[2], last.shape)
@@ -96,12 +106,12 @@ class Text:
                     out[layer, n] = of_query @ values
                     weights += of_query
                 given.append(weights)
-            if self.config.scorer == "tova":
+            if isinstance(self.method.scorer, TOVA):
                 given = [np.mean(given, axis=0)] * kv_heads
             for head, weights in zip(rows[row], given, strict=True):
                 for at, weight in zip(head.scores, weights, strict=True):
-                    head.scores[at] = weight + (0 if self.config.scorer == "tova" else head.scores[at])
-                if len(head.scores) == head.budget + cast(int, self.config.evict_every):
+                    head.scores[at] = weight + (0 if isinstance(self.method.scorer, TOVA) else head.scores[at])
+                if len(head.scores) == head.budget + cast(int, self.method.evict_every):
                     head.cut_back()
         return out
 
@@ -115,11 +125,11 @@ def assert_same(cache: KVCache, text: Text) -> None:
     for number, layer in enumerate(cache.layers):
         for row, heads in enumerate(text.heads[number]):
             for at, head in enumerate(heads):
-                count = int(layer.tail_length[row])
+                count = int(layer.tail.length[row])
                 assert count == len(head.scores)
                 keys, values = text.stored(number, row, at)
-                np.testing.assert_array_equal(layer.tail_k[row, at, :count], keys)
-                np.testing.assert_array_equal(layer.tail_v[row, at, :count], values)
+                np.testing.assert_array_equal(layer.tail.k[row, at, :count], keys)
+                np.testing.assert_array_equal(layer.tail.v[row, at, :count], values)
                 assert layer.eviction is not None
                 if layer.eviction.scores is not None:
                     assert_close(layer.eviction.scores[row, at, :count], np.array(list(head.scores.values())))
@@ -133,33 +143,33 @@ def inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return ids[:, :BUCKET], ids[:, BUCKET:]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
 def test_decode_evicts_like_naive(name: str):
     """Ragged rows, grouped queries, a row that pauses and one that is shorter than its budget; bytes as foretold."""
-    config = CONFIGS[name]
+    method = METHODS[name]
     model = projections(2, (6, 2))
     llama = cast(Llama, model)
     ids, new_ids = inputs()
-    prefill = jax.jit(lambda ids, lengths: inference.prefill(llama, ids, lengths, config, STEPS)[1])
-    cache = prefill(ids, np.array(LENGTHS))
-    text = Text(model, config, ids)
+    run_prefill = jax.jit(lambda ids, lengths: prefill(llama, ids, lengths, method, STEPS)[1])
+    cache = run_prefill(ids, np.array(LENGTHS))
+    text = Text(model, method, ids)
     assert_same(cache, text)
     report = memory.report(
-        model.config, config, prompt_length=BUCKET, max_new_tokens=STEPS, batch=len(LENGTHS), dtype="float32"
+        model.config, method, prompt_length=BUCKET, max_new_tokens=STEPS, batch=len(LENGTHS), dtype="float32"
     )
     assert cache.nbytes == report.bytes
     traces = []
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def decode(*args: Any) -> tuple[jax.Array, KVCache]:
+    def step(*args: Any) -> tuple[jax.Array, KVCache]:
         traces.append(args)
-        return inference.decode(llama, *args)
+        return decode(llama, *args)
 
     shrank = 0
     for t in range(STEPS):
         active = np.array([1, 1, t % 5 != 2, t < 20], np.int32)
         before = cache.kept_tokens
-        hidden, cache = decode(cache, new_ids[:, t], active)
+        hidden, cache = step(cache, new_ids[:, t], active)
         for row in np.flatnonzero(active).tolist():
             assert_close(hidden[row], text.step(row, int(new_ids[row, t])), 2e-5)
         assert_same(cache, text)
@@ -169,16 +179,16 @@ def test_decode_evicts_like_naive(name: str):
 
 
 def test_more_tokens_at_once_are_one_decode_step_each():
-    config, model = CONFIGS["h2o-counts"], projections(2, (4, 2))
+    method, model = METHODS["h2o-counts"], projections(2, (4, 2))
     llama = cast(Llama, model)
     ids, new_ids = inputs(2)
-    prefill = jax.jit(lambda: inference.prefill(llama, jnp.asarray(ids), jnp.asarray(LENGTHS), config, 4)[1])
+    run_prefill = jax.jit(lambda: prefill(llama, jnp.asarray(ids), jnp.asarray(LENGTHS), method, 4)[1])
     counts = np.array([STEPS, 11, 0, 1], np.int32)
-    text = Text(model, config, ids)
+    text = Text(model, method, ids)
     outs = [[text.step(row, int(new_ids[row, t])) for t in range(count)] for row, count in enumerate(counts)]
-    cache = prefill()
+    cache = run_prefill()
     assert cache.room() < STEPS
-    hidden, cache = jax.jit(lambda *args: inference.extend(llama, *args))(cache.grow(STEPS), new_ids, counts)
+    hidden, cache = jax.jit(lambda *args: extend(llama, *args))(cache.grow(STEPS), new_ids, counts)
     assert_same(cache, text)
     for row, count in enumerate(counts):
         if count:
@@ -186,12 +196,12 @@ def test_more_tokens_at_once_are_one_decode_step_each():
     assert cache.length.tolist() == (np.array(LENGTHS) + counts).tolist()
 
 
-def test_memory_does_not_grow_with_the_answer(tmp_path: Any):
+def test_memory_does_not_grow_with_the_answer(tmp_path: pathlib.Path):
     """`generate` goes on in the same bytes, however long the answer; a cache from a file goes on alike."""
     model = tiny_model(max_position_embeddings=400)
-    config = CacheConfig(scorer="cumulative", heavy=8, recent=8, evict_every=4)
+    method = Method(scorer=H2O(), heavy=8, recent=8, evict_every=4)
     prompts = [list(range(40)), list(range(50, 59))]
-    short, long = (generate(model, prompts, cache=config, max_new_tokens=n, eos_token_ids=()) for n in (30, 200))
+    short, long = (generate(model, prompts, method=method, max_new_tokens=n, eos_token_ids=()) for n in (30, 200))
     assert short.cache.nbytes == long.cache.nbytes
     assert short.tokens.tolist() == long.tokens[:, :30].tolist()
     assert int(long.cache.kept_tokens.max()) < 20
@@ -206,9 +216,9 @@ def test_memory_does_not_grow_with_the_answer(tmp_path: Any):
 
 def test_variance_grants_counts_beyond_the_prompt():
     """A count of heavy tokens is reached while the answer grows, whatever rule spreads it."""
-    config = CacheConfig(scorer="cumulative", heavy=16, recent=4, budget="variance", evict_every=1)
+    method = Method(scorer=H2O(), heavy=16, recent=4, budget=Variance(), evict_every=1)
     scores = [jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8))]
-    assert budgets_from_scores(scores, jnp.asarray([8]), config).tolist() == [[16], [16]]
+    assert budgets_from_scores(method, scores, jnp.asarray([8])).tolist() == [[16], [16]]
 
 
 @pytest.mark.parametrize(
@@ -216,54 +226,66 @@ def test_variance_grants_counts_beyond_the_prompt():
     [
         ({"evict_every": 0}, "evict_every=0: expected at least 1"),
         ({"evict_every": 0.5}, "evict_every=0.5: expected an integer"),
-        ({"evict_every": 8, "k_bits": 4, "v_bits": 4}, "evict_every=8 with k_bits=4: only full-precision tokens"),
+        ({"evict_every": 8, "quantizer": MinMax()}, "evict_every=8 with MinMax: only full-precision tokens"),
         ({"evict_every": 8, "heavy": 0.0, "recent": 1.0}, "evict_every=8 with recent=1.0: there is no budget"),
-        ({"evict_every": 8, "scorer": "window"}, r"scorer='window': expected .* \(cumulative, tova\)"),
+        ({"evict_every": 8, "scorer": SnapKV()}, "evict_every=8 with SnapKV: expected a scorer that .* H2O or TOVA"),
     ],
 )
 def test_what_cannot_evict_is_refused(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(presets.get("h2o"), **fields)
+        dataclasses.replace(lookup.get("h2o"), **fields)
 
 
-def a_layer(config: CacheConfig) -> LayerCache:
+def a_layer(method: Method) -> LayerCache:
     rng = np.random.default_rng(3)
-    return cache_of(config, normal(rng, 1, 40, 2, 16), normal(rng, 1, 40, 2, 16), np.array([40]), 4)
+    return cache_of(method, normal(rng, 1, 40, 2, 16), normal(rng, 1, 40, 2, 16), np.array([40]), 4)
 
 
 def test_kernels_and_windows_are_refused_by_name():
-    config, q = CONFIGS["h2o-counts"], jnp.zeros((1, 4, 16))
+    method, q = METHODS["h2o-counts"], jnp.zeros((1, 4, 16))
     with pytest.raises(NotImplementedError, match="decode_attention_weights: no 'cuda' kernel"):
-        decode_attention_weights(q, a_layer(CacheConfig()), implementation="cuda")
-    with pytest.raises(ValueError, match="k_bits=2, window=None: weights are of full-precision tails only"):
-        decode_attention_weights(q, a_layer(presets.get("minikv")))
+        decode_attention_weights(q, a_layer(Method()), implementation="cuda")
+    with pytest.raises(
+        ValueError, match=r"quantizer=MinMax\(.*\), window=None: weights are of full-precision tails only"
+    ):
+        decode_attention_weights(q, a_layer(lookup.get("minikv")))
     x = jnp.zeros((1, 8, 2, 16))
     with pytest.raises(NotImplementedError, match="evict_every=7: only this library's own models"):
-        inference.prefill_layer(x, x, x, jnp.array([8]), config, 4)
+        prefill_layer(LayerInputs(x, x, x, jnp.array([8])), method, 4)
     with pytest.raises(ValueError, match=r"evict_every=7: a layer with a sliding window \(8\)"):
-        memory.check_model(tiny_config(model_type="mistral", sliding_window=8), config)
+        contracts.check(method, tiny_config(model_type="mistral", sliding_window=8))
+
+
+class Decaying(H2O):
+    """A sum in which the past counts less and less."""
+
+    share_kept: float = 0.5
+
+    def update(self, scores: jax.Array, weights: jax.Array) -> jax.Array:
+        return self.share_kept * scores + weights
+
+
+class Short(H2O):
+    """Breaks the contract: as many scores whatever it is given."""
+
+    def update(self, scores: jax.Array, weights: jax.Array) -> jax.Array:
+        del scores, weights
+        return jnp.zeros(3)
 
 
 def test_a_scorer_of_ones_own_goes_on():
-    """`update` is followed, with its options, and refused where it breaks its contract."""
-
-    def decay(scores: jax.Array, weights: jax.Array, config: CacheConfig) -> jax.Array:
-        return config.option("keep") * scores + weights
-
-    register_scorer("test-decaying", needs_column_sums=True, update=decay, keep=0.5)(SCORERS["cumulative"].score)
-    config = CacheConfig(scorer="test-decaying", heavy=4, recent=2, evict_every=100, options={"keep": 0.25})
-    layer = a_layer(CacheConfig())
-    scores, weights = normal(np.random.default_rng(4), 2, *layer.tail_k.shape[:3])
+    """`update` is followed, with its settings, and refused if it breaks its contract."""
+    method = Method(scorer=Decaying(share_kept=0.25), heavy=4, recent=2, evict_every=100)
+    layer = a_layer(Method())
+    scores, weights = normal(np.random.default_rng(4), 2, *layer.tail.k.shape[:3])
     state = Eviction(jnp.asarray(scores), jnp.array([4]), jnp.array([2]))
-    layer = dataclasses.replace(layer, config=config, eviction=state)
-    after = evict(layer, jnp.asarray(weights), jnp.array([1])).eviction
+    layer = dataclasses.replace(layer, spec=LayerSpec(method), eviction=state)
+    after = evict(layer, state, jnp.asarray(weights), jnp.array([1])).eviction
     assert after is not None
     assert after.scores is not None
     assert_close(after.scores[:, :, :40], (0.25 * scores + weights)[:, :, :40])
     np.testing.assert_array_equal(after.scores[:, :, 40:], scores[:, :, 40:])
-    model = tiny_config()
-    memory.check_model(model, config)
-    register_scorer("test-short", needs_column_sums=True, update=lambda *_: jnp.zeros(3))(SCORERS["cumulative"].score)
-    short = dataclasses.replace(config, scorer="test-short", options=())
-    with pytest.raises(ValueError, match=r"scorer 'test-short': update returns float32\[3\]: expected .*\[B, K, C\]"):
-        memory.check_model(model, short)
+    contracts.check(method, tiny_config())
+    short = dataclasses.replace(method, scorer=Short())
+    with pytest.raises(ValueError, match=r"scorer 'Short': update returns float32\[3\]: expected .*\[B, K, C\]"):
+        contracts.check(short, tiny_config())

@@ -1,6 +1,6 @@
 """A slow, obvious NumPy model of everything the library does to a KV cache: dense maps, python loops, no JAX.
 
-Written from docs/architecture.md, one row and one KV head at a time, so that a mistake in the vectorised code has
+Written from docs/packed-layout.md, one row and one KV head at a time, so that a mistake in the vectorised code has
 nothing to hide behind. Shape legend as in the document; B, K are loops here, `n` is the length of one row.
 """
 
@@ -11,19 +11,16 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
+from oracle import layout
 
-from minikv_jax.methods.config import CacheConfig
-
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-SMALLEST = np.finfo(np.float32).tiny  # below it a reciprocal overflows
-METADATA = {
-    "float16": (np.float16, 65504.0),
-    "bfloat16": (ml_dtypes.bfloat16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
-    "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, 448.0),
-}
-
+from minikv_jax.methods.base import Amount, Method, NoScores, Share, Tokens, Uniform
+from minikv_jax.methods.h2o import H2O
+from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.minikv import Variance
+from minikv_jax.methods.pyramidkv import Pyramid
+from minikv_jax.methods.snapkv import SnapKV
+from minikv_jax.methods.twin import Twin
 
 # Attention ----------------------------------------------------------------------------------------
 
@@ -90,10 +87,9 @@ def window_scores(
     return scores
 
 
-def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], config: CacheConfig) -> np.ndarray:
+def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], scorer: Twin) -> np.ndarray:
     """Minus the better of two places: among the short window's pooled votes, and among the long window's plain ones."""
-    pooling, kernel = config.pooling, config.pooling_kernel
-    windows = [(config.observation_window, pooling, kernel), (config.option("long_window"), "max", 1)]
+    windows = [(scorer.observation_window, scorer.pooling, scorer.pooling_kernel), (scorer.long_window, "max", 1)]
     places = np.zeros((2, *k.shape[:1], k.shape[2], k.shape[1]))
     for i, (size, pooling, kernel) in enumerate(windows):
         votes = window_scores(q, k, lengths, observation_window=size, pooling=pooling, pooling_kernel=kernel)
@@ -121,9 +117,9 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | N
 # Selection ----------------------------------------------------------------------------------------
 
 
-def tokens_of(budget: float | int, length: int) -> int:
-    """As many as there are, at most; a share is resolved to 1/10000 and rounded down, in integers."""
-    return min(budget, length) if isinstance(budget, int) else length * round(budget * 10000) // 10000
+def tokens_of(budget: Amount, length: int) -> int:
+    """A count, at most the length; a share is resolved to 1/10000 and rounded down, in integers."""
+    return min(budget.count, length) if isinstance(budget, Tokens) else length * round(budget.fraction * 10000) // 10000
 
 
 def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, recent: int) -> list[int]:
@@ -136,17 +132,17 @@ def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, r
     return [*range(sinks), *sorted(top), *range(length - recent, length)]
 
 
-def layer_shares(config: CacheConfig, layers: int) -> list[int]:
+def layer_shares(method: Method, layers: int) -> list[int]:
     """Each layer's heavy budget, in 1/10000 of the prompt or in tokens, in exact rational arithmetic."""
-    counted = isinstance(config.heavy, int)
-    mean = round(config.heavy if counted else config.heavy * 10000)
-    if config.budget == "uniform" or layers == 1:
+    counted = isinstance(method.heavy, Tokens)
+    mean = method.heavy.count if isinstance(method.heavy, Tokens) else round(method.heavy.fraction * 10000)
+    if isinstance(method.budget, Uniform) or layers == 1:
         return [mean] * layers
-    assert config.budget == "pyramid"
-    last = Fraction(mean) / Fraction(config.pyramid_beta)
+    assert isinstance(method.budget, Pyramid)
+    last = Fraction(mean) / Fraction(method.budget.beta)
     first = 2 * mean - last
     wanted = [first + (last - first) * layer / (layers - 1) for layer in range(layers)]
-    recent = round(config.recent * 10000) if isinstance(config.recent, float) else 0
+    recent = round(method.recent.fraction * 10000) if isinstance(method.recent, Share) else 0
     exact = share_out(wanted, mean * layers, mean * layers if counted else 10000 - recent)
     shares = [math.floor(value) for value in exact]
     by_remainder = sorted(range(layers), key=lambda i: (shares[i] - exact[i], i))
@@ -168,151 +164,53 @@ def share_out(weights: Sequence, total, most) -> list:
     return [most] * len(weights)
 
 
-def heavy_tokens(config: CacheConfig, scores: Sequence[np.ndarray], lengths: Sequence[int]) -> list[list[int]]:
+def heavy_tokens(method: Method, scores: Sequence[np.ndarray], lengths: Sequence[int]) -> list[list[int]]:
     """How many top-scored tokens each layer and row is granted; scores[B, K, T] of each layer."""
-    if config.budget != "variance":
-        shares = layer_shares(config, len(scores))
-        if isinstance(config.heavy, int):
+    if not isinstance(method.budget, Variance):
+        shares = layer_shares(method, len(scores))
+        if isinstance(method.heavy, Tokens):
             return [[share] * len(lengths) for share in shares]
         return [[n * share // 10000 for n in lengths] for share in shares]
     counts = [[0] * len(lengths) for _ in scores]
     for b, n in enumerate(lengths):
         weights = [np.mean([1 / (1 + np.var(head[:n] / head[:n].mean())) for head in layer[b]]) for layer in scores]
-        most = config.heavy * config.variance_cap
-        if isinstance(config.heavy, int):
-            most = int(most)
-        elif isinstance(config.recent, float):
-            most = min(most, 1 - config.recent)
-        granted = share_out(weights, len(scores) * tokens_of(config.heavy, n), tokens_of(most, n))
+        if isinstance(method.heavy, Tokens):
+            limit: Amount = Tokens(int(method.heavy.count * method.budget.cap))
+        else:
+            recent = method.recent.fraction if isinstance(method.recent, Share) else 0.0
+            limit = Share(min(method.heavy.fraction * method.budget.cap, 1 - recent))
+        granted = share_out(weights, len(scores) * tokens_of(method.heavy, n), tokens_of(limit, n))
         for layer, value in enumerate(granted):
             counts[layer][b] = math.floor(value + 1e-6)
     return counts
 
 
-def prompt_scores(
-    config: CacheConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int]
-) -> np.ndarray:
-    """The scores[B, K, T] that `config.scorer` gives a prompt."""
-    if config.scorer == "cumulative":
+def prompt_scores(method: Method, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """The scores[B, K, T] that the method's scorer gives a prompt."""
+    scorer = method.scorer
+    if isinstance(scorer, H2O):
         return prefill_attention(q, k, v, lengths)[1]
-    if config.scorer == "window":
+    if isinstance(scorer, Twin):
+        return twin_window_scores(q, k, lengths, scorer)
+    if isinstance(scorer, SnapKV):
         return window_scores(
             q,
             k,
             lengths,
-            observation_window=config.observation_window,
-            pooling=config.pooling,
-            pooling_kernel=config.pooling_kernel,
+            observation_window=scorer.observation_window,
+            pooling=scorer.pooling,
+            pooling_kernel=scorer.pooling_kernel,
         )
-    if config.scorer == "twin-window":
-        return twin_window_scores(q, k, lengths, config)
-    assert config.scorer == "none"
+    assert isinstance(scorer, NoScores)
     return np.zeros((k.shape[0], k.shape[2], k.shape[1]))
 
 
-# Quantisation -------------------------------------------------------------------------------------
+# Quantisation: the layout is `layout.quantize` ----------------------------------------------------
 
 
-def pack(codes: np.ndarray, bits: int) -> list[np.ndarray]:
-    """codes[S, H] -> one uint32[S * p / 32, H] for each plane of p bits."""
-    S, H = codes.shape
-    planes, low = [], 0
-    for p in PLANES[bits]:
-        per_word = 32 // p
-        words = [[0] * H for _ in range(S // per_word)]
-        for s in range(S):
-            for h in range(H):
-                piece = (int(codes[s, h]) >> low) & (2**p - 1)
-                words[s // per_word][h] |= piece << (s % per_word * p)
-        planes.append(np.array(words, np.uint32).reshape(S // per_word, H))
-        low += p
-    return planes
-
-
-def unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
-    """The codes[S, H] that `pack` was given."""
-    S, H = len(planes[0]) * (32 // PLANES[bits][0]), planes[0].shape[1]
-    codes = np.zeros((S, H), np.int64)
-    for s in range(S):
-        for h in range(H):
-            low = 0
-            for p, plane in zip(PLANES[bits], planes, strict=True):
-                per_word = 32 // p
-                codes[s, h] |= ((int(plane[s // per_word, h]) >> (s % per_word * p)) & (2**p - 1)) << low
-                low += p
-    return codes
-
-
-@dataclasses.dataclass
-class Quantized:
-    """One packing block [Q, H] of one row and KV head. `scale` and `zero` are the rounded ones, as float32."""
-
-    codes: np.ndarray  # [Q, H]
-    steps: np.ndarray  # [Q, H], the codes before they were rounded
-    scale: np.ndarray  # [Q/g, H] (axis "tokens") or [Q, H/g] (axis "channels")
-    zero: np.ndarray
-    axis: str
-    group_size: int
-    metadata_dtype: str
-
-    def adopt(self, codes: np.ndarray) -> bool:
-        """Whether these are the codes. If 8-bit floats make a tie of one, it may go either way, and is taken over.
-
-        `x - scale_f8 * factor` may be one rounding or two, as the compiler likes; 16-bit metadata leaves no choice.
-        """
-        differ = codes != self.codes
-        if differ.any() and self.metadata_dtype == "float8_e4m3fn":
-            # Off by 2**-24 of the zero, which is at most some 255 steps: 1e-4 of a step has a margin of a few.
-            tie = np.abs(self.steps - np.floor(self.steps) - 0.5) < 1e-4
-            differ &= ~tie | (np.abs(codes.astype(np.int64) - self.codes) > 1)
-            self.codes = np.where(differ, self.codes, codes)
-        return not differ.any()
-
-    def dequantize(self) -> np.ndarray:
-        axis = 0 if self.axis == "tokens" else 1
-        scale, zero = (np.repeat(x, self.group_size, axis) for x in (self.scale, self.zero))
-        return self.codes.astype(np.float32) * scale + zero
-
-
-def quantize_block(x: np.ndarray, bits: int, group_size: int, axis: str, metadata_dtype: str) -> Quantized:
-    """x[Q, H], one packing block, in float32 throughout."""
-    x = x.astype(np.float32)
-    S, H = x.shape
-    g, levels = group_size, np.float32(2**bits - 1)
-    shape = (S // g, H) if axis == "tokens" else (S, H // g)
-
-    def group(i: int, j: int) -> tuple[slice | int, slice | int]:
-        return (slice(i * g, (i + 1) * g), j) if axis == "tokens" else (i, slice(j * g, (j + 1) * g))
-
-    scale, zero = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for i, j in np.ndindex(shape):
-        low, high = x[group(i, j)].min(), x[group(i, j)].max()
-        zero[i, j] = low
-        scale[i, j] = (high - low) * (np.float32(1) / levels)
-    scale, zero = round_metadata(scale, metadata_dtype), round_metadata(zero, metadata_dtype)
-    steps = np.zeros((S, H), np.float32)
-    for i, j in np.ndindex(shape):
-        if scale[i, j] >= SMALLEST:
-            steps[group(i, j)] = (x[group(i, j)] - zero[i, j]) * (np.float32(1) / scale[i, j])
-    codes = np.clip(np.rint(steps), 0, levels).astype(np.int64)
-    return Quantized(codes, steps, scale, zero, axis, g, metadata_dtype)
-
-
-def round_metadata(x: np.ndarray, metadata_dtype: str) -> np.ndarray:
-    """What is left of one packing block's scales (or zeros) once stored, as float32."""
-    dtype, largest = METADATA[metadata_dtype]
-    if metadata_dtype != "float8_e4m3fn":
-        return np.clip(x, -largest, largest).astype(dtype).astype(np.float32)
-    factor = np.abs(x).max() * np.float32(1 / largest)
-    if factor < SMALLEST:
-        return np.zeros_like(x)
-    return (x * (np.float32(1) / factor)).astype(dtype).astype(np.float32) * factor
-
-
-def packing_block(config: CacheConfig) -> int:
+def packing_block(quantizer: MinMax) -> int:
     """The number of tokens that enter the packed region together."""
-    assert config.k_bits is not None and config.v_bits is not None
-    return max(config.group_size, 32 // min(PLANES[config.k_bits] + PLANES[config.v_bits]))
+    return max(layout.packing_block(bits, quantizer.group_size) for bits in (quantizer.k_bits, quantizer.v_bits))
 
 
 # One row and one KV head of a layer's cache -------------------------------------------------------
@@ -322,50 +220,56 @@ def packing_block(config: CacheConfig) -> int:
 class HeadCache:
     """What one KV head holds of one row: quantised blocks, and full-precision tokens (sinks first, then by age)."""
 
-    config: CacheConfig
+    method: Method
     head_dim: int
-    packed_k: list[Quantized] = dataclasses.field(default_factory=list)
-    packed_v: list[Quantized] = dataclasses.field(default_factory=list)
+    packed_k: list[layout.Packed] = dataclasses.field(default_factory=list)
+    packed_v: list[layout.Packed] = dataclasses.field(default_factory=list)
     tail: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def compress(cls, config: CacheConfig, k: np.ndarray, v: np.ndarray, positions: Sequence[int]) -> HeadCache:
+    def compress(cls, method: Method, k: np.ndarray, v: np.ndarray, positions: Sequence[int]) -> HeadCache:
         """k and v[n, H] of the prompt; `positions` are the kept ones, the sinks leading."""
-        cache = cls(config, k.shape[1], tail=[(k[position], v[position]) for position in positions])
-        if config.k_bits is None:
+        cache = cls(method, k.shape[1], tail=[(k[position], v[position]) for position in positions])
+        if method.quantizer is None:
             return cache
-        block = packing_block(config)
-        not_sinks = max(len(positions) - config.sinks, 0)
+        block = packing_block(cache.quantizer)
+        not_sinks = max(len(positions) - method.sinks, 0)
         stay = not_sinks % block
-        if config.residual == "kivi":
-            stay = not_sinks - max(not_sinks - config.residual_length, 0) // block * block
-        while len(cache.tail) > config.sinks + stay:
+        if method.tail.rule == "kivi":
+            stay = not_sinks - max(not_sinks - method.tail.length, 0) // block * block
+        while len(cache.tail) > method.sinks + stay:
             cache.pack_oldest(block)
         return cache
+
+    @property
+    def quantizer(self) -> MinMax:
+        assert isinstance(self.method.quantizer, MinMax)
+        return self.method.quantizer
 
     def append(self, k: np.ndarray, v: np.ndarray) -> None:
         """k and v[H] of a generated token."""
         self.tail.append((k, v))
-        config = self.config
-        if config.k_bits is None:
+        method = self.method
+        if method.quantizer is None:
             return
-        if config.residual == "minikv" and len(self.tail) == config.sinks + config.residual_length:
-            self.pack_oldest(config.residual_length)
-        elif config.residual == "kivi":
-            block = packing_block(config)
-            if len(self.tail) == config.sinks + config.residual_length + block:
+        if method.tail.rule == "minikv" and len(self.tail) == method.sinks + method.tail.length:
+            self.pack_oldest(method.tail.length)
+        elif method.tail.rule == "kivi":
+            block = packing_block(self.quantizer)
+            if len(self.tail) == method.sinks + method.tail.length + block:
                 self.pack_oldest(block)
 
     def pack_oldest(self, count: int) -> None:
-        config, block = self.config, packing_block(self.config)
-        assert config.k_bits is not None and config.v_bits is not None and count % block == 0
+        sinks, quantizer, block = self.method.sinks, self.quantizer, packing_block(self.quantizer)
+        assert count % block == 0
         for _ in range(count // block):
-            chosen = self.tail[config.sinks : config.sinks + block]
-            del self.tail[config.sinks : config.sinks + block]
+            chosen = self.tail[sinks : sinks + block]
+            del self.tail[sinks : sinks + block]
             keys, values = (np.stack(tokens) for tokens in zip(*chosen, strict=True))
-            shared = config.group_size, config.metadata_dtype
-            self.packed_k.append(quantize_block(keys, config.k_bits, shared[0], "tokens", shared[1]))
-            self.packed_v.append(quantize_block(values, config.v_bits, shared[0], "channels", shared[1]))
+            shared = quantizer.metadata_dtype, block
+            group_size = quantizer.group_size
+            self.packed_k.append(layout.quantize(keys, quantizer.k_bits, group_size, "tokens", *shared))
+            self.packed_v.append(layout.quantize(values, quantizer.v_bits, group_size, "channels", *shared))
 
     def keys(self) -> np.ndarray:
         """[S, H] float32: everything a query sees, quantised or not."""

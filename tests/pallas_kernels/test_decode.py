@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import decode_checks
-from support.decode_checks import Case, abstract, check
+from support.decode_checks import Case, abstract, check, options, refusal_arguments
 
 import pallas_kernels
 from pallas_kernels import hopper
-from pallas_kernels.decode_attention import Config, Storage, heuristic_config, launch, scratch
+from pallas_kernels.decode_attention import Config, heuristic_config, launch, scratch
+from pallas_kernels.decode_products import WarpLayout
 
 FLOAT8 = "float8_e4m3fn"
 CASES = decode_checks.CASES | {
@@ -42,7 +43,7 @@ CASES = decode_checks.CASES | {
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_matches_attention_over_the_dequantised_cache(name: str) -> None:
-    check(pallas_kernels.decode_attention, CASES[name], seed=len(name))
+    check(pallas_kernels, CASES[name], seed=len(name))
 
 
 def random_case(seed: int) -> Case:
@@ -52,14 +53,14 @@ def random_case(seed: int) -> Case:
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(40))
 def test_random_cases(seed: int) -> None:
-    check(pallas_kernels.decode_attention, random_case(seed), seed)
+    check(pallas_kernels, random_case(seed), seed)
 
 
 # Anywhere -----------------------------------------------------------------------------------------
 
 
-STORAGES = [
-    Storage(*bits, group_size, head_dim)
+LAYOUTS = [
+    WarpLayout(*bits, group_size, head_dim)
     for bits, group_size, head_dim in (
         ((2, 2), 16, 128),
         ((4, 4), 32, 128),
@@ -73,27 +74,21 @@ STORAGES = [
 
 
 @pytest.mark.parametrize("metadata", ["float16", FLOAT8])
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_kernel_lowers_without_a_gpu(storage: Storage, metadata: str) -> None:
-    """For a capacity that is a multiple of the group alone."""
-    x = abstract(Case(packed=1024 + storage.group_size, metadata=metadata, **dataclasses.asdict(storage)))
-
-    def run(x: dict[str, Any]) -> jax.Array:
-        words, metadata = (x["k_planes"][0], x["v_planes"][0]), (x["k_scale"], x["k_zero"], x["v_scale"], x["v_zero"])
-        factors = (*(x["k_factors"] or ()), *(x["v_factors"] or ()))
-        tail, lengths = (x["tail_k"], x["tail_v"]), (x["packed_length"], x["tail_length"])
-        return launch(x["q"], words, metadata, factors, tail, lengths, scale=0.1, storage=storage)
-
-    lowered = jax.jit(run).trace(x).lower(lowering_platforms=("cuda",))
+@pytest.mark.parametrize("warp", LAYOUTS, ids=str)
+def test_kernel_lowers_without_a_gpu(warp: WarpLayout, metadata: str) -> None:
+    """The packed capacity is a multiple of the group size and of nothing larger."""
+    case = Case(packed=1024 + warp.group_size, metadata=metadata, **dataclasses.asdict(warp))
+    run = functools.partial(launch, **options(pallas_kernels, case))
+    lowered = jax.jit(run).trace(*abstract(pallas_kernels, case)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("@mosaic_gpu") == 1
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_the_heuristic_config_fits(storage: Storage) -> None:
+@pytest.mark.parametrize("warp", LAYOUTS, ids=str)
+def test_the_heuristic_config_fits(warp: WarpLayout) -> None:
     for rows, tokens in ((8, 131072), (64, 32768), (256, 32768), (3, 128)):
-        config = heuristic_config(rows, tokens, storage)
+        config = heuristic_config(rows, tokens, warp)
         for metadata in (jnp.float16, jnp.float8_e4m3fn):
-            hopper.check_shared_memory(scratch(config, storage, metadata), config)
+            hopper.check_shared_memory(scratch(config, warp, metadata), config)
         assert config.splits * rows <= max(rows, hopper.MULTIPROCESSORS)
 
 
@@ -107,27 +102,26 @@ def test_the_heuristic_config_fits(storage: Storage) -> None:
         ({"q": jax.ShapeDtypeStruct((2, 8, 128), np.float32)}, NotImplementedError, "q.dtype=float32"),
         ({"q": jax.ShapeDtypeStruct((2, 8, 96), jnp.bfloat16)}, NotImplementedError, "head_dim=96"),
         ({"q": jax.ShapeDtypeStruct((2, 7, 128), jnp.bfloat16)}, ValueError, "7 query heads over 2 KV heads"),
-        ({"q": jax.ShapeDtypeStruct((2, 8, 64), jnp.bfloat16)}, ValueError, "k_planes has shape"),
-        ({"tail_v": jax.ShapeDtypeStruct((2, 2, 95, 128), jnp.bfloat16)}, ValueError, "tail_v has shape"),
+        ({"q": jax.ShapeDtypeStruct((2, 8, 64), jnp.bfloat16)}, ValueError, r"k\.planes has shape"),
+        ({"tail_v": jax.ShapeDtypeStruct((2, 2, 95, 128), jnp.bfloat16)}, ValueError, r"tail\.v has shape"),
         ({"tail_k": jax.ShapeDtypeStruct((2, 2, 96, 128), jnp.float16)}, ValueError, "q's dtype"),
     ],
 )
 def test_unsupported_cases_are_refused_by_name(change: dict, error: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = abstract(Case()) | {"k_bits": 2, "v_bits": 2, "group_size": 16, "scale": 0.1} | change
     with pytest.raises(error, match=message):
-        pallas_kernels.decode_attention(**arguments)
+        pallas_kernels.decode_attention(**refusal_arguments(pallas_kernels, change))
 
 
-def test_8_bit_metadata_need_bfloat16_queries_and_factors() -> None:
-    options = {"k_bits": 2, "v_bits": 2, "group_size": 16, "scale": 0.1}
+def test_float8_metadata_need_bfloat16_queries_and_factors() -> None:
+    settings = options(pallas_kernels, Case())
     with pytest.raises(NotImplementedError, match="dtype=float16"):
-        pallas_kernels.decode_attention(**abstract(Case(metadata=FLOAT8, dtype="float16")), **options)
-    arguments = abstract(Case(metadata=FLOAT8))
-    with pytest.raises(ValueError, match="2 factors with float8_e4m3fn metadata: expected 4"):
-        pallas_kernels.decode_attention(**(arguments | {"k_factors": None}), **options)
-    factors = {name: arguments[name] for name in ("k_factors", "v_factors")}
-    with pytest.raises(ValueError, match="4 factors with float16 metadata: expected 0"):
-        pallas_kernels.decode_attention(**(abstract(Case()) | factors), **options)
+        pallas_kernels.decode_attention(*abstract(pallas_kernels, Case(metadata=FLOAT8, dtype="float16")), **settings)
+    inputs, plain = abstract(pallas_kernels, Case(metadata=FLOAT8)), abstract(pallas_kernels, Case())
+    without = inputs.packed._replace(k=inputs.packed.k._replace(factors=None))
+    with_factors = plain.packed._replace(v=plain.packed.v._replace(factors=inputs.packed.v.factors))
+    for packed, message in ((without, "k has no factors with float8"), (with_factors, "v has factors with float16")):
+        with pytest.raises(ValueError, match=message):
+            pallas_kernels.decode_attention(inputs.q, packed, inputs.tail, **settings)
 
 
 @pytest.mark.parametrize("options", [{"stages": 1}, {"splits": 0}])

@@ -14,6 +14,7 @@ import pytest
 import pallas_kernels
 from minikv_jax.ops import online_softmax as reference
 from pallas_kernels import column_sums, flash_attention, hopper, tuning
+from pallas_kernels.prefill_attention import Config
 
 # Of the error that XLA makes in the same dtype: both round weights and results to 16 bits, in another order. Where
 # every softmax is over one key, XLA's float32 scores are exact; ours may then be off by one rounding.
@@ -36,8 +37,7 @@ class Case:
     dtype: str = "bfloat16"
     window: int | None = None
     scale: float | None = None
-    config: flash_attention.Config | None = None
-    sums_config: column_sums.Config | None = None
+    config: Config | None = None
     multiprocessors: int = hopper.MULTIPROCESSORS
 
     @property
@@ -52,11 +52,11 @@ CASES = {
     "groups of three, head_dim 64": Case((1, 200, 128, 100), 200, group=3, head_dim=64),
     "one token": Case((1,), 1, kv_heads=1, group=3),
     "float16": Case((260, 140), 260, dtype="float16", scale=0.3),
-    "tiles of 64 keys": Case((700, 513), 700, config=flash_attention.Config(block_kv=64, stages=3)),
+    "tiles of 64 keys": Case((700, 513), 700, config=Config(flash_attention.Config(block_kv=64, stages=3))),
     "rings go round": Case((2048,), 2048, kv_heads=1, group=4, multiprocessors=0),
     "rings go round, head_dim 64": Case((1025, 1300), 1300, kv_heads=1, group=6, head_dim=64, multiprocessors=0),
     "two warpgroups": Case(
-        (900, 513), 900, multiprocessors=0, sums_config=column_sums.Config(warpgroups=2, block_q=64, stages=2)
+        (900, 513), 900, multiprocessors=0, config=Config(sums=column_sums.Config(warpgroups=2, block_q=64, stages=2))
     ),
     "sections of heads": Case((129, 64, 200), 200, kv_heads=7, group=2),
     "a window of one": Case((260, 200), 260, group=1, window=1),
@@ -108,8 +108,7 @@ def test_prefill_matches_dense_maps(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     padding = np.arange(case.tokens) >= np.array(case.lengths)[:, None]
     poisoned = tuple(jnp.where(padding[..., None, None], jnp.nan, x).astype(dtype) for x in (q, k, v))
-    configs = {"config": case.config, "sums_config": case.sums_config}
-    run = jax.jit(functools.partial(pallas_kernels.prefill_attention, **options, **configs))
+    run = jax.jit(functools.partial(pallas_kernels.prefill_attention, **options, config=case.config))
     out, scores = run(*poisoned, lengths)
 
     assert (out.dtype, scores.dtype) == (dtype, jnp.float32)
@@ -198,7 +197,7 @@ def test_unsupported_cases_are_refused_by_name(change: dict, error: type[Excepti
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_without_a_gpu_the_reason_is_given() -> None:
-    assert not pallas_kernels.available()
+    assert pallas_kernels.why_unavailable()
     with pytest.raises(NotImplementedError, match="need an NVIDIA GPU"):
         pallas_kernels.prefill_attention(**abstract(), scale=1.0, with_scores=False)
 

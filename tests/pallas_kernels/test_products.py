@@ -1,4 +1,4 @@
-"""What the decode kernel's lanes hold and multiply, lane by lane in NumPy: no GPU is needed to know a layout wrong.
+"""The register layouts and products of the decode kernel, lane by lane in NumPy: finds a wrong layout without a GPU.
 
 The NumPy warp below knows the tensor cores' instruction (`mma.m16n8k16`) and the transposition (`movmatrix`) alone;
 which token and channel a register holds, and what is multiplied by what, is the kernel's own code.
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle.cuda_ffi_reference import dequantize, quantize
+from oracle.layout import quantize
 
 from pallas_kernels import decode_products, fragments
-from pallas_kernels.decode_products import Storage
+from pallas_kernels.decode_products import WarpLayout
 
 TILE, TAIL_TILE = 512, 64
-STORAGES = [
-    Storage(*bits, group_size, head_dim)
+LAYOUTS = [
+    WarpLayout(*bits, group_size, head_dim)
     for head_dim, group_sizes in ((64, (16, 32, 64)), (128, (16, 32, 64, 128)))
     for group_size in group_sizes
     for bits in ((2, 2), (4, 4), (2, 4), (4, 2))
@@ -138,51 +138,53 @@ def _numpy_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_products, "fragments", Fragments())
 
 
-def rows_to_tokens(storage: Storage) -> np.ndarray:
+def rows_to_tokens(layout: WarpLayout) -> np.ndarray:
     """`[4, 128]`: the token of a tile that each row of its logits is for."""
     warp, tile, high, pair, odd = np.indices((4, 8, 2, 4, 2))
-    half, slot = np.divmod(tile, 16 // storage.k_bits)
-    place = (2 * half + high) * (16 // storage.k_bits) + slot
+    half, slot = np.divmod(tile, 16 // layout.k_bits)
+    place = (2 * half + high) * (16 // layout.k_bits) + slot
     return (128 * warp + 16 * (pair + 4 * odd) + place).reshape(4, 128)
 
 
-def rows_to_channels(storage: Storage) -> np.ndarray:
+def rows_to_channels(layout: WarpLayout) -> np.ndarray:
     """`[H]`: the channel that each row of the output is for."""
-    tile, high, row = np.indices((storage.head_dim // 16, 2, 8))
-    return (storage.run * row + 2 * tile + high).ravel()
+    tile, high, row = np.indices((layout.head_dim // 16, 2, 8))
+    return (layout.run * row + 2 * tile + high).ravel()
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_packed_products_are_those_of_the_dequantised_tile(storage: Storage) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_packed_products_are_those_of_the_dequantised_tile(layout: WarpLayout) -> None:
     rng = np.random.default_rng(0)
-    k, v = rng.normal(size=(2, TILE, storage.head_dim)).astype(np.float32)
-    packed_k = quantize(k, storage.k_bits, storage.group_size, "tokens", "float16")
-    packed_v = quantize(v, storage.v_bits, storage.group_size, "channels", "float16")
-    queries, weights = rng.normal(size=(8, storage.head_dim)), rng.uniform(size=(TILE, 8))
-    tokens, channels = rows_to_tokens(storage), rows_to_channels(storage)
+    k, v = rng.normal(size=(2, TILE, layout.head_dim)).astype(np.float32)
+    packed_k = quantize(k, layout.k_bits, layout.group_size, "tokens", "float16")
+    packed_v = quantize(v, layout.v_bits, layout.group_size, "channels", "float16")
+    queries, weights = rng.normal(size=(8, layout.head_dim)), rng.uniform(size=(TILE, 8))
+    tokens, channels = rows_to_tokens(layout), rows_to_channels(layout)
 
-    logits = decode_products.key_products(storage, packed_k.planes[0], packed_k.scale, packed_k.zero, queries)
-    assert np.allclose(logits, (dequantize(packed_k) @ queries.T)[tokens])
+    words, scale, zero = packed_k.arrays
+    logits = decode_products.key_products(layout, words, scale, zero, queries)
+    assert np.allclose(logits, (packed_k.dequantize() @ queries.T)[tokens])
 
-    before = rng.normal(size=(4, storage.head_dim, 8))
-    metadata = (x.reshape(-1, storage.head_dim) for x in (packed_v.scale, packed_v.zero))
-    out = decode_products.value_products(storage, before, weights[tokens], packed_v.planes[0], *metadata)
-    by_warp = np.einsum("wth,wtq->whq", dequantize(packed_v).reshape(4, 128, -1), weights.reshape(4, 128, 8))
+    before = rng.normal(size=(4, layout.head_dim, 8))
+    words, scale, zero = packed_v.arrays
+    scale, zero = (x.reshape(-1, layout.head_dim) for x in (scale, zero))
+    out = decode_products.value_products(layout, before, weights[tokens], words, scale, zero)
+    by_warp = np.einsum("wth,wtq->whq", packed_v.dequantize().reshape(4, 128, -1), weights.reshape(4, 128, 8))
     assert np.allclose(out - before, by_warp[:, channels])
-    ordered = decode_products.by_channels(storage, out - before)
+    ordered = decode_products.by_channels(layout, out - before)
     assert np.allclose(ordered, by_warp.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_products_with_the_tail(head_dim: int) -> None:
-    rng, storage = np.random.default_rng(0), Storage(2, 2, 16, head_dim)
+    rng, layout = np.random.default_rng(0), WarpLayout(2, 2, 16, head_dim)
     k, v = rng.normal(size=(2, TAIL_TILE, head_dim))
     queries, weights = rng.normal(size=(8, head_dim)), rng.uniform(size=(4, 16, 8))
-    logits = decode_products.tail_key_products(storage, k, queries)
+    logits = decode_products.tail_key_products(layout, k, queries)
     assert np.allclose(logits, (k @ queries.T).reshape(4, 16, 8))
-    out = decode_products.tail_value_products(storage, np.zeros((4, head_dim, 8)), weights, v)
+    out = decode_products.tail_value_products(layout, np.zeros((4, head_dim, 8)), weights, v)
     by_warp = np.einsum("wth,wtq->whq", v.reshape(4, 16, head_dim), weights)
-    assert np.allclose(out, by_warp[:, rows_to_channels(storage)])
+    assert np.allclose(out, by_warp[:, rows_to_channels(layout)])
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -1,25 +1,18 @@
-"""What every decode kernel is held to: float64 attention over the dequantised cache, within twice XLA's error."""
+"""Holds decode kernels against float64 attention over the dequantised cache, within twice XLA's error."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle.cuda_ffi_reference import (
-    DTYPES,
-    attention,
-    attention_in,
-    dequantize,
-    packing_block,
-    quantize,
-    relative_error,
-)
+from oracle import layout
+from oracle.attention import attention, attention_in, relative_error
+from oracle.layout import DTYPES, packing_block
 
-# Of the error that XLA makes over the dequantised cache in the same dtype: both round weights and results to 16
+# Bound, in multiples of XLA's error over the dequantised cache in the same dtype: both round weights and results to 16
 # bits, in another order.
 FACTOR = 2
 
@@ -91,8 +84,16 @@ def random_case(rng: np.random.Generator, head_dims: list[int], metadata: list[s
     )
 
 
-def make(case: Case, seed: int) -> tuple[dict, np.ndarray, float]:
-    """Arguments of `decode_attention` (NaN where the lengths do not reach), the expected output and the error bound."""
+class Inputs(NamedTuple):
+    """The arrays that a package's `decode_attention` takes; the regions are the package's own."""
+
+    q: Any
+    packed: Any
+    tail: Any
+
+
+def make(package: Any, case: Case, seed: int) -> tuple[Inputs, np.ndarray, float]:
+    """Inputs (NaN beyond the lengths), the expected output and the error bound."""
     rng = np.random.default_rng(seed)
     dtype = DTYPES[case.dtype]
     block = max(packing_block(b, case.group_size) for b in (case.k_bits, case.v_bits))
@@ -105,8 +106,8 @@ def make(case: Case, seed: int) -> tuple[dict, np.ndarray, float]:
     tail_k = (rng.normal(size=(*shape, case.tail, case.head_dim)) * spread).astype(dtype)
     tail_v = rng.normal(size=(*shape, case.tail, case.head_dim)).astype(dtype)
     q = rng.normal(size=(case.batch, case.kv_heads * case.group, case.head_dim)).astype(dtype)
-    packed_k = quantize(k, case.k_bits, case.group_size, "tokens", case.metadata, block)
-    packed_v = quantize(v, case.v_bits, case.group_size, "channels", case.metadata, block)
+    packed_k = layout.quantize(k, case.k_bits, case.group_size, "tokens", case.metadata, block)
+    packed_v = layout.quantize(v, case.v_bits, case.group_size, "channels", case.metadata, block)
     if case.lengths is None:
         lengths = [
             (int(rng.integers(0, case.packed // block + 1)) * block, int(rng.integers(0, case.tail + 1)))
@@ -116,7 +117,7 @@ def make(case: Case, seed: int) -> tuple[dict, np.ndarray, float]:
         lengths = list(case.lengths)
 
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    dense_k, dense_v = dequantize(packed_k), dequantize(packed_v)
+    dense_k, dense_v = packed_k.dequantize(), packed_v.dequantize()
     expected, rounded = np.zeros(q.shape), np.zeros(q.shape)
     for b, (n_packed, n_tail) in enumerate(lengths):
         for h in range(case.kv_heads):
@@ -133,43 +134,32 @@ def make(case: Case, seed: int) -> tuple[dict, np.ndarray, float]:
             x[b, :, n_packed // ratio :] = bad
         return x
 
-    def arrays(x) -> list[np.ndarray]:
-        return [poison(a, case.packed // a.shape[2]) if a.shape[2] else a for a in x.arrays]
+    def stored(x: layout.Packed) -> Any:
+        arrays = [poison(a, case.packed // a.shape[2]) if a.shape[2] else a for a in x.arrays]
+        words, scale, zero, *factors = arrays
+        return package.Packed((words,), scale, zero, tuple(factors) or None)
 
     for b, (_, n_tail) in enumerate(lengths):
         tail_k[b, :, n_tail:] = np.nan
         tail_v[b, :, n_tail:] = np.nan
-    k_words, k_scale, k_zero, *k_factors = arrays(packed_k)
-    v_words, v_scale, v_zero, *v_factors = arrays(packed_v)
-    arguments = {
-        "q": q,
-        "k_planes": (k_words,),
-        "k_scale": k_scale,
-        "k_zero": k_zero,
-        "v_planes": (v_words,),
-        "v_scale": v_scale,
-        "v_zero": v_zero,
-        "tail_k": tail_k,
-        "tail_v": tail_v,
-        "packed_length": np.array([n for n, _ in lengths], np.int32),
-        "tail_length": np.array([n for _, n in lengths], np.int32),
-        "k_factors": tuple(k_factors) or None,
-        "v_factors": tuple(v_factors) or None,
-    }
-    return arguments, expected, FACTOR * relative_error(rounded, expected)
+    packed_length, tail_length = np.array(lengths, np.int32).T
+    packed = package.Region(stored(packed_k), stored(packed_v), packed_length)
+    inputs = Inputs(q, packed, package.Region(tail_k, tail_v, tail_length))
+    return inputs, expected, FACTOR * relative_error(rounded, expected)
 
 
-def check(kernel: Callable[..., jax.Array], case: Case, seed: int) -> None:
+def options(package: Any, case: Case) -> dict[str, Any]:
+    """The settings that a package's `decode_attention` takes."""
+    storage = package.Storage(case.k_bits, case.v_bits, case.group_size)
+    return {"storage": storage, "scale": case.head_dim**-0.5 if case.scale is None else case.scale}
+
+
+def check(package: Any, case: Case, seed: int) -> None:
     """The error is within its bound, and a second run is bit-equal."""
-    arguments, expected, bound = make(case, seed)
-    options = {
-        "k_bits": case.k_bits,
-        "v_bits": case.v_bits,
-        "group_size": case.group_size,
-        "scale": case.head_dim**-0.5 if case.scale is None else case.scale,
-        "config": case.config,
-    }
-    first, second = (np.asarray(kernel(**jax.tree.map(jnp.asarray, arguments), **options)) for _ in range(2))
+    inputs, expected, bound = make(package, case, seed)
+    arrays = jax.tree.map(jnp.asarray, inputs)
+    settings = options(package, case) | {"config": case.config}
+    first, second = (np.asarray(package.decode_attention(*arrays, **settings)) for _ in range(2))
     assert first.shape == expected.shape
     assert first.dtype == DTYPES[case.dtype]
     error = relative_error(first, expected)
@@ -177,7 +167,20 @@ def check(kernel: Callable[..., jax.Array], case: Case, seed: int) -> None:
     assert np.array_equal(first, second), "second run differs"
 
 
-def abstract(case: Case) -> dict:
-    """The arguments' shapes alone."""
-    small, _, _ = make(dataclasses.replace(case, lengths=((0, 0),) * case.batch), 0)
+def abstract(package: Any, case: Case) -> Inputs:
+    """The inputs' shapes and dtypes."""
+    small, _, _ = make(package, dataclasses.replace(case, lengths=((0, 0),) * case.batch), 0)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
+
+
+def refusal_arguments(package: Any, change: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `decode_attention` for a plain case with one change: of `q`, of `scale`, of a field of `Storage`, or
+    of an array of the tail ("tail_k", "tail_v").
+    """
+    case, (name, value) = Case(), next(iter(change.items()))
+    arguments = abstract(package, case)._asdict() | options(package, case)
+    if name in ("k_bits", "v_bits", "group_size"):
+        value, name = dataclasses.replace(arguments["storage"], **change), "storage"
+    elif name.startswith("tail_"):
+        value, name = arguments["tail"]._replace(**{name.removeprefix("tail_"): value}), "tail"
+    return arguments | {name: value}

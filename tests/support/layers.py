@@ -1,6 +1,7 @@
 """Builds the layers that several test files look at, and holds them against the naive reference."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from oracle import naive
 
-from minikv_jax.cache.state import LayerCache, compress, layer_capacity
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.cache.capacity import LayerCapacity, layer_capacity
+from minikv_jax.cache.state import LayerCache, LayerSpec, Region
+from minikv_jax.methods.base import Method
+from minikv_jax.ops.compress import compress
 from minikv_jax.ops.select import Kept
 from minikv_jax.packing import QuantizedArray, unpack
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.normal(size=shape).astype(np.float32)
+
+
+def poison(lengths: np.ndarray, *arrays: np.ndarray) -> None:
+    """NaN behind each row's length, in place."""
+    for x in arrays:
+        x[np.arange(x.shape[1]) >= lengths[:, None]] = np.nan
 
 
 def assert_close(got: Any, want: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -33,11 +42,16 @@ def all_kept(lengths: np.ndarray, heads: int, tokens: int) -> Kept:
     return Kept(jnp.asarray(np.broadcast_to(positions, (len(lengths), heads, tokens))), jnp.asarray(lengths))
 
 
-def cache_of(config: CacheConfig, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, new_tokens: int = 0) -> LayerCache:
+def cache_of(method: Method, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, new_tokens: int = 0) -> LayerCache:
     """A layer that keeps the whole prompt and has room for `new_tokens`."""
-    capacity = layer_capacity(config, config.heavy, k.shape[1], new_tokens)
-    run = jax.jit(lambda k, v, kept: compress(k, v, kept, config, capacity))
-    return run(k, v, all_kept(lengths, k.shape[2], k.shape[1]))
+    capacity = layer_capacity(method, method.heavy, k.shape[1], new_tokens)
+    return compressed(k, v, all_kept(lengths, k.shape[2], k.shape[1]), capacity, LayerSpec(method))
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "spec"))
+def compressed(k: jax.Array, v: jax.Array, kept: Kept, capacity: LayerCapacity, spec: LayerSpec) -> LayerCache:
+    """`compress` as a program, one for each method and set of shapes."""
+    return compress(k, v, kept, capacity, spec)
 
 
 @jax.jit
@@ -50,24 +64,19 @@ def with_garbage(layer: LayerCache) -> LayerCache:
         garbage = jnp.uint32(2**32 - 1) if leaf.dtype == jnp.uint32 else jnp.asarray(jnp.nan, leaf.dtype)
         return jnp.where(unused, garbage, leaf)
 
-    def spoil_all(tree: Any, valid: jax.Array, capacity: int) -> Any:
-        return jax.tree.map(lambda leaf: spoil(leaf, valid, capacity), tree)
+    def spoil_region(region: Region) -> Region:
+        k, v = (jax.tree.map(lambda leaf: spoil(leaf, region.length, region.capacity), x) for x in (region.k, region.v))
+        return dataclasses.replace(region, k=k, v=v)
 
-    return dataclasses.replace(
-        layer,
-        k=spoil_all(layer.k, layer.packed_length, layer.packed_capacity),
-        v=spoil_all(layer.v, layer.packed_length, layer.packed_capacity),
-        tail_k=spoil_all(layer.tail_k, layer.tail_length, layer.tail_capacity),
-        tail_v=spoil_all(layer.tail_v, layer.tail_length, layer.tail_capacity),
-    )
+    return dataclasses.replace(layer, packed=spoil_region(layer.packed), tail=spoil_region(layer.tail))
 
 
 Rows = list[list[naive.HeadCache]]
 
 
-def naive_rows(config: CacheConfig, k: np.ndarray, v: np.ndarray, lengths: Sequence[int]) -> Rows:
+def naive_rows(method: Method, k: np.ndarray, v: np.ndarray, lengths: Sequence[int]) -> Rows:
     return [
-        [naive.HeadCache.compress(config, k[b, :n, h], v[b, :n, h], range(n)) for h in range(k.shape[2])]
+        [naive.HeadCache.compress(method, k[b, :n, h], v[b, :n, h], range(n)) for h in range(k.shape[2])]
         for b, n in enumerate(lengths)
     ]
 
@@ -80,6 +89,11 @@ def naive_append(rows: Rows, k: np.ndarray, v: np.ndarray, counts: np.ndarray) -
                 head.append(k[b, t, h], v[b, t, h])
 
 
+def stored(rows: Rows) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """The keys and values that each row and KV head holds."""
+    return [[(head.keys(), head.values()) for head in row] for row in rows]
+
+
 @jax.jit
 def plain(x: QuantizedArray) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes, and scales and zeros in float32."""
@@ -88,28 +102,30 @@ def plain(x: QuantizedArray) -> tuple[jax.Array, jax.Array, jax.Array]:
         leaf = leaf.astype(jnp.float32)
         return leaf if factor is None else leaf * jnp.repeat(factor, leaf.shape[-2] // factor.shape[-2], axis=-2)
 
-    return unpack(x.planes, x.bits), restore(x.scale, x.scale_factor), restore(x.zero, x.zero_factor)
+    return unpack(x.planes, x.packing.bits), restore(x.scale, x.scale_factor), restore(x.zero, x.zero_factor)
 
 
 def assert_same(layer: LayerCache, rows: Rows) -> None:
-    """The same tokens in the same slots: codes, metadata and tail bit for bit (`naive.Quantized.adopt` for ties)."""
-    assert np.asarray(layer.tail_length).tolist() == [len(row[0].tail) for row in rows]
-    assert np.asarray(layer.packed_length).tolist() == [sum(len(x.codes) for x in row[0].packed_k) for row in rows]
-    for tail, which in ((layer.tail_k, 0), (layer.tail_v, 1)):
+    """The same tokens in the same slots: codes, metadata and tail bit for bit (`layout.Packed.adopt` for ties)."""
+    assert np.asarray(layer.tail.length).tolist() == [len(row[0].tail) for row in rows]
+    assert np.asarray(layer.packed.length).tolist() == [sum(len(x.codes) for x in row[0].packed_k) for row in rows]
+    for tail, which in ((layer.tail.k, 0), (layer.tail.v, 1)):
         tail = np.asarray(tail)
         for b, h in np.ndindex(tail.shape[:2]):
             if tokens := [token[which] for token in rows[b][h].tail]:
                 np.testing.assert_array_equal(tail[b, h, : len(tokens)], tokens)
-    if layer.k is None or layer.v is None:
+    if layer.method.quantizer is None:
         return
-    for packed, name in ((layer.k, "packed_k"), (layer.v, "packed_v")):
+    for packed, name in ((layer.packed.k, "packed_k"), (layer.packed.v, "packed_v")):
+        assert isinstance(packed, QuantizedArray)
         codes, scale, zero = map(np.asarray, plain(packed))
         for b, h in np.ndindex(codes.shape[:2]):
             for i, block in enumerate(getattr(rows[b][h], name)):
+                want_scale, want_zero = block.scale.value, block.zero.value
                 codes_i, scale_i, zero_i = (
                     x[b, h, i * size : (i + 1) * size]
-                    for x, size in ((codes, len(block.codes)), (scale, len(block.scale)), (zero, len(block.scale)))
+                    for x, size in ((codes, len(block.codes)), (scale, len(want_scale)), (zero, len(want_zero)))
                 )
-                np.testing.assert_array_equal(scale_i, block.scale)
-                np.testing.assert_array_equal(zero_i, block.zero)
+                np.testing.assert_array_equal(scale_i, want_scale)
+                np.testing.assert_array_equal(zero_i, want_zero)
                 assert block.adopt(codes_i)

@@ -1,4 +1,4 @@
-"""What every quantisation kernel is held to: bit-equal to the definition in `cuda_ffi_reference`."""
+"""Holds quantisation kernels bit for bit against the definition of the layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle.cuda_ffi_reference import DTYPES, quantize
+from oracle.layout import DTYPES, quantize
 
 
 def inputs(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

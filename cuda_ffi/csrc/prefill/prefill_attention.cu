@@ -1,6 +1,6 @@
 // Handlers of the two passes of prefill column sums: which kernel for which head dim and dtype.
-#include "ffi_checks.h"
-#include "prefill_attention.cuh"
+#include "common/ffi_checks.h"
+#include "prefill/prefill_attention.cuh"
 
 namespace minikv {
 

@@ -1,12 +1,12 @@
-// Decode attention: the XLA FFI handler. The kernel is in decode_attention.cuh.
+// Decode attention: the XLA FFI handler. The kernel is in kernel.cuh.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "decode_attention.cuh"
-#include "ffi_checks.h"
+#include "common/ffi_checks.h"
+#include "decode/kernel.cuh"
 
 namespace minikv {
 
@@ -156,6 +156,154 @@ int* take_counters(int device, uint32_t count) {
   return all + (first + count > kCounters ? 0 : first);
 }
 
+// What XLA hands the handler.
+struct DecodeArguments {
+  ffi::AnyBuffer q, k_words, k_scale, k_zero, v_words, v_scale, v_zero;
+  ffi::AnyBuffer k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor;  // of float8 metadata
+  ffi::AnyBuffer tail_k, tail_v, packed_length, tail_length, out, partial;
+  int32_t k_bits, v_bits, group_size, factor_block;
+
+  int64_t B() const { return q.dimensions()[0]; }
+  int64_t N() const { return q.dimensions()[1]; }
+  int64_t H() const { return q.dimensions()[2]; }
+  int64_t K() const { return tail_k.dimensions()[1]; }
+  int64_t C() const { return tail_k.dimensions()[2]; }
+  int64_t P() const { return k_words.dimensions()[2] * (32 / k_bits); }
+
+  Metadata metadata() const {
+    return k_scale.element_type() == ffi::F16 ? kFloat16 : k_scale.element_type() == ffi::BF16 ? kBFloat16 : kFloat8;
+  }
+  bool vector_metadata() const { return H() == 128 && group_size == 16 && metadata() != kFloat8; }
+};
+
+// Checks what the sizes are read from.
+void check_sizes(Checker& check, const DecodeArguments& a) {
+  check.rank("q", a.q, 3);
+  check.rank("k_words", a.k_words, 4);
+  check.rank("tail_k", a.tail_k, 4);
+  if (!check.ok()) return;
+  check.require(a.k_bits == 2 || a.k_bits == 4, "k_bits=", a.k_bits, ", supported: 2, 4");
+  check.require(a.v_bits == 2 || a.v_bits == 4, "v_bits=", a.v_bits, ", supported: 2, 4");
+  check.require(a.group_size >= 16 && a.group_size <= kTileTokens && (a.group_size & (a.group_size - 1)) == 0,
+                "group_size=", a.group_size, ", supported: 16, 32, 64, 128");
+  check.require(a.K() > 0 && a.N() % a.K() == 0, "N=", a.N(), " is not a multiple of K=", a.K());
+  check.require(a.H() % a.group_size == 0, "head_dim ", a.H(), " is not a multiple of group_size ", a.group_size);
+}
+
+// Checks every buffer's shape and dtype, after `check_sizes`.
+void check_buffers(Checker& check, const DecodeArguments& a) {
+  const int64_t B = a.B(), N = a.N(), H = a.H(), K = a.K(), C = a.C(), P = a.P();
+  check.dtype("q", a.q, {ffi::BF16});
+  check.shape("k_words", a.k_words, {B, K, P * a.k_bits / 32, H});
+  check.shape("v_words", a.v_words, {B, K, P * a.v_bits / 32, H});
+  check.dtype("k_words", a.k_words, {ffi::U32});
+  check.dtype("v_words", a.v_words, {ffi::U32});
+  check.dtype("k_scale", a.k_scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
+  for (auto& [name, buffer] : {std::pair{"k_scale", a.k_scale}, {"k_zero", a.k_zero}}) {
+    check.shape(name, buffer, {B, K, P / a.group_size, H});
+    check.dtype(name, buffer, {a.k_scale.element_type()});
+  }
+  for (auto& [name, buffer] : {std::pair{"v_scale", a.v_scale}, {"v_zero", a.v_zero}}) {
+    check.shape(name, buffer, {B, K, P, H / a.group_size});
+    check.dtype(name, buffer, {a.k_scale.element_type()});
+  }
+  check.require(a.factor_block >= 16 && (a.factor_block & (a.factor_block - 1)) == 0 && P % a.factor_block == 0,
+                "packed capacity ", P, " is not a multiple of a packing block that is a power of 2: ", a.factor_block);
+  for (auto& [name, buffer] : {std::pair{"k_scale_factor", a.k_scale_factor},
+                               {"k_zero_factor", a.k_zero_factor},
+                               {"v_scale_factor", a.v_scale_factor},
+                               {"v_zero_factor", a.v_zero_factor}}) {
+    if (a.metadata() == kFloat8) check.shape(name, buffer, {B, K, P / a.factor_block, 1});
+    check.dtype(name, buffer, {ffi::F32});
+  }
+  check.shape("tail_k", a.tail_k, {B, K, C, H});
+  check.shape("tail_v", a.tail_v, {B, K, C, H});
+  check.dtype("tail_k", a.tail_k, {ffi::BF16});
+  check.dtype("tail_v", a.tail_v, {ffi::BF16});
+  check.shape("packed_length", a.packed_length, {B});
+  check.shape("tail_length", a.tail_length, {B});
+  check.dtype("packed_length", a.packed_length, {ffi::S32});
+  check.dtype("tail_length", a.tail_length, {ffi::S32});
+  check.shape("out", a.out, {B, N, H});
+  check.dtype("out", a.out, {ffi::BF16});
+  check.dtype("partial", a.partial, {ffi::F32});
+}
+
+// The kernel's parameters, but for what `plan_warps` and the launch add.
+DecodeParams make_params(const DecodeArguments& a, float scale, int stages) {
+  DecodeParams p{};
+  p.q = a.q.untyped_data();
+  const ffi::AnyBuffer sources[kSources] = {a.k_words, a.k_scale, a.k_zero, a.v_words,
+                                            a.v_scale, a.v_zero,  a.tail_k, a.tail_v};
+  for (int i = 0; i < kSources; ++i) p.base[i] = static_cast<const uint8_t*>(sources[i].untyped_data());
+  const ffi::AnyBuffer factors[4] = {a.k_scale_factor, a.k_zero_factor, a.v_scale_factor, a.v_zero_factor};
+  for (int i = 0; i < 4; ++i) p.factor[i] = static_cast<const float*>(factors[i].untyped_data());
+  p.packed_length = static_cast<const int32_t*>(a.packed_length.untyped_data());
+  p.tail_length = static_cast<const int32_t*>(a.tail_length.untyped_data());
+  p.partial = static_cast<float*>(a.partial.untyped_data());
+  p.out = a.out.untyped_data();
+  p.batch = static_cast<int>(a.B());
+  p.kv_heads = static_cast<int>(a.K());
+  p.group = static_cast<int>(a.N() / a.K());
+  p.query_blocks = (p.group + kQueries - 1) / kQueries;
+  p.packed_capacity = static_cast<int>(a.P());
+  p.tail_capacity = static_cast<int>(a.C());
+  p.group_log2 = integer_log2(a.group_size);
+  p.factor_log2 = integer_log2(a.factor_block);
+  p.scale_log2 = scale * kLog2E;
+  p.stages = stages;
+  return p;
+}
+
+// Bytes of shared memory for each computing warp: its ring with two barriers per stage, and its queries.
+int bytes_per_warp(const DecodeParams& p, const DecodeInstance& instance, int head_dim) {
+  return p.stages * (instance.stage_bytes + 16) + kQueries * 2 * head_dim;
+}
+
+// Chooses the computing warps of a block and how many of them share a tile (`p.shares_log2`), and checks that their
+// work can be counted.
+int plan_warps(Checker& check, DecodeParams& p, const DecodeArguments& a, const DecodeInstance& instance,
+               const Device& device, int requested_warps) {
+  const int H = static_cast<int>(a.H()), blocks = device.multiprocessors, rows = p.batch * p.rows_per_batch();
+  const int64_t full_tiles = static_cast<int64_t>(rows) * p.tiles(p.packed_capacity, p.tail_capacity);
+  const int fitting_warps =
+      std::min(max_warps(H),
+               (device.shared_bytes_per_block - static_cast<int>(sizeof(BlockWork))) / bytes_per_warp(p, instance, H));
+  const int useful_warps = static_cast<int>(std::clamp<int64_t>((full_tiles + blocks - 1) / blocks, 2, max_warps(H)));
+  // Few tiles: warps that would find none take shares of the others'.
+  const bool shared_tiles = requested_warps <= 0 && full_tiles > 0 && useful_warps * instance.shares <= fitting_warps;
+  p.shares_log2 = shared_tiles ? integer_log2(instance.shares) : 0;
+  const int warps = std::min(fitting_warps, requested_warps > 0 ? requested_warps : useful_warps << p.shares_log2);
+  const int64_t slots = static_cast<int64_t>(blocks) * warps + (2 * rows << p.shares_log2);
+  const int64_t tokens = a.B() * a.K() * std::max(a.P(), a.C());
+  check.require(warps >= 1, "stages=", p.stages, " do not fit into shared memory");
+  check.require(static_cast<int64_t>(a.partial.element_count()) >= slots * p.slot_floats(H), "scratch of ",
+                a.partial.element_count(), " floats is too small for ", slots, " slots");
+  check.require(tokens <= std::numeric_limits<int>::max(), tokens,
+                " tokens of all rows are more than a launch can count");
+  check.require(rows <= static_cast<int>(kCounters) && full_tiles / blocks < warps * p.stages * instance.stage_bytes,
+                rows, " rows of ", full_tiles, " tiles are more than a launch can count");
+  return warps;
+}
+
+void launch_kernel(cudaStream_t stream, const DecodeInstance& instance, const Device& device, DecodeMaps& maps,
+                   DecodeParams& p, int head_dim, int warps) {
+  allow_all_shared_bytes(instance.kernel, device);
+  p.counters = take_counters(device.ordinal, p.batch * p.rows_per_batch());
+  void* arguments[] = {&maps, &p};
+  cudaLaunchAttribute early{};  // the kernel itself waits for the launch before it
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(device.multiprocessors);
+  launch.blockDim = dim3((warps + producers(head_dim)) * kWarpSize);
+  launch.dynamicSmemBytes = warps * bytes_per_warp(p, instance, head_dim) + static_cast<int>(sizeof(BlockWork));
+  launch.stream = stream;
+  launch.attrs = &early;
+  launch.numAttrs = device.major >= 9 ? 1 : 0;
+  cudaLaunchKernelExC(&launch, instance.kernel, arguments);
+}
+
 }  // namespace
 
 ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_words, ffi::AnyBuffer k_scale,
@@ -166,135 +314,34 @@ ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffe
                             ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> partial, int32_t k_bits,
                             int32_t v_bits, int32_t group_size, int32_t factor_block, float scale,
                             int32_t requested_warps, int32_t requested_stages) {
+  const DecodeArguments a{q,      k_words,        k_scale,       k_zero,         v_words,       v_scale,
+                          v_zero, k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor, tail_k,
+                          tail_v, packed_length,  tail_length,   *out,           *partial,      k_bits,
+                          v_bits, group_size,     factor_block};
   Checker check(kOp);
-  check.rank("q", q, 3);
-  check.rank("k_words", k_words, 4);
-  check.rank("tail_k", tail_k, 4);
+  check_sizes(check, a);
   if (!check.ok()) return check.error();
-  const int64_t B = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2];
-  const int64_t K = tail_k.dimensions()[1], C = tail_k.dimensions()[2];
-  check.require(k_bits == 2 || k_bits == 4, "k_bits=", k_bits, ", supported: 2, 4");
-  check.require(v_bits == 2 || v_bits == 4, "v_bits=", v_bits, ", supported: 2, 4");
-  check.require(group_size >= 16 && group_size <= kTileTokens && (group_size & (group_size - 1)) == 0,
-                "group_size=", group_size, ", supported: 16, 32, 64, 128");
-  check.require(K > 0 && N % K == 0, "N=", N, " is not a multiple of K=", K);
-  check.require(H % group_size == 0, "head_dim ", H, " is not a multiple of group_size ", group_size);
+  check_buffers(check, a);
   if (!check.ok()) return check.error();
-  const int64_t P = k_words.dimensions()[2] * (32 / k_bits);
-  check.dtype("q", q, {ffi::BF16});
-  check.shape("k_words", k_words, {B, K, P * k_bits / 32, H});
-  check.shape("v_words", v_words, {B, K, P * v_bits / 32, H});
-  check.dtype("k_words", k_words, {ffi::U32});
-  check.dtype("v_words", v_words, {ffi::U32});
-  check.dtype("k_scale", k_scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
-  for (auto& [name, buffer] : {std::pair{"k_scale", k_scale}, {"k_zero", k_zero}}) {
-    check.shape(name, buffer, {B, K, P / group_size, H});
-    check.dtype(name, buffer, {k_scale.element_type()});
-  }
-  for (auto& [name, buffer] : {std::pair{"v_scale", v_scale}, {"v_zero", v_zero}}) {
-    check.shape(name, buffer, {B, K, P, H / group_size});
-    check.dtype(name, buffer, {k_scale.element_type()});
-  }
-  const Metadata metadata = k_scale.element_type() == ffi::F16    ? kFloat16
-                            : k_scale.element_type() == ffi::BF16 ? kBFloat16
-                                                                  : kFloat8;
-  check.require(factor_block >= 16 && (factor_block & (factor_block - 1)) == 0 && P % factor_block == 0,
-                "packed capacity ", P, " is not a multiple of a packing block that is a power of 2: ", factor_block);
-  for (auto& [name, buffer] : {std::pair{"k_scale_factor", k_scale_factor},
-                               {"k_zero_factor", k_zero_factor},
-                               {"v_scale_factor", v_scale_factor},
-                               {"v_zero_factor", v_zero_factor}}) {
-    if (metadata == kFloat8) check.shape(name, buffer, {B, K, P / factor_block, 1});
-    check.dtype(name, buffer, {ffi::F32});
-  }
-  check.shape("tail_k", tail_k, {B, K, C, H});
-  check.shape("tail_v", tail_v, {B, K, C, H});
-  check.dtype("tail_k", tail_k, {ffi::BF16});
-  check.dtype("tail_v", tail_v, {ffi::BF16});
-  check.shape("packed_length", packed_length, {B});
-  check.shape("tail_length", tail_length, {B});
-  check.dtype("packed_length", packed_length, {ffi::S32});
-  check.dtype("tail_length", tail_length, {ffi::S32});
-  check.shape("out", *out, {B, N, H});
-  check.dtype("out", *out, {ffi::BF16});
-  check.dtype("partial", *partial, {ffi::F32});
-  if (!check.ok()) return check.error();
-
-  const bool vector_metadata = H == 128 && group_size == 16 && metadata != kFloat8;
-  const DecodeInstance instance = k_bits == 2 ? find_instance<2>(H, v_bits, metadata, vector_metadata)
-                                              : find_instance<4>(H, v_bits, metadata, vector_metadata);
+  const int H = static_cast<int>(a.H());
+  const DecodeInstance instance = k_bits == 2 ? find_instance<2>(H, v_bits, a.metadata(), a.vector_metadata())
+                                              : find_instance<4>(H, v_bits, a.metadata(), a.vector_metadata());
   check.require(instance.kernel != nullptr, "head_dim=", H, ", supported: 64, 96, 128, 256");
   if (!check.ok()) return check.error();
 
-  DecodeParams p{};
-  p.q = q.untyped_data();
-  const ffi::AnyBuffer sources[kSources] = {k_words, k_scale, k_zero, v_words, v_scale, v_zero, tail_k, tail_v};
-  for (int i = 0; i < kSources; ++i) p.base[i] = static_cast<const uint8_t*>(sources[i].untyped_data());
-  const ffi::AnyBuffer factors[4] = {k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor};
-  for (int i = 0; i < 4; ++i) p.factor[i] = static_cast<const float*>(factors[i].untyped_data());
-  p.packed_length = static_cast<const int32_t*>(packed_length.untyped_data());
-  p.tail_length = static_cast<const int32_t*>(tail_length.untyped_data());
-  p.partial = static_cast<float*>(partial->untyped_data());
-  p.out = out->untyped_data();
-  p.batch = static_cast<int>(B);
-  p.kv_heads = static_cast<int>(K);
-  p.group = static_cast<int>(N / K);
-  p.query_blocks = (p.group + kQueries - 1) / kQueries;
-  p.packed_capacity = static_cast<int>(P);
-  p.tail_capacity = static_cast<int>(C);
-  p.group_log2 = integer_log2(group_size);
-  p.factor_log2 = integer_log2(factor_block);
-  p.scale_log2 = scale * kLog2E;
-
   const Device device = current_device();
-  const int blocks = device.multiprocessors;
-  p.stages = requested_stages;
-  const int warp_bytes = p.stages * (instance.stage_bytes + 16) + kQueries * 2 * static_cast<int>(H);  // 2 barriers
-  const int rows = p.batch * p.rows_per_batch();
-  const int64_t most = static_cast<int64_t>(rows) * p.tiles(p.packed_capacity, p.tail_capacity);  // tiles, cache full
-  const int most_warps = std::min(max_warps(static_cast<int>(H)),
-                                  (device.shared_bytes_per_block - static_cast<int>(sizeof(BlockWork))) / warp_bytes);
-  const int useful =
-      static_cast<int>(std::clamp<int64_t>((most + blocks - 1) / blocks, 2, max_warps(static_cast<int>(H))));
-  // Few tiles: warps that would find none take shares of the others'.
-  const bool shared_tiles = requested_warps <= 0 && most > 0 && useful * instance.shares <= most_warps;
-  p.shares_log2 = shared_tiles ? integer_log2(instance.shares) : 0;
-  const int warps = std::min(most_warps, requested_warps > 0 ? requested_warps : useful << p.shares_log2);
-  const int64_t slots = static_cast<int64_t>(blocks) * warps + (2 * rows << p.shares_log2);
-  check.require(warps >= 1, "stages=", p.stages, " do not fit into shared memory");
-  check.require(static_cast<int64_t>(partial->element_count()) >= slots * p.slot_floats(static_cast<int>(H)),
-                "scratch of ", partial->element_count(), " floats is too small for ", slots, " slots");
-  check.require(B * K * std::max(P, C) <= std::numeric_limits<int>::max(), B * K * std::max(P, C),
-                " tokens of all rows are more than a launch can count");
-  check.require(rows <= static_cast<int>(kCounters) && most / blocks < warps * p.stages * instance.stage_bytes, rows,
-                " rows of ", most, " tiles are more than a launch can count");
+  DecodeParams p = make_params(a, scale, requested_stages);
+  const int warps = plan_warps(check, p, a, instance, device, requested_warps);
   if (!check.ok()) return check.error();
-
-  const int shared_bytes = warps * warp_bytes + static_cast<int>(sizeof(BlockWork));
   DecodeMaps maps{};
   if (device.major >= 9) {
     check.require(encode_tiled() != nullptr, "the driver has no cuTensorMapEncodeTiled");
     if (!check.ok()) return check.error();
-    const bool made =
-        make_maps(maps, p, static_cast<int>(H), k_bits, v_bits, metadata == kFloat8 ? 1 : 2, vector_metadata);
+    const bool made = make_maps(maps, p, H, k_bits, v_bits, a.metadata() == kFloat8 ? 1 : 2, a.vector_metadata());
     check.require(made, "the driver refused a tensor map");
     if (!check.ok()) return check.error();
   }
-
-  allow_all_shared_bytes(instance.kernel, device);
-  p.counters = take_counters(device.ordinal, rows);
-  void* arguments[] = {&maps, &p};
-  cudaLaunchAttribute early{};  // the kernel itself waits for the launch before it
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(blocks);
-  launch.blockDim = dim3((warps + producers(H)) * kWarpSize);
-  launch.dynamicSmemBytes = shared_bytes;
-  launch.stream = stream;
-  launch.attrs = &early;
-  launch.numAttrs = device.major >= 9 ? 1 : 0;
-  cudaLaunchKernelExC(&launch, instance.kernel, arguments);
+  launch_kernel(stream, instance, device, maps, p, H, warps);
   return cuda_status(kOp, cudaGetLastError());
 }
 

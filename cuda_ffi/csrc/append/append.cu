@@ -5,8 +5,8 @@
 // the tail down and writes the new lengths over the old ones, of which the first kernel has left it a copy.
 #include <array>
 
-#include "ffi_checks.h"
-#include "quantize.cuh"
+#include "common/ffi_checks.h"
+#include "quantize/quantize.cuh"
 
 namespace minikv {
 
@@ -120,32 +120,115 @@ void launch_metadata(const AppendParams& p, ffi::DataType metadata, int batch, c
   launch<X, __nv_fp8_e4m3>(p, batch, stream);
 }
 
-}  // namespace
-
-// One side's cache buffers, keys' or values'.
+// The buffers of the keys or of the values.
 struct Side {
   const char* name;
   ffi::AnyBuffer token, tail, words, scale, zero, scale_factor, zero_factor;
 };
 
-static void check_side(Checker& check, const Side& side, std::initializer_list<int64_t> token,
-                       std::initializer_list<int64_t> tail, std::initializer_list<int64_t> words,
-                       std::initializer_list<int64_t> metadata, std::initializer_list<int64_t> factor,
-                       ffi::DataType input, ffi::DataType metadata_type) {
+// What XLA hands the handler.
+struct AppendArguments {
+  Side keys, values;
+  ffi::AnyBuffer count, packed_length, tail_length, packed_length_out, tail_length_out, old_lengths;
+  int32_t k_bits, v_bits, group_size, sinks, block;
+
+  int64_t B() const { return keys.tail.dimensions()[0]; }
+  int64_t K() const { return keys.tail.dimensions()[1]; }
+  int64_t C() const { return keys.tail.dimensions()[2]; }
+  int64_t H() const { return keys.tail.dimensions()[3]; }
+  int64_t P() const { return keys.words.dimensions()[2] * (32 / k_bits); }
+  ffi::DataType input() const { return keys.tail.element_type(); }
+  ffi::DataType metadata() const { return keys.scale.element_type(); }
+};
+
+// Checks that each argument is its result's buffer.
+void check_in_place(Checker& check, const AppendArguments& a, ffi::RemainingArgs cache, ffi::RemainingRets cache_out) {
+  for (int i = 0; i < kCacheBuffers; ++i) {
+    const ffi::AnyBuffer buffer = *cache.get<ffi::AnyBuffer>(i), out = **cache_out.get<ffi::AnyBuffer>(i);
+    check.require(buffer.element_count() == 0 || buffer.untyped_data() == out.untyped_data(), "cache buffer ", i,
+                  " is not updated in place");
+  }
+  check.require(a.packed_length.untyped_data() == a.packed_length_out.untyped_data() &&
+                    a.tail_length.untyped_data() == a.tail_length_out.untyped_data(),
+                "the lengths are not updated in place");
+}
+
+// Checks what the sizes are read from.
+void check_sizes(Checker& check, const AppendArguments& a) {
+  check.rank("key tail", a.keys.tail, 4);
+  check.rank("key words", a.keys.words, 4);
+  check.require((a.k_bits == 2 || a.k_bits == 4) && (a.v_bits == 2 || a.v_bits == 4), "k_bits=", a.k_bits,
+                ", v_bits=", a.v_bits, ", supported: 2, 4");
+  check.require(a.group_size == 16 || a.group_size == 32 || a.group_size == 64 || a.group_size == 128,
+                "group_size=", a.group_size, ", supported: 16, 32, 64, 128");
+  check.dtype("key tail", a.keys.tail, {ffi::F32, ffi::BF16, ffi::F16});
+  check.dtype("key scale", a.keys.scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
+}
+
+void check_side(Checker& check, const AppendArguments& a, const Side& side, std::initializer_list<int64_t> words,
+                std::initializer_list<int64_t> metadata) {
   const auto one = [&](const char* what, ffi::AnyBuffer buffer, std::initializer_list<int64_t> shape,
                        ffi::DataType type) {
     const std::string name = std::string(side.name) + what;
     check.shape(name.c_str(), buffer, shape);
     check.dtype(name.c_str(), buffer, {type});
   };
-  one(" token", side.token, token, input);
-  one(" tail", side.tail, tail, input);
+  const int64_t B = a.B(), K = a.K(), factors = a.metadata() == ffi::F8E4M3FN ? a.P() / a.group_size : 0;
+  one(" token", side.token, {B, K, a.H()}, a.input());
+  one(" tail", side.tail, {B, K, a.C(), a.H()}, a.input());
   one(" words", side.words, words, ffi::U32);
-  one(" scale", side.scale, metadata, metadata_type);
-  one(" zero", side.zero, metadata, metadata_type);
-  one(" scale factor", side.scale_factor, factor, ffi::F32);
-  one(" zero factor", side.zero_factor, factor, ffi::F32);
+  one(" scale", side.scale, metadata, a.metadata());
+  one(" zero", side.zero, metadata, a.metadata());
+  one(" scale factor", side.scale_factor, {B, K, factors, 1}, ffi::F32);
+  one(" zero factor", side.zero_factor, {B, K, factors, 1}, ffi::F32);
 }
+
+// Checks every buffer's shape and dtype, after `check_sizes`.
+void check_buffers(Checker& check, const AppendArguments& a) {
+  const int64_t B = a.B(), K = a.K(), C = a.C(), H = a.H(), P = a.P(), g = a.group_size;
+  check.require(H <= kMaxHeadDim && H % 32 == 0 && H % g == 0, "head_dim=", H);
+  check.require(a.block > 0 && a.block % g == 0 && a.sinks >= 0 && a.sinks + a.block <= C, "block=", a.block,
+                ", sinks=", a.sinks, " in a tail of ", C);
+  check_side(check, a, a.keys, {B, K, P * a.k_bits / 32, H}, {B, K, P / g, H});
+  check_side(check, a, a.values, {B, K, P * a.v_bits / 32, H}, {B, K, P, H / g});
+  const std::array<std::pair<const char*, ffi::AnyBuffer>, 5> lengths = {{{"count", a.count},
+                                                                          {"packed_length", a.packed_length},
+                                                                          {"tail_length", a.tail_length},
+                                                                          {"packed_length_out", a.packed_length_out},
+                                                                          {"tail_length_out", a.tail_length_out}}};
+  for (const auto& [name, length] : lengths) {
+    check.shape(name, length, {B});
+    check.dtype(name, length, {ffi::S32});
+  }
+  check.shape("old_lengths", a.old_lengths, {2, B});
+  check.dtype("old_lengths", a.old_lengths, {ffi::S32});
+}
+
+AppendParams make_params(const AppendArguments& a) {
+  AppendParams p{};
+  const Side &keys = a.keys, &values = a.values;
+  p.k = keys.token.untyped_data(), p.v = values.token.untyped_data();
+  p.tail_k = keys.tail.untyped_data(), p.tail_v = values.tail.untyped_data();
+  p.k_words = static_cast<uint32_t*>(keys.words.untyped_data());
+  p.v_words = static_cast<uint32_t*>(values.words.untyped_data());
+  p.k_scale = keys.scale.untyped_data(), p.k_zero = keys.zero.untyped_data();
+  p.v_scale = values.scale.untyped_data(), p.v_zero = values.zero.untyped_data();
+  p.k_scale_factor = static_cast<float*>(keys.scale_factor.untyped_data());
+  p.k_zero_factor = static_cast<float*>(keys.zero_factor.untyped_data());
+  p.v_scale_factor = static_cast<float*>(values.scale_factor.untyped_data());
+  p.v_zero_factor = static_cast<float*>(values.zero_factor.untyped_data());
+  p.count = static_cast<const int32_t*>(a.count.untyped_data());
+  p.packed_length = static_cast<int32_t*>(a.packed_length_out.untyped_data());
+  p.tail_length = static_cast<int32_t*>(a.tail_length_out.untyped_data());
+  p.old_packed_length = static_cast<int32_t*>(a.old_lengths.untyped_data());
+  p.old_tail_length = p.old_packed_length + a.B();
+  p.kv_heads = static_cast<int>(a.K()), p.head_dim = static_cast<int>(a.H());
+  p.packed_capacity = static_cast<int>(a.P()), p.tail_capacity = static_cast<int>(a.C());
+  p.sinks = a.sinks, p.block = a.block, p.group = a.group_size, p.k_bits = a.k_bits, p.v_bits = a.v_bits;
+  return p;
+}
+
+}  // namespace
 
 // The lengths, tails, words, scales, zeros and factors are updated in place: each argument is its result's buffer.
 ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer count,
@@ -157,77 +240,37 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   check.require(cache.size() == kCacheBuffers && cache_out.size() == kCacheBuffers, cache.size(),
                 " cache buffers, expected ", kCacheBuffers);
   if (!check.ok()) return check.error();
-  const auto buffer = [&](int i) { return *cache.get<ffi::AnyBuffer>(i); };
-  for (int i = 0; i < kCacheBuffers; ++i) {
-    const ffi::AnyBuffer out = **cache_out.get<ffi::AnyBuffer>(i);
-    check.require(buffer(i).element_count() == 0 || buffer(i).untyped_data() == out.untyped_data(), "cache buffer ", i,
-                  " is not updated in place");
-  }
-  check.require(packed_length.untyped_data() == packed_length_out->untyped_data() &&
-                    tail_length.untyped_data() == tail_length_out->untyped_data(),
-                "the lengths are not updated in place");
-  const Side keys{"key", k, buffer(0), buffer(1), buffer(2), buffer(3), buffer(4), buffer(5)};
-  const Side values{"value", v, buffer(6), buffer(7), buffer(8), buffer(9), buffer(10), buffer(11)};
-  check.rank("key tail", keys.tail, 4);
-  check.rank("key words", keys.words, 4);
-  check.require((k_bits == 2 || k_bits == 4) && (v_bits == 2 || v_bits == 4), "k_bits=", k_bits, ", v_bits=", v_bits,
-                ", supported: 2, 4");
-  check.require(group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128,
-                "group_size=", group_size, ", supported: 16, 32, 64, 128");
-  check.dtype("key tail", keys.tail, {ffi::F32, ffi::BF16, ffi::F16});
-  check.dtype("key scale", keys.scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
+  const auto side = [&](const char* name, ffi::AnyBuffer token, int first) {
+    const auto buffer = [&](int i) { return *cache.get<ffi::AnyBuffer>(first + i); };
+    return Side{name, token, buffer(0), buffer(1), buffer(2), buffer(3), buffer(4), buffer(5)};
+  };
+  const AppendArguments a{side("key", k, 0),
+                          side("value", v, kCacheBuffers / 2),
+                          count,
+                          packed_length,
+                          tail_length,
+                          *packed_length_out,
+                          *tail_length_out,
+                          *old_lengths,
+                          k_bits,
+                          v_bits,
+                          group_size,
+                          sinks,
+                          block};
+  check_in_place(check, a, cache, cache_out);
+  check_sizes(check, a);
   if (!check.ok()) return check.error();
-  const ffi::DataType input = keys.tail.element_type(), metadata = keys.scale.element_type();
-  const int64_t B = keys.tail.dimensions()[0], K = keys.tail.dimensions()[1], C = keys.tail.dimensions()[2];
-  const int64_t H = keys.tail.dimensions()[3], P = keys.words.dimensions()[2] * (32 / k_bits), g = group_size;
-  check.require(H <= 256 && H % 32 == 0 && H % g == 0, "head_dim=", H);
-  check.require(block > 0 && block % g == 0 && sinks >= 0 && sinks + block <= C, "block=", block, ", sinks=", sinks,
-                " in a tail of ", C);
-  const int64_t factors = metadata == ffi::F8E4M3FN ? P / g : 0;
-  check_side(check, keys, {B, K, H}, {B, K, C, H}, {B, K, P * k_bits / 32, H}, {B, K, P / g, H}, {B, K, factors, 1},
-             input, metadata);
-  check_side(check, values, {B, K, H}, {B, K, C, H}, {B, K, P * v_bits / 32, H}, {B, K, P, H / g}, {B, K, factors, 1},
-             input, metadata);
-  const std::array<std::pair<const char*, ffi::AnyBuffer>, 5> lengths = {{{"count", count},
-                                                                          {"packed_length", packed_length},
-                                                                          {"tail_length", tail_length},
-                                                                          {"packed_length_out", *packed_length_out},
-                                                                          {"tail_length_out", *tail_length_out}}};
-  for (const auto& [name, length] : lengths) {
-    check.shape(name, length, {B});
-    check.dtype(name, length, {ffi::S32});
-  }
-  check.shape("old_lengths", *old_lengths, {2, B});
-  check.dtype("old_lengths", *old_lengths, {ffi::S32});
+  check_buffers(check, a);
   if (!check.ok()) return check.error();
 
-  AppendParams p{};
-  p.k = k.untyped_data(), p.v = v.untyped_data();
-  p.tail_k = keys.tail.untyped_data(), p.tail_v = values.tail.untyped_data();
-  p.k_words = static_cast<uint32_t*>(keys.words.untyped_data());
-  p.v_words = static_cast<uint32_t*>(values.words.untyped_data());
-  p.k_scale = keys.scale.untyped_data(), p.k_zero = keys.zero.untyped_data();
-  p.v_scale = values.scale.untyped_data(), p.v_zero = values.zero.untyped_data();
-  p.k_scale_factor = static_cast<float*>(keys.scale_factor.untyped_data());
-  p.k_zero_factor = static_cast<float*>(keys.zero_factor.untyped_data());
-  p.v_scale_factor = static_cast<float*>(values.scale_factor.untyped_data());
-  p.v_zero_factor = static_cast<float*>(values.zero_factor.untyped_data());
-  p.count = static_cast<const int32_t*>(count.untyped_data());
-  p.packed_length = static_cast<int32_t*>(packed_length_out->untyped_data());
-  p.tail_length = static_cast<int32_t*>(tail_length_out->untyped_data());
-  p.old_packed_length = static_cast<int32_t*>(old_lengths->untyped_data());
-  p.old_tail_length = p.old_packed_length + B;
-  p.kv_heads = static_cast<int>(K), p.head_dim = static_cast<int>(H);
-  p.packed_capacity = static_cast<int>(P), p.tail_capacity = static_cast<int>(C);
-  p.sinks = sinks, p.block = block, p.group = group_size, p.k_bits = k_bits, p.v_bits = v_bits;
-
-  const int batch = static_cast<int>(B);
-  if (input == ffi::F32) {
-    launch_metadata<float>(p, metadata, batch, stream);
-  } else if (input == ffi::F16) {
-    launch_metadata<__half>(p, metadata, batch, stream);
+  const AppendParams p = make_params(a);
+  const int batch = static_cast<int>(a.B());
+  if (a.input() == ffi::F32) {
+    launch_metadata<float>(p, a.metadata(), batch, stream);
+  } else if (a.input() == ffi::F16) {
+    launch_metadata<__half>(p, a.metadata(), batch, stream);
   } else {
-    launch_metadata<__nv_bfloat16>(p, metadata, batch, stream);
+    launch_metadata<__nv_bfloat16>(p, a.metadata(), batch, stream);
   }
   return cuda_status(kOp, cudaGetLastError());
 }

@@ -1,8 +1,8 @@
 // Quantise and pack keys (groups of tokens) or values (groups of channels): one read, one write.
 #include <algorithm>
 
-#include "ffi_checks.h"
-#include "quantize.cuh"
+#include "common/ffi_checks.h"
+#include "quantize/quantize.cuh"
 
 namespace minikv {
 

@@ -1,6 +1,6 @@
-// Instances of the decode kernel for one head_dim and number of key bits (both given by the build, to compile in
-// parallel).
-#include "decode_attention.cuh"
+// Instances of the decode kernel for one head_dim and number of key bits. The build gives both, so that instances
+// compile in parallel.
+#include "decode/kernel.cuh"
 
 namespace minikv {
 

@@ -4,7 +4,7 @@
 // give equal bits. A counter says how many of the row's tiles have arrived.
 #pragma once
 
-#include "decode_work.cuh"
+#include "decode/work.cuh"
 
 namespace minikv {
 

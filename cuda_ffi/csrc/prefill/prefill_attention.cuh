@@ -10,7 +10,7 @@
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "common/device.cuh"
 
 namespace minikv {
 

@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "common/device.cuh"
 
 namespace minikv {
 

@@ -6,7 +6,7 @@
 // run of tiles of one kind in one row is a segment.
 #pragma once
 
-#include "device.cuh"
+#include "common/device.cuh"
 
 namespace minikv {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ffi_checks.h"
+#include "common/ffi_checks.h"
 
 namespace minikv {
 

@@ -1,0 +1,175 @@
+"""The packed layout in NumPy, the one definition that the library and the kernels are held to.
+
+Written from docs/packed-layout.md, one group and one token at a time, for `S` tokens of `H` channels behind any leading
+axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code -> bits in each plane
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float32": np.dtype(np.float32),
+}
+SMALLEST = np.finfo(np.float32).tiny  # below it a reciprocal overflows
+
+
+def packing_block(bits: int, group_size: int) -> int:
+    """Tokens that fill whole groups and whole words."""
+    return max(group_size, 32 // min(PLANES[bits]))
+
+
+def pack(codes: np.ndarray, bits: int) -> tuple[np.ndarray, ...]:
+    """codes `[..., S, H]` -> one uint32 `[..., S * p / 32, H]` for each plane of p bits."""
+    *lead, tokens, channels = codes.shape
+    planes, low = [], 0
+    for p in PLANES[bits]:
+        per_word = 32 // p
+        words = np.zeros((*lead, tokens // per_word, channels), np.uint32)
+        for s in range(tokens):
+            piece = (codes[..., s, :].astype(np.uint32) >> np.uint32(low)) & np.uint32(2**p - 1)
+            words[..., s // per_word, :] |= piece << np.uint32(s % per_word * p)
+        planes.append(words)
+        low += p
+    return tuple(planes)
+
+
+def unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
+    """The codes `[..., S, H]`, int64, that `pack` was given."""
+    *lead, words, channels = planes[0].shape
+    tokens = words * (32 // PLANES[bits][0])
+    codes = np.zeros((*lead, tokens, channels), np.int64)
+    for s in range(tokens):
+        low = 0
+        for p, plane in zip(PLANES[bits], planes, strict=True):
+            per_word = 32 // p
+            piece = (plane[..., s // per_word, :] >> np.uint32(s % per_word * p)) & np.uint32(2**p - 1)
+            codes[..., s, :] |= piece.astype(np.int64) << low
+            low += p
+    return codes
+
+
+@dataclasses.dataclass
+class Metadata:
+    """Scales or zeros: as they are stored, and the float32 that they stand for.
+
+    Attributes:
+      stored: `[..., S / g, H]` (axis "tokens") or `[..., S, H / g]` (axis "channels").
+      value: the same in float32, multiplied by the factors.
+      factor: `[..., S / Q, 1]`, with float8 metadata only.
+    """
+
+    stored: np.ndarray
+    value: np.ndarray
+    factor: np.ndarray | None
+
+
+@dataclasses.dataclass
+class Packed:
+    """Quantised keys or values.
+
+    Attributes:
+      codes: `[..., S, H]`.
+      steps: the codes before they were rounded, float32.
+      scale, zero: of the groups.
+    """
+
+    codes: np.ndarray
+    steps: np.ndarray
+    scale: Metadata
+    zero: Metadata
+    bits: int
+    group_size: int
+    axis: str
+
+    @property
+    def planes(self) -> tuple[np.ndarray, ...]:
+        return pack(self.codes, self.bits)
+
+    @property
+    def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.scale.factor is None or self.zero.factor is None:
+            return None
+        return self.scale.factor, self.zero.factor
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All that is stored: planes, scale, zero and, with float8 metadata, the two factors."""
+        return (*self.planes, self.scale.stored, self.zero.stored, *(self.factors or ()))
+
+    def adopt(self, codes: np.ndarray) -> bool:
+        """Whether these are the codes. If float8 makes a tie of one, it may go either way, and is taken over.
+
+        `x - scale_f8 * factor` may be one rounding or two, as the compiler likes; 16-bit metadata leaves no choice.
+        """
+        differ = codes != self.codes
+        if differ.any() and self.factors is not None:
+            # Off by 2**-24 of the zero, which is at most some 255 steps: 1e-4 of a step has a margin of a few.
+            tie = np.abs(self.steps - np.floor(self.steps) - 0.5) < 1e-4
+            differ &= ~tie | (np.abs(codes.astype(np.int64) - self.codes) > 1)
+            self.codes = np.where(differ, self.codes, codes)
+        return not differ.any()
+
+    def dequantize(self) -> np.ndarray:
+        """float32 `[..., S, H]`."""
+        axis = -2 if self.axis == "tokens" else -1
+        scale, zero = (np.repeat(x.value, self.group_size, axis) for x in (self.scale, self.zero))
+        return self.codes.astype(np.float32) * scale + zero
+
+
+def quantize(
+    x: np.ndarray,
+    bits: int,
+    group_size: int,
+    axis: str,
+    metadata_dtype: str = "float16",
+    factor_block: int | None = None,
+) -> Packed:
+    """x `[..., S, H]`, in float32 throughout; `factor_block` tokens (a packing block by default) share a factor."""
+    x = x.astype(np.float32)
+    along = -2 if axis == "tokens" else -1
+    groups = [slice(i, i + group_size) for i in range(0, x.shape[along], group_size)]
+
+    def part(array: np.ndarray, group: slice) -> np.ndarray:
+        return array[..., group, :] if axis == "tokens" else array[..., group]
+
+    low = np.stack([part(x, group).min(along) for group in groups], along)
+    high = np.stack([part(x, group).max(along) for group in groups], along)
+    levels = np.float32(2**bits - 1)
+    block = factor_block or packing_block(bits, group_size)
+    scale = store((high - low) * (np.float32(1) / levels), metadata_dtype, x.shape[-2] // block)
+    zero = store(low, metadata_dtype, x.shape[-2] // block)
+    inverse = reciprocal(scale.value)
+    steps = np.zeros_like(x)
+    for i, group in enumerate(groups):
+        one = slice(i, i + 1)
+        part(steps, group)[...] = (part(x, group) - part(zero.value, one)) * part(inverse, one)
+    codes = np.clip(np.rint(steps), 0, levels).astype(np.int64)
+    return Packed(codes, steps, scale, zero, bits, group_size, axis)
+
+
+def store(x: np.ndarray, metadata_dtype: str, blocks: int) -> Metadata:
+    """Scales or zeros `[..., rows, columns]` of `blocks` blocks of tokens, rounded to their dtype."""
+    dtype = DTYPES[metadata_dtype]
+    largest = np.float32(ml_dtypes.finfo(dtype).max)
+    if metadata_dtype != "float8_e4m3fn":
+        stored = np.clip(x, -largest, largest).astype(dtype)
+        return Metadata(stored, stored.astype(np.float32), None)
+    by_block = x.reshape(*x.shape[:-2], blocks, -1)
+    factor = np.abs(by_block).max(-1, keepdims=True) * np.float32(1 / float(largest))
+    stored = (by_block * reciprocal(factor)).astype(dtype)
+    return Metadata(stored.reshape(x.shape), (stored.astype(np.float32) * factor).reshape(x.shape), factor)
+
+
+def reciprocal(x: np.ndarray) -> np.ndarray:
+    """`1 / x` rounded once, and 0 where x is 0 or subnormal."""
+    normal = x >= SMALLEST
+    return np.where(normal, np.float32(1) / np.where(normal, x, np.float32(1)), np.float32(0))
