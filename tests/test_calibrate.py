@@ -189,7 +189,7 @@ def test_another_model_or_layout_is_refused(method: Method):
 def test_what_cannot_be_calibrated_is_named(model: Llama):
     with pytest.raises(ValueError, match="method 'full' has quantizer=None: expected MinMax or Hadamard"):
         calibrate(model, TEXTS, lookup.get("full"))
-    with pytest.raises(ValueError, match="method 'nvfp4' has quantizer=NVFP4.*: expected MinMax or Hadamard"):
+    with pytest.raises(ValueError, match=r"method 'nvfp4' has quantizer=NVFP4.*: expected MinMax or Hadamard"):
         calibrate(model, TEXTS, lookup.get("nvfp4"))
     with pytest.raises(ValueError, match="the same lengths"):
         calibrate(model, [*TEXTS, ([1], [2])], BASE)

@@ -124,7 +124,7 @@ def test_settings_of_a_component_of_ones_own(tmp_path: pathlib.Path):
         lookup.override(mine, {"base": "a"})
     with pytest.raises(ValueError, match=r"unknown setting 'lag'.*scorer\.base"):
         lookup.override(mine, {"lag": "3"})
-    with pytest.raises(ValueError, match="base='a': expected float, as its default 0.0"):
+    with pytest.raises(ValueError, match=r"base='a': expected float, as its default 0\.0"):
         type(changed.scorer)(base="a")
 
 
@@ -347,7 +347,7 @@ def test_bits_of_a_quantizer():
     mk.register_quantizer("narrow")(narrow)
     with pytest.raises(ValueError, match="quantizer='narrow': k_bits=4: expected one of 2, 8"):
         lookup.override(lookup.get("kivi-4"), {"quantizer": "narrow"})
-    with pytest.raises(ValueError, match="quantizer='nosuch': expected one of .*minmax, narrow"):
+    with pytest.raises(ValueError, match=r"quantizer='nosuch': expected one of .*minmax, narrow"):
         lookup.override(lookup.get("kivi-4"), {"quantizer": "nosuch"})
 
 

@@ -112,7 +112,7 @@ def test_a_new_component_takes_over_shared_settings():
 
 def test_a_setting_of_two_components_is_ambiguous():
     hqq = lookup.override(MINIKV, {"quantizer": "hqq", "budget": "pyramid"})
-    with pytest.raises(ValueError, match="setting 'beta' is ambiguous: say budget.beta or quantizer.beta"):
+    with pytest.raises(ValueError, match=r"setting 'beta' is ambiguous: say budget\.beta or quantizer\.beta"):
         lookup.override(hqq, {"beta": "3"})
     changed = lookup.override(hqq, {"budget.beta": "3", "quantizer.beta": "9"})
     assert changed.budget == Pyramid(beta=3.0)
@@ -162,7 +162,7 @@ def test_a_method_and_its_changes_in_one_text():
     assert (method.heavy, method.recent, method.sinks) == (Share(0.3), Tokens(7), 4)  # the text's own win
     assert lookup.parse("h2o") == lookup.get("h2o")
     for wrong in ("h2o:heavy", "h2o:heavy=0.2,recent"):
-        with pytest.raises(ValueError, match="expected NAME or NAME:KEY=VALUE,KEY=VALUE, got '(heavy|recent)'"):
+        with pytest.raises(ValueError, match=r"expected NAME or NAME:KEY=VALUE,KEY=VALUE, got '(heavy|recent)'"):
             lookup.parse(wrong)
 
 
