@@ -82,7 +82,7 @@ class Components(Registry[type[Component] | Component]):
             raise ValueError(f"{self.kind}={name!r}: {error}") from error
 
     def name_of(self, component: Component) -> str:
-        """The name that a component, or its class, is registered by; if there is none, that of the class or function."""
+        """The name that a component or its class is registered by, else that of the class or of the function."""
         for name, entry in self._entries.items():
             if entry == component or entry is type(component):
                 return name
