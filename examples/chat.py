@@ -1,4 +1,4 @@
-"""A conversation: each turn is appended to the compressed cache of what came before, nothing is run again."""
+"""A conversation: each turn is appended to the compressed cache of the earlier ones, and nothing runs twice."""
 
 import argparse
 
@@ -15,10 +15,10 @@ assert tokenizer is not None, "this example needs a model with a tokenizer"
 cache, last_token = None, -1
 for message in ("Name a city by the sea.", "What can I see there?"):
     if cache is None:
-        turn = chat.first_turn(tokenizer, message)
+        start, turn = {"method": "minikv"}, chat.first_turn(tokenizer, message)
     else:
-        turn = chat.next_turn(tokenizer, message, last_token)
-    result = minikv_jax.generate(model, [turn], cache=cache or "minikv", max_new_tokens=arguments.max_new_tokens)
+        start, turn = {"cache": cache}, chat.next_turn(tokenizer, message, last_token)
+    result = minikv_jax.generate(model, [turn], max_new_tokens=arguments.max_new_tokens, **start)
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     cache, last_token = result.cache, tokens[-1]
     print(f"> {message}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")

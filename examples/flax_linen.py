@@ -1,4 +1,4 @@
-"""A compressed cache in a Flax model that is not ours: a small Linen decoder with an attention of its own.
+"""A compressed cache in a Flax model of your own: a small Linen decoder with its own attention.
 
 The attention calls three functions, and the cache is a value that goes in and comes out:
 - `prefill_layer` for the prompt: causal attention, and what the method keeps of the keys and values;
@@ -18,7 +18,7 @@ import minikv_jax
 class Attention(nn.Module):
     """Grouped-query attention. Without a cache `x` is a prompt, with one it is the next token of each row."""
 
-    method: minikv_jax.CacheConfig
+    method: minikv_jax.Method
     layer: int
     num_layers: int
     heads: int = 4
@@ -33,9 +33,8 @@ class Attention(nn.Module):
         k = nn.DenseGeneral((self.kv_heads, self.head_dim), name="k")(x)
         v = nn.DenseGeneral((self.kv_heads, self.head_dim), name="v")(x)
         if cache is None:
-            out, cache = minikv_jax.prefill_layer(
-                q, k, v, lengths, self.method, self.max_new_tokens, layer=self.layer, num_layers=self.num_layers
-            )
+            inputs = minikv_jax.LayerInputs(q, k, v, lengths, layer=self.layer)
+            out, cache = minikv_jax.prefill_layer(inputs, self.method, self.max_new_tokens, num_layers=self.num_layers)
         else:
             cache = minikv_jax.append(cache, k, v, jnp.ones_like(lengths), lengths[:, None])
             out = minikv_jax.decode_attention(q[:, 0], cache)[:, None]
@@ -45,7 +44,7 @@ class Attention(nn.Module):
 class Decoder(nn.Module):
     """Learned positions, two layers."""
 
-    method: minikv_jax.CacheConfig
+    method: minikv_jax.Method
     vocabulary: int = 256
     width: int = 64
     num_layers: int = 2
@@ -88,14 +87,14 @@ def generate(model: Decoder, params, ids, lengths, steps: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", default="minikv", choices=minikv_jax.presets.names())
+    parser.add_argument("--method", default="minikv", choices=minikv_jax.lookup.names())
     parser.add_argument("--max-new-tokens", type=int, default=48, choices=range(1, 65), metavar="1..64")
     arguments = parser.parse_args()
     lengths = jnp.array([512, 300])
     ids = jax.random.randint(jax.random.key(0), (2, 512), 0, 256)
-    full = Decoder(minikv_jax.presets.get("full"))
+    full = Decoder(minikv_jax.lookup.get("full"))
     params = full.init(jax.random.key(1), ids[:, :8], jnp.array([8, 8]))
-    model = dataclasses.replace(full, method=minikv_jax.presets.get(arguments.method))
+    model = dataclasses.replace(full, method=minikv_jax.lookup.get(arguments.method))
     sizes = []
     for name, decoder in (("full", full), (arguments.method, model)):
         tokens, caches = generate(decoder, params, ids, lengths, arguments.max_new_tokens)

@@ -8,14 +8,18 @@ import dataclasses
 import minikv_jax
 
 
-@minikv_jax.register_budget("hourglass", waist=0.5)
-def hourglass(config: minikv_jax.CacheConfig, num_layers: int):
-    """One weight per layer: 1 at both ends, `waist` in the middle. Only their ratios count: the total stays `heavy`."""
-    middle = max((num_layers - 1) / 2, 1)
-    waist = config.option("waist")
-    return [waist + (1 - waist) * abs(layer / middle - 1) for layer in range(num_layers)]
+@minikv_jax.register_budget("hourglass")
+class Hourglass(minikv_jax.Budget):
+    """The weight is 1 at both ends and `waist` in the middle; `--set waist=0.2` changes it."""
+
+    waist: float = 0.5
+
+    def weights(self, num_layers: int):
+        """One weight per layer. Only their ratios count, because the total stays `heavy`."""
+        middle = max((num_layers - 1) / 2, 1)
+        return [self.waist + (1 - self.waist) * abs(layer / middle - 1) for layer in range(num_layers)]
 
 
 minikv_jax.register_method(
-    dataclasses.replace(minikv_jax.presets.get("minikv"), name="hourglass", budget="hourglass", citation="an example")
+    dataclasses.replace(minikv_jax.lookup.get("minikv"), name="hourglass", budget=Hourglass(), citation="an example")
 )

@@ -1,4 +1,4 @@
-"""A quantiser of your own: 8-bit integers, one scale per token and head.
+"""A quantizer of your own: 8-bit integers, one scale per token and head.
 
 Try it: minikv evaluate perplexity --plugin examples/plugin_quantizer.py --method absmax --model M --text T
 """
@@ -10,24 +10,24 @@ import minikv_jax
 
 @minikv_jax.register_quantizer("absmax")
 class AbsMax(minikv_jax.Quantizer):
-    """What `quantize` returns is what is stored, and what is counted: here 8 bits a number and 16 a token."""
+    """What `encode` returns is what is stored and counted: 8 bits per value and 16 per token."""
 
-    bits = (8,)
+    choices = (8,)
 
-    def quantize(self, x, operand):
+    k_bits: int = 8
+    v_bits: int = 8
+
+    def encode(self, x, operand):
         """X [B, K, S, H] -> any pytree of arrays [B, K, S, ...]; `operand` tells keys from values."""
-        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127
-        scale = scale.astype(jnp.bfloat16)
+        scale = (jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127).astype(jnp.bfloat16)
         codes = jnp.round(x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32))
         return {"codes": jnp.clip(codes, -127, 127).astype(jnp.int8), "scale": scale}
 
-    def dequantize(self, stored, operand):
+    def decode(self, stored, operand):
         """The numbers that the stored arrays stand for, [B, K, S, H]."""
         return stored["codes"].astype(jnp.float32) * stored["scale"].astype(jnp.float32)
 
 
 minikv_jax.register_method(
-    minikv_jax.CacheConfig(
-        name="absmax", scorer="window", heavy=0.3, recent=0.1, quantizer="absmax", k_bits=8, v_bits=8
-    )
+    minikv_jax.Method(name="absmax", scorer=minikv_jax.SnapKV(), heavy=0.3, recent=0.1, quantizer=AbsMax())
 )

@@ -1,9 +1,8 @@
-"""Calibration: what is learnt, how it is saved, and that the method does with it what was learnt."""
+"""Calibration: what is learned, how it is saved, and that the method then does what was learned."""
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable
+import shutil
 from typing import Any
 
 import jax
@@ -14,25 +13,25 @@ from support.tiny import tiny_config, tiny_model
 
 from minikv_jax import generate, restore_cache, save_cache
 from minikv_jax.cache import memory
-from minikv_jax.cache.state import LayerCache
+from minikv_jax.cache.capacity import capacities
+from minikv_jax.cache.state import LayerCache, LayerSpec
 from minikv_jax.calibrate import Learnt, Settings, calibrate
-from minikv_jax.cli import main as cli
 from minikv_jax.layerwise import compress_layers, prefill_layers
-from minikv_jax.methods import calibrated as calibration
-from minikv_jax.methods import lookup as presets
-from minikv_jax.methods import quantizers
-from minikv_jax.methods.base import QUANTIZERS, Kind, Operand
-from minikv_jax.methods.config import CacheConfig
-from minikv_jax.methods.quantizers import hadamard, packs_by_minmax
+from minikv_jax.methods import calibrated, contracts, lookup
+from minikv_jax.methods.base import Kind, Method, Operand, Tail
+from minikv_jax.methods.calibrated import Calibrated, CalibratedRotation
+from minikv_jax.methods.quarot import Hadamard, hadamard
 from minikv_jax.models.decoder import Llama
-from minikv_jax.ops import decode_attention as attention
-from minikv_jax.ops import dispatch as kernels
+from minikv_jax.ops.extend_attention import extend_attention
+from minikv_jax.ops.quantize import store
 from minikv_jax.packing import QuantizedArray, dequantize
 
 PROMPT, AFTER = 96, 16
 RNG = np.random.default_rng(0)
 TEXTS = [(RNG.integers(0, 96, PROMPT).tolist(), RNG.integers(0, 96, AFTER).tolist()) for _ in range(2)]
-BASE = dataclasses.replace(presets.get("minikv"), name="base", residual_length=32, sinks=2, quantizer="hadamard")
+BASE = dataclasses.replace(
+    lookup.get("minikv"), name="base", tail=Tail(length=32), sinks=2, quantizer=Hadamard(k_bits=2, v_bits=2)
+)
 SETTINGS = Settings(("ranges", "rotation"), steps=30)
 
 
@@ -47,11 +46,11 @@ def learnt(model: Llama) -> Learnt:
 
 
 @pytest.fixture
-def config(learnt: Learnt, model: Llama, tmp_path: pathlib.Path) -> CacheConfig:
-    return calibration.save(learnt.calibration, BASE, model.config, tmp_path / "learnt")
+def method(learnt: Learnt, model: Llama, tmp_path: pathlib.Path) -> Method:
+    return calibrated.save(learnt.calibration, BASE, model.config, tmp_path / "learnt")
 
 
-def test_every_layers_loss_falls_and_a_seed_repeats_it(model: Llama, learnt: Learnt):
+def test_the_loss_of_every_layer_falls_and_a_seed_repeats_it(model: Llama, learnt: Learnt):
     assert (learnt.after < 0.8 * learnt.before).all()
     assert learnt.curve[-10:].mean() < 0.8 * learnt.curve[:2].mean()
     again = calibrate(model, TEXTS, BASE, SETTINGS)
@@ -62,7 +61,7 @@ def test_every_layers_loss_falls_and_a_seed_repeats_it(model: Llama, learnt: Lea
         assert np.abs(np.log(part.ranges.low)).max() > 0.01
 
 
-def test_what_is_not_to_be_learnt_stays_as_it_is(model: Llama, learnt: Learnt):
+def test_what_is_not_to_be_learned_stays_as_it_is(model: Llama, learnt: Learnt):
     only = calibrate(model, TEXTS, BASE, dataclasses.replace(SETTINGS, learn=("ranges",)))
     np.testing.assert_array_equal(only.before, learnt.before)
     assert (only.after < only.before).all()
@@ -71,14 +70,14 @@ def test_what_is_not_to_be_learnt_stays_as_it_is(model: Llama, learnt: Learnt):
         assert np.abs(np.log(part.ranges.high)).max() > 0.01
 
 
-def test_a_rotation_alone_is_packed_by_every_kernel(model: Llama, learnt: Learnt, tmp_path: pathlib.Path):
+def test_every_kernel_packs_what_is_only_rotated(model: Llama, learnt: Learnt, tmp_path: pathlib.Path):
     ones = jax.tree.map(np.ones_like, [part.ranges for part in learnt.calibration])
     parts = [part._replace(ranges=ranges) for part, ranges in zip(learnt.calibration, ones, strict=True)]
-    config = calibration.save(calibration.Calibration(*parts), BASE, model.config, tmp_path / "rotation")
-    assert config.quantizer == "calibrated-rotation"
-    assert packs_by_minmax(config)
-    memory.check_model(model.config, config)
-    rotation = QUANTIZERS["calibrated-rotation"].rotation(Operand("values", 1, config), 16)
+    method = calibrated.save(calibrated.Calibration(*parts), BASE, model.config, tmp_path / "rotation")
+    assert type(method.quantizer) is CalibratedRotation
+    assert method.quantizer.kernel_packs
+    contracts.check(method, model.config)
+    rotation = method.quantizer.rotation(Operand("values", 1), 16)
     np.testing.assert_array_equal(rotation, np.asarray(learnt.calibration.values.rotation)[1])
 
 
@@ -86,56 +85,56 @@ def test_a_rotation_alone_is_packed_by_every_kernel(model: Llama, learnt: Learnt
 def attend(later: list[Any], layers: tuple[LayerCache, ...]) -> list[jax.Array]:
     """Attention of every layer's later tokens over its cache and one another."""
     lengths = jnp.array([AFTER])
-    return [attention.extend_attention(q, k, v, layer, lengths) for (q, k, v), layer in zip(later, layers, strict=True)]
+    return [extend_attention(q, k, v, layer, lengths) for (q, k, v), layer in zip(later, layers, strict=True)]
 
 
-def relative_error(model: Llama, config: CacheConfig) -> np.ndarray:
+def relative_error(model: Llama, method: Method) -> np.ndarray:
     """Each layer's squared error of attention over a real cache, against the same tokens in full precision; mean."""
-    exact = dataclasses.replace(config, k_bits=None, v_bits=None, quantizer="minmax", options=())
-    found = []
+    exact = dataclasses.replace(method, quantizer=None)
+    errors = []
     for prompt, after in TEXTS:
         lengths, ids = np.array([PROMPT]), np.array([prompt + after])
         _, layers = prefill_layers(model, ids[:, :PROMPT], lengths, True, None)
         _, whole = prefill_layers(model, ids, lengths + AFTER, True, None)
         caches = [
             compress_layers(
-                model.config, c, layers, lengths, memory.capacities(model.config, c, PROMPT, AFTER), None
+                model.config, each, layers, lengths, capacities(model.config, each, PROMPT, AFTER), None
             ).cache
-            for c in (config, exact)
+            for each in (method, exact)
         ]
         later = [tuple(x[:, PROMPT:] for x in layer[:3]) for layer in whole]
         pairs = [attend(later, cache.layers) for cache in caches]
-        found.append([np.sum((out - want) ** 2) / np.sum(want**2) for out, want in zip(*pairs, strict=True)])
-    return np.mean(found, axis=0)
+        errors.append([np.sum((out - want) ** 2) / np.sum(want**2) for out, want in zip(*pairs, strict=True)])
+    return np.mean(errors, axis=0)
 
 
-def test_the_loss_is_the_error_of_the_methods_own_attention(model: Llama, learnt: Learnt, config: CacheConfig):
+def test_the_loss_is_the_error_of_the_methods_own_attention(model: Llama, learnt: Learnt, method: Method):
     np.testing.assert_allclose(learnt.before, relative_error(model, BASE), rtol=1e-3)
-    np.testing.assert_allclose(learnt.after, relative_error(model, config), rtol=1e-3)
+    np.testing.assert_allclose(learnt.after, relative_error(model, method), rtol=1e-3)
 
 
-def test_saved_and_loaded_agree_bit_for_bit(learnt: Learnt, config: CacheConfig, tmp_path: pathlib.Path):
-    calibration._load.cache_clear()
-    loaded = calibration.load(tmp_path / "learnt")
+def test_saved_and_loaded_agree_bit_for_bit(learnt: Learnt, method: Method, tmp_path: pathlib.Path):
+    shutil.copytree(tmp_path / "learnt", tmp_path / "copy")  # which has not been read yet
+    loaded = calibrated.load(tmp_path / "copy")
     assert jax.tree.structure(loaded) == jax.tree.structure(learnt.calibration)
     jax.tree.map(np.testing.assert_array_equal, loaded, learnt.calibration)
-    assert presets.get(str(tmp_path / "learnt")) == config
-    changed = {"name", "citation", "quantizer", "options"}
-    for field in dataclasses.fields(BASE):
-        assert field.name in changed or getattr(config, field.name) == getattr(BASE, field.name)
+    assert lookup.get(str(tmp_path / "learnt")) == method
+    assert (method.name, method.citation) == ("learnt", f"base, calibrated: {BASE.citation}")
+    assert dataclasses.replace(method, quantizer=BASE.quantizer) == BASE
     with pytest.raises(FileExistsError, match="learnt exists"):
-        calibration.save(learnt.calibration, BASE, tiny_config(), tmp_path / "learnt")
-    with pytest.raises(FileNotFoundError, match="holds no calibration"):
-        calibration.load(tmp_path)
+        calibrated.save(learnt.calibration, BASE, tiny_config(), tmp_path / "learnt")
+    with pytest.raises(FileNotFoundError, match="holds no saved calibration"):
+        calibrated.load(tmp_path)
 
 
-def test_groups_use_the_learnt_part_of_their_range(learnt: Learnt, config: CacheConfig):
+def test_groups_use_the_learned_part_of_their_range(learnt: Learnt, method: Method):
     """Codes, scales and zeros of the plain layout, from ranges about the middle of each group."""
     x = np.random.default_rng(1).normal(size=(2, 2, 32, 16)).astype(np.float32)
-    kinds: tuple[tuple[Kind, calibration.OperandCalibration], ...]
+    kinds: tuple[tuple[Kind, calibrated.OperandCalibration], ...]
     kinds = (("keys", learnt.calibration.keys), ("values", learnt.calibration.values))
     for kind, part in kinds:
-        packed = QUANTIZERS["calibrated"].quantize(jnp.asarray(x), Operand(kind, 1, config))
+        assert isinstance(method.quantizer, Calibrated)
+        packed = method.quantizer.encode(jnp.asarray(x), Operand(kind, 1))
         assert isinstance(packed, QuantizedArray)
         groups = x.reshape(2, 2, 2, 16, 16) if kind == "keys" else x.reshape(2, 2, 32, 1, 16)
         axis = 3 if kind == "keys" else 4
@@ -146,46 +145,49 @@ def test_groups_use_the_learnt_part_of_their_range(learnt: Learnt, config: Cache
         np.testing.assert_allclose(packed.scale, (below + above) * half / 3, rtol=2e-3)
         read = np.asarray(dequantize(packed)).reshape(groups.shape)
         np.testing.assert_allclose(read.max(axis), middle + above * half, rtol=0.01, atol=0.01)
-    rotation = QUANTIZERS["calibrated"].rotation(Operand("keys", 1, config), 16)
+    assert method.quantizer is not None
+    rotation = method.quantizer.rotation(Operand("keys", 1), 16)
     np.testing.assert_array_equal(rotation, np.asarray(learnt.calibration.keys.rotation)[1])
 
 
-def test_any_implementation_reads_it_and_xla_packs_it(model: Llama, config: CacheConfig, tmp_path: pathlib.Path):
-    result = generate(model, [TEXTS[0][0]], cache=config, max_new_tokens=4, eos_token_ids=())
-    report = memory.report(model.config, config, prompt_length=PROMPT, max_new_tokens=4, dtype="float32")
+def test_any_implementation_reads_it_and_xla_packs_it(model: Llama, method: Method, tmp_path: pathlib.Path):
+    result = generate(model, [TEXTS[0][0]], method=method, max_new_tokens=4, eos_token_ids=())
+    report = memory.report(model.config, method, prompt_length=PROMPT, max_new_tokens=4, dtype="float32")
     assert result.cache.nbytes == report.bytes
     plain = memory.report(model.config, BASE, prompt_length=PROMPT, max_new_tokens=4, dtype="float32")
     assert report.bytes == plain.bytes
-    assert int(result.cache.layers[0].packed_length[0]) > 0
-    k, _ = kernels._packed(result.cache.layers[0])  # what the decode kernels are given
-    assert k is result.cache.layers[0].k
-    assert not packs_by_minmax(config)
-    with pytest.raises(NotImplementedError, match="quantizer='calibrated' has no 'cuda' kernel"):
-        quantizers.quantize(jnp.zeros((1, 2, 32, 16)), Operand("keys", 0, config), "cuda")
+    assert int(result.cache.layers[0].packed.length[0]) > 0
+    assert method.quantizer is not None
+    assert method.quantizer.kernel_reads
+    assert isinstance(result.cache.layers[0].packed.k, QuantizedArray)
+    assert not method.quantizer.kernel_packs
+    with pytest.raises(NotImplementedError, match="Calibrated has no 'cuda' kernel"):
+        store(jnp.zeros((1, 2, 32, 16)), "keys", LayerSpec(method), "cuda")
     save_cache(result.cache, tmp_path / "cache")
     restored = restore_cache(tmp_path / "cache", model.config)
     assert jax.tree.structure(restored) == jax.tree.structure(result.cache)
 
 
-def test_another_model_or_layout_is_refused(config: CacheConfig):
-    path = str(config.option("calibration"))
+def test_another_model_or_layout_is_refused(method: Method):
+    quantizer = method.quantizer
+    assert isinstance(quantizer, Calibrated)
     wrong = tiny_config(head_dim=32, num_hidden_layers=3)
-    with pytest.raises(ValueError, match="learnt for num_hidden_layers=2, here 3; head_dim=16, here 32"):
-        memory.check_model(wrong, config)
-    with pytest.raises(ValueError, match=f"the calibration {path} was learnt for k_bits=2, here 4"):
-        memory.check_model(tiny_config(), dataclasses.replace(config, k_bits=4))
-    memory.check_model(tiny_config(), dataclasses.replace(config, heavy=0.1))  # which tokens stay is free
-    with pytest.raises(ValueError, match="needs calibration=DIR"):
-        memory.check_model(tiny_config(), CacheConfig(quantizer="calibrated", k_bits=2, v_bits=2))
-    with pytest.raises(FileNotFoundError, match="/no/such holds no calibration"):
-        memory.check_model(tiny_config(), dataclasses.replace(config, options={"calibration": "/no/such"}))
+    with pytest.raises(ValueError, match="learned for num_hidden_layers=2, here 3; head_dim=16, here 32"):
+        contracts.check(method, wrong)
+    with pytest.raises(ValueError, match=f"the calibration {quantizer.calibration} was learned for k_bits=2, here 4"):
+        contracts.check(lookup.override(method, {"k_bits": "4"}), tiny_config())
+    contracts.check(dataclasses.replace(method, heavy=0.1), tiny_config())  # which tokens stay is free
+    with pytest.raises(ValueError, match="calibration='': expected a directory that `minikv calibrate` wrote"):
+        contracts.check(Method(quantizer=Calibrated()), tiny_config())
+    with pytest.raises(FileNotFoundError, match="/no/such holds no saved calibration"):
+        contracts.check(Method(quantizer=Calibrated(calibration="/no/such")), tiny_config())
 
 
 def test_what_cannot_be_calibrated_is_named(model: Llama):
-    with pytest.raises(ValueError, match="method 'full' has nothing quantised: expected quantizer='minmax' or"):
-        calibrate(model, TEXTS, presets.get("full"))
-    with pytest.raises(ValueError, match="method 'nvfp4' has quantizer='nvfp4'"):
-        calibrate(model, TEXTS, presets.get("nvfp4"))
+    with pytest.raises(ValueError, match="method 'full' has quantizer=None: expected MinMax or Hadamard"):
+        calibrate(model, TEXTS, lookup.get("full"))
+    with pytest.raises(ValueError, match=r"method 'nvfp4' has quantizer=NVFP4.*: expected MinMax or Hadamard"):
+        calibrate(model, TEXTS, lookup.get("nvfp4"))
     with pytest.raises(ValueError, match="the same lengths"):
         calibrate(model, [*TEXTS, ([1], [2])], BASE)
     with pytest.raises(ValueError, match="'base' packs nothing of a prompt of 4 tokens"):
@@ -194,80 +196,3 @@ def test_what_cannot_be_calibrated_is_named(model: Llama):
     for wrong in ({"learn": ("budgets",)}, {"learn": ()}, {"steps": 0}, {"rate": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected"):
             Settings(**wrong)
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Run:
-    """Runs `minikv ...` in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def test_calibrate_then_evaluate(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
-    text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text("The lamp was lit at dusk and burned until the morning. " * 8)
-    method = "minikv:residual_length=32,sinks=1"
-    sizes = ("--context", 80, "--queries", 10, "--limit", 2, "--steps", 5)
-    learn = ("calibrate", "--model", model_directory, "--method", method, "--text", text, *sizes)
-    code, printed, err = run(*learn, "--out", out)
-    assert (code, err) == (0, "")
-    saved = json.loads((out / "calibration.json").read_text())["details"]
-    assert len(saved["curve"]) == 5
-    before, after = np.mean(saved["loss_before"]), np.mean(saved["loss_after"])
-    assert f"{before:.5f} -> {after:.5f}" in printed
-    assert list(saved["texts"]) == ["text.txt"]
-    (tmp_path / "cases.jsonl").write_text(json.dumps({"prompt_ids": list(range(60)), "continuation_ids": [7, 8]}))
-    code, printed, err = run(
-        "evaluate",
-        "cases",
-        "--model",
-        model_directory,
-        "--data",
-        tmp_path / "cases.jsonl",
-        "--method",
-        method,
-        "--method",
-        out,
-        "--method",
-        f"{out}:heavy=0.1",
-    )
-    assert (code, err) == (0, "")
-    rows = [line.split(" | ") for line in printed.splitlines()[2:]]
-    assert [row[0] for row in rows] == [f"| {method}", f"| {out}", f"| {out}:heavy=0.1"]
-    assert rows[0][1:3] != rows[1][1:3]  # the quality differs, the bytes do not
-    assert rows[0][-2] == rows[1][-2] != rows[2][-2]
-    code, _, err = run(*learn, "--out", out)
-    assert (code, err) == (2, f"minikv: error: --out {out} exists: a calibration is saved into a new directory\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"--method": "snapkv"}, "method 'snapkv' has nothing quantised"),
-        ({"--method": "minikv:group_size=32"}, "head_dim 16 is not divisible by group_size 32"),
-        ({"--text": "/no/such/file"}, "No such file"),
-        ({"--learn": "budgets"}, "learn='budgets': expected some of ranges, rotation"),
-        ({"--limit": "50"}, "the text has 60 tokens: 50 windows of 90 need 4500"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(
-    run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path, arguments: dict[str, str], message: str
-):
-    (tmp_path / "text.txt").write_text("a" * 60)
-    options: dict[str, Any] = {"--method": "minikv", "--text": tmp_path / "text.txt", "--context": 80, "--queries": 10}
-    options |= arguments
-    given = [part for option in options.items() for part in option]
-    code, out, err = run("calibrate", "--model", model_directory, "--out", tmp_path / "out", *given)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert message in err
-    assert not (tmp_path / "out").exists()

@@ -1,18 +1,22 @@
+"""The examples and the Python of the pages, run."""
+
 import pathlib
 import re
 import runpy
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tiny import tiny_model
+from support.tiny import tiny_config, tiny_model
 
 import minikv_jax
 from minikv_jax.cache import memory
-from minikv_jax.methods import base as schemes
-from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import lookup
+from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, SCORERS
+from minikv_jax.prompts import bucket_length
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -26,7 +30,16 @@ def test_generate_prints_both_rows_and_the_bytes(
     model_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     run_example("generate.py", model_directory, monkeypatch)
-    assert "bytes of cache" in capsys.readouterr().out.splitlines()[-1]
+    *texts, last = capsys.readouterr().out.splitlines()
+    assert len(texts) == 2
+    match = re.fullmatch(r"([\d,]+) bytes of cache, ([\d,]+) of them packed", last)
+    assert match is not None
+    model, tokenizer = minikv_jax.load(model_directory)
+    assert tokenizer is not None
+    longest = len(tokenizer.encode("In the year of the great storm the keeper"))
+    sizes: dict[str, Any] = {"batch": 2, "prompt_length": bucket_length(longest), "max_new_tokens": 5}
+    report = memory.report(model.config, "minikv", dtype="float32", **sizes)
+    assert [int(number.replace(",", "")) for number in match.groups()] == [report.bytes, report.packed_bytes]
 
 
 def test_chat_appends_the_second_turn_to_the_first(
@@ -39,14 +52,6 @@ def test_chat_appends_the_second_turn_to_the_first(
     assert second >= first + len("What can I see there?")
 
 
-@pytest.fixture
-def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes back what a plugin registers."""
-    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS, schemes.METHODS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-
-
-@pytest.mark.usefixtures("_forget")
 @pytest.mark.parametrize("kind", ["scorer", "budget", "quantizer"])
 def test_a_plugin_of_under_40_lines_is_a_method(kind: str):
     path = EXAMPLES / f"plugin_{kind}.py"
@@ -56,36 +61,64 @@ def test_a_plugin_of_under_40_lines_is_a_method(kind: str):
     (method,) = names["method"]
     model = tiny_model(head_dim=32, max_position_embeddings=512)
     row = np.random.default_rng(0).integers(0, 96, 128).tolist()
-    cache = minikv_jax.generate(model, [row], cache=method, max_new_tokens=4, eos_token_ids=()).cache
-    report = memory.report(model.config, presets.get(method), prompt_length=128, max_new_tokens=4, dtype="float32")
+    cache = minikv_jax.generate(model, [row], method=method, max_new_tokens=4, eos_token_ids=()).cache
+    report = memory.report(model.config, method, prompt_length=128, max_new_tokens=4, dtype="float32")
     assert cache.nbytes == report.bytes
     assert int(cache.kept_tokens.max()) < 128
-    assert int(jnp.stack([layer.packed_length for layer in cache.layers]).max()) > 0
+    assert int(jnp.stack([layer.packed.length for layer in cache.layers]).max()) > 0
 
 
-def test_a_flax_model_that_is_not_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Under `full`, tokens are those of running the whole text at once; under `minikv`, the cache is smaller."""
-    example = runpy.run_path(str(EXAMPLES / "flax_linen.py"))
-    model = example["Decoder"](presets.get("full"))
-    ids, lengths = np.random.default_rng(0).integers(0, 256, (2, 24)), jnp.array([24, 10])
-    params = model.init(jax.random.key(1), ids[:, :8], jnp.array([8, 8]))
-    tokens, _ = example["generate"](model, params, ids, lengths, 5)
-    for b, length in enumerate([24, 10]):
-        text = np.concatenate([ids[b, :length], tokens[b]])
-        logits, _ = model.apply(params, text[None], jnp.array([length + 5]))
+LENGTHS, STEPS = (64, 40), 5
+
+
+@pytest.fixture(scope="module")
+def linen() -> dict[str, Any]:
+    """The example's names; its prompts, and the parameters of its decoder."""
+    names = runpy.run_path(str(EXAMPLES / "flax_linen.py"))
+    ids = np.random.default_rng(0).integers(0, 256, (2, max(LENGTHS)))
+    params = names["Decoder"](lookup.get("full")).init(jax.random.key(1), ids[:, :8], jnp.array([8, 8]))
+    return names | {"ids": ids, "params": params}
+
+
+def test_a_flax_model_of_ones_own_generates_as_without_a_cache(linen: dict[str, Any]):
+    """Under `full`, tokens are those of running the whole text at once."""
+    model = linen["Decoder"](lookup.get("full"))
+    tokens, _ = linen["generate"](model, linen["params"], linen["ids"], jnp.array(LENGTHS), STEPS)
+    for b, length in enumerate(LENGTHS):
+        text = np.concatenate([linen["ids"][b, :length], tokens[b]])
+        logits, _ = model.apply(linen["params"], text[None], jnp.array([length + STEPS]))
         np.testing.assert_array_equal(jnp.argmax(logits[0, length - 1 : -1], axis=-1), tokens[b])
+
+
+def test_a_flax_model_of_ones_own_holds_the_bytes_of_its_method(linen: dict[str, Any]):
+    config = tiny_config(head_dim=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    sizes: dict[str, Any] = {"prompt_length": max(LENGTHS), "max_new_tokens": 64, "batch": 2, "dtype": "float32"}
+    held = {}
+    for name in ("full", "minikv"):
+        model = linen["Decoder"](lookup.get(name))
+        _, caches = linen["generate"](model, linen["params"], linen["ids"], jnp.array(LENGTHS), STEPS)
+        held[name] = sum(cache.nbytes for cache in caches)
+        assert held[name] == sum(memory.report(config, name, **sizes).layer_bytes)
+    assert held["minikv"] < held["full"]
+
+
+def test_the_flax_example_prints_what_it_saves(
+    linen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(sys, "argv", ["flax_linen.py", "--max-new-tokens", "3"])
-    example["main"]()
-    assert "of the cache saved" in capsys.readouterr().out
+    linen["main"]()
+    full, minikv, last = capsys.readouterr().out.splitlines()
+    sizes = [int(line.split(": ")[1].split(" bytes")[0].replace(",", "")) for line in (full, minikv)]
+    assert last == f"{1 - sizes[1] / sizes[0]:.0%} of the cache saved"
+    assert 2 * sizes[1] < sizes[0]
 
 
-@pytest.mark.usefixtures("_forget")
 def test_the_python_of_the_schemes_page(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     page = (EXAMPLES.parent / "docs" / "schemes.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     exec(code.replace("smollm2-135m-instruct", str(model_directory)), {})
     assert capsys.readouterr().out.endswith(" tokens per layer\n")
-    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS):  # the tables name all that there are
+    for registry in (SCORERS, BUDGETS, QUANTIZERS):  # the tables name all of the library's own
         for name in registry:
             assert f"`{name}`" in page or name == "none" or not registry.is_built_in(name)
 

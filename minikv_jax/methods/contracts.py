@@ -161,11 +161,10 @@ def _expect(what: str, out: Any, shape: tuple[int, ...], legend: str) -> None:
 
 
 def _file(code: Component | Callable) -> str:
-    """The file that defines a component's class, or a function."""
-    try:
-        return inspect.getfile(type(code) if isinstance(code, Component) else code)
-    except (OSError, TypeError):
-        return ""
+    """The file that defines a component's class, or a function; empty if it defines none."""
+    members = vars(type(code)).values() if isinstance(code, Component) else (code,)
+    files = (member.__code__.co_filename for member in members if inspect.isfunction(member))
+    return next((file for file in files if file != "<string>"), "")  # which dataclasses generate
 
 
 def cause(error: BaseException, file: str) -> str:

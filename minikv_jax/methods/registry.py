@@ -82,11 +82,11 @@ class Components(Registry[type[Component] | Component]):
             raise ValueError(f"{self.kind}={name!r}: {error}") from error
 
     def name_of(self, component: Component) -> str:
-        """The name that a component, or its class, is registered by; the class's own name if there is none."""
+        """The name that a component or its class is registered by, else that of the class or of the function."""
         for name, entry in self._entries.items():
             if entry == component or entry is type(component):
                 return name
-        return type(component).__name__
+        return getattr(getattr(component, "function", type(component)), "__name__", type(component).__name__)
 
 
 def make(component: type[T], values: Mapping[str, Any]) -> T:

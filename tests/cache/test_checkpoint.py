@@ -10,22 +10,24 @@ import pytest
 from support.tiny import tiny_config, tiny_model
 
 import minikv_jax as mk
-from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import lookup
 
-CONFIGS = {
-    "full": presets.get("full"),
-    "minikv": dataclasses.replace(presets.get("minikv"), residual_length=32, sinks=2),
-    "float8": mk.CacheConfig(k_bits=3, v_bits=2, metadata_dtype="float8_e4m3fn", residual="kivi", residual_length=32),
+METHODS = {
+    "full": lookup.get("full"),
+    "minikv": dataclasses.replace(lookup.get("minikv"), tail=mk.Tail(length=32), sinks=2),
+    "float8": mk.Method(
+        quantizer=mk.MinMax(k_bits=3, v_bits=2, metadata_dtype="float8_e4m3fn"), tail=mk.Tail(length=32, rule="kivi")
+    ),
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("window", [None, 40])
 def test_round_trip(name: str, window: int | None, tmp_path: pathlib.Path):
     family = {} if window is None else {"model_type": "mistral", "sliding_window": window}
     model = tiny_model(max_position_embeddings=256, **family)
     rows = [list(range(70)), list(range(90, 60, -1))]
-    result = mk.generate(model, rows, cache=CONFIGS[name], max_new_tokens=9, eos_token_ids=())
+    result = mk.generate(model, rows, method=METHODS[name], max_new_tokens=9, eos_token_ids=())
     mk.save_cache(result.cache, tmp_path / "cache")
     restored = mk.restore_cache(tmp_path / "cache", model.config)
     assert jax.tree.structure(restored) == jax.tree.structure(result.cache)
@@ -58,3 +60,30 @@ def test_mismatch_and_absence_are_named(tmp_path: pathlib.Path):
     (tmp_path / "cache" / "cache.json").write_text("{")
     with pytest.raises(ValueError, match=r"cache\.json is not valid JSON"):
         mk.restore_cache(tmp_path / "cache", model.config)
+
+
+def test_a_cache_that_evicts_goes_on_evicting(tmp_path: pathlib.Path):
+    """Scores and budgets are saved as well."""
+    model = tiny_model(max_position_embeddings=256)
+    method = mk.Method(scorer=mk.H2O(), heavy=8, recent=8, sinks=1, evict_every=4)
+    result = mk.generate(model, [list(range(60))], method=method, max_new_tokens=6, eos_token_ids=())
+    mk.save_cache(result.cache, tmp_path / "cache")
+    restored = mk.restore_cache(tmp_path / "cache", model.config)
+    jax.tree.map(np.testing.assert_array_equal, restored, result.cache)
+    assert restored.layers[0].method == method
+
+
+def test_a_component_that_is_not_registered_is_named(tmp_path: pathlib.Path):
+    """A saved cache holds names: whoever restores it loads the plugin first."""
+
+    class Newest(mk.H2O):
+        shift: float = 0.0
+
+    model = tiny_model()
+    method = mk.Method(scorer=Newest(shift=2.0), heavy=2, recent=2)
+    cache = mk.generate(model, [[1, 2, 3]], method=method, max_new_tokens=2).cache
+    mk.save_cache(cache, tmp_path / "cache")
+    with pytest.raises(ValueError, match="scorer='Newest': expected one of"):
+        mk.restore_cache(tmp_path / "cache", model.config)
+    mk.register_scorer("Newest")(Newest)
+    assert mk.restore_cache(tmp_path / "cache", model.config).layers[0].method == method

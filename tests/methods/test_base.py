@@ -83,7 +83,9 @@ def test_functions_are_scorers_and_budgets():
         return [float(layer + 1) for layer in range(num_layers)]
 
     method = Method(scorer=score, budget=weights, heavy=4, recent=1)
-    assert method == Method(scorer=FunctionScorer(function=score), budget=FunctionBudget(function=weights), heavy=4, recent=1)
+    assert method == Method(
+        scorer=FunctionScorer(function=score), budget=FunctionBudget(function=weights), heavy=4, recent=1
+    )
     assert method.budget.weights(3) == [1.0, 2.0, 3.0]  # pyright: ignore[reportCallIssue]
 
 

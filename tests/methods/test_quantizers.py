@@ -1,4 +1,4 @@
-"""Quantisers beyond min/max against their papers' rules, and rotations through the cache."""
+"""Quantizers beyond min/max against their papers' rules, and rotations through the cache."""
 
 import functools
 from typing import Any
@@ -8,30 +8,37 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import layout, naive, naive_schemes
+from oracle import layout, naive, naive_methods
 from support.layers import assert_close, cache_of, normal
 from support.tiny import tiny_config
 
 from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache
-from minikv_jax.methods import quantizers
-from minikv_jax.methods.base import Kind, Operand
-from minikv_jax.methods.config import CacheConfig
-from minikv_jax.ops import dispatch as kernels
-from minikv_jax.ops.decode_attention import decode_attention, extend_attention
+from minikv_jax.cache.state import KVCache, LayerSpec, Packed
+from minikv_jax.methods.base import Kind, Method, Quantizer, Tail
+from minikv_jax.methods.fp8 import FP8
+from minikv_jax.methods.hqq import HQQ
+from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.nvfp4 import NVFP4
+from minikv_jax.methods.quarot import Hadamard, hadamard
+from minikv_jax.methods.rtn import RTN
+from minikv_jax.methods.turboquant import TurboQuant, lloyd_max
+from minikv_jax.ops.append import append
+from minikv_jax.ops.decode_attention import decode_attention
+from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.packing import QuantizedArray
 
 B, K, S, H, BLOCK = 2, 2, 64, 32, 32
 
 
-def config_of(quantizer: str, bits: int, **changes: Any) -> CacheConfig:
-    return CacheConfig(quantizer=quantizer, k_bits=bits, v_bits=bits, residual_length=64, **changes)
+def method_of(quantizer: Quantizer) -> Method:
+    return Method(quantizer=quantizer, tail=Tail(length=64))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def round_trip(x: np.ndarray, operand: Operand) -> tuple[quantizers.Packed, jax.Array]:
-    packed = quantizers.quantize(jnp.asarray(x), operand)
-    return packed, quantizers.dequantize(packed, operand, jnp.float32)
+@functools.partial(jax.jit, static_argnames=("quantizer", "kind"))
+def round_trip(x: np.ndarray, quantizer: Quantizer, kind: Kind) -> tuple[Packed, jax.Array]:
+    spec = LayerSpec(method_of(quantizer))
+    packed = spec.encode(jnp.asarray(x), kind)
+    return packed, spec.decode(packed, kind, jnp.float32)
 
 
 def sample(seed: int = 0, head_dim: int = H) -> np.ndarray:
@@ -41,26 +48,31 @@ def sample(seed: int = 0, head_dim: int = H) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["keys", "values"])
-@pytest.mark.parametrize("case", ["rtn-2", "rtn-4", "nvfp4", "fp8-e4m3", "fp8-e5m2"])
-def test_matches_naive(case: str, kind: Kind):
-    name, _, detail = case.partition("-")
-    config = config_of(
-        name,
-        {"nvfp4": 4, "fp8": 8}.get(name) or int(detail),
-        options={"format": detail} if name == "fp8" else {},
-        group_size=16 if detail == "2" else 32,
-    )
-    x = sample() * np.float32(100 if name == "fp8" else 1)  # some saturate
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        RTN(k_bits=2, v_bits=2, group_size=16),
+        RTN(k_bits=4, v_bits=4, group_size=32),
+        NVFP4(),
+        FP8(format="e4m3"),
+        FP8(format="e5m2"),
+    ],
+    ids=["rtn-2", "rtn-4", "nvfp4", "fp8-e4m3", "fp8-e5m2"],
+)
+def test_matches_naive(quantizer: Quantizer, kind: Kind):
+    x = sample() * np.float32(100 if isinstance(quantizer, FP8) else 1)  # some saturate
     x[0, 0, 3] = x[0, 0, 2]
-    got = np.asarray(round_trip(x, Operand(kind, 0, config))[1])
+    got = np.asarray(round_trip(x, quantizer, kind)[1])
     for b, head, block in np.ndindex(B, K, S // BLOCK):
         tokens = slice(block * BLOCK, (block + 1) * BLOCK)
         part = x[b, head, tokens]
-        if name == "rtn":
-            bits = int(detail)
-            want = layout.quantize(part, bits, config.group_size, "channels", "float16").dequantize()
+        if isinstance(quantizer, RTN):
+            packing = quantizer.k_bits, quantizer.group_size, "channels", "float16"
+            want = layout.quantize(part, *packing).dequantize()
+        elif isinstance(quantizer, FP8):
+            want = naive_methods.fp8(part, quantizer.format)
         else:
-            want = naive_schemes.nvfp4(part) if name == "nvfp4" else naive_schemes.fp8(part, detail)
+            want = naive_methods.nvfp4(part)
         np.testing.assert_allclose(got[b, head, tokens], want, rtol=1e-6, atol=1e-6)
 
 
@@ -70,70 +82,69 @@ def test_hqq(kind: Kind, axis: str):
     rng = np.random.default_rng(1)
     x = rng.standard_t(3, size=(B, K, S, H)).astype(np.float32)
     errors = {}
-    for name in ("hqq", "minmax"):
-        packed, values = round_trip(x, Operand(kind, 0, config_of(name, 2)))
+    for quantizer in (HQQ(), MinMax()):
+        packed, values = round_trip(x, quantizer, kind)
         assert isinstance(packed, QuantizedArray)
         gap = np.abs(np.asarray(values) - x)
-        errors[name] = gap.mean()
-        if name == "minmax":
+        errors[type(quantizer)] = gap.mean()
+        if type(quantizer) is MinMax:
             continue
         for b, head in np.ndindex(B, K):
             got = (gap[b, head].T if axis == "tokens" else gap[b, head]).reshape(-1, 16).mean(axis=-1)
-            want = naive_schemes.hqq(x[b, head], 2, 16, axis)
+            want = naive_methods.hqq(x[b, head], 2, 16, axis)
             # Scale and zero are stored in float16: 2**-11 of values up to 30 here, mostly below 3. A code at a tie may
             # go the other way and take its group's solver elsewhere.
             assert np.isclose(got, want, rtol=1e-2, atol=2e-3).mean() > 0.98
             np.testing.assert_allclose(got, want, rtol=0.1, atol=2e-2)
-    assert errors["hqq"] < errors["minmax"]
+    assert errors[HQQ] < errors[MinMax]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_turboquant(bits: int):
     """The nearest levels, and the distortion that the paper states for unit vectors (theorem 1: 0.36, 0.117, ...)."""
     head_dim = 128
-    config = config_of("turboquant", bits, metadata_dtype="bfloat16")
-    operand = Operand("keys", 0, config)
+    quantizer = TurboQuant(k_bits=bits, v_bits=bits, metadata_dtype="bfloat16")
     x = sample(2, head_dim)
-    got = np.asarray(round_trip(x, operand)[1])
-    levels = quantizers.lloyd_max(head_dim, bits)
-    want = naive_schemes.turboquant(x[1, 0], levels, ml_dtypes.bfloat16)
+    got = np.asarray(round_trip(x, quantizer, "keys")[1])
+    levels = lloyd_max(head_dim, bits)
+    want = naive_methods.turboquant(x[1, 0], levels, ml_dtypes.bfloat16)
     np.testing.assert_allclose(got[1, 0], want, rtol=1e-5, atol=1e-6)
     assert not got[0, 0, 3].any()
     unit = np.random.default_rng(3).normal(size=(1, 1, 4096, head_dim)).astype(np.float32)
     unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
-    error = np.sum((np.asarray(round_trip(unit, operand)[1]) - unit) ** 2, axis=-1).mean()
+    error = np.sum((np.asarray(round_trip(unit, quantizer, "keys")[1]) - unit) ** 2, axis=-1).mean()
     assert error == pytest.approx({1: 0.36, 2: 0.117, 3: 0.03, 4: 0.009}[bits], rel=0.16 if bits == 3 else 0.06)
 
 
 def test_lloyd_max_tends_to_the_normal_codebook():
     """Max 1960, table 1: the levels for a unit normal."""
-    np.testing.assert_allclose(quantizers.lloyd_max(4096, 1) * 64, [-0.7979, 0.7979], atol=2e-3)
-    np.testing.assert_allclose(quantizers.lloyd_max(4096, 2) * 64, [-1.510, -0.4528, 0.4528, 1.510], atol=2e-3)
+    np.testing.assert_allclose(lloyd_max(4096, 1) * 64, [-0.7979, 0.7979], atol=2e-3)
+    np.testing.assert_allclose(lloyd_max(4096, 2) * 64, [-1.510, -0.4528, 0.4528, 1.510], atol=2e-3)
 
 
 @pytest.mark.parametrize("size", [16, 64, 96, 128])
 def test_hadamard_is_orthogonal_and_flat(size: int):
-    matrix = quantizers.hadamard(size)
+    matrix = hadamard(size)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-6)
     assert len(np.unique(np.abs(matrix[matrix != 0]).round(6))) == 1
 
 
-@pytest.mark.parametrize("name", ["hadamard", "turboquant"])
-def test_rotation_goes_through_the_cache(name: str):
+@pytest.mark.parametrize("kind", [Hadamard, TurboQuant])
+def test_rotation_goes_through_the_cache(kind: type[Quantizer]):
     """Attention over a rotated cache is attention over what was stored, turned back; the tail is exact."""
-    config = config_of(name, 3)
+    method = method_of(kind(k_bits=3, v_bits=3))
     lengths = np.array([64 + 21, 64, 9])
     rng = np.random.default_rng(4)
     k, v, q = normal(rng, 3, 85, K, H), normal(rng, 3, 85, K, H), normal(rng, 3, 4, H)
-    layer = cache_of(config, k, v, lengths)
-    rotation = np.asarray(layer.rotate(jnp.eye(H), "keys"))
+    layer = cache_of(method, k, v, lengths)
+    rotation = np.asarray(layer.spec.to_basis(jnp.eye(H), "keys"))
     assert np.abs(rotation - np.eye(H)).max() > 0.1
     out = jax.jit(decode_attention)(q, layer)
-    stored = [np.asarray(x) @ rotation.T for x in layer.packed_tokens(0, layer.packed_capacity, jnp.float32)]
+    stored = [np.asarray(x) @ rotation.T for x in layer.packed_tokens(0, layer.packed.capacity, jnp.float32)]
     new_q, new_k, new_v = normal(rng, 3, 2, 4, H), normal(rng, 3, 2, K, H), normal(rng, 3, 2, K, H)
     more = jax.jit(extend_attention)(new_q, new_k, new_v, layer, np.full(3, 2))
     for b, head in np.ndindex(3, K):
-        packed = int(layer.packed_length[b])
+        packed = int(layer.packed.length[b])
         keys, values = (
             np.concatenate([old[b, head, :packed], x[b, packed : lengths[b], head]])
             for old, x in zip(stored, (k, v), strict=True)
@@ -146,52 +157,61 @@ def test_rotation_goes_through_the_cache(name: str):
                     np.concatenate([old, new[b, : t + 1, head]]) for old, new in ((keys, new_k), (values, new_v))
                 )
                 assert_close(more[b, t, n], naive.attend(new_q[b, t, n], seen_keys, seen_values), 2e-5)
-    if name == "turboquant":
-        assert not isinstance(layer.k, QuantizedArray)
-    else:
-        assert isinstance(layer.k, QuantizedArray)  # the kernels read it
+    assert isinstance(layer.packed.k, QuantizedArray) == (kind is Hadamard)  # which the kernels read
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "per_value"),
+    ("quantizer", "per_value"),
     [
-        ("rtn", 4, 4 + 2 * 16 / 16),
-        ("hqq", 4, 4 + 2 * 16 / 16),
-        ("hadamard", 2, 2 + 2 * 16 / 16),
-        ("turboquant", 3, 3 + 16 / H),
-        ("nvfp4", 4, 4 + 8 / 16 + 32 / (32 * H)),
-        ("fp8", 8, 8),
+        (RTN(k_bits=4, v_bits=4), 4 + 2 * 16 / 16),
+        (HQQ(k_bits=4, v_bits=4), 4 + 2 * 16 / 16),
+        (Hadamard(), 2 + 2 * 16 / 16),
+        (TurboQuant(k_bits=3, v_bits=3), 3 + 16 / H),
+        (NVFP4(), 4 + 8 / 16 + 32 / (32 * H)),
+        (FP8(), 8),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Quantizer) else "",
+)
+def test_bytes_are_counted(quantizer: Quantizer, per_value: float):
+    """As reported, as allocated, and as the format takes on paper, in bits per value."""
+    method = method_of(quantizer)
+    model = tiny_config(head_dim=H, num_hidden_layers=1, max_position_embeddings=256)
+    report = memory.report(model, method, prompt_length=S, max_new_tokens=64, batch=B, dtype="float32")
+    x = np.zeros((B, S, K, H), np.float32)
+    layer = cache_of(method, x, x, np.full(B, S), 64)
+    assert KVCache((layer,), jnp.full(B, S)).nbytes == report.bytes
+    assert layer.packed.nbytes * 8 == per_value * 2 * B * K * layer.packed.capacity * H
+
+
+@pytest.mark.parametrize("quantizer", [HQQ(), RTN(), TurboQuant(), FP8()], ids=lambda value: type(value).__name__)
+def test_no_kernel_packs_by_another_rule(quantizer: Quantizer):
+    """A kernel that packs a full tail itself must not stand in for a quantizer with a rule of its own."""
+    x = np.zeros((B, S, K, H), np.float32)
+    layer = cache_of(method_of(quantizer), x, x, np.full(B, S), 64)
+    new, lengths = jnp.zeros((B, 1, K, H)), jnp.ones(B, jnp.int32)
+    with pytest.raises(NotImplementedError, match=f"min/max, not {type(quantizer).__name__}"):
+        append(layer, new, new, lengths, lengths[:, None], "cuda")
+
+
+def test_which_kernels_a_quantizer_claims():
+    """Whatever the rotation, codes by min/max may be packed by a kernel; the plain layout may be read by one."""
+    kinds = (MinMax, Hadamard, HQQ, RTN, TurboQuant, NVFP4, FP8)
+    assert [kind.__name__ for kind in kinds if kind.kernel_packs] == ["MinMax", "Hadamard"]
+    assert [kind.__name__ for kind in kinds if kind.kernel_reads] == ["MinMax", "Hadamard", "HQQ"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TurboQuant(metadata_dtype="float8_e4m3fn"), "metadata_dtype='float8_e4m3fn': .* float16, bfloat16"),
+        (lambda: TurboQuant(k_bits=8), "k_bits=8: expected one of 1, 2, 3, 4"),
+        (lambda: TurboQuant(seed=1.0), "seed=1.0: expected int"),
+        (lambda: FP8(format="e3m4"), "format='e3m4': expected one of e4m3, e5m2"),
+        (lambda: FP8(k_bits=4), "k_bits=4: expected one of 8"),
+        (lambda: NVFP4(v_bits=2), "v_bits=2: expected one of 4"),
+        (lambda: HQQ(iterations=-1), "iterations=-1: expected at least 0"),
     ],
 )
-def test_bytes_are_counted(name: str, bits: int, per_value: float):
-    """Foretold, allocated, and what the format takes on paper, in bits a number."""
-    config = config_of(name, bits)
-    model = tiny_config(head_dim=H, num_hidden_layers=1, max_position_embeddings=256)
-    report = memory.report(model, config, prompt_length=S, max_new_tokens=64, batch=B, dtype="float32")
-    x = np.zeros((B, S, K, H), np.float32)
-    layer = cache_of(config, x, x, np.full(B, S), 64)
-    assert KVCache((layer,), jnp.full(B, S)).nbytes == report.bytes
-    assert layer.packed_bytes * 8 == per_value * 2 * B * K * layer.packed_capacity * H
-
-
-@pytest.mark.parametrize("name", ["hqq", "rtn", "turboquant", "hadamard"])
-def test_no_kernel_packs_by_another_rule(name: str):
-    """A kernel that packs a full tail itself must not stand in for a quantiser with a rule of its own."""
-    x = np.zeros((B, S, K, H), np.float32)
-    layer = cache_of(config_of(name, 2), x, x, np.full(B, S), 64)
-    assert quantizers.packs_by_minmax(layer.config) == (name == "hadamard")
-    if name != "hadamard":
-        with pytest.raises(NotImplementedError, match=f"quantizer='{name}'"):
-            kernels.cuda_append(layer, jnp.zeros((B, K, H)), jnp.zeros((B, K, H)), jnp.ones(B, jnp.int32))
-
-
-def test_settings_that_a_quantiser_cannot_have_are_named():
-    model = tiny_config(head_dim=H)
-    for config, message in (
-        (config_of("turboquant", 2, metadata_dtype="float8_e4m3fn"), "float16 or bfloat16 for the norms"),
-        (config_of("fp8", 8, options={"format": "e3m4"}), "format='e3m4': expected e4m3 or e5m2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            memory.check_model(model, config)
-    with pytest.raises(ValueError, match="quantizer='nvfp4': k_bits=2"):
-        config_of("nvfp4", 2)
+def test_a_setting_that_a_quantizer_cannot_have_is_named(make: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
