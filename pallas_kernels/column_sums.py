@@ -107,13 +107,7 @@ def column_sums(
         lse_gmem,
         sums_gmem,
         *,
-        k_smem,
-        q_smem,
-        lse_smem,
-        sums_smem,
-        k_ready,
-        q_ready,
-        q_consumed,
+        shared,
     ):
         row_part = lax.axis_index("section") * section + lax.axis_index("member")
         b, part = lax.div(row_part, jnp.int32(kv_heads * parts)), lax.rem(row_part, jnp.int32(kv_heads * parts))
@@ -144,9 +138,9 @@ def column_sums(
             plgpu.set_max_registers(hopper.REGISTERS[warpgroups][0], action="increase")
             start = first_key + wg * BLOCK_K
             own = pl.ds(start, BLOCK_K)
-            plgpu.copy_gmem_to_smem(k_gmem.at[b, own, kv_head], k_smem.at[wg], k_ready.at[wg])
-            plgpu.barrier_wait(k_ready.at[wg])
-            keys = k_smem.at[wg]
+            plgpu.copy_gmem_to_smem(k_gmem.at[b, own, kv_head], shared.k_smem.at[wg], shared.k_ready.at[wg])
+            plgpu.barrier_wait(shared.k_ready.at[wg])
+            keys = shared.k_smem.at[wg]
             if warpgroups == 2:  # there are registers for them
                 keys = plgpu.layout_cast(keys[...], _WGMMA)
             rows = plgpu.broadcasted_iota(jnp.int32, (BLOCK_K,), 0, layout=_ROWS) + start
@@ -163,12 +157,12 @@ def column_sums(
 
             def add_tile(masked, slot, query, sums):
                 def multiply(acc_ref):
-                    plgpu.wgmma(acc_ref, keys, q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, keys, shared.q_smem.at[slot].transpose((1, 0)))
                     return acc_ref[...]
 
                 logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((BLOCK_K, block_q), jnp.float32))
                 for i in range(0, block_q, _CHUNK_Q):
-                    lse = plgpu.layout_cast(lse_smem[slot, pl.ds(i, _CHUNK_Q)], _COLUMNS)
+                    lse = plgpu.layout_cast(shared.lse_smem[slot, pl.ds(i, _CHUNK_Q)], _COLUMNS)
                     exponents = logits[:, i : i + _CHUNK_Q] * logit_scale
                     weights = jnp.exp2(exponents - lax.broadcast_in_dim(lse, exponents.shape, [1]))
                     sums += mask(weights, query + i) if masked else weights
@@ -191,10 +185,10 @@ def column_sums(
             def consume(add, member, tile, sums):
                 step = member * tiles + tile
                 slot = slot_of(step)
-                plgpu.barrier_wait(q_ready.at[slot])
+                plgpu.barrier_wait(shared.q_ready.at[slot])
                 sums = add(step, first_query(tile), sums)
                 plgpu.commit_smem()  # orders the loads of log-sum-exps before the copies that fill the stage again
-                plgpu.barrier_arrive(q_consumed.at[slot])
+                plgpu.barrier_arrive(shared.q_consumed.at[slot])
                 return sums
 
             def add_head(member, sums):
@@ -203,12 +197,12 @@ def column_sums(
 
             sums = plgpu.layout_cast(jnp.zeros((BLOCK_K, _CHUNK_Q), jnp.float32), _WGMMA)
             sums = lax.fori_loop(0, members, add_head, sums)
-            sums_smem[wg] = sums.sum(axis=1)
+            shared.sums_smem[wg] = sums.sum(axis=1)
             plgpu.commit_smem()
 
             @pl.when(start < tokens)
             def _():
-                plgpu.copy_smem_to_gmem(sums_smem.at[wg], sums_gmem.at[b, part, own])
+                plgpu.copy_smem_to_gmem(shared.sums_smem.at[wg], sums_gmem.at[b, part, own])
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == warpgroups)
@@ -223,10 +217,14 @@ def column_sums(
                 def _(tile):
                     step = member * tiles + tile
                     slot = slot_of(step)
-                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
+                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(shared.q_consumed.at[slot]))
                     queries = pl.ds(first_query(tile), block_q)
-                    plgpu.copy_gmem_to_smem(q_gmem.at[b, queries, head], q_smem.at[slot], q_ready.at[slot])
-                    plgpu.copy_gmem_to_smem(lse_gmem.at[b, head, queries], lse_smem.at[slot], q_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        q_gmem.at[b, queries, head], shared.q_smem.at[slot], shared.q_ready.at[slot]
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        lse_gmem.at[b, head, queries], shared.lse_smem.at[slot], shared.q_ready.at[slot]
+                    )
 
     # Early keys have the most queries: they go first.
     grid = {"section": batch * kv_heads * parts // section, "k_tile": k_tiles, "member": section}

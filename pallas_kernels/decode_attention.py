@@ -274,12 +274,7 @@ def attend(
         total_gmem,
         out_gmem,
         *,
-        words_smem,
-        scale_smem,
-        zero_smem,
-        ready,
-        consumed,
-        factor_smem: Any = None,  # with float8 metadata only
+        shared,
     ):
         kv_row, block, split = (lax.axis_index(name) for name in ("kv_row", "block", "split"))
         packed_tokens, tail_tokens = (
@@ -313,17 +308,17 @@ def attend(
             def load_stage(number, bits, words_layout, metadata_layout):
                 """Codes, scales and zeros from the ring; the stage may then be filled again."""
                 slot, barrier = stage(wg, number)
-                plgpu.barrier_wait(ready.at[barrier])
-                words = words_smem.at[wg, slot, pl.ds(0, UNIT * bits)]
+                plgpu.barrier_wait(shared.ready.at[barrier])
+                words = shared.words_smem.at[wg, slot, pl.ds(0, UNIT * bits)]
                 codes = hopper.load(words, words_layout)
-                metadata = [x.at[wg, slot, pl.ds(0, metadata_rows)] for x in (scale_smem, zero_smem)]
+                metadata = [x.at[wg, slot, pl.ds(0, metadata_rows)] for x in (shared.scale_smem, shared.zero_smem)]
                 metadata = [hopper.load(x, metadata_layout) for x in metadata]
                 if has_factors:
-                    factors = (factor_smem.at[wg, slot, i, pl.ds(0, metadata_rows)] for i in range(2))
+                    factors = (shared.factor_smem.at[wg, slot, i, pl.ds(0, metadata_rows)] for i in range(2))
                     factors = (hopper.load(x, metadata_layout.reduce(1)) for x in factors)
                     metadata = [products.scaled(x, y, metadata_layout) for x, y in zip(metadata, factors, strict=True)]
                 plgpu.commit_smem()  # orders the loads before the copies that fill the stage again
-                plgpu.barrier_arrive(consumed.at[barrier])
+                plgpu.barrier_arrive(shared.consumed.at[barrier])
                 scales, zeros = (_float16(x) for x in metadata)
                 return codes, scales, zeros
 
@@ -382,17 +377,19 @@ def attend(
                 owner = lax.rem(tile - first, jnp.int32(warpgroups))
                 number = 2 * lax.div(tile - first, jnp.int32(warpgroups)) + place
                 slot, barrier = stage(owner, number)
-                pl.when(number >= stages)(lambda: plgpu.barrier_wait(consumed.at[barrier]))
+                pl.when(number >= stages)(lambda: plgpu.barrier_wait(shared.consumed.at[barrier]))
                 rows = pl.ds(tile * UNIT * bits, UNIT * bits)
-                target = words_smem.at[owner, slot, pl.ds(0, UNIT * bits)]
-                plgpu.copy_gmem_to_smem(side.planes[0].at[kv_row, rows], target, ready.at[barrier])
+                target = shared.words_smem.at[owner, slot, pl.ds(0, UNIT * bits)]
+                plgpu.copy_gmem_to_smem(side.planes[0].at[kv_row, rows], target, shared.ready.at[barrier])
                 own = pl.ds(tile * metadata_rows, metadata_rows)
-                for i, (source, ring) in enumerate(((side.scale, scale_smem), (side.zero, zero_smem))):
+                for i, (source, ring) in enumerate(((side.scale, shared.scale_smem), (side.zero, shared.zero_smem))):
                     target = ring.at[owner, slot, pl.ds(0, metadata_rows)]
-                    plgpu.copy_gmem_to_smem(source.at[kv_row, own], target, ready.at[barrier])
+                    plgpu.copy_gmem_to_smem(source.at[kv_row, own], target, shared.ready.at[barrier])
                     if side.factors is not None:
                         factors = side.factors[i].at[kv_row, pl.ds(tile * metadata_rows, _COPIED_FACTORS)]
-                        plgpu.copy_gmem_to_smem(factors, factor_smem.at[owner, slot, i], ready.at[barrier])
+                        plgpu.copy_gmem_to_smem(
+                            factors, shared.factor_smem.at[owner, slot, i], shared.ready.at[barrier]
+                        )
 
             @pl.loop(first, middle)
             def _(tile):

@@ -109,15 +109,7 @@ def flash_attention(
         out_gmem,
         lse_gmem,
         *,
-        q_smem,
-        k_smem,
-        v_smem,
-        q_ready,
-        k_ready,
-        v_ready,
-        k_consumed,
-        v_consumed,
-        turn,
+        shared,
     ):
         row_head = lax.axis_index("section") * section + lax.axis_index("member")
         b, head = lax.div(row_head, jnp.int32(heads)), lax.rem(row_head, jnp.int32(heads))
@@ -140,19 +132,20 @@ def flash_attention(
             plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
             start = first_query + wg * BLOCK_Q
             tile = pl.ds(start, BLOCK_Q)
-            plgpu.copy_gmem_to_smem(q_gmem.at[b, tile, head], q_smem.at[wg], q_ready.at[wg])
-            plgpu.barrier_wait(q_ready.at[wg])
-            queries = plgpu.layout_cast(q_smem[wg], plgpu.Layout.WGMMA)  # products leave shared memory to the keys
+            plgpu.copy_gmem_to_smem(q_gmem.at[b, tile, head], shared.q_smem.at[wg], shared.q_ready.at[wg])
+            plgpu.barrier_wait(shared.q_ready.at[wg])
+            # In registers, so that products leave shared memory to the keys.
+            queries = plgpu.layout_cast(shared.q_smem[wg], plgpu.Layout.WGMMA)
 
             def slot_of(step):
                 return lax.rem(step - first, jnp.int32(stages))
 
             def wait_for_keys(step):
-                pl.when(step < last)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(step)]))
+                pl.when(step < last)(lambda: plgpu.barrier_wait(shared.k_ready.at[slot_of(step)]))
 
             def take_turns():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+                plgpu.barrier_arrive(shared.turn)
+                plgpu.barrier_wait(shared.turn)
 
             def mask(logits, step):
                 rows = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=plgpu.Layout.WGMMA) + start
@@ -168,12 +161,12 @@ def flash_attention(
                 slot = slot_of(step)
 
                 def multiply_keys(acc_ref):
-                    plgpu.wgmma(acc_ref, queries, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, queries, shared.k_smem.at[slot].transpose((1, 0)))
                     take_turns()
                     return acc_ref[...]
 
                 logits = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32))
-                plgpu.barrier_arrive(k_consumed.at[slot])
+                plgpu.barrier_arrive(shared.k_consumed.at[slot])
                 if masked:
                     logits = mask(logits, step)
                 new_top = jnp.maximum(top, logits.max(axis=1) * logit_scale)
@@ -183,16 +176,16 @@ def flash_attention(
                 total = total * correction + weights.sum(axis=1)
                 # The softmax is to be over before the other warpgroup's begins.
                 acc, total, new_top, operand = lax.optimization_barrier((acc, total, new_top, weights.astype(q.dtype)))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_ready.at[slot])
-                plgpu.barrier_wait(turn)
+                plgpu.barrier_arrive(shared.turn)
+                plgpu.barrier_wait(shared.v_ready.at[slot])
+                plgpu.barrier_wait(shared.turn)
 
                 def multiply_values(acc_ref):
-                    plgpu.wgmma(acc_ref, operand, v_smem.at[slot])
+                    plgpu.wgmma(acc_ref, operand, shared.v_smem.at[slot])
                     wait_for_keys(step + 1)
 
                 acc = pl.run_state(multiply_values)(plgpu.WGMMAAccumulatorRef.init(acc))
-                plgpu.barrier_arrive(v_consumed.at[slot])
+                plgpu.barrier_arrive(shared.v_consumed.at[slot])
                 return acc, new_top, total
 
             acc = plgpu.layout_cast(jnp.zeros((BLOCK_Q, head_dim), jnp.float32), plgpu.Layout.WGMMA)
@@ -212,9 +205,9 @@ def flash_attention(
             lse_gmem[b, head, tile] = jnp.where(valid, top + log2(total), jnp.inf)
             out = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
             out = jnp.where(lax.broadcast_in_dim(valid, acc.shape, [0]), out, 0.0)
-            q_smem[wg] = out.astype(q.dtype)
+            shared.q_smem[wg] = out.astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_gmem.at[b, tile, head])
+            plgpu.copy_smem_to_gmem(shared.q_smem.at[wg], out_gmem.at[b, tile, head])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == hopper.COMPUTE_WARPGROUPS)
@@ -227,19 +220,23 @@ def flash_attention(
                 slot = lax.rem(step - first, jnp.int32(stages))
                 tile = pl.ds(step * block_kv, block_kv)
                 refill = step - first >= stages
-                pl.when(refill)(lambda: plgpu.barrier_wait(k_consumed.at[slot]))
-                plgpu.copy_gmem_to_smem(k_gmem.at[b, tile, kv_head], k_smem.at[slot], k_ready.at[slot])
-                pl.when(refill)(lambda: plgpu.barrier_wait(v_consumed.at[slot]))
+                pl.when(refill)(lambda: plgpu.barrier_wait(shared.k_consumed.at[slot]))
+                plgpu.copy_gmem_to_smem(k_gmem.at[b, tile, kv_head], shared.k_smem.at[slot], shared.k_ready.at[slot])
+                pl.when(refill)(lambda: plgpu.barrier_wait(shared.v_consumed.at[slot]))
                 ends_here = (step + 1) * block_kv > length
 
                 @pl.when(ends_here)
                 def _():
                     tile = pl.ds(step * block_kv - lax.div(length, jnp.int32(BLOCK)) * BLOCK, block_kv)
-                    plgpu.copy_gmem_to_smem(v_edge_gmem.at[b, tile, kv_head], v_smem.at[slot], v_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        v_edge_gmem.at[b, tile, kv_head], shared.v_smem.at[slot], shared.v_ready.at[slot]
+                    )
 
                 @pl.when(~ends_here)
                 def _():
-                    plgpu.copy_gmem_to_smem(v_gmem.at[b, tile, kv_head], v_smem.at[slot], v_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        v_gmem.at[b, tile, kv_head], shared.v_smem.at[slot], shared.v_ready.at[slot]
+                    )
 
     outs = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32))
     grid = {"section": batch * heads // section, "q_tile": tokens // BLOCK, "member": section}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -100,9 +101,16 @@ def launch(
     grid: dict[str, int],
     warpgroups: int = COMPUTE_WARPGROUPS,
 ) -> Callable[..., Any]:
-    """A kernel of `warpgroups` that compute and one that copies; blocks start with the last axis of `grid` fastest."""
+    """A kernel of `warpgroups` that compute and one that copies; blocks start with the last axis of `grid` fastest.
+
+    `body` takes references to the inputs and outputs, and `shared`, which has those of `scratch` as attributes.
+    """
+
+    def kernel(*arrays: Any, **shared: Any) -> None:
+        body(*arrays, shared=types.SimpleNamespace(**shared))
+
     return plgpu.kernel(
-        body,
+        kernel,
         out_type=out,
         scratch_types=scratch,
         grid=tuple(grid.values()),

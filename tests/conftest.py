@@ -8,7 +8,7 @@ import pytest
 from support.model_directory import write_model
 from transformers import PreTrainedTokenizerBase
 
-from minikv_jax.methods import base as schemes
+from minikv_jax.methods.registry import REGISTRIES
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
 
@@ -24,12 +24,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes back the schemes and methods that a test registers."""
-    for registry in (schemes.SCORERS, schemes.BUDGETS, schemes.QUANTIZERS, schemes.METHODS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+def _registries() -> Iterator[None]:
+    """Takes back the components and methods that a test registers."""
+    before = [(registry, registry.snapshot()) for registry in REGISTRIES]
     yield
-    schemes._check.cache_clear()
+    for registry, entries in before:
+        registry.restore(entries)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs() -> Iterator[None]:
+    """Frees a module's compiled programs: each takes memory maps, of which a process may have some 65,000."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -426,7 +426,7 @@ class Method:
         if sum(shares) > SHARE_UNITS:
             raise ValueError(f"heavy={self.heavy} + recent={self.recent}: shares of the prompt may not sum over 1")
         if self.heavy and isinstance(self.scorer, NoScores):
-            raise ValueError(f"heavy={self.heavy} needs a scorer")
+            raise ValueError(f"heavy={self.heavy} needs a scorer, such as H2O(): NoScores() ranks no token")
         if self.quantizer is not None:
             self._check_storage(self.quantizer)
         if not isinstance(self.tail, Tail):

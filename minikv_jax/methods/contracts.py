@@ -107,10 +107,11 @@ def _check_budget(budget: Budget, layers: int) -> None:
 def _check_quantizer(quantizer: Quantizer, operand: Operand, kv_heads: int, head_dim: int) -> None:
     block, file = quantizer.block, _file(quantizer)
     what = f"quantizer {QUANTIZERS.name_of(quantizer)!r}: {operand.kind}"
+    hint = "" if quantizer.by_layer else "; operand.layer is None unless the class says by_layer = True"
 
     def stored(tokens: int) -> tuple[Any, jax.ShapeDtypeStruct]:
         x = jax.ShapeDtypeStruct((_ROWS, kv_heads, tokens, head_dim), jnp.float32)
-        return _abstract(what, file, lambda x: quantizer.encode(x, operand), x), x
+        return _abstract(what, file, lambda x: quantizer.encode(x, operand), x, hint=hint), x
 
     (one, x), (three, x_three) = stored(block), stored(3 * block)
     if jax.tree.structure(one) != jax.tree.structure(three) or not jax.tree.leaves(one):
@@ -125,7 +126,7 @@ def _check_quantizer(quantizer: Quantizer, operand: Operand, kv_heads: int, head
                 f"in which r divides the block of {block} tokens"
             )
     for given, values in ((one, x), (three, x_three)):
-        out = _abstract(what, file, lambda stored: quantizer.decode(stored, operand), given)
+        out = _abstract(what, file, lambda stored: quantizer.decode(stored, operand), given, hint=hint)
         _expect(f"{what}: decode", out, values.shape, "[B, K, S, H]")
     rotation = quantizer.rotation(operand, head_dim)
     if rotation is not None:
@@ -140,13 +141,14 @@ def _check_rotation(what: str, rotation: Array, head_dim: int) -> None:
         raise ValueError(f"{what}: rotation is not orthogonal: R @ R.T differs from 1 by {error:.2g}")
 
 
-def _abstract(what: str, file: str, function: Callable, *shapes: Any) -> Any:
+def _abstract(what: str, file: str, function: Callable, *shapes: Any, hint: str = "") -> Any:
     """The output shapes of a component's code, or one error that says where it fails."""
     try:
         return jax.eval_shape(function, *shapes)
     except Exception as error:
         given = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(shapes))
-        raise ValueError(f"{what} fails on {given}{cause(error, file)}") from error
+        hint = hint if "NoneType" in str(error) else ""
+        raise ValueError(f"{what} fails on {given}{cause(error, file)}{hint}") from error
 
 
 def _expect(what: str, out: Any, shape: tuple[int, ...], legend: str) -> None:

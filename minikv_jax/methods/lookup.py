@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from minikv_jax.methods import calibrated
 from minikv_jax.methods.base import Amount, Component, Method, settings, to_amount
@@ -77,39 +78,52 @@ def override(method: Method, changes: Mapping[str, str]) -> Method:
     for key, text in changes.items():
         if not isinstance(text, str):
             raise ValueError(f"{key}={text!r}: expected text, as on the command line; values go to dataclasses.replace")
-    parts: dict[str, Any] = {part: getattr(method, part) for part in _PARTS}
+    drafts = {part: _unchanged(getattr(method, part)) for part in _PARTS}
+    for part in _COMPONENTS:  # before their settings are looked up
+        if part in changes:
+            drafts[part] = _replaced(part, getattr(method, part), changes[part])
+    owners = {part: draft.values for part, draft in drafts.items()}
     fields: dict[str, Any] = {}
-    for key in sorted(changes, key=lambda key: key not in _COMPONENTS):  # components first: settings are theirs
-        text = changes[key]
-        if key in _COMPONENTS:
-            parts[key] = _replaced(_COMPONENTS[key], parts[key], text, optional=key == "quantizer")
-        elif key in _PARSERS:
+    for key, text in changes.items():
+        if key in _PARSERS:
             fields[key] = _PARSERS[key](key, text)
-        else:
-            part, setting = _locate(key, parts)
-            value = _parse_setting(key, text, getattr(parts[part], setting))
-            fields.setdefault(part, {})[setting] = value
-    for part in _PARTS:
-        changed = fields.pop(part, None)
-        fields[part] = dataclasses.replace(parts[part], **changed) if changed else parts[part]
-    return dataclasses.replace(method, **fields)
+        elif key not in _COMPONENTS:
+            part, setting = _locate(key, owners)
+            owners[part][setting] = _parse_setting(key, text, owners[part][setting])
+    return dataclasses.replace(method, **fields, **{part: draft.make(**draft.values) for part, draft in drafts.items()})
 
 
-def _replaced(registry: Components, old: Component | None, name: str, *, optional: bool) -> Component | None:
-    """The component called `name`, with the settings that it shares with `old`; None for `none` if `optional`."""
-    if optional and name.lower() == "none":
-        return None
+class _Draft(NamedTuple):
+    """A component that is made once all of its settings are known: those of the old one may not suit the new one."""
+
+    make: Callable[..., Component | None]
+    values: dict[str, Any]
+
+
+def _unchanged(component: Component | None) -> _Draft:
+    if component is None:
+        return _Draft(lambda: None, {})
+    return _Draft(functools.partial(dataclasses.replace, component), _plain_settings(component))
+
+
+def _replaced(part: str, old: Component | None, name: str) -> _Draft:
+    """The component called `name`, with the settings that it shares with `old`."""
+    registry = _COMPONENTS[part]
+    if part == "quantizer" and name.lower() == "none":
+        return _unchanged(None)
     entry = registry[name]
-    if old is None or not isinstance(entry, type):
-        return registry.make(name)
-    if type(old) is entry:
-        return old
-    return registry.make(name, **{key: value for key, value in settings(old).items() if key in settings(entry)})
+    if not isinstance(entry, type) or type(old) is entry:
+        return _unchanged(old if type(old) is entry else entry)
+    shared = {} if old is None else {key: value for key, value in settings(old).items() if key in settings(entry)}
+    return _Draft(functools.partial(registry.make, name), settings(entry) | shared)
 
 
-def _locate(key: str, parts: Mapping[str, Any]) -> tuple[str, str]:
+def _plain_settings(component: Component) -> dict[str, Any]:
+    return {name: value for name, value in settings(component).items() if not callable(value)}
+
+
+def _locate(key: str, owners: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     """The component and the setting that a key names."""
-    owners = {part: settings(component) for part, component in parts.items() if component is not None}
     part, separator, setting = key.partition(".")
     if separator and setting in owners.get(part, ()):
         return part, setting
@@ -125,9 +139,13 @@ def _locate(key: str, parts: Mapping[str, Any]) -> tuple[str, str]:
 def _parse_setting(key: str, text: str, current: Any) -> Any:
     """Text as a value of the current one's type."""
     kind = type(current)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{key}={text!r}: expected true or false")
+        return text.lower() == "true"
     try:
         return kind(text)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{key}={text!r}: expected {kind.__name__}") from error
 
 

@@ -77,8 +77,8 @@ class Components(Registry[type[Component] | Component]):
         """A component with these settings. Raises ValueError naming what is unknown or of the wrong type."""
         entry = self[name]
         try:
-            return entry(**values) if isinstance(entry, type) else entry
-        except TypeError as error:  # no such setting, or an abstract method that is missing
+            return make(entry, values) if isinstance(entry, type) else entry
+        except ValueError as error:
             raise ValueError(f"{self.kind}={name!r}: {error}") from error
 
     def name_of(self, component: Component) -> str:
@@ -87,6 +87,18 @@ class Components(Registry[type[Component] | Component]):
             if entry == component or entry is type(component):
                 return name
         return type(component).__name__
+
+
+def make(component: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of a component class. Raises ValueError for wrong settings or an abstract class."""
+    known = settings(component)  # pyright: ignore[reportArgumentType]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r}: expected one of {', '.join(known) or 'none'}")
+    try:
+        return component(**values)
+    except TypeError as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 SCORERS = Components("scorer")
@@ -118,6 +130,10 @@ def _register(
 
     def register(entry: Registered) -> Registered:
         if isinstance(entry, type) and issubclass(entry, bases):
+            try:
+                make(entry, {})  # names make instances: every setting needs a default, every abstract method a body
+            except ValueError as error:
+                raise ValueError(f"{registry.kind}={name!r}: {error}") from error
             registry.add(name, entry)
         elif convert is not None and not isinstance(entry, type) and callable(entry):
             registry.add(name, convert(entry))
@@ -171,15 +187,19 @@ def from_dict(values: Mapping[str, Any]) -> Method:
     if set(values) != expected:
         unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
         raise ValueError(f"not a method: unknown fields {unknown}, missing fields {missing}")
-    components: dict[str, Any] = {"tail": Tail(**values["tail"])}
-    for field, registry in _COMPONENT_FIELDS.items():
-        given = values[field]
-        components[field] = None if given is None else registry.make(given["name"], **_without_name(given))
+    components = {field: _component(field, values[field]) for field in (*_COMPONENT_FIELDS, "tail")}
     return Method(**dict(values) | components)
 
 
-def _without_name(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name != "name"}
+def _component(field: str, given: Any) -> Any:
+    if given is None and field == "quantizer":
+        return None
+    if not isinstance(given, Mapping) or (field != "tail" and "name" not in given):
+        raise ValueError(f"{field}={given!r}: expected a name and settings")
+    if field == "tail":
+        return make(Tail, given)
+    values = dict(given)
+    return _COMPONENT_FIELDS[field].make(values.pop("name"), **values)
 
 
 _COMPONENT_FIELDS = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}

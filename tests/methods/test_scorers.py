@@ -1,49 +1,124 @@
-"""Scorers beyond MiniKV's own against their papers' formulas, on ragged rows with NaN in the padding."""
+"""Scorers against their papers' formulas, on ragged rows with NaN in the padding."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import naive_schemes
+from oracle import naive, naive_methods
 from support.tiny import tiny_config
 
-from minikv_jax.methods.base import SCORERS, ScorerInputs
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods.base import LayerInputs, Method, NoScores, Scorer
+from minikv_jax.methods.expected_attention import ExpectedAttention
+from minikv_jax.methods.h2o import H2O
+from minikv_jax.methods.keydiff import KeyDiff
+from minikv_jax.methods.knorm import KNorm
+from minikv_jax.methods.lagkv import LagKV
+from minikv_jax.methods.snapkv import SnapKV
+from minikv_jax.methods.tova import TOVA
+from minikv_jax.methods.twin import Twin
 from minikv_jax.models.rotary import inverse_frequencies
 
-LENGTHS, T, H, SINKS, LAG = [40, 33, 13, 3], 40, 16, 2, 8
+LENGTHS, T, H, SINKS = [40, 33, 13, 3], 40, 16, 2
 FREQUENCIES = inverse_frequencies(tiny_config(head_dim=H))
-OPTIONS = {"lagkv": {"lag": LAG}, "expected-attention": {"future": 6, "epsilon": 0.01}}
+
+
+@functools.partial(jax.jit, static_argnames=("scorer", "window", "sinks"))
+def scores_of(
+    scorer: Scorer,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    window: int | None = None,
+    sinks: int = 0,
+) -> jax.Array:
+    return scorer.score(LayerInputs(q, k, v, lengths, None, window, 0, jnp.asarray(FREQUENCIES), sinks))
+
+
+def prompt(lengths: list[int], heads: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random q, k and v of `T` tokens, NaN from each row's length on."""
+    rng = np.random.default_rng(seed)
+    padding = np.arange(T) >= np.array(lengths)[:, None]
+    q, k, v = (rng.normal(size=(len(lengths), T, count, H)).astype(np.float32) for count in (*heads, heads[1]))
+    for x in (q, k, v):
+        x[padding] = np.nan
+    return q, k, v
+
+
+SCORERS = [TOVA(), KNorm(), KeyDiff(), LagKV(lag=8), ExpectedAttention(future=6, epsilon=0.01)]
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
-@pytest.mark.parametrize("name", ["tova", "knorm", "keydiff", "lagkv", "expected-attention"])
-def test_scores_match_the_formula(name: str, heads: tuple[int, int]):
-    rng = np.random.default_rng(0)
-    shapes = [(len(LENGTHS), T, count, H) for count in (heads[0], heads[1], heads[1])]
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    padding = np.arange(T) >= np.array(LENGTHS)[:, None]
-    for x in (q, k, v):
-        x[padding] = np.nan
-    config = CacheConfig(scorer=name, heavy=4, recent=4, sinks=SINKS, options=OPTIONS.get(name, {}))
-
-    @jax.jit
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-        inputs = ScorerInputs(q, k, v, lengths, None, None, 0, jnp.asarray(FREQUENCIES))
-        return SCORERS[name].score(inputs, config)
-
-    got = np.asarray(run(q, k, v, np.array(LENGTHS)))
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: type(scorer).__name__)
+def test_scores_match_the_formula(scorer: Scorer, heads: tuple[int, int]):
+    q, k, v = prompt(LENGTHS, heads)
+    method = Method(scorer=scorer, heavy=4, recent=4, sinks=SINKS)
+    got = np.asarray(scores_of(scorer, q, k, v, np.array(LENGTHS), sinks=SINKS))
     assert got.shape == (len(LENGTHS), heads[1], T)
-    want = naive_schemes.prompt_scores(config, q, k, v, LENGTHS, FREQUENCIES)
+    want = naive_methods.prompt_scores(method, q, k, v, LENGTHS, FREQUENCIES)
+    first = SINKS if isinstance(scorer, ExpectedAttention) else 0  # the sinks are kept whatever they score
     for b, n in enumerate(LENGTHS):
-        for head in range(heads[1]):
-            first = SINKS if name == "expected-attention" else 0  # the sinks are kept whatever they score
-            # Exponents up to ~10 carry 16 roundings of float32, of which some 1e-5 remains in the weights.
-            np.testing.assert_allclose(got[b, head, first:n], want[b, head, first:n], rtol=2e-5, atol=1e-6)
+        # Exponents up to ~10 carry 16 roundings of float32, of which some 1e-5 remains in the weights.
+        np.testing.assert_allclose(got[b, :, first:n], want[b, :, first:n], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize(
+    ("observation_window", "pooling_kernel", "heads", "window"),
+    [(4, 7, (6, 2), None), (64, 3, (4, 4), None), (1, 1, (3, 1), None), (8, 5, (4, 2), 6), (37, 5, (4, 2), None)],
+)
+def test_votes_match_naive(
+    pooling: str, observation_window: int, pooling_kernel: int, heads: tuple[int, int], window: int | None
+):
+    lengths = [1, 2, 3, 7, 19, 38, 39, 40]
+    q, k, v = prompt(lengths, heads, seed=2)
+    scorer = SnapKV(observation_window=observation_window, pooling=pooling, pooling_kernel=pooling_kernel)
+    got = np.asarray(scores_of(scorer, q, k, v, np.array(lengths), window))
+    want = naive.window_scores(
+        q,
+        k,
+        lengths,
+        observation_window=observation_window,
+        pooling=pooling,
+        pooling_kernel=pooling_kernel,
+        window=window,
+    )
+    # Logits of size ~4 carry 16 roundings of float32 (2**-24), weights below 1; up to 64 queries x 3 heads are summed.
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert all(not got[b, :, n:].any() for b, n in enumerate(lengths))
+
+
+def test_without_scores_all_tokens_are_alike():
+    x, lengths = jnp.full((2, 5, 3, 4), jnp.nan), jnp.array([5, 2])
+    np.testing.assert_array_equal(NoScores().score(LayerInputs(x, x, x, lengths)), np.zeros((2, 3, 5)))
+
+
+def test_h2o_takes_the_column_sums_as_they_are():
+    x, sums = jnp.zeros((2, 5, 3, 4)), jnp.ones((2, 3, 5))
+    np.testing.assert_array_equal(H2O().score(LayerInputs(x, x, x, jnp.array([5, 2]), sums)), sums)
 
 
 def test_expected_attention_needs_the_rotation():
-    config = CacheConfig(scorer="expected-attention", heavy=2, recent=2)
     x, lengths = jnp.zeros((1, 8, 2, H)), jnp.array([8])
     with pytest.raises(ValueError, match="rotary frequencies"):
-        SCORERS["expected-attention"].score(ScorerInputs(x, x, x, lengths, None, None), config)
+        ExpectedAttention().score(LayerInputs(x, x, x, lengths))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SnapKV(observation_window=0), "observation_window=0: expected at least 1"),
+        (lambda: SnapKV(pooling="median"), "pooling='median': expected one of max, mean"),
+        (lambda: SnapKV(pooling_kernel=4), "pooling_kernel=4: expected an odd number"),
+        (lambda: Twin(long_window=0), "long_window=0: expected at least 1"),
+        (lambda: Twin(observation_window=1.5), "observation_window=1.5: expected int"),
+        (lambda: LagKV(lag=0), "lag=0: expected at least 1"),
+        (lambda: ExpectedAttention(future=0), "future=0: expected at least 1"),
+        (lambda: ExpectedAttention(epsilon="0.1"), "epsilon='0.1': expected float"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_scorer(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from minikv_jax.inference import one_shot
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
+from minikv_jax.prefill import one_shot
 
 
 def same(a: Llama, b: Llama) -> bool:

@@ -14,12 +14,12 @@ from support.checkpoints import gguf_name
 from support.tiny import random_ids
 
 from minikv_jax.generate import generate
-from minikv_jax.inference import one_shot
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.huggingface import load_safetensors
 from minikv_jax.models.rotary import rotary_tables
-from minikv_jax.ops.decode_attention import prefill_attention
+from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.prefill import one_shot
 
 T = 24
 TINY = {
@@ -243,7 +243,7 @@ def test_smollm2_greedy_tokens_of_real_prompts(smollm2: tuple[Llama, Any], their
     """The compiled loop under `full`, a ragged batch, draws what transformers draws prompt by prompt."""
     ours, tokenizer = smollm2
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    found = generate(ours, prompts, cache="full", max_new_tokens=64, eos_token_ids=()).tokens
+    found = generate(ours, prompts, method="full", max_new_tokens=64, eos_token_ids=()).tokens
     for tokens, prompt in zip(np.asarray(found), prompts, strict=True):
         with torch.no_grad():
             expected = their_smollm2.generate(

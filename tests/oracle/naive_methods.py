@@ -12,7 +12,12 @@ import ml_dtypes
 import numpy as np
 from oracle.naive import softmax
 
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods.base import Method
+from minikv_jax.methods.expected_attention import ExpectedAttention
+from minikv_jax.methods.keydiff import KeyDiff
+from minikv_jax.methods.knorm import KNorm
+from minikv_jax.methods.lagkv import LagKV
+from minikv_jax.methods.tova import TOVA
 
 
 def tova(q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -75,27 +80,25 @@ def expected_attention(
 
 
 def prompt_scores(
-    config: CacheConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int], frequencies: np.ndarray
+    method: Method, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int], frequencies: np.ndarray
 ) -> np.ndarray:
-    """The scores[B, K, T] that `config.scorer` gives q[B, T, N, H], k and v[B, T, K, H]; zero in the padding."""
+    """The scores[B, K, T] that the method's scorer gives q[B, T, N, H], k and v[B, T, K, H]; zero in the padding."""
     B, T, N, _ = q.shape
     K = k.shape[2]
-    scores = np.zeros((B, K, T))
+    scorer, scores = method.scorer, np.zeros((B, K, T))
     for b, head in np.ndindex(B, K):
         n = lengths[b]
         keys, values, group = k[b, :n, head], v[b, :n, head], slice(head * (N // K), (head + 1) * (N // K))
-        if config.scorer == "tova":
+        if isinstance(scorer, TOVA):
             scores[b, head, :n] = tova(q[b, :n], k[b, :n])
-        elif config.scorer == "lagkv":
-            scores[b, head, :n] = lagkv(keys, values, sinks=config.sinks, lag=config.option("lag"), padded=T)
-        elif config.scorer == "expected-attention":
-            settings = {name: config.option(name) for name in ("future", "epsilon")}
-            if n > config.sinks:
-                scores[b, head, :n] = expected_attention(
-                    q[b, :n, group], keys, values, frequencies, sinks=config.sinks, **settings
-                )
+        elif isinstance(scorer, LagKV):
+            scores[b, head, :n] = lagkv(keys, values, sinks=method.sinks, lag=scorer.lag, padded=T)
+        elif isinstance(scorer, ExpectedAttention):
+            settings = {"sinks": method.sinks, "future": scorer.future, "epsilon": scorer.epsilon}
+            if n > method.sinks:
+                scores[b, head, :n] = expected_attention(q[b, :n, group], keys, values, frequencies, **settings)
         else:
-            scores[b, head, :n] = {"knorm": knorm, "keydiff": keydiff}[config.scorer](keys)
+            scores[b, head, :n] = {KNorm: knorm, KeyDiff: keydiff}[type(scorer)](keys)
     return scores
 
 
