@@ -9,6 +9,7 @@ from support.model_directory import write_model
 from transformers import PreTrainedTokenizerBase
 
 from minikv_jax.methods import base as schemes
+from minikv_jax.methods import lookup  # noqa: F401  (what the library registers stays when a test's own goes)
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from minikv_jax import __version__
 from minikv_jax.cache import memory
 from minikv_jax.evaluation.fit import Method
 from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
@@ -25,7 +26,7 @@ from minikv_jax.models.decoder import Llama
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PACKAGES = ("minikv_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy")
 
 # The numbers of a case and method that are averaged, in the order they are shown.
 METRICS = ("nll", "full_nll", "kl_to_full", "top1_agreement", "exact_match", "score", "cache_bytes", "full_cache_bytes")
@@ -156,7 +157,7 @@ def describe_model(model: Llama, model_source: str, implementation: str | None) 
         "dtype": model.dtype.name,
         "implementation": implementation,
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"minikv_jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
 

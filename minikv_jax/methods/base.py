@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -169,10 +170,17 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
+        self._load_built_ins()
         return iter(self._entries)
+
+    def _load_built_ins(self) -> None:
+        """Imports what the library registers itself, on first use, whatever was imported before."""
+        if not self._built_in:
+            importlib.import_module("minikv_jax.methods.lookup")
 
     def require(self, name: object) -> None:
         """Raises ValueError listing the names there are, unless `name` is one of them."""
+        self._load_built_ins()
         if name not in self._entries:
             raise ValueError(f"{self.kind}={name!r}: expected one of {', '.join(self._entries)}")
 
@@ -285,6 +293,7 @@ def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     file = pathlib.Path(path).resolve()
     if not file.is_file():
         raise FileNotFoundError(f"plugin {os.fspath(path)} does not exist")
+    METHODS._load_built_ins()
     before = [dict(registry._entries) for registry in _REGISTRIES]
     spec = importlib.util.spec_from_file_location(f"minikv_plugin_{file.stem}", file)
     if spec is None or spec.loader is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from minikv_jax.methods import calibrated as calibration
 from minikv_jax.methods import quantizers, scorers  # noqa: F401  (they register the schemes named here)
-from minikv_jax.methods.base import METHODS, register_method
+from minikv_jax.methods.base import METHODS, register_method, seal
 from minikv_jax.methods.config import CacheConfig
 from minikv_jax.ops import select  # noqa: F401
 
@@ -192,6 +192,7 @@ _PRESETS = (
 )
 for _preset in _PRESETS:
     register_method(_preset)
+seal()
 
 
 def names() -> tuple[str, ...]:
