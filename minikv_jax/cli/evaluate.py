@@ -10,12 +10,13 @@ import os
 import pathlib
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from minikv_jax.checks import at_least
 from minikv_jax.cli.arguments import key_value, output_directory, output_file
+from minikv_jax.evaluation.tables import means_table
 from minikv_jax.evaluation.task import Task
 from minikv_jax.evaluation.tasks import TASKS
 
@@ -23,19 +24,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedTokenizerBase
 
-    from minikv_jax.evaluation.fit import Method
+    from minikv_jax.evaluation.fit import SizedMethod
     from minikv_jax.evaluation.run import Evaluator
     from minikv_jax.models.decoder import Llama
-
-# What a table of means shows: heading and format of each metric.
-COLUMNS = {
-    "nll": ("NLL", "{:.4f}"),
-    "kl_to_full": ("KL to full", "{:.4f}"),
-    "top1_agreement": ("top-1 agreement", "{:.3f}"),
-    "exact_match": ("exact match", "{:.3f}"),
-    "score": ("score", "{:.3f}"),
-    "cache_bytes": ("cache bytes", "{:,.0f}"),
-}
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -134,22 +125,22 @@ def make_task(arguments: argparse.Namespace) -> Task:
     return task(**options)
 
 
-def make_methods(arguments: argparse.Namespace) -> dict[str, Method]:
+def make_methods(arguments: argparse.Namespace) -> dict[str, SizedMethod]:
     """The methods by label: as they were given, with the share of bytes behind where there is one."""
-    from minikv_jax.evaluation.fit import Method
+    from minikv_jax.evaluation.fit import SizedMethod
     from minikv_jax.methods import lookup as presets
     from minikv_jax.methods.base import load_plugin
 
     for file in arguments.plugin:
         load_plugin(file)
-    methods: dict[str, Method] = {}
+    methods: dict[str, SizedMethod] = {}
     for text in arguments.method:
         config = presets.parse(text, arguments.set)
         for share in arguments.budget_bytes or (None,):
             label = text if share is None else f"{text} @ {share:.4g}"
             if label in methods:
                 raise ValueError(f"method {label!r} is given twice")
-            methods[label] = Method(config, share)
+            methods[label] = SizedMethod(config, share)
     return methods
 
 
@@ -206,23 +197,6 @@ class _Bar:
         self._progress.update(self._task, completed=done)
 
 
-def table(means: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table of means, a row per method; columns that no method has are left out."""
-    shown = [key for key in COLUMNS if any(key in values for values in means.values())]
-    rows = []
-    for name, values in means.items():
-        cells = [COLUMNS[key][1].format(values[key]) if key in values else "" for key in shown]
-        share = f"{values['cache_bytes'] / values['full_cache_bytes']:.1%}" if "cache_bytes" in values else ""
-        rows.append([name, *cells, share])
-    return markdown(["method", *(COLUMNS[key][0] for key in shown), "of full"], rows)
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def warn_not_finite(means: Mapping[str, Mapping[str, Any]]) -> None:
     """Names on stderr the methods that gave NaN or infinite logits or NaN scores, and in how many cases."""
     for name, values in means.items():
@@ -242,7 +216,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     evaluator = make_evaluator(arguments)
     with progress(arguments.task, len(evaluator.cases) * len(methods)) as bar:
         report = evaluate(evaluator, methods, model_source=arguments.model, batch=arguments.batch, done=bar.advance_to)
-    print(table(report["means"]))
+    print(means_table(report["means"]).markdown())
     warn_not_finite(report["means"])
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -250,7 +224,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from minikv_jax.evaluation.sweep import Sweep, grid, write_results
+    from minikv_jax.evaluation.report import write_sweep
+    from minikv_jax.evaluation.sweep import Sweep, grid
     from minikv_jax.methods.base import load_plugin
 
     at_least(1, batch=arguments.batch)
@@ -270,9 +245,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
         sweep.run(arguments.batch, bar.advance_to)
     results = sweep.results()
     means = {label: point["means"] for label, point in results["points"].items()}
-    print(table(means))
+    print(means_table(means).markdown())
     warn_not_finite(means)
-    for path in write_results(arguments.out, results, figures=not arguments.no_figures):
+    for path in write_sweep(arguments.out, results, figures=not arguments.no_figures):
         print(path)
     return 0
 

@@ -11,7 +11,7 @@ from support.tiny import tiny_config
 
 from minikv_jax.cache import memory
 from minikv_jax.cli import main as cli
-from minikv_jax.evaluation import Method, book_windows
+from minikv_jax.evaluation import SizedMethod, book_windows
 from minikv_jax.evaluation.run import means
 from minikv_jax.methods import lookup as presets
 
@@ -59,7 +59,7 @@ def test_methods_are_parsed():
 def test_fitted_budget_is_the_largest_within_its_bytes(name: str, share: float):
     model = tiny_config()
     sizes = {"prompt_length": 4096, "max_new_tokens": 64, "dtype": "bfloat16"}
-    config = Method(presets.get(name), share).fit(model, **sizes)
+    config = SizedMethod(presets.get(name), share).fit(model, **sizes)
     full = memory.report(model, presets.get("full"), **sizes).bytes
     assert memory.report(model, config, **sizes).bytes <= share * full
     field = "heavy" if config.heavy else "recent"
@@ -79,9 +79,9 @@ def config_block(config):
 def test_budget_that_cannot_be_fitted_is_refused():
     sizes = {"prompt_length": 512, "max_new_tokens": 64, "dtype": "bfloat16"}
     with pytest.raises(ValueError, match="'kivi-2' keeps every token"):
-        Method(presets.get("kivi-2"), 0.5).fit(tiny_config(), **sizes)
+        SizedMethod(presets.get("kivi-2"), 0.5).fit(tiny_config(), **sizes)
     with pytest.raises(ValueError, match=r"'minikv' does not fit 6.25% of the full cache's bytes.*takes 2\d\.\d"):
-        Method(presets.get("minikv"), 0.0625).fit(tiny_config(), **sizes)
+        SizedMethod(presets.get("minikv"), 0.0625).fit(tiny_config(), **sizes)
 
 
 def test_rows_that_are_not_finite_are_counted_and_never_averaged():

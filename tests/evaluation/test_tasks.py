@@ -12,20 +12,17 @@ from support.model_directory import byte_tokenizer
 
 from minikv_jax.evaluation import Case
 from minikv_jax.evaluation.task import fill
-from minikv_jax.evaluation.tasks import (
-    GSM8K,
-    TASKS,
-    Cases,
-    InfiniteBench,
-    KVRetrieval,
-    LongBench,
-    LongEval,
-    Needle,
-    NumberString,
-    Passkey,
-    Perplexity,
-    metrics,
-)
+from minikv_jax.evaluation.tasks import TASKS, metrics
+from minikv_jax.evaluation.tasks.cases import Cases
+from minikv_jax.evaluation.tasks.gsm8k import GSM8K
+from minikv_jax.evaluation.tasks.infinitebench import InfiniteBench
+from minikv_jax.evaluation.tasks.kv_retrieval import KVRetrieval
+from minikv_jax.evaluation.tasks.longbench import LongBench
+from minikv_jax.evaluation.tasks.longeval import LongEval
+from minikv_jax.evaluation.tasks.needle import Needle
+from minikv_jax.evaluation.tasks.number_string import NumberString
+from minikv_jax.evaluation.tasks.passkey import Passkey
+from minikv_jax.evaluation.tasks.perplexity import Perplexity
 from minikv_jax.evaluation.tasks.retrieval import Retrieval
 
 TOKENIZER = byte_tokenizer()
@@ -274,6 +271,16 @@ def test_metrics_by_hand():
     assert metrics.has_word('"ab-1", sir', "ab-1") == 1
     assert metrics.choice("I say C", "C") == 1
     assert metrics.choice("ABCD", "A") == 0
+
+
+def test_every_file_of_tasks_that_defines_one_is_a_task():
+    files = {path.stem for path in pathlib.Path(metrics.__file__).parent.glob("*.py")}
+    assert {task.__module__.rsplit(".", 1)[1] for task in TASKS.values()} == files - {
+        "__init__",
+        "metrics",
+        "retrieval",
+    }
+    assert all(task.name == name for name, task in TASKS.items())
 
 
 def test_every_task_is_in_the_documentation():
