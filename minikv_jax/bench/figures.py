@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from minikv_jax.cli.arguments import Parser, output_directory
+from minikv_jax.cli.shared import Parser, output_directory
 from minikv_jax.evaluation.figures import COLOURS, MARKERS, panels, png
 
 Row = Mapping[str, Any]

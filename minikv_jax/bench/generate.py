@@ -29,7 +29,7 @@ from minikv_jax.bench import huggingface, timing
 from minikv_jax.bench.end_to_end import Case, Programs, measure
 from minikv_jax.bench.fit import FIELDS, find
 from minikv_jax.bench.worker import TaskError, run_task
-from minikv_jax.cli.arguments import Parser, output_file
+from minikv_jax.cli.shared import Parser, output_file
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import DTYPES
 from minikv_jax.ops.dispatch import IMPLEMENTATIONS

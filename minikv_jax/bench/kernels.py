@@ -20,7 +20,7 @@ from minikv_jax.bench.decode import bench_decode
 from minikv_jax.bench.prefill import SHAPES as PREFILL_SHAPES
 from minikv_jax.bench.prefill import bench_prefill
 from minikv_jax.bench.quantize import bench_quantize
-from minikv_jax.cli.arguments import Parser, output_file
+from minikv_jax.cli.shared import Parser, output_file
 
 
 def benchmarks(rate: dict[str, float]) -> Iterator[timing.Benchmark]:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from minikv_jax.checks import at_least
-from minikv_jax.cli.arguments import key_value, output_directory, output_file
+from minikv_jax.cli.shared import key_value, output_directory, output_file
 from minikv_jax.evaluation.tables import means_table
 from minikv_jax.evaluation.task import Task
 from minikv_jax.evaluation.tasks import TASKS

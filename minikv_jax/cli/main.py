@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from minikv_jax.checks import at_least
 from minikv_jax.cli import prompt
-from minikv_jax.cli.arguments import Parser, key_value, output_file, seed
 from minikv_jax.cli.calibrate import add_calibrate
 from minikv_jax.cli.evaluate import add_evaluate, add_sweep
 from minikv_jax.cli.inspect import add_inspect
+from minikv_jax.cli.shared import Parser, key_value, output_file, seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
