@@ -1,9 +1,7 @@
 """Calibration: what is learnt, how it is saved, and that the method does with it what was learnt."""
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +14,6 @@ from minikv_jax import generate, restore_cache, save_cache
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import LayerCache
 from minikv_jax.calibrate import Learnt, Settings, calibrate
-from minikv_jax.cli import main as cli
 from minikv_jax.layerwise import compress_layers, prefill_layers
 from minikv_jax.methods import calibrated as calibration
 from minikv_jax.methods import lookup as presets
@@ -194,80 +191,3 @@ def test_what_cannot_be_calibrated_is_named(model: Llama):
     for wrong in ({"learn": ("budgets",)}, {"learn": ()}, {"steps": 0}, {"rate": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected"):
             Settings(**wrong)
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Run:
-    """Runs `minikv ...` in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def test_calibrate_then_evaluate(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
-    text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text("The lamp was lit at dusk and burned until the morning. " * 8)
-    method = "minikv:residual_length=32,sinks=1"
-    sizes = ("--context", 80, "--queries", 10, "--limit", 2, "--steps", 5)
-    learn = ("calibrate", "--model", model_directory, "--method", method, "--text", text, *sizes)
-    code, printed, err = run(*learn, "--out", out)
-    assert (code, err) == (0, "")
-    saved = json.loads((out / "calibration.json").read_text())["details"]
-    assert len(saved["curve"]) == 5
-    before, after = np.mean(saved["loss_before"]), np.mean(saved["loss_after"])
-    assert f"{before:.5f} -> {after:.5f}" in printed
-    assert list(saved["texts"]) == ["text.txt"]
-    (tmp_path / "cases.jsonl").write_text(json.dumps({"prompt_ids": list(range(60)), "continuation_ids": [7, 8]}))
-    code, printed, err = run(
-        "evaluate",
-        "cases",
-        "--model",
-        model_directory,
-        "--data",
-        tmp_path / "cases.jsonl",
-        "--method",
-        method,
-        "--method",
-        out,
-        "--method",
-        f"{out}:heavy=0.1",
-    )
-    assert (code, err) == (0, "")
-    rows = [line.split(" | ") for line in printed.splitlines()[2:]]
-    assert [row[0] for row in rows] == [f"| {method}", f"| {out}", f"| {out}:heavy=0.1"]
-    assert rows[0][1:3] != rows[1][1:3]  # the quality differs, the bytes do not
-    assert rows[0][-2] == rows[1][-2] != rows[2][-2]
-    code, _, err = run(*learn, "--out", out)
-    assert (code, err) == (2, f"minikv: error: --out {out} exists: a calibration is saved into a new directory\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"--method": "snapkv"}, "method 'snapkv' has nothing quantised"),
-        ({"--method": "minikv:group_size=32"}, "head_dim 16 is not divisible by group_size 32"),
-        ({"--text": "/no/such/file"}, "No such file"),
-        ({"--learn": "budgets"}, "learn='budgets': expected some of ranges, rotation"),
-        ({"--limit": "50"}, "the text has 60 tokens: 50 windows of 90 need 4500"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(
-    run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path, arguments: dict[str, str], message: str
-):
-    (tmp_path / "text.txt").write_text("a" * 60)
-    options: dict[str, Any] = {"--method": "minikv", "--text": tmp_path / "text.txt", "--context": 80, "--queries": 10}
-    options |= arguments
-    given = [part for option in options.items() for part in option]
-    code, out, err = run("calibrate", "--model", model_directory, "--out", tmp_path / "out", *given)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert message in err
-    assert not (tmp_path / "out").exists()

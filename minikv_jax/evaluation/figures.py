@@ -1,11 +1,7 @@
-"""Pictures of sweeps and of single caches, as PNG bytes (matplotlib: `pip install minikv_jax[evaluation]`).
-
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every series also has its own marker.
-"""
+"""Pictures of sweeps and of single caches, as PNG bytes (matplotlib: `pip install minikv_jax[evaluation]`)."""
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Collection, Mapping
@@ -13,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from minikv_jax.plots import COLOURS, MARKERS, new_figure, panels, png
+
 if TYPE_CHECKING:
     from minikv_jax.evaluation.inspection import Inspection
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
-MARKERS = "osD^vPX*<>ph"
-_WIDTH_INCHES = 9.0  # at _DPI, twice the width of a README column
-_DPI = 160
 
 _BYTE_SHARE_TICKS = (3.125, 6.25, 12.5, 25, 50, 100)  # per cent
 
@@ -57,10 +49,10 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
         for quality in qualities
     ]
     frontiers = [_frontier(panel, _QUALITIES[quality][1]) for panel, quality in zip(spots, qualities, strict=True)]
-    styles = _styles(list(series), {name for frontier in frontiers for _, _, name in frontier})
+    looks = styles(list(series), {name for frontier in frontiers for _, _, name in frontier})
     figure, axes = panels(len(qualities), 3.6)
     for axis, quality, panel, frontier in zip(axes, qualities, spots, frontiers, strict=True):
-        _pareto_panel(axis, quality, panel, frontier, styles)
+        _pareto_panel(axis, quality, panel, frontier, looks)
     figure.suptitle(f"{title}: quality against allocated bytes", fontsize=11)
     figure.supxlabel("allocated bytes, share of the full cache", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -85,20 +77,20 @@ def _frontier(spots: Mapping[str, list[_Spot]], more_is_better: bool) -> list[tu
     return frontier
 
 
-def _styles(names: list[str], leading: Collection[str]) -> dict[str, dict[str, Any]]:
+def styles(names: list[str], leading: Collection[str]) -> dict[str, dict[str, Any]]:
     """Keyword arguments of `Axes.plot` for each method's points."""
     coloured = names
     if len(names) > len(COLOURS):
         first = sorted(names, key=lambda name: name not in leading)[: len(COLOURS) - 1]
         coloured = [name for name in names if name in first]
-    styles: dict[str, dict[str, Any]] = {}
+    looks: dict[str, dict[str, Any]] = {}
     for name in names:
         if name in coloured:
             index = coloured.index(name)
-            styles[name] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5.5, "label": name}
+            looks[name] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5.5, "label": name}
         else:
-            styles[name] = {"color": "0.6", "marker": ".", "markersize": 4, "zorder": 1}
-    return styles
+            looks[name] = {"color": "0.6", "marker": ".", "markersize": 4, "zorder": 1}
+    return looks
 
 
 def _pareto_panel(
@@ -106,12 +98,12 @@ def _pareto_panel(
     quality: str,
     spots: Mapping[str, list[_Spot]],
     frontier: list[tuple[float, float, str]],
-    styles: Mapping[str, Mapping[str, Any]],
+    looks: Mapping[str, Mapping[str, Any]],
 ) -> None:
     label, more_is_better = _QUALITIES[quality]
     for name, values in spots.items():
-        axis.plot([x for x, _ in values], [y for _, y in values], linewidth=1, **styles[name])
-    if any("label" not in style for style in styles.values()):
+        axis.plot([x for x, _ in values], [y for _, y in values], linewidth=1, **looks[name])
+    if any("label" not in look for look in looks.values()):
         axis.plot([], [], linewidth=1, color="0.6", marker=".", markersize=4, label="other methods")
     xs, ys = [x for x, _, _ in frontier], [y for _, y, _ in frontier]
     axis.step(xs, ys, where="post", color="0.85", linewidth=5, zorder=0, label="frontier")
@@ -187,7 +179,7 @@ def budgets(inspections: Mapping[str, Inspection]) -> bytes:
     """Tokens that each layer holds, a panel per method."""
     columns = min(len(inspections), 3)
     rows = -(-len(inspections) // columns)
-    figure = _figure(1.2 + 2.2 * rows)
+    figure = new_figure(1.2 + 2.2 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in grid.flat[len(inspections) :]:
         axis.set_visible(False)
@@ -236,7 +228,7 @@ def _layer_lines(
     sections: Mapping[str, Mapping[str, np.ndarray | None]], title: str, label: str, limit: float | None
 ) -> bytes:
     """Shares per layer in per cent. A method without them has no line, and the others keep their colours."""
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     axes = figure.subplots(1, len(sections), sharey=True)
     for axis, (heading, series) in zip(axes, sections.items(), strict=True):
         for index, (name, values) in enumerate(series.items()):
@@ -282,22 +274,3 @@ def _head_rows(axis: Axes, values: np.ndarray, limit: float, right: int | None =
         interpolation="nearest",
         extent=(0, right or columns, layers, 0),
     )
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, at least one."""
-    figure = _figure(height)
-    return figure, list(figure.subplots(1, max(count, 1), squeeze=False)[0])
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a file's bytes, the same for the same figure."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()

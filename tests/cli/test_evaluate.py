@@ -1,104 +1,18 @@
-"""Methods of a run, budgets by bytes, means, and `minikv evaluate cases` and `perplexity`."""
+"""`minikv evaluate`, with its tasks `cases` and `perplexity`."""
 
-import dataclasses
 import json
 import pathlib
 import time
 from collections.abc import Callable
 
 import pytest
-from support.tiny import tiny_config
+from support.commands import Run, run_wrongly
+from support.model_directory import byte_tokenizer
 
-from minikv_jax.cache import memory
-from minikv_jax.cli import main as cli
-from minikv_jax.evaluation import SizedMethod, book_windows
-from minikv_jax.evaluation.run import means
-from minikv_jax.methods import lookup as presets
-
-Run = Callable[..., tuple[int, str, str]]
 TEXT = "The lamp was lit at dusk and burned until the morning, when the keeper put it out. " * 12
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Run:
-    """Runs `minikv ...` in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def test_windows_do_not_overlap():
-    windows = book_windows(range(100), prompt=20, continuation=5, count=4)
-    assert [prompt[0] for prompt, _ in windows] == [0, 25, 50, 75]
-    assert all(continuation == list(range(p[0] + 20, p[0] + 25)) for p, continuation in windows)
-    with pytest.raises(ValueError, match="100 tokens: 5 windows of 25 need 125"):
-        book_windows(range(100), prompt=20, continuation=5, count=5)
-    with pytest.raises(ValueError, match="count=0"):
-        book_windows(range(100), prompt=20, continuation=5, count=0)
-
-
-def test_methods_are_parsed():
-    config = presets.parse("h2o:heavy=0.25,recent=512", [("recent", "3"), ("sinks", "2")])
-    assert (config.name, config.heavy, config.recent, config.sinks) == ("h2o", 0.25, 512, 2)
-    with pytest.raises(ValueError, match=r"NAME:KEY=VALUE.*'heavy'"):
-        presets.parse("h2o:heavy")
-    with pytest.raises(ValueError, match="method 'h3o'"):
-        presets.parse("h3o:heavy=1")
-
-
-@pytest.mark.parametrize("name", ["minikv", "minikv-pyramid", "minikv-variance", "h2o", "snapkv", "streaming-llm"])
-@pytest.mark.parametrize("share", [0.125, 0.25])
-def test_fitted_budget_is_the_largest_within_its_bytes(name: str, share: float):
-    model = tiny_config()
-    sizes = {"prompt_length": 4096, "max_new_tokens": 64, "dtype": "bfloat16"}
-    config = SizedMethod(presets.get(name), share).fit(model, **sizes)
-    full = memory.report(model, presets.get("full"), **sizes).bytes
-    assert memory.report(model, config, **sizes).bytes <= share * full
-    field = "heavy" if config.heavy else "recent"
-    step = 1 if isinstance(getattr(config, field), int) else 0.002  # more than one token of any layer's packing block
-    more = {field: getattr(config, field) + step * config_block(config)}
-    assert memory.report(model, dataclasses.replace(config, **more), **sizes).bytes > share * full
-    original = presets.get(name)
-    if isinstance(original.heavy, float) and original.heavy:
-        assert config.recent == pytest.approx(config.heavy * original.recent / original.heavy, abs=1e-4)
-    assert dataclasses.replace(config, heavy=original.heavy, recent=original.recent) == original
-
-
-def config_block(config):
-    return config.packing_block if config.quantized else 1
-
-
-def test_budget_that_cannot_be_fitted_is_refused():
-    sizes = {"prompt_length": 512, "max_new_tokens": 64, "dtype": "bfloat16"}
-    with pytest.raises(ValueError, match="'kivi-2' keeps every token"):
-        SizedMethod(presets.get("kivi-2"), 0.5).fit(tiny_config(), **sizes)
-    with pytest.raises(ValueError, match=r"'minikv' does not fit 6.25% of the full cache's bytes.*takes 2\d\.\d"):
-        SizedMethod(presets.get("minikv"), 0.0625).fit(tiny_config(), **sizes)
-
-
-def test_rows_that_are_not_finite_are_counted_and_never_averaged():
-    rows = [
-        {"finite": True, "nll": 1.0, "score": 0.5},
-        {"finite": False, "nll": None, "score": None},
-        {"finite": True, "nll": 2.0, "score": None},
-    ]
-    found = means(rows)
-    assert (found["cases"], found["not_finite"], found["nll"], found["score"]) == (3, 1, 1.5, 0.5)
-    assert "kl_to_full" not in found
-    assert "nll" not in means(rows[1:2])
-
-
 def test_cases_of_ids_and_of_text_agree(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
-    from support.model_directory import byte_tokenizer
-
     prompt, continuation = TEXT[:150], TEXT[150:170]
     ids = [byte_tokenizer().encode(text) for text in (prompt, continuation)]
     rows = [
@@ -134,9 +48,9 @@ def test_budget_bytes_makes_a_method_per_share(run: Run, model_directory: pathli
     sizes = ["--context", 200, "--continuation", 10, "--limit", 2, "--batch", 2]
     code, _, _ = run(*command, *sizes, "--method", "h2o", "--budget-bytes", "0.25,0.5")
     assert code == 0
-    found = json.loads(out.read_text())["means"]
-    assert list(found) == ["h2o @ 0.25", "h2o @ 0.5"]
-    for share, row in zip((0.25, 0.5), found.values(), strict=True):
+    means = json.loads(out.read_text())["means"]
+    assert list(means) == ["h2o @ 0.25", "h2o @ 0.5"]
+    for share, row in zip((0.25, 0.5), means.values(), strict=True):
         assert share - 0.02 < row["cache_bytes"] / row["full_cache_bytes"] <= share
 
 
@@ -282,9 +196,4 @@ def test_user_error_is_one_line_and_exit_code_2(
     (tmp_path / "book.txt").write_text(TEXT)
     (tmp_path / "fails.py").write_text("\nimport nosuch\n")
     (tmp_path / "flat.py").write_text(FLAT)
-    code, out, err = run(*(text.format(model=model_directory, scratch=tmp_path) for text in arguments))
-    assert code == 2
-    assert not out
-    assert err.startswith("minikv: error: ")
-    assert err.count("\n") == 1
-    assert message in err
+    assert message in run_wrongly(run, *(text.format(model=model_directory, scratch=tmp_path) for text in arguments))

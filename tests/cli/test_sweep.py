@@ -1,64 +1,31 @@
-"""`minikv sweep`: the grid, resuming, and what it writes."""
+"""`minikv sweep`: what it writes, and how it resumes."""
 
 import csv
 import itertools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support.commands import Run, run_wrongly
 
-from minikv_jax.cli import main as cli
-from minikv_jax.evaluation import figures
 from minikv_jax.evaluation import run as run_module
-from minikv_jax.evaluation.sweep import grid
 
-Run = Callable[..., tuple[int, str, str]]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture
-def sweep(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: pathlib.Path,
-    model_directory: pathlib.Path,
-) -> Run:
-    """Runs `minikv sweep cases ... --out NAME` on two cases: exit code, stdout, stderr."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    rows = [{"prompt_ids": [i % 90 for i in range(n, 3 * n)], "continuation_ids": [7, 8, 9]} for n in (35, 36)]
-    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def run(out: str, *arguments: object) -> tuple[int, str, str]:
-        command = ["sweep", "cases", "--data", tmp_path / "cases.jsonl", "--model", model_directory]
-        try:
-            code = cli.main([str(part) for part in (*command, "--out", tmp_path / out, *arguments)])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 GRID = ("--method", "h2o", "--method", "minikv:residual_length=32", "--sweep", "heavy=0.1,0.2", "--sweep", "recent=0.1")
 
 
-def test_the_grid_is_every_combination():
-    points = grid(["h2o", "minikv:k_bits=4"], {"heavy": ["0.1", "0.2"], "sinks": ["4"]}, (0.125,))
-    assert [point.label for point in points] == [
-        "h2o:heavy=0.1,sinks=4 @ 0.125",
-        "h2o:heavy=0.2,sinks=4 @ 0.125",
-        "minikv:k_bits=4,heavy=0.1,sinks=4 @ 0.125",
-        "minikv:k_bits=4,heavy=0.2,sinks=4 @ 0.125",
-    ]
-    config = points[-1].resolve([("heavy", "0.5"), ("v_bits", "4")]).method
-    assert (config.k_bits, config.v_bits, config.heavy, config.sinks) == (4, 4, 0.2, 4)
-    assert [point.label for point in grid(["full"], {})] == ["full"]
-    shared = grid(["h2o", "kivi-2", "nosuch"], {}, (0.25, 0.5))  # what keeps every token has no budget to fit
-    assert [point.label for point in shared] == ["h2o @ 0.25", "h2o @ 0.5", "kivi-2", "nosuch @ 0.25", "nosuch @ 0.5"]
-    assert [point.label for point in grid(["kivi-2"], {}, (0.25,), [("recent", "0.5")])] == ["kivi-2 @ 0.25"]
+@pytest.fixture
+def sweep(run: Run, tmp_path: pathlib.Path, model_directory: pathlib.Path) -> Run:
+    """Runs `minikv sweep cases ... --out NAME` on two cases: exit code, stdout, stderr."""
+    rows = [{"prompt_ids": [i % 90 for i in range(n, 3 * n)], "continuation_ids": [7, 8, 9]} for n in (35, 36)]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def sweep(out: str, *arguments: object) -> tuple[int, str, str]:
+        command = ["sweep", "cases", "--data", tmp_path / "cases.jsonl", "--model", model_directory]
+        return run(*command, "--out", tmp_path / out, *arguments)
+
+    return sweep
 
 
 def test_what_a_sweep_writes(sweep: Run, tmp_path: pathlib.Path):
@@ -94,11 +61,11 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
 
     def killed(model: Any, cases: Any, methods: Any, *rest: Any) -> Any:
         """The first case's methods, and half of the second's."""
-        found = original(model, cases, methods, *rest)
+        measured = original(model, cases, methods, *rest)
         if cases[0].name == "line 1":
-            yield from found
+            yield from measured
         else:
-            yield from itertools.islice(found, 2)
+            yield from itertools.islice(measured, 2)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "measure_each", killed)
@@ -137,11 +104,7 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
     ],
 )
 def test_a_wrong_sweep_is_one_line_and_exit_code_2(sweep: Run, arguments: tuple[str, ...], message: str):
-    code, out, err = sweep("out", *arguments)
-    assert code == 2
-    assert not out
-    assert err.count("\n") == 1
-    assert message in err
+    assert message in run_wrongly(sweep, "out", *arguments)
 
 
 def test_another_sweeps_directory_is_refused(sweep: Run, tmp_path: pathlib.Path):
@@ -151,17 +114,3 @@ def test_another_sweeps_directory_is_refused(sweep: Run, tmp_path: pathlib.Path)
     code, _, err = sweep("out", *GRID)
     assert code == 2
     assert "holds another sweep: task, options, model" in err
-
-
-def test_methods_beyond_the_colours_are_grey():
-    """Those on the frontier keep a colour and a name in the legend, then those given first."""
-    names = [f"m{i}" for i in range(12)]
-    styles = figures._styles(names, {"m11", "m9"})
-    named = [name for name in names if styles[name].get("label") == name]
-    assert named == ["m0", "m1", "m2", "m3", "m4", "m9", "m11"]
-    assert len({(styles[name]["color"], styles[name]["marker"]) for name in named}) == len(named)
-    assert {styles[name]["color"] for name in names if name not in named} == {"0.6"}
-    assert all("label" in style for style in figures._styles(names[:8], set()).values())
-    mean = {"kl_to_full": 0.1, "cache_bytes": 1, "full_cache_bytes": 2}
-    points = {name: {"method": name, "means": mean | {"cache_bytes": 1 + i}} for i, name in enumerate(names)}
-    assert figures.pareto(points, "x").startswith(PNG)

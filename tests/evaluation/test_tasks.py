@@ -22,7 +22,7 @@ from minikv_jax.evaluation.tasks.longeval import LongEval
 from minikv_jax.evaluation.tasks.needle import Needle
 from minikv_jax.evaluation.tasks.number_string import NumberString
 from minikv_jax.evaluation.tasks.passkey import Passkey
-from minikv_jax.evaluation.tasks.perplexity import Perplexity
+from minikv_jax.evaluation.tasks.perplexity import Perplexity, book_windows
 from minikv_jax.evaluation.tasks.retrieval import Retrieval
 
 TOKENIZER = byte_tokenizer()
@@ -287,3 +287,13 @@ def test_every_task_is_in_the_documentation():
     page = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
     documented = page.read_text(encoding="utf-8")
     assert [name for name in TASKS if f"`{name}`" not in documented] == []
+
+
+def test_windows_do_not_overlap():
+    windows = book_windows(range(100), prompt=20, continuation=5, count=4)
+    assert [prompt[0] for prompt, _ in windows] == [0, 25, 50, 75]
+    assert all(continuation == list(range(p[0] + 20, p[0] + 25)) for p, continuation in windows)
+    with pytest.raises(ValueError, match="100 tokens: 5 windows of 25 need 125"):
+        book_windows(range(100), prompt=20, continuation=5, count=5)
+    with pytest.raises(ValueError, match="count=0"):
+        book_windows(range(100), prompt=20, continuation=5, count=0)
