@@ -1,4 +1,4 @@
-"""Draws docs/architecture.svg from the code: rooms in the layers of pyproject.toml's import contract, imports as arrows.
+"""Draws docs/architecture.svg from the code: rooms in the layers of the import contract, and imports as arrows.
 
     python docs/draw_architecture.py [--check]
 
@@ -41,7 +41,9 @@ STYLE = """
 
 def layers() -> list[list[str]]:
     """The rooms, top layer first."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     contract = next(contract for contract in contracts if contract.get("containers") == [PACKAGE])
     return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
 
@@ -52,7 +54,9 @@ def imports(rooms: list[str]) -> set[tuple[str, str]]:
     for room in rooms:
         graph.squash_module(f"{PACKAGE}.{room}")
     direct = {
-        room: {name.removeprefix(f"{PACKAGE}.") for name in graph.find_modules_directly_imported_by(f"{PACKAGE}.{room}")}
+        room: {
+            name.removeprefix(f"{PACKAGE}.") for name in graph.find_modules_directly_imported_by(f"{PACKAGE}.{room}")
+        }
         for room in rooms
     }
 
@@ -118,8 +122,8 @@ def draw() -> str:
     size = f'width="{WIDTH}" height="{top - GAP + MARGIN:.0f}"'
     marker = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     marker += '<path d="M0,0 L8,4 L0,8 z"/></marker>'
-    body = "\n".join([f'<rect class="page" {size}/>', *arrows, *parts])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n<defs>{marker}</defs>\n{body}\n</svg>\n'
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<style>{STYLE}</style>", f"<defs>{marker}</defs>"]
+    return "\n".join([*head, f'<rect class="page" {size}/>', *arrows, *parts, "</svg>\n"])
 
 
 def arrow(upper: tuple[float, float, float, float], lower: tuple[float, float, float, float]) -> str:
@@ -131,6 +135,7 @@ def arrow(upper: tuple[float, float, float, float], lower: tuple[float, float, f
 
 
 def main() -> int:
+    """Draws, or checks, the picture."""
     parser = argparse.ArgumentParser(description="Draws docs/architecture.svg from the code.")
     parser.add_argument("--check", action="store_true", help="only say whether the picture is that of the code")
     picture = draw()

@@ -76,7 +76,11 @@ def test_private_names_stay_in_their_module() -> None:
     for path in (*LIBRARY, *KERNELS, *TESTS):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        own = [node for node in imports if (node.module or "").split(".")[0] in ("minikv_jax", "pallas_kernels", "cuda_ffi")]
+        own = [
+            node
+            for node in imports
+            if (node.module or "").split(".")[0] in ("minikv_jax", "pallas_kernels", "cuda_ffi")
+        ]
         taken += [place(path, node) for node in own for alias in node.names if is_private(alias.name)]
         modules = {alias.asname or alias.name for node in own for alias in node.names}
         taken += [

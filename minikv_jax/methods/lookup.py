@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from minikv_jax.methods import calibrated
-from minikv_jax.methods.base import Amount, Component, Method, settings, to_amount
+from minikv_jax.methods.base import Component, settings
+from minikv_jax.methods.method import Amount, Method, to_amount
 from minikv_jax.methods.registry import BUDGETS, METHODS, QUANTIZERS, SCORERS, Components
 
 _COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
