@@ -13,11 +13,12 @@ import jax
 
 from minikv_jax.cli.output import status
 from minikv_jax.evaluation.fit import SizedMethod
-from minikv_jax.methods import lookup
-from minikv_jax.methods.base import load_plugin
+from minikv_jax.methods import contracts, lookup
 from minikv_jax.methods.method import Method
+from minikv_jax.methods.plugins import load_plugin
 from minikv_jax.models import hub
-from minikv_jax.models.decoder import DTYPES, Llama
+from minikv_jax.models.config import DTYPES
+from minikv_jax.models.decoder import Llama
 from minikv_jax.ops import dispatch
 
 if TYPE_CHECKING:
