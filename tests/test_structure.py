@@ -98,8 +98,21 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
 
 
+def test_the_picture_is_that_of_the_code() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "draw_architecture.py"), "--check"]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
+
+
 def lint_imports(directory: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    command = [str(pathlib.Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    # Without the import hook of an editable installation, which would find this tree's packages instead.
+    program = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if finder.__module__.startswith("_frozen_importlib")]
+sys.path.insert(0, ".")
+from importlinter.cli import lint_imports
+sys.exit(lint_imports(no_cache=True))
+"""
+    command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
 
 
