@@ -78,7 +78,7 @@ class Tokens:
 
     def granted(self, length: Length) -> Length:
         """The count, which may exceed the row: a row that goes on evicting grows up to it."""
-        return self.count if isinstance(length, int) else jnp.full_like(length, self.count)
+        return self.count if isinstance(length, int) else jnp.full_like(length, self.count)  # pyright: ignore[reportReturnType]
 
     def __bool__(self) -> bool:
         return self.count > 0

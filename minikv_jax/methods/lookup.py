@@ -103,7 +103,7 @@ class _Draft(NamedTuple):
 def _unchanged(component: Component | None) -> _Draft:
     if component is None:
         return _Draft(lambda: None, {})
-    return _Draft(functools.partial(dataclasses.replace, component), _plain_settings(component))
+    return _Draft(lambda **values: dataclasses.replace(component, **values), _plain_settings(component))  # pyright: ignore[reportArgumentType]
 
 
 def _replaced(part: str, old: Component | None, name: str) -> _Draft:
@@ -112,8 +112,10 @@ def _replaced(part: str, old: Component | None, name: str) -> _Draft:
     if part == "quantizer" and name.lower() == "none":
         return _unchanged(None)
     entry = registry[name]
-    if not isinstance(entry, type) or type(old) is entry:
-        return _unchanged(old if type(old) is entry else entry)
+    if not isinstance(entry, type):
+        return _unchanged(entry)
+    if type(old) is entry:
+        return _unchanged(old)
     shared = {} if old is None else {key: value for key, value in settings(old).items() if key in settings(entry)}
     return _Draft(functools.partial(registry.make, name), settings(entry) | shared)
 
