@@ -1,7 +1,7 @@
 """Builds the CUDA kernels: `python -m cuda_ffi.build [--arch 80,86,89,90a | all | native]`.
 
-Drives `csrc/CMakeLists.txt`; needs nvcc and CMake. The library carries the digest of the sources and the
-list of architectures it was built from, so that `cuda_ffi.registration` can tell a stale or foreign one.
+Drives `csrc/CMakeLists.txt`; needs nvcc and CMake. The library carries the digest of its sources and the list of its
+architectures, so that `cuda_ffi.registration` recognises a stale or foreign one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def find_nvcc() -> str:
     """The nvcc on the path or under CUDA_HOME.
 
     Raises:
-      FileNotFoundError: where there is none.
+      FileNotFoundError: if neither has one.
     """
     candidates = [shutil.which("nvcc"), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")]
     for candidate in candidates:
@@ -33,23 +33,23 @@ def find_cmake() -> str:
     """The cmake on the path.
 
     Raises:
-      FileNotFoundError: where there is none.
+      FileNotFoundError: if there is none.
     """
-    found = shutil.which("cmake")
-    if found is None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
         raise FileNotFoundError("cmake is not on the path: `pip install cmake ninja`, 3.25 or newer")
-    return found
+    return cmake
 
 
 def native_architectures() -> tuple[str, ...]:
-    """The architecture of the GPU in this machine, or all of them where there is none."""
+    """The architectures of this machine's GPUs, or all supported ones without a GPU."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         text = subprocess.run(query, check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ARCHITECTURES
-    found = {architecture_of(line.strip()) for line in text.splitlines() if line.strip()}
-    return tuple(sorted(found))
+    architectures = {architecture_of(line.strip()) for line in text.splitlines() if line.strip()}
+    return tuple(sorted(architectures))
 
 
 def build(
@@ -60,19 +60,21 @@ def build(
     targets: tuple[str, ...] = ("minikv_cuda",),
     report: bool = False,
 ) -> str:
-    """Builds some of the CMake targets, the library unless others are named, in `directory`.
+    """Builds CMake targets in `directory`, by default the library.
 
     Args:
       architectures: some of `ARCHITECTURES`.
       jobs: parallel compilations; the number of cores by default.
+      directory: for the library, and for objects in a folder per choice of architectures.
+      targets: names in `csrc/CMakeLists.txt`.
       report: have the compiler print registers and spills of each kernel.
 
     Returns:
-      What CMake and the compiler printed.
+      The output of CMake and the compiler.
 
     Raises:
       FileNotFoundError: without nvcc or cmake.
-      RuntimeError: when a compilation fails, with the compiler's message.
+      RuntimeError: if a compilation fails, with the compiler's message.
     """
     cmake, objects = find_cmake(), directory / f"objects-{'-'.join(architectures)}"
     objects.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def build(
     compile_target = [cmake, "--build", str(objects), "--target", *targets, "--parallel", str(jobs or os.cpu_count())]
     output = _run(configure) + _run(compile_target)
     if "minikv_cuda" in targets:
-        # By a rename: a process that has the old library mapped keeps it.
+        # Renamed into place, so that a process that has the old library mapped keeps it.
         shutil.copy2(objects / LIBRARY.name, directory / f"{LIBRARY.name}.new")
         os.replace(directory / f"{LIBRARY.name}.new", directory / LIBRARY.name)
     return output

@@ -1,4 +1,4 @@
-"""Where the library of CUDA kernels lies, what it is built from and for which devices."""
+"""The library of CUDA kernels: its place, its sources and its architectures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARCHITECTURES = ("80", "86", "89", "90a")
 
 
 def source_digest() -> str:
-    """Digest of everything the library is compiled from; `CMakeLists.txt` computes the same."""
+    """Digest of all sources of the library; `csrc/CMakeLists.txt` computes the same."""
     paths = (path for pattern in ("*.cu", "*.cuh", "*.h", "CMakeLists.txt") for path in SOURCE_DIR.rglob(pattern))
     digests = {str(path.relative_to(SOURCE_DIR)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
@@ -21,10 +21,10 @@ def source_digest() -> str:
 
 
 def architecture_of(compute_capability: str) -> str:
-    """`"9.0"` -> `"90a"`.
+    """The architecture for a device's compute capability: `"9.0"` -> `"90a"`.
 
     Raises:
-      NotImplementedError: for a device none of the kernels are built for.
+      NotImplementedError: for a device that the kernels are not built for.
     """
     name = compute_capability.replace(".", "")
     for architecture in ARCHITECTURES:

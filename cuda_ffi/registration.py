@@ -10,7 +10,7 @@ import jax
 
 from cuda_ffi.library import LIBRARY, architecture_of, source_digest
 
-# FFI target -> exported symbol. The one table of what the library holds.
+# FFI target -> exported symbol, for every handler in the library.
 HANDLERS = {
     "minikv_append": "MinikvAppend",
     "minikv_column_sums": "MinikvColumnSums",
@@ -22,10 +22,10 @@ HANDLERS = {
 
 
 def check_library(library: pathlib.Path) -> tuple[str, ...]:
-    """The architectures of a library built from the present sources.
+    """The architectures of a library, which must be built from the present sources.
 
     Raises:
-      NotImplementedError: where the library is missing or stale, with how to build it.
+      NotImplementedError: if the library is missing or stale, with the command that builds it.
     """
     how = "build it with `python -m cuda_ffi.build` (needs nvcc)"
     if not library.exists():
@@ -45,7 +45,7 @@ def check_library(library: pathlib.Path) -> tuple[str, ...]:
 def check_architecture(architectures: tuple[str, ...], compute_capability: str, library: pathlib.Path) -> None:
     """Raises NotImplementedError unless code for `architectures` runs on a device of `compute_capability`."""
     needed = architecture_of(compute_capability)
-    # Within one generation, code for a smaller minor version runs; sm_90a code runs on 9.0 alone.
+    # Within one generation, code for a smaller minor version runs; sm_90a code runs on 9.0 only.
     if needed in architectures or (
         needed.startswith("8") and any(a.startswith("8") and a <= needed for a in architectures)
     ):
@@ -58,10 +58,10 @@ def check_architecture(architectures: tuple[str, ...], compute_capability: str, 
 
 @functools.cache
 def load() -> None:
-    """Registers every handler, on first use.
+    """Registers every handler; only the first call does anything.
 
     Raises:
-      NotImplementedError: where there is no GPU, no library, or one that is stale or for another architecture.
+      NotImplementedError: without a GPU, or if the library is missing, stale or for another architecture.
     """
     architectures = check_library(LIBRARY)
     try:

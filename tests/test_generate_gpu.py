@@ -15,19 +15,21 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from oracle.layout import quantize
+from oracle import layout
 from support.tiny import tiny_model
 
 import minikv_jax as mk
 from minikv_jax import layerwise
-from minikv_jax.cache import memory
-from minikv_jax.cache.state import LayerCache, append, compress, layer_capacity
-from minikv_jax.methods import lookup as presets
+from minikv_jax.cache.capacity import capacities, layer_capacity
+from minikv_jax.cache.state import LayerCache, LayerSpec
+from minikv_jax.methods import lookup
 from minikv_jax.models import hub
+from minikv_jax.ops.append import append
+from minikv_jax.ops.compress import compress
 from minikv_jax.ops.select import Kept
 
 STEPS = 10_000
-MINIKV = presets.get("minikv")
+MINIKV = lookup.get("minikv")
 GREEDY, PROMPT, FORCED = 64, 2048, 512
 ROOT = pathlib.Path(__file__).parents[1]
 LOG = ROOT / "examples" / "log.txt"
@@ -76,7 +78,7 @@ def test_ten_thousand_appends_leave_the_bits_of_the_definition() -> None:
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation: str) -> LayerCache:
-        layer = compress(prompt[0], prompt[1], kept, MINIKV, capacity, implementation=implementation)
+        layer = compress(prompt[0], prompt[1], kept, capacity, LayerSpec(MINIKV), implementation=implementation)
 
         def step(i: jax.Array, layer: LayerCache) -> LayerCache:
             active = (i % (1 + jnp.arange(rows)) == 0).astype(jnp.int32)
@@ -86,20 +88,20 @@ def test_ten_thousand_appends_leave_the_bits_of_the_definition() -> None:
         return lax.fori_loop(0, STEPS, step, layer)
 
     ours, theirs = (jax.tree.map(np.asarray, run(name)) for name in ("cuda", "xla"))
-    np.testing.assert_array_equal(ours.packed_length, theirs.packed_length)
-    np.testing.assert_array_equal(ours.tail_length, theirs.tail_length)
+    np.testing.assert_array_equal(ours.packed.length, theirs.packed.length)
+    np.testing.assert_array_equal(ours.tail.length, theirs.tail.length)
     for row, side in itertools.product(range(rows), ("k", "v")):
         steps = np.arange(0, STEPS, 1 + row) % table
         which = ("k", "v").index(side)
         old, fresh = np.asarray(prompt[which])[row, : capacity.kept], np.asarray(new)[which, steps, row, 0]
         seen = np.concatenate([old, fresh]).swapaxes(0, 1)  # [K, S, H], all that the row has taken
-        packed, tail = int(ours.packed_length[row]), int(ours.tail_length[row])
+        packed, tail = int(ours.packed.length[row]), int(ours.tail.length[row])
         assert packed + tail == seen.shape[1]
-        expected = quantize(seen[:, :packed], 2, 16, {"k": "tokens", "v": "channels"}[side], "float16")
-        for got, want in zip(jax.tree.leaves(getattr(ours, side)), expected.arrays, strict=True):
+        expected = layout.quantize(seen[:, :packed], 2, 16, {"k": "tokens", "v": "channels"}[side], "float16")
+        for got, want in zip(jax.tree.leaves(getattr(ours.packed, side)), expected.arrays, strict=True):
             np.testing.assert_array_equal(got[row, :, : want.shape[1]], want)
         for layer in (ours, theirs):
-            np.testing.assert_array_equal(getattr(layer, f"tail_{side}")[row, :, :tail], seen[:, packed:])
+            np.testing.assert_array_equal(getattr(layer.tail, side)[row, :, :tail], seen[:, packed:])
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +120,12 @@ def model() -> mk.Llama:
 def test_smollm2_draws_on_the_gpu_what_it_draws_on_the_cpu(ids: list[int]) -> None:
     """64 greedy tokens under `full` in float32, the GPU's by whatever runs there by default."""
     model = hub.load(hub.DEMO_MODEL, dtype="float32")[0]
-    on_gpu = mk.generate(model, [ids[:512]], cache="full", max_new_tokens=64, eos_token_ids=()).tokens
+    on_gpu = mk.generate(model, [ids[:512]], method="full", max_new_tokens=64, eos_token_ids=()).tokens
     graphdef, params = nnx.split(model)
     cpu_model = nnx.merge(graphdef, jax.device_put(params, jax.devices("cpu")[0]))
     with jax.default_device(jax.devices("cpu")[0]):
         on_cpu = mk.generate(
-            cpu_model, [ids[:512]], cache="full", max_new_tokens=64, eos_token_ids=(), implementation="xla"
+            cpu_model, [ids[:512]], method="full", max_new_tokens=64, eos_token_ids=(), implementation="xla"
         ).tokens
     assert on_gpu.tolist() == on_cpu.tolist()
 
@@ -143,9 +145,9 @@ def each_step(
     ids = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    capacities = memory.capacities(model.config, MINIKV, ids.shape[1], steps)
+    sizes = capacities(model.config, MINIKV, ids.shape[1], steps)
     hidden, layers = layerwise.prefill_layers(model, ids, lengths, True, implementation)
-    cache = layerwise.compress_layers(model.config, MINIKV, layers, lengths, capacities, implementation).cache
+    cache = layerwise.compress_layers(model.config, MINIKV, layers, lengths, sizes, implementation).cache
     del layers
     for step in range(steps):
         yield (logits := model.logits(hidden))
@@ -206,10 +208,10 @@ def windows() -> np.ndarray:
 def log_probabilities(model: mk.Llama, windows: np.ndarray, implementation: str) -> np.ndarray:
     """Each window's mean log-probability of the tokens behind its prompt, fed one by one to the compressed cache."""
     begin = time.perf_counter()
-    forced, found = windows[:, PROMPT:], []
+    forced, per_step = windows[:, PROMPT:], []
     for step, logits in enumerate(each_step(model, windows[:, :PROMPT].tolist(), FORCED, implementation, forced)):
-        found.append(of_tokens(logits, forced[:, step]))
-    means = np.asarray(jnp.stack(found)).mean(axis=0)
+        per_step.append(of_tokens(logits, forced[:, step]))
+    means = np.asarray(jnp.stack(per_step)).mean(axis=0)
     print(f"{implementation} {means.mean():.4f}, in {time.perf_counter() - begin:.0f} s", flush=True)
     return means
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
 from minikv_jax.bench.timing import Benchmark, Row, alternating_ms, kernel_ms
-from minikv_jax.ops.decode_attention import prefill_attention
+from minikv_jax.ops.prefill_attention import prefill_attention
 
 _IMPLEMENTATIONS = ("cuda", "pallas")
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from minikv_jax.bench.timing import Benchmark, Row, kernel_ms
-from minikv_jax.ops.decode_attention import quantize
-from minikv_jax.packing import Axis
+from minikv_jax.ops.quantize import quantize
+from minikv_jax.packing import Axis, Packing
 
 
 def bench_quantize(axis: Axis, implementation: str, rate: dict[str, float]) -> Benchmark:
@@ -18,7 +18,7 @@ def bench_quantize(axis: Axis, implementation: str, rate: dict[str, float]) -> B
     like = jax.ShapeDtypeStruct((8, 32, 32768, 128), jnp.bfloat16)
 
     def run(x: jax.Array) -> Any:
-        return quantize(x, bits=2, group_size=16, axis=axis, implementation=implementation)
+        return quantize(x, Packing(bits=2, group_size=16, axis=axis), implementation=implementation)
 
     def measure(programs: Mapping[str, Any]) -> Iterator[Row]:
         x = jax.random.normal(jax.random.key(0), like.shape, like.dtype)

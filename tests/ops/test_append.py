@@ -38,7 +38,7 @@ METHODS = {
 
 
 def assert_attends(layer: LayerCache, rows: Rows, q: np.ndarray) -> None:
-    out = ATTEND(q, layer)
+    out = np.asarray(ATTEND(q, layer))
     for b, row in enumerate(rows):
         for h, head in enumerate(row):
             keys, values = head.keys(), head.values()
@@ -186,7 +186,7 @@ def test_sliding_window_layer(quantized: bool):
         if t % 12 and t != steps - 1:
             continue
         assert_same(layer, rows)
-        out = ATTEND(q, layer, now)
+        out = np.asarray(ATTEND(q, layer, now))
         for b, row in enumerate(rows):
             positions = np.array([*kept[b], *range(lengths[b], lengths[b] + t + 1)])
             seen = positions > now[b] - window

@@ -52,8 +52,8 @@ def test_decode_matches_naive(name: str, heads: tuple[int, int], monkeypatch: py
         if not method.sinks and method.tail.rule == "minikv":
             assert (np.asarray(layer.tail.length)[lengths % 32 == 0] == 0).all()
     run = jax.jit(decode_attention)
-    out = run(q, layer)
-    assert not np.asarray(out)[0].any()
+    out = np.asarray(run(q, layer))
+    assert not out[0].any()
     for b, row in enumerate(stored(naive_rows(method, k, v, lengths.tolist()))):
         for head in range(N if lengths[b] else 0):
             want = naive.attend(q[b, head], *row[head // (N // K)])
@@ -82,7 +82,7 @@ def test_decode_in_a_sliding_window(name: str):
         spec=LayerSpec(method, window),
     )
     now = jnp.asarray(lengths - 1)
-    out = jax.jit(decode_attention)(q, layer, now)
+    out = np.asarray(jax.jit(decode_attention)(q, layer, now))
     for b, row in enumerate(stored(naive_rows(method, k, v, lengths.tolist()))):
         seen = slice(max(0, lengths[b] - window), None)
         for head in range(N):
@@ -99,10 +99,10 @@ def test_weights_are_those_of_the_softmax():
     lengths, rng = np.array([0, 1, 40, 23]), np.random.default_rng(6)
     q, k, v = normal(rng, 4, N, H), normal(rng, 4, T, K, H), normal(rng, 4, T, K, H)
     layer = with_garbage(cache_of(Method(), k, v, lengths))
-    out, weights = jax.jit(decode_attention_weights)(q, layer)
+    out, weights = map(np.asarray, jax.jit(decode_attention_weights)(q, layer))
     np.testing.assert_array_equal(out, jax.jit(decode_attention)(q, layer))
     for b, n in enumerate(lengths.tolist()):
-        assert not np.asarray(weights)[b, :, n:].any()
+        assert not weights[b, :, n:].any()
         for head in range(K if n else 0):
             each = [naive.softmax(k[b, :n, head].astype(np.float64) @ q[b, 3 * head + g] * H**-0.5) for g in range(3)]
             assert_close(weights[b, head, :n], np.sum(each, axis=0))

@@ -122,18 +122,19 @@ class Text:
 
 def assert_same(cache: KVCache, text: Text) -> None:
     """Exactly the tokens that the reference has kept, with its scores."""
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(jax.tree.map(np.asarray, cache.layers)):
+        assert layer.eviction is not None
+        tail, scores = layer.tail, layer.eviction.scores
         for row, heads in enumerate(text.heads[number]):
             for at, head in enumerate(heads):
-                count = int(layer.tail.length[row])
+                count = int(tail.length[row])
                 assert count == len(head.scores)
                 keys, values = text.stored(number, row, at)
-                np.testing.assert_array_equal(layer.tail.k[row, at, :count], keys)
-                np.testing.assert_array_equal(layer.tail.v[row, at, :count], values)
-                assert layer.eviction is not None
-                if layer.eviction.scores is not None:
-                    assert_close(layer.eviction.scores[row, at, :count], np.array(list(head.scores.values())))
-                    assert (np.asarray(layer.eviction.scores[row, at, count:]) == 0).all()
+                np.testing.assert_array_equal(tail.k[row, at, :count], keys)
+                np.testing.assert_array_equal(tail.v[row, at, :count], values)
+                if scores is not None:
+                    assert_close(scores[row, at, :count], np.array(list(head.scores.values())))
+                    assert (scores[row, at, count:] == 0).all()
 
 
 def inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -170,6 +171,7 @@ def test_decode_evicts_like_naive(name: str):
         active = np.array([1, 1, t % 5 != 2, t < 20], np.int32)
         before = cache.kept_tokens
         hidden, cache = step(cache, new_ids[:, t], active)
+        hidden = np.asarray(hidden)
         for row in np.flatnonzero(active).tolist():
             assert_close(hidden[row], text.step(row, int(new_ids[row, t])), 2e-5)
         assert_same(cache, text)
@@ -198,7 +200,7 @@ def test_more_tokens_at_once_are_one_decode_step_each():
 
 def test_memory_does_not_grow_with_the_answer(tmp_path: pathlib.Path):
     """`generate` goes on in the same bytes, however long the answer; a cache from a file goes on alike."""
-    model = tiny_model(max_position_embeddings=400)
+    model = tiny_model(num_hidden_layers=1, max_position_embeddings=400)
     method = Method(scorer=H2O(), heavy=8, recent=8, evict_every=4)
     prompts = [list(range(40)), list(range(50, 59))]
     short, long = (generate(model, prompts, method=method, max_new_tokens=n, eos_token_ids=()) for n in (30, 200))

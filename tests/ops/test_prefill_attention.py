@@ -12,6 +12,7 @@ from support.layers import assert_close, normal, poison
 
 from minikv_jax.ops.prefill_attention import BLOCK, prefill_attention
 
+ATTEND = jax.jit(prefill_attention, static_argnames=("scale", "with_scores"))
 HEADS = [(4, 4), (3, 1), (8, 2), (8, 1)]  # MHA; groups of 3, 4 and 8 query heads
 
 
@@ -41,12 +42,11 @@ def test_prefill_at_the_real_block_size(tokens: int):
     rng = np.random.default_rng(1)
     q, k, v = (normal(rng, 2, tokens, count, 8) for count in (4, 2, 2))
     poison(lengths, q, k, v)
-    arguments = tuple(map(jnp.asarray, (q, k, v, lengths)))
-    out, scores = prefill_attention(*arguments, with_scores=True, scale=0.5)
+    out, scores = ATTEND(q, k, v, lengths, with_scores=True, scale=0.5)
     want_out, want_scores = naive.prefill_attention(q, k, v, lengths.tolist(), scale=0.5)
     assert_close(out, want_out)
     assert_close(scores, want_scores)
-    plain, nothing = prefill_attention(*arguments, scale=0.5)
+    plain, nothing = ATTEND(q, k, v, lengths, scale=0.5)
     assert nothing is None
     np.testing.assert_array_equal(plain, out)
 
@@ -56,9 +56,7 @@ def test_prefill_in_16_bits(dtype: type):
     rng = np.random.default_rng(2)
     lengths = np.array([33, 40])
     q, k, v = (normal(rng, 2, 40, count, 16).astype(dtype) for count in (6, 2, 2))
-    out, scores = prefill_attention(
-        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths), with_scores=True
-    )
+    out, scores = ATTEND(q, k, v, lengths, with_scores=True)
     want_out, want_scores = naive.prefill_attention(q, k, v, lengths.tolist())
     assert out.dtype == dtype
     # Logits and sums are float32, so the scores are as good as ever. Weights are rounded to the dtype before they meet

@@ -136,22 +136,28 @@ def quantize(
     """x `[..., S, H]`, in float32 throughout; `factor_block` tokens (a packing block by default) share a factor."""
     x = x.astype(np.float32)
     along = -2 if axis == "tokens" else -1
-    groups = [slice(i, i + group_size) for i in range(0, x.shape[along], group_size)]
+    groups = x.shape[along] // group_size
+    shape = list(x.shape)
+    shape[along] = groups
+    low, high = np.empty(shape, np.float32), np.empty(shape, np.float32)
 
-    def part(array: np.ndarray, group: slice) -> np.ndarray:
-        return array[..., group, :] if axis == "tokens" else array[..., group]
+    def part(array: np.ndarray, first: int, count: int) -> np.ndarray:
+        taken = slice(first, first + count)
+        return array[..., taken, :] if axis == "tokens" else array[..., taken]
 
-    low = np.stack([part(x, group).min(along) for group in groups], along)
-    high = np.stack([part(x, group).max(along) for group in groups], along)
+    for i in range(groups):
+        group = part(x, i * group_size, group_size)
+        part(low, i, 1)[...] = group.min(along, keepdims=True)
+        part(high, i, 1)[...] = group.max(along, keepdims=True)
     levels = np.float32(2**bits - 1)
     block = factor_block or packing_block(bits, group_size)
     scale = store((high - low) * (np.float32(1) / levels), metadata_dtype, x.shape[-2] // block)
     zero = store(low, metadata_dtype, x.shape[-2] // block)
     inverse = reciprocal(scale.value)
     steps = np.zeros_like(x)
-    for i, group in enumerate(groups):
-        one = slice(i, i + 1)
-        part(steps, group)[...] = (part(x, group) - part(zero.value, one)) * part(inverse, one)
+    for i in range(groups):
+        difference = part(x, i * group_size, group_size) - part(zero.value, i, 1)
+        part(steps, i * group_size, group_size)[...] = difference * part(inverse, i, 1)
     codes = np.clip(np.rint(steps), 0, levels).astype(np.int64)
     return Packed(codes, steps, scale, zero, bits, group_size, axis)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from minikv_jax.ops import online_softmax as reference
+from minikv_jax.ops.prefill_attention import prefill_attention
 from pallas_kernels import column_sums, flash_attention, hopper, tuning
 from pallas_kernels.prefill_attention import Config
 
@@ -104,7 +104,7 @@ def test_prefill_matches_dense_maps(name: str, monkeypatch: pytest.MonkeyPatch) 
     )
     options = {"scale": case.logit_scale, "window": case.window, "with_scores": True}
     want = dense(np.asarray(q, np.float64), np.asarray(k, np.float64), np.asarray(v, np.float64), case)
-    xla = jax.jit(functools.partial(reference.prefill_attention, **options))(q, k, v, lengths)
+    xla = jax.jit(functools.partial(prefill_attention, **options, implementation="xla"))(q, k, v, lengths)
 
     padding = np.arange(case.tokens) >= np.array(case.lengths)[:, None]
     poisoned = tuple(jnp.where(padding[..., None, None], jnp.nan, x).astype(dtype) for x in (q, k, v))
@@ -220,7 +220,7 @@ def test_heads_are_divided_among_blocks_where_there_are_few() -> None:
 
 
 def test_log2_is_exact_to_a_unit_and_a_half_in_the_last_place() -> None:
-    """Of its result, or of 1 where that is less."""
+    """The last place of the result, or of 1 for smaller results."""
     rng = np.random.default_rng(0)
     x = np.exp2(np.concatenate([rng.uniform(-20, 20, 100_000), rng.uniform(-1e-3, 1e-3, 1000), np.arange(-20.0, 20)]))
     exact = np.log2(x.astype(np.float32).astype(np.float64))
