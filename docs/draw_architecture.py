@@ -1,8 +1,9 @@
-"""Draws docs/architecture.svg from the code: rooms in the layers of pyproject.toml's import contract, imports as arrows.
+"""Draws docs/architecture.svg from the code: rooms in the layers of the import contract, and imports as arrows.
 
     python docs/draw_architecture.py [--check]
 
-`--check` only compares, and fails if the picture is not that of the code. Imports that others imply are left out.
+`--check` only compares, and fails if the picture is not that of the code. Imports that others imply are left out, and so
+are those of the two lowest layers, which anything may import.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ STYLE = """
 
 def layers() -> list[list[str]]:
     """The rooms, top layer first."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     contract = next(contract for contract in contracts if contract.get("containers") == [PACKAGE])
     return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
 
@@ -51,9 +54,10 @@ def imports(rooms: list[str]) -> set[tuple[str, str]]:
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
     for room in rooms:
         graph.squash_module(f"{PACKAGE}.{room}")
+    direct = {room: graph.find_modules_directly_imported_by(f"{PACKAGE}.{room}") for room in rooms}
     direct = {
-        room: {name.removeprefix(f"{PACKAGE}.") for name in graph.find_modules_directly_imported_by(f"{PACKAGE}.{room}")}
-        for room in rooms
+        room: {name.removeprefix(f"{PACKAGE}.") for name in names} & set(rooms) - {room}
+        for room, names in direct.items()
     }
 
     def reached(room: str) -> set[str]:
@@ -110,7 +114,8 @@ def draw() -> str:
                 y = top + ROW + 9 + LINE * number
                 parts.append(f'<text class="files" x="{left + 10:.1f}" y="{y:.1f}">{html.escape(line)}</text>')
         top += height + GAP
-    arrows = [arrow(boxes[upper], boxes[lower]) for upper, lower in sorted(imports(rooms))]
+    anyones = {*rows[-1], *rows[-2]}
+    arrows = [arrow(boxes[upper], boxes[lower]) for upper, lower in sorted(imports(rooms)) if lower not in anyones]
     left, y, width, height = boxes["ops"]
     for name in KERNELS:
         x = boxes[name][0]
@@ -118,8 +123,8 @@ def draw() -> str:
     size = f'width="{WIDTH}" height="{top - GAP + MARGIN:.0f}"'
     marker = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     marker += '<path d="M0,0 L8,4 L0,8 z"/></marker>'
-    body = "\n".join([f'<rect class="page" {size}/>', *arrows, *parts])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n<defs>{marker}</defs>\n{body}\n</svg>\n'
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<style>{STYLE}</style>", f"<defs>{marker}</defs>"]
+    return "\n".join([*head, f'<rect class="page" {size}/>', *arrows, *parts, "</svg>\n"])
 
 
 def arrow(upper: tuple[float, float, float, float], lower: tuple[float, float, float, float]) -> str:
@@ -131,6 +136,7 @@ def arrow(upper: tuple[float, float, float, float], lower: tuple[float, float, f
 
 
 def main() -> int:
+    """Draws, or checks, the picture."""
     parser = argparse.ArgumentParser(description="Draws docs/architecture.svg from the code.")
     parser.add_argument("--check", action="store_true", help="only say whether the picture is that of the code")
     picture = draw()

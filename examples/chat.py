@@ -15,10 +15,11 @@ assert tokenizer is not None, "this example needs a model with a tokenizer"
 cache, last_token = None, -1
 for message in ("Name a city by the sea.", "What can I see there?"):
     if cache is None:
-        start, turn = {"method": "minikv"}, chat.first_turn(tokenizer, message)
+        turn = chat.first_turn(tokenizer, message)
+        result = minikv_jax.generate(model, [turn], method="minikv", max_new_tokens=arguments.max_new_tokens)
     else:
-        start, turn = {"cache": cache}, chat.next_turn(tokenizer, message, last_token)
-    result = minikv_jax.generate(model, [turn], max_new_tokens=arguments.max_new_tokens, **start)
+        turn = chat.next_turn(tokenizer, message, last_token)
+        result = minikv_jax.generate(model, [turn], cache=cache, max_new_tokens=arguments.max_new_tokens)
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     cache, last_token = result.cache, tokens[-1]
     print(f"> {message}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")

@@ -26,9 +26,10 @@ from minikv_jax.cache.capacity import capacities
 from minikv_jax.checks import at_least
 from minikv_jax.layerwise import compress_layers, prefill_layers
 from minikv_jax.methods import contracts
-from minikv_jax.methods.base import Kind, Method, Operand
+from minikv_jax.methods.base import Kind, Operand
 from minikv_jax.methods.calibrated import Calibration, OperandCalibration, Ranges, clipped
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.quarot import Hadamard
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama

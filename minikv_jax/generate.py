@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 from minikv_jax.cache.state import KVCache
 from minikv_jax.checks import integer
 from minikv_jax.methods import contracts
-from minikv_jax.methods.base import Method
 from minikv_jax.methods.lookup import resolve
+from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.programs import GenerateResult, Inputs, Programs, Settings, State, compile_programs, run

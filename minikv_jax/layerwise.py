@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
 from minikv_jax.decode import decode_layer
-from minikv_jax.methods.base import LayerInputs, Method
+from minikv_jax.methods.base import LayerInputs
+from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Layer, Llama
 from minikv_jax.models.rotary import inverse_frequencies, rotary_tables

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
 from minikv_jax.cache.capacity import LayerCapacity, capacities, layer_capacity
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
-from minikv_jax.methods.base import LayerInputs, Method, ScoredBudget
+from minikv_jax.methods.base import LayerInputs, ScoredBudget
 from minikv_jax.methods.lookup import resolve
+from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama
 from minikv_jax.models.rotary import inverse_frequencies

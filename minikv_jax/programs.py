@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache.state import KVCache
 from minikv_jax.decode import decode, extend
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import Llama
 from minikv_jax.prefill import last_valid, prefill
 from minikv_jax.sampling import Sampling, sample

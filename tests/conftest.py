@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import jax
 import pytest
-from support.model_directory import write_model
+from support.commands import Run, runner
+from support.model_directory import write_model, write_shape
 from transformers import PreTrainedTokenizerBase
 
 from minikv_jax.methods.registry import REGISTRIES
@@ -53,3 +54,16 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("models") / "tiny"
     write_model(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model's config.json."""
+    return write_shape(tmp_path_factory.mktemp("shape") / "config.json")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Run:
+    """Runs `minikv ...` in this process: exit code, stdout, stderr. Compiled programs go to the test's directory."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    return runner(capsys)

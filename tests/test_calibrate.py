@@ -18,8 +18,9 @@ from minikv_jax.cache.state import LayerCache, LayerSpec
 from minikv_jax.calibrate import Learnt, Settings, calibrate
 from minikv_jax.layerwise import compress_layers, prefill_layers
 from minikv_jax.methods import calibrated, contracts, lookup
-from minikv_jax.methods.base import Kind, Method, Operand, Tail
+from minikv_jax.methods.base import Kind, Operand
 from minikv_jax.methods.calibrated import Calibrated, CalibratedRotation
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.quarot import Hadamard, hadamard
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.extend_attention import extend_attention

@@ -13,8 +13,8 @@ from support.tiny import tiny_model
 import minikv_jax as mk
 from minikv_jax import programs
 from minikv_jax.methods import lookup
-from minikv_jax.methods.base import Method, Tail
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.prompts import bucket_length
 
 VOCABULARY = 96

@@ -17,7 +17,8 @@ from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.cache.state import LayerCache
 from minikv_jax.decode import decode
 from minikv_jax.methods import lookup
-from minikv_jax.methods.base import Method, Operand, Quantizer, Tail
+from minikv_jax.methods.base import Operand, Quantizer
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.prefill import prefill
 

@@ -17,10 +17,11 @@ from support.tiny import random_ids, tiny_config, tiny_model
 import minikv_jax as mk
 from minikv_jax.cache.state import KVCache, LayerCache
 from minikv_jax.methods import lookup
-from minikv_jax.methods.base import Component, Method, Tail, settings
+from minikv_jax.methods.base import Component, settings
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.lagkv import LagKV
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.minikv import Variance
 from minikv_jax.methods.pyramidkv import Pyramid
 from minikv_jax.methods.quarot import Hadamard

@@ -13,7 +13,7 @@ from flax import nnx
 from minikv_jax import programs
 from minikv_jax.cache.state import KVCache
 from minikv_jax.methods import lookup
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.sampling import Sampling

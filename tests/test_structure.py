@@ -76,7 +76,11 @@ def test_private_names_stay_in_their_module() -> None:
     for path in (*LIBRARY, *KERNELS, *TESTS):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        own = [node for node in imports if (node.module or "").split(".")[0] in ("minikv_jax", "pallas_kernels", "cuda_ffi")]
+        own = [
+            node
+            for node in imports
+            if (node.module or "").split(".")[0] in ("minikv_jax", "pallas_kernels", "cuda_ffi")
+        ]
         taken += [place(path, node) for node in own for alias in node.names if is_private(alias.name)]
         modules = {alias.asname or alias.name for node in own for alias in node.names}
         taken += [
@@ -94,8 +98,21 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
 
 
+def test_the_picture_is_that_of_the_code() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "draw_architecture.py"), "--check"]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
+
+
 def lint_imports(directory: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    command = [str(pathlib.Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    # Without the import hook of an editable installation, which would find this tree's packages instead.
+    program = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if finder.__module__.startswith("_frozen_importlib")]
+sys.path.insert(0, ".")
+from importlinter.cli import lint_imports
+sys.exit(lint_imports(no_cache=True))
+"""
+    command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: kernels against cuDNN and against the rates this device reads and copies at."""
+"""Benchmarks: kernels beside cuDNN and the device's own rates, and whole models beside the hardware's floor."""

@@ -20,7 +20,7 @@ _KERNELS = {"cuda": cuda_ffi.decode_attention, "pallas": pallas_kernels.decode_a
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """One decode step: `tokens` packed tokens a row and `tail` full-precision ones."""
+    """One decode step with `tokens` packed and `tail` full-precision tokens per row."""
 
     batch: int
     tokens: int
@@ -91,7 +91,7 @@ def stored_bytes(shape: DecodeShape) -> int:
 
 
 def bench_decode(shape: DecodeShape, rate: dict[str, float]) -> Benchmark:
-    """One row per implementation: ms of a call in a chain of calls, bytes a second of what is stored, and cuDNN's."""
+    """A row per implementation: milliseconds per call in a chain, stored bytes read per second, and cuDNN's time."""
     q = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.head_dim), jnp.bfloat16)
     dense = jax.ShapeDtypeStruct((shape.batch, shape.tokens + shape.tail, shape.kv_heads, shape.head_dim), jnp.bfloat16)
     cache = jax.eval_shape(lambda: random_cache(shape))

@@ -1,13 +1,12 @@
-"""One measured generation: a model's shape, a method and sizes in; seconds, bytes and the hardware's floor out.
+"""Measures one generation: the seconds, the bytes and the hardware's floor for a model, a method and sizes.
 
-The two programs are those of `generate.stream`, compiled ahead of time, so that prefill and decode are timed apart and
-what they allocate is known before they run.
+The two programs are those of `generate.stream`, compiled ahead of time (`generate.compile_ahead`), so that prefill and
+decode are timed apart and their memory is known before they run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 import statistics
 import time
@@ -20,20 +19,21 @@ from flax import nnx
 
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
-from minikv_jax.generate import _decode_chunk, _prefill_only, _settings, _State, bucket_length
-from minikv_jax.methods import lookup as presets
-from minikv_jax.methods.base import load_plugin
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.generate import compile_ahead
+from minikv_jax.methods import lookup
+from minikv_jax.methods.method import Method
+from minikv_jax.methods.plugins import load_plugin
 from minikv_jax.models import hub
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.huggingface import config_from_hf
-from minikv_jax.sampling import Sampling
+from minikv_jax.programs import State
+from minikv_jax.prompts import bucket_length
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
-_RUNS = 3
-_ENOUGH = 1.0  # seconds of measurement after which nothing is repeated
-_LONG = 5.0  # seconds of a prefill's first run from which on it is the only one
+_MAX_RUNS = 3
+_MIN_TIMED_SECONDS = 1.0  # nothing is repeated after so many seconds of measurement
+_SLOW_PREFILL_SECONDS = 5.0  # a prefill whose first run takes longer is not repeated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class Case:
     """One run.
 
     Attributes:
-      shape: a name in `shapes/`, a Hugging Face config.json or its directory: random weights. None with `model`.
-      model: what `minikv_jax.load` takes: real weights.
-      method: a preset's name, perhaps with changes (`presets.parse`), or one of Hugging Face's (`huggingface.METHODS`).
-      batch, prompt_len, max_new_tokens: rows, prompt tokens of each, generated tokens of each.
-      steps: decode steps to time, in the middle of the generation and at its end; None: all of it.
+      shape: for random weights, a name in `shapes/`, a Hugging Face config.json or its directory. None with `model`.
+      model: for real weights, a source that `minikv_jax.load` takes.
+      method: a method's name, perhaps with changes (`lookup.parse`), or one of Hugging Face's (`huggingface.METHODS`).
+      batch, prompt_len, max_new_tokens: rows, prompt tokens per row, generated tokens per row.
+      steps: decode steps to time, in the middle of the generation and at its end. None times all of them.
       plugins: Python files with methods.
     """
 
@@ -61,7 +61,7 @@ class Case:
     plugins: tuple[str, ...] = ()
 
     def config(self) -> ModelConfig:
-        """The model's shape. Of random weights the positions are raised to what the run needs.
+        """The model's config. With random weights, its positions are raised to what the run needs.
 
         Raises:
           ValueError: an unknown shape, a malformed config, or too many tokens for a real model's positions.
@@ -79,36 +79,36 @@ class Case:
         return config
 
     def stretches(self) -> dict[str, tuple[int, int]]:
-        """First step and number of steps of what is timed."""
+        """First step and number of steps of every stretch that is timed."""
         new, steps = self.max_new_tokens, self.steps
         if steps is None or steps >= new:
             return {"all": (0, new)}
         return {"middle": ((new - steps) // 2, steps), "end": (new - steps, steps)}
 
-    def preset(self) -> CacheConfig:
-        """The method, the plugins loaded.
+    def resolve_method(self) -> Method:
+        """Loads the plugins and returns the method.
 
         Raises:
-          ValueError: an unknown one, or one that evicts during generation.
+          ValueError: an unknown method, or one that evicts during generation.
         """
         for file in self.plugins:
             load_plugin(file)
-        method = presets.parse(self.method)
+        method = lookup.parse(self.method)
         if method.evict_every is not None:
             raise ValueError(
-                f"{self.method}: evict_every={method.evict_every} is not benched: lengths do not just grow"
+                f"{self.method}: evict_every={method.evict_every} cannot be measured, because lengths do not only grow"
             )
         return method
 
     def load(self) -> Llama:
-        """The model, its weights on the device."""
+        """Loads the model onto the device."""
         if self.model is None:
             return random_model(self.config(), self.dtype)
         return hub.load(self.model, dtype=self.dtype)[0]
 
 
 def shape_config(shape: str) -> ModelConfig:
-    """A named shape, or the one of a config.json or of its directory."""
+    """The config of a named shape, of a config.json or of its directory."""
     named = SHAPES / f"{shape}.json"
     if named.is_file():
         return config_from_hf(named)
@@ -124,14 +124,14 @@ def skeleton(config: ModelConfig, dtype: str) -> Llama:
 
 
 def random_model(config: ModelConfig, dtype: str) -> Llama:
-    """A model of random weights, made on the device one array after the other; norms scale by one."""
+    """Makes a model of random weights on the device, one array after the other; norms scale by one."""
     graph, state = nnx.split(skeleton(config, dtype))
     draw = jax.jit(
         lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnames=("shape", "dtype")
     )
     leaves = nnx.to_flat_state(state)
     filled: dict[Any, Any] = {}
-    # The largest first: what drawing needs besides then never decides the peak.
+    # The largest first, so that what drawing needs besides never decides the peak.
     for number, (path, leaf) in enumerate(sorted(leaves, key=lambda pair: -pair[1].size)):
         key = jax.random.fold_in(jax.random.key(0), number)
         ones = leaf.ndim == 1
@@ -141,95 +141,96 @@ def random_model(config: ModelConfig, dtype: str) -> Llama:
 
 
 class Programs:
-    """The prefill and the decode program of a case, compiled from shapes alone; `config` stands in for the case's own.
+    """The prefill and the decode program of a case (`generate.Programs`), compiled from shapes without weights.
 
     Attributes:
-      prefill: `(params, ids, lengths, key) -> state`.
+      prefill: `(params, None, ids, lengths, key) -> state`.
       decode: `(params, state, last) -> state`, up to step `last`; the state is donated.
+      tokens: length that the prompts are padded to.
+      cache: shapes of the cache.
       compile_s: seconds to trace and compile each of the two.
       needed_bytes: the larger of what the two hold at once, weights included.
     """
 
     def __init__(self, case: Case, config: ModelConfig | None = None):
-        method, config = case.preset(), config or case.config()
-        memory.check_model(config, method)
-        self.graph, params = nnx.split(skeleton(config, case.dtype))
-        tokens = bucket_length(case.prompt_len, config.max_position_embeddings)
-        settings = _settings(
-            skeleton(config, case.dtype), case.max_new_tokens, Sampling(), None, (), case.implementation, False
+        """Compiles the programs, perhaps with another `config` than the case's own."""
+        method, config = case.resolve_method(), config or case.config()
+        programs = compile_ahead(
+            skeleton(config, case.dtype),
+            case.batch,
+            case.prompt_len,
+            method=method,
+            max_new_tokens=case.max_new_tokens,
+            eos_token_ids=(),
+            implementation=case.implementation,
         )
-        self.ids = jax.ShapeDtypeStruct((case.batch, tokens), jnp.int32)
-        lengths = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-        arguments = (params, self.ids, lengths, jax.random.key(0))
-        self.prefill, prefill_s = _compiled(_prefill_only, (self.graph, settings, method), arguments)
-        state = jax.eval_shape(functools.partial(_prefill_only, self.graph, settings, method), *arguments)
-        self.cache: KVCache = state.cache
-        self.decode, decode_s = _compiled(_decode_chunk, (self.graph, settings), (params, state, jnp.int32(0)))
-        self.compile_s = {"prefill": prefill_s, "decode": decode_s}
-        self.needed_bytes = max(_held(self.prefill), _held(self.decode))
+        self.prefill, self.decode = programs.prefill, programs.decode
+        self.tokens = bucket_length(case.prompt_len, config.max_position_embeddings)
+        self.cache: KVCache = programs.state.cache
+        self.compile_s = programs.compile_s
+        self.needed_bytes = max(_allocated_bytes(self.prefill), _allocated_bytes(self.decode))
 
 
-def _compiled(program: Any, static: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, float]:
-    begin = time.perf_counter()
-    compiled = program.lower(*static, *arguments).compile()
-    return compiled, time.perf_counter() - begin
-
-
-def _held(compiled: Any) -> int:
+def _allocated_bytes(compiled: Any) -> int:
     """Bytes of arguments, results and temporaries; donated arguments count once."""
-    found = compiled.memory_analysis()
-    return (
-        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
-    )
+    sizes = compiled.memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return held - sizes.alias_size_in_bytes
+
+
+class CacheLengths(NamedTuple):
+    """Packed and tail length of every layer, and the tokens seen."""
+
+    packed: list[Any]
+    tail: list[Any]
+    seen: Any
+
+    @classmethod
+    def of(cls, cache: KVCache) -> CacheLengths:
+        """Reads the lengths to the host."""
+        layers = cache.layers
+        lengths = cls([layer.packed.length for layer in layers], [layer.tail.length for layer in layers], cache.length)
+        return jax.tree.map(np.asarray, lengths)
+
+    def after(self, steps: int, cache: KVCache) -> CacheLengths:
+        """The lengths after as many more steps; a full tail packs its oldest block."""
+        packed, tail = [], []
+        for layer, packed_length, tail_length in zip(cache.layers, self.packed, self.tail, strict=True):
+            block = layer.method.flush_block
+            over = np.maximum(tail_length + steps - (layer.tail.capacity - block), 0)
+            flushed = over // block * block if layer.packed.capacity >= block else 0 * over
+            packed.append(packed_length + flushed)
+            tail.append(tail_length + steps - flushed)
+        return CacheLengths(packed, tail, self.seen + steps)
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Compiles, runs and times a case: a row of the report. Times are medians of up to three runs.
+    """Compiles, runs and times a case, and returns a row of the report. Times are medians of up to three runs.
 
-    All run warm, but for a prefill of over 5 s: that is timed once, and its first run counts.
-    `decode` has an entry per stretch of steps: "all", or "middle" and "end" where `steps` says so. A stretch starts
-    from the prompt's cache with its lengths moved on: the tokens between are not generated, their slots hold zeros.
+    All runs are warm, except a prefill of over 5 s, which is timed only once, on its first run. `decode` has an entry
+    per stretch of steps: "all", or "middle" and "end" if the case has `steps`. A stretch starts from the prompt's cache
+    with its lengths moved on: the tokens between are not generated, and their slots hold zeros.
     """
     programs = Programs(case)
     params = nnx.state(case.load())
-    rows, tokens = programs.ids.shape
-    ids = jax.random.randint(jax.random.key(1), (rows, tokens), 0, case.config().vocab_size, jnp.int32)
-    lengths = jnp.full((rows,), case.prompt_len, jnp.int32)
-    state, prompt, prefill_s, first_s = None, None, [], []
-    while len(prefill_s) < 2 or (len(prefill_s) <= _RUNS and sum(prefill_s[1:]) < _ENOUGH):
-        del state  # two caches would not fit where one fills the device
-        begin = time.perf_counter()
-        state = jax.block_until_ready(programs.prefill(params, ids, lengths, jax.random.key(0)))
-        prefill_s.append(time.perf_counter() - begin)
-        prompt = jax.tree.map(np.asarray, _Lengths.of(state.cache))
-        begin = time.perf_counter()
-        state = jax.block_until_ready(programs.decode(params, state, jnp.int32(1)))
-        first_s.append(prefill_s[-1] + time.perf_counter() - begin)
-        if prefill_s[0] > _LONG:
-            break
-    assert state is not None and prompt is not None
-    decode = {}
+    prefill = _time_prefill(programs, params, case)
+    decode, state = {}, prefill.state
     for name, (first, steps) in case.stretches().items():
-        times: list[float] = []
-        while len(times) < _RUNS and sum(times) < _ENOUGH:
-            state = jax.block_until_ready(_moved(state, prompt, first))
-            begin = time.perf_counter()
-            state = jax.block_until_ready(programs.decode(params, state, jnp.int32(first + steps)))
-            times.append(time.perf_counter() - begin)
+        state, seconds = _time_stretch(programs, params, state, prefill.lengths, first, steps)
         decode[name] = {
             "first_step": first,
             "steps": steps,
-            "ms_per_step": 1e3 * statistics.median(times) / steps,
-            "cache_bytes_read": bytes_read(state.cache, prompt, range(first + 1, first + steps + 1)),
+            "ms_per_step": 1e3 * seconds / steps,
+            "cache_bytes_read": bytes_read(state.cache, prefill.lengths, range(first + 1, first + steps + 1)),
         }
     ms = next(iter(decode.values()))["ms_per_step"]
     return {
         "compile_s": programs.compile_s,
-        "prefill_s": statistics.median(prefill_s[1:] or prefill_s),
-        "time_to_first_token_s": statistics.median(first_s[1:] or first_s),
+        "prefill_s": prefill.seconds,
+        "time_to_first_token_s": prefill.first_token_seconds,
         "decode": decode,
         "decode_ms": ms,
-        "decode_tokens_per_s": 1e3 * rows / ms,
+        "decode_tokens_per_s": 1e3 * case.batch / ms,
         "weight_bytes": memory.weight_bytes(case.config(), case.dtype),
         "cache_bytes": state.cache.nbytes,
         "predicted_bytes": programs.needed_bytes,
@@ -237,52 +238,79 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-class _Lengths(NamedTuple):
-    """Every layer's packed and tail length, and the tokens seen."""
+class _Prefill(NamedTuple):
+    """A timed prefill: median seconds, and the state after the first token with the prompt's lengths."""
 
-    packed: list[Any]
-    tail: list[Any]
-    seen: Any
-
-    @classmethod
-    def of(cls, cache: KVCache) -> _Lengths:
-        layers = cache.layers
-        return cls([layer.packed_length for layer in layers], [layer.tail_length for layer in layers], cache.length)
-
-    def after(self, steps: int, cache: KVCache) -> _Lengths:
-        """What these host arrays become by that many steps: a full tail packs its oldest block."""
-        packed, tail = [], []
-        for layer, packed_length, tail_length in zip(cache.layers, self.packed, self.tail, strict=True):
-            block = layer.config.flush_block
-            over = np.maximum(tail_length + steps - (layer.tail_capacity - block), 0)
-            flushed = over // block * block if layer.packed_capacity >= block else 0 * over
-            packed.append(packed_length + flushed)
-            tail.append(tail_length + steps - flushed)
-        return _Lengths(packed, tail, self.seen + steps)
+    seconds: float
+    first_token_seconds: float
+    state: State
+    lengths: CacheLengths
 
 
-def _moved(state: _State, prompt: _Lengths, step: int) -> _State:
-    """The state with its lengths as after `step` steps on the prompt's."""
+def _time_prefill(programs: Programs, params: Any, case: Case) -> _Prefill:
+    """Times the prefill, and the prefill with one decode step."""
+    ids = jax.random.randint(jax.random.key(1), (case.batch, programs.tokens), 0, case.config().vocab_size, jnp.int32)
+    lengths = jnp.full((case.batch,), case.prompt_len, jnp.int32)
+    state, prompt, prefill_s, first_s = None, None, [], []
+    while len(prefill_s) < 2 or (len(prefill_s) <= _MAX_RUNS and sum(prefill_s[1:]) < _MIN_TIMED_SECONDS):
+        del state  # two caches would not fit if one fills the device
+        begin = time.perf_counter()
+        state = jax.block_until_ready(programs.prefill(params, None, ids, lengths, jax.random.key(0)))
+        prefill_s.append(time.perf_counter() - begin)
+        prompt = CacheLengths.of(state.cache)
+        begin = time.perf_counter()
+        state = jax.block_until_ready(programs.decode(params, state, jnp.int32(1)))
+        first_s.append(prefill_s[-1] + time.perf_counter() - begin)
+        if prefill_s[0] > _SLOW_PREFILL_SECONDS:
+            break
+    assert state is not None and prompt is not None
+    return _Prefill(
+        seconds=statistics.median(prefill_s[1:] or prefill_s),
+        first_token_seconds=statistics.median(first_s[1:] or first_s),
+        state=state,
+        lengths=prompt,
+    )
+
+
+def _time_stretch(
+    programs: Programs, params: Any, state: State, prompt: CacheLengths, first: int, steps: int
+) -> tuple[State, float]:
+    """The state after a stretch of decode steps, and the median of its seconds."""
+    times: list[float] = []
+    while len(times) < _MAX_RUNS and sum(times) < _MIN_TIMED_SECONDS:
+        state = jax.block_until_ready(_at_step(state, prompt, first))
+        begin = time.perf_counter()
+        state = jax.block_until_ready(programs.decode(params, state, jnp.int32(first + steps)))
+        times.append(time.perf_counter() - begin)
+    return state, statistics.median(times)
+
+
+def _at_step(state: State, prompt: CacheLengths, step: int) -> State:
+    """The state with the lengths that it has `step` steps after the prompt."""
     lengths = jax.tree.map(jnp.asarray, prompt.after(step, state.cache))
     layers = (
-        dataclasses.replace(layer, packed_length=packed, tail_length=tail)
+        dataclasses.replace(
+            layer,
+            packed=dataclasses.replace(layer.packed, length=packed),
+            tail=dataclasses.replace(layer.tail, length=tail),
+        )
         for layer, packed, tail in zip(state.cache.layers, lengths.packed, lengths.tail, strict=True)
     )
     cache = KVCache(tuple(layers), lengths.seen)
     return state._replace(step=jnp.int32(step), lengths=jnp.full_like(state.lengths, step), cache=cache)
 
 
-def bytes_read(cache: KVCache, prompt: _Lengths, steps: range) -> int:
-    """Bytes of the valid tokens, the mean over the lengths after `steps`: what a decode step has to read."""
+def bytes_read(cache: KVCache, prompt: CacheLengths, steps: range) -> int:
+    """Bytes of the valid tokens, which a decode step has to read; the mean over `steps`."""
     total = 0.0
     for lengths in (prompt.after(step, cache) for step in steps):
         for layer, packed, tail in zip(cache.layers, lengths.packed, lengths.tail, strict=True):
-            if layer.packed_capacity:
-                total += layer.packed_bytes * packed.mean() / layer.packed_capacity
-            total += (layer.tail_k.nbytes + layer.tail_v.nbytes) * tail.mean() / layer.tail_capacity
+            if layer.packed.capacity:
+                total += layer.packed.nbytes * packed.mean() / layer.packed.capacity
+            total += layer.tail.nbytes * tail.mean() / layer.tail.capacity
     return round(total / len(steps))
 
 
 def peak_bytes() -> int | None:
-    """The most that this process has held on the device; None where the device keeps no count."""
+    """Peak bytes of this process on the device; None if the device keeps no count."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

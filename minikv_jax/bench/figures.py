@@ -1,6 +1,6 @@
-"""Tables and pictures of end-to-end measurements: `minikv bench figures RESULT.json ... --out DIRECTORY`.
+"""Tables and pictures of end-to-end measurements.
 
-They show what figures 7 and 8 of MiniKV's paper (arXiv 2411.18077) show: the seconds of a generation against the
+The pictures are those of figures 7 and 8 in MiniKV's paper (arXiv 2411.18077): the seconds of a generation against the
 prompt's length, and tokens per second and peak memory against the batch.
 """
 
@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from minikv_jax.cli.arguments import Parser, output_directory
-from minikv_jax.evaluation.figures import COLOURS, MARKERS, panels, png
+from minikv_jax.plots import COLOURS, MARKERS, panels, png
 
 Row = Mapping[str, Any]
 
 
 def latency(rows: Sequence[Row], title: str) -> bytes:
-    """Seconds to generate, prefill included, and prefill alone, against the prompt; rows alike in batch and output."""
+    """Seconds to generate, and of them the prefill's, against the prompt. Rows have one batch and one output length."""
     figure, axes = panels(2, 3.6)
     _lines(axes[0], rows, "prompt_len", generation_s)
     _lines(axes[1], rows, "prompt_len", lambda row: row["prefill_s"])
@@ -48,7 +46,7 @@ def batches(rows: Sequence[Row], title: str) -> bytes:
 
 
 def generation_s(row: Row) -> float:
-    """Seconds of prefill and of all decode steps, at the steps' measured mean."""
+    """Seconds of prefill and of all decode steps, each at the measured mean."""
     return row["prefill_s"] + row["max_new_tokens"] * row["decode_ms"] / 1e3
 
 
@@ -67,13 +65,13 @@ def _lines(axis: Axes, rows: Sequence[Row], x: str, y: Callable[[Row], float | N
             label=method,
         )
     axis.set_xscale("log", base=2)
-    axis.set_xticks(_apart(sorted({row[x] for row in rows})))
+    axis.set_xticks(_readable_ticks(sorted({row[x] for row in rows})))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
 
 
-def _apart(sizes: Sequence[int]) -> list[int]:
+def _readable_ticks(sizes: Sequence[int]) -> list[int]:
     """The sizes whose labels do not run into the one before."""
     kept = list(sizes[:1])
     for size in sizes[1:]:
@@ -105,20 +103,23 @@ _COLUMNS = {
     "cache, GB": lambda row: f"{row['cache_bytes'] / 1e9:.2f}",
     "compile, s": lambda row: f"{sum(row['compile_s'].values()):.0f}",
 }
+_SIZE_COLUMNS = ("method", "batch", "prompt + new")
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows in Markdown; what failed says why."""
+    """The rows in Markdown; a failed run has its error in place of results."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "--:|" * (len(_COLUMNS) - 1)]
     for row in rows:
-        names = list(_COLUMNS)[:3] if "error" in row else _COLUMNS
-        cells = [_COLUMNS[name](row) for name in names] + ([row["error"].split(":")[0]] if "error" in row else [])
+        names = _SIZE_COLUMNS if "error" in row else tuple(_COLUMNS)
+        cells = [_COLUMNS[name](row) for name in names]
+        if "error" in row:
+            cells.append(row["error"].split(":")[0])
         lines.append("| " + " | ".join(cells) + " |" + " |" * (len(_COLUMNS) - len(cells)))
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[Row], device: str) -> dict[str, bytes]:
-    """The pictures that there are at least two sizes for, by file name."""
+    """Draws the pictures that have at least two sizes to show; returns them by file name."""
     pictures = {}
     for model in dict.fromkeys(_model(row) for row in rows):
         of_model = [row for row in rows if _model(row) == model]
@@ -126,9 +127,9 @@ def draw(rows: Sequence[Row], device: str) -> dict[str, bytes]:
             ("latency", latency, "batch", "prompt_len"),
             ("batches", batches, "prompt_len", "batch"),
         ):
-            if series := _series(of_model, fixed, varied):
+            if shown := series(of_model, fixed, varied):
                 stem = pathlib.Path(model).name.removesuffix(".json")
-                pictures[f"{stem}-{name}.png"] = picture(series, f"{model}, {device}")
+                pictures[f"{stem}-{name}.png"] = picture(shown, f"{model}, {device}")
     return pictures
 
 
@@ -136,38 +137,16 @@ def _model(row: Row) -> str:
     return row.get("shape") or row["model"]
 
 
-def _series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
-    """The rows of one `fixed` and one output length that have the most values of `varied`; none where that is one."""
+def series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
+    """The rows with one `fixed` and one output length that have the most values of `varied`; none if that is one."""
     sizes = [(row[fixed], row["max_new_tokens"]) for row in rows]
-    found = [[row for row, size in zip(rows, sizes, strict=True) if size == one] for one in sorted(set(sizes))]
-    best = max(found, key=lambda series: len({row[varied] for row in series}))
-    return best if len({row[varied] for row in best}) > 1 else []
+    groups = [[row for row, size in zip(rows, sizes, strict=True) if size == one] for one in sorted(set(sizes))]
+    longest = max(groups, key=lambda group: len({row[varied] for row in group}))
+    return longest if len({row[varied] for row in longest}) > 1 else []
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the results as Markdown, and writes the pictures that they have at least two sizes for."""
-    parser = Parser(prog="minikv bench figures", description="Shows what `bench generate` measured.")
-    parser.add_argument("results", nargs="+", type=pathlib.Path, metavar="RESULT.json", help="of one device")
-    parser.add_argument("--out", type=output_directory, required=True, metavar="DIRECTORY", help="where the PNGs go")
-    options = parser.parse_args(arguments)
-    reports = [_read(file) for file in options.results]
-    devices = sorted({report["device"] for report in reports})
-    if len(devices) > 1:
-        raise ValueError(f"results of {', '.join(devices)}: expected one device")
-    rows = [row for report in reports for row in report["results"]]
-    print(table(rows))
-    pictures = draw([row for row in rows if "error" not in row], devices[0])
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, content in pictures.items():
-        (options.out / name).write_bytes(content)
-        print(options.out / name)
-    if not pictures:
-        print("minikv: no picture: one takes two prompt lengths, or two batches, of a model", file=sys.stderr)
-    return 0
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-    """A report of `bench generate`; ValueError names a file that is none."""
+def read_report(file: pathlib.Path) -> dict[str, Any]:
+    """Reads a report of `minikv bench generate`. Raises ValueError naming a file that holds something else."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # also a UnicodeDecodeError

@@ -1,7 +1,7 @@
-"""The baseline outside this library: Hugging Face transformers' `generate` in torch, with random or real weights.
+"""The baseline outside this library: `generate` of Hugging Face transformers in torch, with random or real weights.
 
-`minikv bench generate --method huggingface-dynamic`. Attention is scaled_dot_product_attention. "dynamic" grows its
-cache at every step; "static" allocates it at once, and `generate` then compiles the decode step with torch.compile.
+Attention is scaled_dot_product_attention. `huggingface-dynamic` grows its cache at every step. `huggingface-static`
+allocates it at once, and `generate` then compiles the decode step with torch.compile.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from typing import TYPE_CHECKING, Any
 
 from minikv_jax.bench.end_to_end import SHAPES, Case
 from minikv_jax.cache import memory
-from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import lookup
 
 if TYPE_CHECKING:
     import torch
 
-METHODS = {"huggingface-dynamic": None, "huggingface-static": "static"}  # and `cache_implementation` of `generate`
-_RUNS = 2
+METHODS = {"huggingface-dynamic": None, "huggingface-static": "static"}  # with `cache_implementation` of `generate`
+_WARM_RUNS = 2
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """A row as `end_to_end.measure` gives. Times are warm medians; a decode step is the difference of two lengths.
+    """Measures a row like `end_to_end.measure`. Times are warm medians; decode steps are a difference of two lengths.
 
-    Of the case's stretches only the first is timed, behind a prompt as long as the sequence is there. `prefill_s` is
-    the time to the first token.
+    Only the first of the case's stretches is timed, after a prompt as long as the sequence is at its beginning.
+    `prefill_s` is the time to the first token.
 
     Raises:
       NotImplementedError: torch is not installed.
     """
     try:
-        import torch
+        import torch  # optional
     except ImportError as error:
         raise NotImplementedError(f"{case.method}: torch is not installed") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = _model(case, device)
 
     def seconds(prompt: int, new: int) -> tuple[float, list[float]]:
-        """Of `generate`: the first call, and the ones after."""
+        """Seconds of the first call of `generate`, and of the calls after it."""
         ids = torch.randint(0, model.config.vocab_size, (case.batch, prompt), device=device)
         times = []
-        for _ in range(_RUNS + 1):
+        for _ in range(_WARM_RUNS + 1):
             begin = time.perf_counter()
             model.generate(
                 ids,
@@ -81,7 +81,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _model(case: Case, device: str) -> Any:
-    import torch
+    import torch  # optional
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype: torch.dtype = getattr(torch, case.dtype)
@@ -97,6 +97,6 @@ def _model(case: Case, device: str) -> Any:
 
 
 def _full_bytes(case: Case, tokens: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens a row in the model's dtype."""
+    """Bytes of the keys and values of `tokens` tokens per row in the model's dtype."""
     sizes = {"prompt_length": tokens - 1, "max_new_tokens": 1, "batch": case.batch, "dtype": case.dtype}
-    return memory.report(case.config(), presets.get("full"), **sizes).full_bytes
+    return memory.report(case.config(), lookup.get("full"), **sizes).full_bytes

@@ -1,4 +1,4 @@
-"""Causal attention over a prompt with the score of each key, against cuDNN's attention alone."""
+"""Causal attention over a prompt with the score of each key, against cuDNN's attention without scores."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ SHAPES = (
 
 
 def bench_prefill(shape: PrefillShape) -> Benchmark:
-    """One row per implementation: attention with scores, and cuDNN without."""
-    sizes = ((shape.batch, shape.tokens, heads, shape.head_dim) for heads in (shape.heads, *[shape.kv_heads] * 2))
-    q, k, v = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes)
+    """A row per implementation: attention with scores, and cuDNN's without."""
+    q, k, v = (
+        jax.ShapeDtypeStruct((shape.batch, shape.tokens, heads, shape.head_dim), jnp.bfloat16)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
     lengths = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
     row = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.tokens), jnp.float32)
     scale = shape.head_dim**-0.5

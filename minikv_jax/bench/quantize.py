@@ -14,7 +14,7 @@ from minikv_jax.packing import Axis, Packing
 
 
 def bench_quantize(axis: Axis, implementation: str, rate: dict[str, float]) -> Benchmark:
-    """2-bit groups of 16 over B8 S32768 K32 H128 bfloat16; bytes are those read and written."""
+    """Packs B8 S32768 K32 H128 bfloat16 into 2-bit groups of 16; bytes are those read and written."""
     like = jax.ShapeDtypeStruct((8, 32, 32768, 128), jnp.bfloat16)
 
     def run(x: jax.Array) -> Any:

@@ -1,4 +1,4 @@
-"""How long device work takes, and the rates of the device that it is held against."""
+"""Times work on the device, and measures the rates at which the device reads and copies."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from jax.experimental.mosaic.gpu import profiler
 
 from cuda_ffi.bandwidth import read_checksum
 
-_RUNS = 15
-_CHAIN, _REPEATS, _CHAIN_RUNS = 40, 5, 9
-_LOOP = 1000  # a multiple of _CHAIN
-_TURN, _TURNS = 32, 5
+_KERNEL_RUNS = 15
+_CALLS_PER_CHAIN, _CHAINS_PER_RUN, _CHAIN_RUNS = 40, 5, 9
+_CALLS_PER_LOOP = 1000  # a multiple of _CALLS_PER_CHAIN
+_CALLS_PER_TURN, _TURNS = 32, 5
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What one shape is timed with.
+    """The programs that time one shape.
 
     Attributes:
       programs: by name, not compiled yet.
-      measure: its rows, given the compiled programs.
+      measure: makes the shape's rows with the compiled programs.
     """
 
     programs: Mapping[str, jax.stages.Lowered]
@@ -38,7 +38,7 @@ class Benchmark:
 
 
 def run(benchmarks: Iterable[Benchmark]) -> Iterator[Row]:
-    """Every row; all programs are compiled, side by side, before anything is timed: it would disturb the times."""
+    """Yields every row. All programs are compiled side by side first, because compiling would disturb the times."""
     with ThreadPoolExecutor() as pool:
         compiling = [
             (benchmark.measure, {name: pool.submit(x.compile) for name, x in benchmark.programs.items()})
@@ -49,34 +49,34 @@ def run(benchmarks: Iterable[Benchmark]) -> Iterator[Row]:
 
 
 def kernel_ms(program: Callable[..., Any], *arguments: Any) -> float:
-    """Median over warm runs of the device time of a call of a compiled program, the sum of its kernels, in ms."""
+    """Median device time per call in milliseconds (sum over kernels, warm runs)."""
     for _ in range(2):
         jax.block_until_ready(program(*arguments))
-    _, times = profiler.measure(program, iterations=_RUNS)(*arguments)
+    _, times = profiler.measure(program, iterations=_KERNEL_RUNS)(*arguments)
     return statistics.median(float(t) for t in times or ())
 
 
 def alternating_ms(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> list[float]:
-    """`kernel_ms` of several compiled programs with their arguments, in turns of as many calls as a model has layers.
+    """`kernel_ms` of several compiled programs with their arguments, taken in turns.
 
-    Busy tensor cores make the device lower its clock within a few calls: times of long calls compare only at the clock
-    that each is left with, and where they are taken in turns.
+    Busy tensor cores make the device lower its clock within a few calls, so times of long calls compare only if they
+    are taken in turns. A turn has as many calls as a model has layers.
     """
     turns = [
-        [profiler.measure(program, iterations=_TURN)(*arguments)[1] for program, arguments in calls]
+        [profiler.measure(program, iterations=_CALLS_PER_TURN)(*arguments)[1] for program, arguments in calls]
         for _ in range(_TURNS)
     ]
     return [statistics.median(float(ms) for turn in own for ms in turn or ()) for own in zip(*turns, strict=True)]
 
 
 def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.stages.Lowered:
-    """A program of many calls that each wait for the one before, and whose input is donated.
+    """Lowers a program of many calls in which each waits for the one before, and whose input is donated.
 
     It gets its own result as its input, so that it keeps its buffers and its CUDA graph, as a decode loop does.
     """
 
     def calls(x: jax.Array, *arguments: Any) -> jax.Array:
-        for _ in range(_CHAIN):
+        for _ in range(_CALLS_PER_CHAIN):
             x = step(x, *arguments)
         return x
 
@@ -84,47 +84,49 @@ def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.st
 
 
 def chained_ms(program: Any, start: jax.Array, *arguments: Any) -> float:
-    """Time of one call in a compiled `chain`, in ms; the gaps between kernels count.
+    """Time per call in a compiled `chain` in milliseconds, gaps between kernels included.
 
-    The program runs again and again without a wait between.
+    The program runs repeatedly without waiting in between.
     """
     x = jax.block_until_ready(program(program(jnp.copy(start), *arguments), *arguments))
     times = []
     for _ in range(_CHAIN_RUNS):
         begin = time.perf_counter()
-        for _ in range(_REPEATS):
+        for _ in range(_CHAINS_PER_RUN):
             x = program(x, *arguments)
         jax.block_until_ready(x)
         times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times) / (_CHAIN * _REPEATS)
+    return 1e3 * statistics.median(times) / (_CALLS_PER_CHAIN * _CHAINS_PER_RUN)
 
 
 def loop(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.stages.Lowered:
-    """A program of many calls inside `lax.fori_loop`."""
-    return jax.jit(lambda x, *rest: lax.fori_loop(0, _LOOP, lambda _, x: step(x, *rest), x)).lower(start, *arguments)
+    """Lowers a program of many calls inside `lax.fori_loop`."""
+    return jax.jit(lambda x, *rest: lax.fori_loop(0, _CALLS_PER_LOOP, lambda _, x: step(x, *rest), x)).lower(
+        start, *arguments
+    )
 
 
 def extra_in_loop_ms(looped: Any, chained: Any, start: jax.Array, *arguments: Any) -> float:
-    """How much longer a call takes in a compiled `loop` than in a `chain`, in ms.
+    """Extra time per call in a compiled `loop`, compared with a `chain`, in milliseconds.
 
-    In turns of as many calls each: the device's clock falls as calls go on, by more than a loop costs.
+    Taken in turns of equally many calls, because the device's clock falls over time by more than a loop costs.
     """
     jax.block_until_ready(looped(start, *arguments))
     x = jax.block_until_ready(chained(jnp.copy(start), *arguments))
     extra = []
     for _ in range(_TURNS):
         begin = time.perf_counter()
-        for _ in range(_LOOP // _CHAIN):
+        for _ in range(_CALLS_PER_LOOP // _CALLS_PER_CHAIN):
             x = chained(x, *arguments)
         jax.block_until_ready(x)
         between = time.perf_counter()
         jax.block_until_ready(looped(start, *arguments))
         extra.append((time.perf_counter() - between) - (between - begin))
-    return 1e3 * statistics.median(extra) / _LOOP
+    return 1e3 * statistics.median(extra) / _CALLS_PER_LOOP
 
 
 def rates() -> dict[str, float]:
-    """Bytes a second this device reads, and copies (read plus written)."""
+    """Bytes per second that this device reads, and that it copies (read plus written)."""
     words = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
     read = words.nbytes / kernel_ms(jax.jit(read_checksum), words) * 1e3
     copy = 2 * words.nbytes / kernel_ms(jax.jit(lambda x: x ^ 1), words) * 1e3

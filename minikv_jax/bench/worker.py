@@ -1,6 +1,6 @@
-"""One task of a benchmark in a process of its own: its peak of memory is its own, and running out ends nothing else.
+"""Runs one task of a benchmark in a process of its own, whose peak of memory and whose failure are its own.
 
-`run_task` starts it; `python -m minikv_jax.bench.worker MODULE FUNCTION ARGUMENTS OUT` is what it starts.
+`run_task` starts `python -m minikv_jax.bench.worker MODULE FUNCTION ARGUMENTS OUT`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,30 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")  # XLA's, CUDA's and torch's words
 
 
 class TaskError(RuntimeError):
-    """What went wrong in a task, in one line."""
+    """A task that failed; the message is one line."""
 
 
-def run_task(module: str, function: str, *arguments: Any, environment: dict[str, str] | None = None) -> Any:
-    """Calls `module.function(*arguments)` in a new process; arguments and result are JSON values.
+def run_task(function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
+    """Calls `function(*arguments)` in a new process; arguments and result are JSON values.
+
+    Args:
+      function: of a module that the process can import.
 
     Raises:
-      ValueError, NotImplementedError: as the function did.
-      TaskError: it failed otherwise, out of memory included.
+      ValueError, NotImplementedError: if the function does.
+      TaskError: it fails otherwise, also by running out of memory.
     """
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory) / "result.json"
-        command = [sys.executable, "-m", "minikv_jax.bench.worker", module, function, json.dumps(arguments), str(out)]
+        name = [function.__module__, function.__qualname__]
+        command = [sys.executable, "-m", "minikv_jax.bench.worker", *name, json.dumps(arguments), str(out)]
         done = subprocess.run(
             command, env=os.environ | (environment or {}), capture_output=True, text=True, check=False
         )
@@ -44,12 +49,12 @@ def run_task(module: str, function: str, *arguments: Any, environment: dict[str,
     raise kinds.get(answer["kind"], TaskError)(answer["error"])
 
 
-def main(arguments: list[str]) -> None:
-    """The new process: runs the task, writes its result or its error."""
+def serve(arguments: list[str]) -> None:
+    """Runs the task in the new process, and writes its result or its error."""
     module, function, values, out = arguments
     try:
         answer = {"result": getattr(importlib.import_module(module), function)(*json.loads(values))}
-    except Exception as error:  # whatever it is, the caller is told
+    except Exception as error:  # any error is the caller's to handle
         text = " ".join(str(error).split())
         if any(mark in text for mark in _OUT_OF_MEMORY):
             text = f"out of memory: {text[:200]}"
@@ -58,4 +63,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    serve(sys.argv[1:])

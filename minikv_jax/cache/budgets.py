@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.methods.base import SHARE_UNITS, Amount, Method, ScoredBudget, Share, Tokens
+from minikv_jax.methods.base import ScoredBudget
+from minikv_jax.methods.method import SHARE_UNITS, Amount, Method, Share, Tokens
 
 
 def layer_budgets(method: Method, num_layers: int) -> tuple[Amount, ...]:

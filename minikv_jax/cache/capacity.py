@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from minikv_jax.cache.budgets import layer_budgets
-from minikv_jax.methods.base import Amount, Method
+from minikv_jax.methods.method import Amount, Method
 from minikv_jax.models.config import ModelConfig
 
 

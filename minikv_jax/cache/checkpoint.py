@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from minikv_jax import files
 from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Region, empty_region
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import from_dict, to_dict
 from minikv_jax.models.config import ModelConfig
 

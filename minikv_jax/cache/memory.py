@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.checks import integer
 from minikv_jax.methods import contracts
-from minikv_jax.methods.base import Method, Quantizer
+from minikv_jax.methods.base import Quantizer
 from minikv_jax.methods.lookup import resolve
+from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.methods.base import Kind, Method
+from minikv_jax.methods.base import Kind
+from minikv_jax.methods.method import Method
 from minikv_jax.packing import QuantizedArray, StoredArray
 
 Packed = QuantizedArray | StoredArray

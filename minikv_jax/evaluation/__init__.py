@@ -1,6 +1,6 @@
-"""How much of the model's behaviour survives a compressed cache: tasks, measurements, sweeps (docs/evaluation.md)."""
+"""How much of a model's behaviour survives a compressed cache: tasks, measurements and sweeps (docs/evaluation.md)."""
 
-from minikv_jax.evaluation.fit import Method as Method
+from minikv_jax.evaluation.fit import SizedMethod as SizedMethod
 from minikv_jax.evaluation.measure import Measurement as Measurement
 from minikv_jax.evaluation.measure import measure as measure
 from minikv_jax.evaluation.run import Evaluator as Evaluator

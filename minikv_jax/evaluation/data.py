@@ -1,7 +1,7 @@
-"""Where a benchmark's files come from: a local directory, or a data set on the Hugging Face hub.
+"""Locates a benchmark's files, in a local directory or in a data set on the Hugging Face hub.
 
-A downloaded data set becomes a directory in the official formats: archives are unpacked, Parquet becomes JSON Lines
-(with pyarrow, `pip install minikv_jax[evaluation]`). No JAX here until something is downloaded.
+A downloaded data set becomes a directory in the official formats: archives are unpacked, and Parquet becomes JSON Lines
+(with pyarrow, `pip install minikv_jax[evaluation]`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 
+from minikv_jax.models import hub
+
 
 def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
-    """The directory `source`; or, where there is none, that of the hub data set of this name, downloaded once.
+    """Returns the directory `source` or, if it does not exist, that of the hub data set of this name, downloaded once.
 
     Args:
       patterns: the files to download.
@@ -27,12 +29,10 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
     name = source.as_posix()
     if source.is_dir():
         return source
-    from minikv_jax.models import hub
-
     if source.exists() or not hub.HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"data {name!r} is neither a directory nor a data set on the hub (OWNER/NAME)")
-    wanted = ", ".join(patterns)
-    snapshot = hub.download(name, patterns, repo_type="dataset", advice=f"a local directory with {wanted}")
+    listed = ", ".join(patterns)
+    snapshot = hub.download(name, patterns, repo_type="dataset", advice=f"a local directory with {listed}")
     directory = hub.cache_directory() / "datasets" / f"{name.replace('/', '--')}@{snapshot.name[:12]}"
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
             files = pathlib.Path(scratch) / "files"
             files.mkdir()
             if not _collect(snapshot, files):
-                raise FileNotFoundError(f"the data set {name!r} on the hub has none of {wanted}")
-            files.replace(directory)  # all of the files or none
+                raise FileNotFoundError(f"the data set {name!r} on the hub has none of {listed}")
+            files.replace(directory)  # atomic: all of the files or none
     return directory
 
 
@@ -70,9 +70,9 @@ def _unpack(path: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Rows of `test-00000-of-00001.parquet`, say, go to `test.jsonl`."""
+    """Appends the rows of a Parquet file, as `test-00000-of-00001.parquet`, to JSON Lines, as `test.jsonl`."""
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowInvalid, parquet  # optional
     except ImportError as error:
         raise ValueError(f"{path} is Parquet, which needs pyarrow: pip install minikv_jax[evaluation]") from error
     try:

@@ -1,11 +1,7 @@
-"""Pictures of sweeps and of single caches, as PNG bytes (matplotlib: `pip install minikv_jax[evaluation]`).
-
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every series also has its own marker.
-"""
+"""Pictures of sweeps and of single caches, as PNG bytes (matplotlib: `pip install minikv_jax[evaluation]`)."""
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Collection, Mapping
@@ -13,20 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from minikv_jax.plots import COLOURS, MARKERS, new_figure, panels, png
+
 if TYPE_CHECKING:
     from minikv_jax.evaluation.inspection import Inspection
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
-MARKERS = "osD^vPX*<>ph"
-_WIDTH = 9.0  # inches; with _DPI about the width of a README column, twice over
-_DPI = 160
-
-_TICKS = (3.125, 6.25, 12.5, 25, 50, 100)  # per cent
+_BYTE_SHARE_TICKS = (3.125, 6.25, 12.5, 25, 50, 100)  # per cent
 
 # Metrics that can be a Pareto figure's quality: label, and whether more is better.
 _QUALITIES = {
@@ -37,9 +29,9 @@ _QUALITIES = {
 
 
 def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
-    """Quality against stored bytes, a panel per quality that tells points apart; the frontier is a grey line.
+    """Quality against stored bytes, a panel per quality that differs between points; the frontier is a grey line.
 
-    Where there are more methods than colours, those on a frontier get one, then the first ones; the others are grey.
+    If the methods outnumber the colours, those on a frontier are coloured, then the first ones; the others are grey.
 
     Args:
       points: of `Sweep.results`. A method's points are one series.
@@ -47,8 +39,8 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     qualities = [key for key in _QUALITIES if any(key in point["means"] for point in points.values())]
     if "score" in qualities and "exact_match" in qualities:
         qualities.remove("exact_match")  # the score says the same, and less strictly
-    telling = [key for key in qualities if len({point["means"].get(key) for point in points.values()}) > 1]
-    qualities = telling or qualities[:1]
+    differing = [key for key in qualities if len({point["means"].get(key) for point in points.values()}) > 1]
+    qualities = differing or qualities[:1]
     series: dict[str, list[Mapping[str, Any]]] = {}
     for point in points.values():
         series.setdefault(point["method"], []).append(point["means"])
@@ -56,11 +48,11 @@ def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
         {name: sorted(_spot(mean, quality) for mean in values if quality in mean) for name, values in series.items()}
         for quality in qualities
     ]
-    best = [_best(found, _QUALITIES[quality][1]) for found, quality in zip(spots, qualities, strict=True)]
-    styles = _styles(list(series), {name for frontier in best for _, _, name in frontier})
+    frontiers = [_frontier(panel, _QUALITIES[quality][1]) for panel, quality in zip(spots, qualities, strict=True)]
+    looks = styles(list(series), {name for frontier in frontiers for _, _, name in frontier})
     figure, axes = panels(len(qualities), 3.6)
-    for axis, quality, found, frontier in zip(axes, qualities, spots, best, strict=True):
-        _pareto_panel(axis, quality, found, frontier, styles)
+    for axis, quality, panel, frontier in zip(axes, qualities, spots, frontiers, strict=True):
+        _pareto_panel(axis, quality, panel, frontier, looks)
     figure.suptitle(f"{title}: quality against allocated bytes", fontsize=11)
     figure.supxlabel("allocated bytes, share of the full cache", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -75,60 +67,62 @@ def _spot(mean: Mapping[str, Any], quality: str) -> _Spot:
     return 100 * mean["cache_bytes"] / mean["full_cache_bytes"], mean[quality]
 
 
-def _best(spots: Mapping[str, list[_Spot]], more_is_better: bool) -> list[tuple[float, float, str]]:
+def _frontier(spots: Mapping[str, list[_Spot]], more_is_better: bool) -> list[tuple[float, float, str]]:
     """The points that no other one beats in both bytes and quality, with their methods."""
-    best: list[tuple[float, float, str]] = []
-    found = [(x, y, name) for name, values in spots.items() for x, y in values]
-    for x, y, name in sorted(found, key=lambda spot: (spot[0], -spot[1] if more_is_better else spot[1])):
-        if not best or (y > best[-1][1] if more_is_better else y < best[-1][1]):
-            best.append((x, y, name))
-    return best
+    frontier: list[tuple[float, float, str]] = []
+    named = [(x, y, name) for name, values in spots.items() for x, y in values]
+    for x, y, name in sorted(named, key=lambda spot: (spot[0], -spot[1] if more_is_better else spot[1])):
+        if not frontier or (y > frontier[-1][1] if more_is_better else y < frontier[-1][1]):
+            frontier.append((x, y, name))
+    return frontier
 
 
-def _styles(names: list[str], leading: Collection[str]) -> dict[str, dict[str, Any]]:
-    """How each method's points are drawn."""
+def styles(names: list[str], leading: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of `Axes.plot` for each method's points."""
     coloured = names
     if len(names) > len(COLOURS):
         first = sorted(names, key=lambda name: name not in leading)[: len(COLOURS) - 1]
         coloured = [name for name in names if name in first]
-    styles: dict[str, dict[str, Any]] = {}
+    looks: dict[str, dict[str, Any]] = {}
     for name in names:
         if name in coloured:
             index = coloured.index(name)
-            styles[name] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5.5, "label": name}
+            looks[name] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5.5, "label": name}
         else:
-            styles[name] = {"color": "0.6", "marker": ".", "markersize": 4, "zorder": 1}
-    return styles
+            looks[name] = {"color": "0.6", "marker": ".", "markersize": 4, "zorder": 1}
+    return looks
 
 
 def _pareto_panel(
     axis: Axes,
     quality: str,
     spots: Mapping[str, list[_Spot]],
-    best: list[tuple[float, float, str]],
-    styles: Mapping[str, Mapping[str, Any]],
+    frontier: list[tuple[float, float, str]],
+    looks: Mapping[str, Mapping[str, Any]],
 ) -> None:
     label, more_is_better = _QUALITIES[quality]
     for name, values in spots.items():
-        axis.plot([x for x, _ in values], [y for _, y in values], linewidth=1, **styles[name])
-    if any("label" not in style for style in styles.values()):
+        axis.plot([x for x, _ in values], [y for _, y in values], linewidth=1, **looks[name])
+    if any("label" not in look for look in looks.values()):
         axis.plot([], [], linewidth=1, color="0.6", marker=".", markersize=4, label="other methods")
-    xs, ys = [x for x, _, _ in best], [y for _, y, _ in best]
+    xs, ys = [x for x, _, _ in frontier], [y for _, y, _ in frontier]
     axis.step(xs, ys, where="post", color="0.85", linewidth=5, zorder=0, label="frontier")
-    found = [spot for values in spots.values() for spot in values]
+    all_spots = [spot for values in spots.values() for spot in values]
     axis.set_xscale("log", base=2)
-    low, high = min(x for x, _ in found), max(x for x, _ in found)
+    low, high = min(x for x, _ in all_spots), max(x for x, _ in all_spots)
     axis.set_xlim(low / 1.15, high * 1.15)
-    axis.set_xticks([tick for tick in _TICKS if low / 1.15 <= tick <= high * 1.15])
+    axis.set_xticks([tick for tick in _BYTE_SHARE_TICKS if low / 1.15 <= tick <= high * 1.15])
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axis.xaxis.set_minor_locator(NullLocator())
-    if not more_is_better and any(y > 0 for _, y in found):
-        least = min(y for _, y in found if y > 0)
-        most = 1.5 * max(y for _, y in found)
-        axis.set_yscale("symlog", linthresh=least, linscale=0.5)
-        zero = [0.0] * any(y == 0 for _, y in found)
-        axis.set_ylim(0 if zero else least / 1.5, most)
-        axis.set_yticks([*zero, *_log_ticks(least / 1.5, most)])
+    if not more_is_better and any(y > 0 for _, y in all_spots):
+        smallest = min(y for _, y in all_spots if y > 0)
+        bottom, top = smallest / 1.5, 1.5 * max(y for _, y in all_spots)
+        ticks = _log_ticks(bottom, top)
+        if any(y == 0 for _, y in all_spots):
+            bottom, ticks = 0, [0.0, *ticks]
+        axis.set_yscale("symlog", linthresh=smallest, linscale=0.5)
+        axis.set_ylim(bottom, top)
+        axis.set_yticks(ticks)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_locator(NullLocator())
     if more_is_better:
@@ -138,20 +132,20 @@ def _pareto_panel(
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between `low` and `high`; the powers alone where these are many."""
+    """1, 2 and 5 times powers of ten between `low` and `high`; if the powers are many, only the powers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if len(powers) <= 4 else (1,)
     return [tick for power in powers for digit in digits if low <= (tick := digit * 10.0**power) <= high]
 
 
-_BINS = 512  # columns of a map: each has at least a pixel of a README's width
+_MAP_COLUMNS = 512  # each has at least a pixel of a README's width
 
 
 def kept_map(inspection: Inspection, title: str) -> bytes:
-    """Which prompt tokens each layer and KV head kept; of a long prompt, the share kept of each run of tokens."""
+    """Prompt tokens that each layer and KV head kept; for a long prompt, the share kept of each run of tokens."""
     kept = inspection.kept
     tokens = kept.shape[-1]
-    size = -(-tokens // _BINS)
+    size = -(-tokens // _MAP_COLUMNS)
     starts = np.arange(0, tokens, size)
     share = np.add.reduceat(kept, starts, axis=-1, dtype=np.float64) / np.diff(starts, append=tokens)
     figure, (axis,) = panels(1, 4.2)
@@ -171,8 +165,8 @@ def error_map(inspection: Inspection, title: str) -> bytes:
     for error, rms in ((inspection.key_error, inspection.key_rms), (inspection.value_error, inspection.value_rms)):
         assert error is not None and rms is not None
         maps.append(100 * error / np.sqrt(np.mean(rms**2, axis=-1, keepdims=True)))
-    most = max(float(np.nanpercentile(x, 99.5)) for x in maps)
-    images = [_head_rows(axis, x, most) for axis, x in zip(axes, maps, strict=True)]
+    limit = max(float(np.nanpercentile(x, 99.5)) for x in maps)
+    images = [_head_rows(axis, x, limit) for axis, x in zip(axes, maps, strict=True)]
     for axis, name in zip(axes, ("keys", "values"), strict=True):
         axis.set_xlabel("channel", fontsize=10)
         axis.set_title(name, fontsize=10)
@@ -185,19 +179,19 @@ def budgets(inspections: Mapping[str, Inspection]) -> bytes:
     """Tokens that each layer holds, a panel per method."""
     columns = min(len(inspections), 3)
     rows = -(-len(inspections) // columns)
-    figure = _figure(1.2 + 2.2 * rows)
+    figure = new_figure(1.2 + 2.2 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in grid.flat[len(inspections) :]:
         axis.set_visible(False)
-    for axis, (name, found) in zip(grid.flat, inspections.items(), strict=False):
-        layers = np.arange(len(found.packed_tokens))
-        kept = found.kept_tokens.mean(axis=1)
-        axis.bar(layers, found.packed_tokens, width=1.0, color=COLOURS[0], label="as codes")
+    for axis, (name, inspection) in zip(grid.flat, inspections.items(), strict=False):
+        layers = np.arange(len(inspection.packed_tokens))
+        kept = inspection.kept_tokens.mean(axis=1)
+        axis.bar(layers, inspection.packed_tokens, width=1.0, color=COLOURS[0], label="as codes")
         axis.bar(
             layers,
-            kept - found.packed_tokens,
+            kept - inspection.packed_tokens,
             width=1.0,
-            bottom=found.packed_tokens,
+            bottom=inspection.packed_tokens,
             color=COLOURS[5],
             label="in full precision",
         )
@@ -214,26 +208,27 @@ def budgets(inspections: Mapping[str, Inspection]) -> bytes:
 def layer_errors(inspections: Mapping[str, Inspection]) -> bytes:
     """Quantisation error per layer, of keys and of values, a line per method that quantises."""
     sections = {
-        "keys": {name: found.layer_key_error for name, found in inspections.items()},
-        "values": {name: found.layer_value_error for name, found in inspections.items()},
+        "keys": {name: inspection.layer_key_error for name, inspection in inspections.items()},
+        "values": {name: inspection.layer_value_error for name, inspection in inspections.items()},
     }
     return _layer_lines(sections, "Quantisation error", "RMS error, % of RMS", None)
 
 
 def attention_kept(inspections: Mapping[str, Inspection]) -> bytes:
-    """Of the attention that the next tokens pay to the prompt, the share on kept tokens, per layer."""
+    """Fraction of the next tokens' attention to the prompt that falls on kept tokens, per layer."""
+    kept = {name: inspection.attention_kept for name, inspection in inspections.items()}
     sections = {
-        "mean of the heads": {name: found.attention_kept.mean(axis=1) for name, found in inspections.items()},
-        "worst head": {name: found.attention_kept.min(axis=1) for name, found in inspections.items()},
+        "mean of the heads": {name: share.mean(axis=1) for name, share in kept.items()},
+        "worst head": {name: share.min(axis=1) for name, share in kept.items()},
     }
     return _layer_lines(sections, "Attention of the next tokens that falls on kept tokens", "share kept, %", 100)
 
 
 def _layer_lines(
-    sections: Mapping[str, Mapping[str, np.ndarray | None]], title: str, label: str, most: float | None
+    sections: Mapping[str, Mapping[str, np.ndarray | None]], title: str, label: str, limit: float | None
 ) -> bytes:
-    """Shares per layer as per cent; a method without them has no line, and the others keep their colours."""
-    figure = _figure(3.6)
+    """Shares per layer in per cent. A method without them has no line, and the others keep their colours."""
+    figure = new_figure(3.6)
     axes = figure.subplots(1, len(sections), sharey=True)
     for axis, (heading, series) in zip(axes, sections.items(), strict=True):
         for index, (name, values) in enumerate(series.items()):
@@ -252,8 +247,8 @@ def _layer_lines(
         axis.set_xlabel("layer", fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    if most is not None:
-        axes[0].set_ylim(top=most + 2)
+    if limit is not None:
+        axes[0].set_ylim(top=limit + 2)
     axes[0].set_ylabel(label, fontsize=10)
     figure.suptitle(title, fontsize=11)
     _legend(figure, axes[0])
@@ -265,8 +260,8 @@ def _legend(figure: Figure, axis: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
-def _head_rows(axis: Axes, values: np.ndarray, most: float, right: int | None = None) -> AxesImage:
-    """`values [L, K, X]` as a picture: a row per KV head, layers from the top; columns span 0 to `right`, or `X`."""
+def _head_rows(axis: Axes, values: np.ndarray, limit: float, right: int | None = None) -> AxesImage:
+    """Draws `values [L, K, X]`, a row per KV head and layers from the top; columns span 0 to `right`, or to `X`."""
     layers, heads, columns = values.shape
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("layer" if heads == 1 else f"layer (of {heads} KV heads, a row each)", fontsize=10)
@@ -274,27 +269,8 @@ def _head_rows(axis: Axes, values: np.ndarray, most: float, right: int | None = 
         values.reshape(layers * heads, columns),
         cmap="cividis",
         vmin=0,
-        vmax=most,
+        vmax=limit,
         aspect="auto",
         interpolation="nearest",
         extent=(0, right or columns, layers, 0),
     )
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, at least one."""
-    figure = _figure(height)
-    return figure, list(figure.subplots(1, max(count, 1), squeeze=False)[0])
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a file's bytes, the same for the same figure."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()

@@ -1,82 +1,79 @@
-"""The methods of a run, fitted to a share of the full cache's bytes where one is asked for."""
+"""Fits a method's token budget to a share of the full cache's bytes."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from typing import NamedTuple
 
 from minikv_jax.cache import memory
-from minikv_jax.methods import lookup as presets
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods import lookup
+from minikv_jax.methods.method import SHARE_UNITS, Amount, Method, Share, Tokens
 from minikv_jax.models.config import ModelConfig
 
-_UNIT = 10000  # shares of a prompt are multiples of 1/_UNIT (selection.budget_tokens)
 
+class SizedMethod(NamedTuple):
+    """A method and the share of the full cache's bytes that it is fitted to, if any."""
 
-class Method(NamedTuple):
-    """A method, and the share of the full cache's bytes that it is fitted to, if any."""
-
-    config: CacheConfig
+    method: Method
     byte_share: float | None = None
 
-    def fit(self, model: ModelConfig, *, prompt_length: int, max_new_tokens: int, dtype: str) -> CacheConfig:
-        """The config for a padded prompt length: its own, or the largest budget whose bytes stay within the share.
+    def fit(self, model: ModelConfig, *, prompt_length: int, max_new_tokens: int, dtype: str) -> Method:
+        """Returns the method for a padded prompt length: unchanged, or with the largest budget within the byte share.
 
-        Bytes are everything that is allocated. What grows is `heavy`, and with it `recent` in proportion where both
-        are shares of the prompt; where `heavy` is 0, `recent`. Nothing else changes.
+        Bytes are everything that is allocated. `heavy` grows, and `recent` in proportion if both are shares of the
+        prompt; if `heavy` is 0, `recent` grows. Nothing else changes.
 
         Raises:
-          ValueError: a method without a budget, or one that does not fit however few tokens it keeps.
+          ValueError: a method without a budget, or one whose smallest budget exceeds the byte share.
         """
         if self.byte_share is None:
-            return self.config
-
-        def report(config: CacheConfig) -> memory.MemoryReport:
-            return memory.report(model, config, prompt_length=prompt_length, max_new_tokens=max_new_tokens, dtype=dtype)
-
-        full = report(presets.get("full")).bytes
-        candidates = _Candidates(self.config, prompt_length)
-        low, high = 0, len(candidates)  # candidates below `low` fit, those from `high` on do not
-        while low < high:
-            middle = (low + high) // 2
-            if report(candidates[middle]).bytes <= self.byte_share * full:
-                low = middle + 1
-            else:
-                high = middle
-        if not low:
-            least = report(candidates[0]).bytes / full
+            return self.method
+        if self.method.keeps_all:
             raise ValueError(
-                f"method {self.config.name!r} does not fit {self.byte_share:.2%} of the full cache's bytes for "
-                f"{prompt_length} + {max_new_tokens} tokens: its smallest budget takes {least:.2%}"
+                f"method {self.method.name!r} keeps every token: it has no budget to fit to a share of bytes"
             )
-        return candidates[low - 1]
+
+        def allocated(method: Method) -> int:
+            sizes = {"prompt_length": prompt_length, "max_new_tokens": max_new_tokens}
+            return memory.report(model, method, **sizes, dtype=dtype).bytes
+
+        full = allocated(lookup.get("full"))
+        budgets = _budgets(self.method, prompt_length)
+        fitting = bisect.bisect_right(
+            budgets, self.byte_share * full, key=lambda budget: allocated(_with_budget(self.method, budget))
+        )
+        if not fitting:
+            smallest = allocated(_with_budget(self.method, budgets[0])) / full
+            raise ValueError(
+                f"method {self.method.name!r} does not fit {self.byte_share:.2%} of the full cache's bytes for "
+                f"{prompt_length} + {max_new_tokens} tokens: its smallest budget takes {smallest:.2%}"
+            )
+        return _with_budget(self.method, budgets[fitting - 1])
 
 
-class _Candidates:
-    """A method with every budget there is, smallest first."""
+def _budgets(method: Method, prompt_length: int) -> range:
+    """All budgets that `_with_budget` takes, in tokens or in units of a share."""
+    if isinstance(method.heavy or method.recent, Tokens):
+        return range(1, prompt_length + 1)
+    return range(1, int(SHARE_UNITS / (1 + (_recent_per_heavy(method) or 0))) + 1)
 
-    def __init__(self, config: CacheConfig, prompt_length: int):
-        if config.keeps_all:
-            raise ValueError(f"method {config.name!r} keeps every token: it has no budget to fit to a share of bytes")
-        self._config = config
-        heavy, recent = config.heavy, config.recent
-        self._field = "heavy" if heavy else "recent"
-        value = heavy or recent
-        self._share = isinstance(value, float)
-        self._recent_per_heavy = recent / heavy if heavy and self._share and isinstance(recent, float) else None
-        if not self._share:
-            self._most = prompt_length
-        elif self._recent_per_heavy is None:
-            self._most = _UNIT
-        else:
-            self._most = int(_UNIT / (1 + self._recent_per_heavy))
 
-    def __len__(self) -> int:
-        return self._most
+def _with_budget(method: Method, budget: int) -> Method:
+    """The method with another `heavy`, or another `recent` if it has no `heavy`."""
+    ratio = _recent_per_heavy(method)
+    if ratio is not None:
+        return dataclasses.replace(method, heavy=_share(budget), recent=_share(int(budget * ratio)))
+    new: Amount = Tokens(budget) if isinstance(method.heavy or method.recent, Tokens) else _share(budget)
+    return dataclasses.replace(method, heavy=new) if method.heavy else dataclasses.replace(method, recent=new)
 
-    def __getitem__(self, index: int) -> CacheConfig:
-        units = index + 1
-        changes: dict[str, float | int] = {self._field: units / _UNIT if self._share else units}
-        if self._recent_per_heavy is not None:
-            changes["recent"] = int(units * self._recent_per_heavy) / _UNIT
-        return dataclasses.replace(self._config, **changes)
+
+def _share(units: int) -> Share:
+    return Share(units / SHARE_UNITS)
+
+
+def _recent_per_heavy(method: Method) -> float | None:
+    """The ratio of the two budgets if both are shares of the prompt, and so grow together."""
+    if method.heavy and isinstance(method.heavy, Share) and isinstance(method.recent, Share):
+        return method.recent.fraction / method.heavy.fraction
+    return None

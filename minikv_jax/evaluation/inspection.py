@@ -1,7 +1,7 @@
-"""What methods keep of one prompt, layer by layer and head by head: the arrays behind `minikv inspect`.
+"""Inspects what methods keep of one prompt, layer by layer and head by head: the arrays behind `minikv inspect`.
 
-The full-cache model goes on from the prompt greedily. How much of the attention that these next tokens pay to the
-prompt falls on tokens that a method kept is then a measure of its choice that no scorer has seen.
+The full-cache model continues the prompt greedily. The share of these next tokens' attention to the prompt that falls
+on kept tokens then measures a method's choice by something that no scorer has seen.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax.cache import memory
+from minikv_jax.cache.capacity import capacities
 from minikv_jax.cache.state import LayerCache
-from minikv_jax.evaluation.measure import check_case, needs_column_sums, padded_length
+from minikv_jax.evaluation.measure import check_case, padded_length
 from minikv_jax.evaluation.task import Case
-from minikv_jax.generate import bucket_length, generate
+from minikv_jax.generate import generate
 from minikv_jax.layerwise import PromptLayer, compress_layers, prefill_layers
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods import contracts
+from minikv_jax.methods.method import Method
+from minikv_jax.methods.registry import SCORERS
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.select import Kept
+from minikv_jax.prompts import bucket_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,14 @@ class Inspection:
 
     Attributes:
       kept: bool `[L, K, T]`, the prompt tokens that the cache holds.
-      packed_tokens: int `[L]`, of a head's kept tokens, those held as codes; the others are in full precision.
+      packed_tokens: int `[L]`, a head's kept tokens that are held as codes; the others are in full precision.
       layer_bytes: int `[L]`, everything allocated for the padded prompt and the new tokens.
-      attention_kept: float32 `[L, K]`, of the attention that the tokens after the prompt pay to the prompt's, the share
-        that falls on kept ones; 1 where a sliding window hides the whole prompt from them.
+      attention_kept: float32 `[L, K]`, fraction of the next tokens' attention to the prompt that falls on kept tokens;
+        1 if a sliding window hides the prompt from them.
       key_error, value_error: float32 `[L, K, H]`, root mean square, over the packed tokens, of what is read back minus
-        what was stored, in the model's own basis; None under a method that does not quantise, NaN in a layer that
-        packs no token.
-      key_rms, value_rms: likewise, of what was stored: what the errors are small against.
+        what was stored, in the model's own basis; None for a method that does not quantise, NaN in a layer that packs
+        no token.
+      key_rms, value_rms: likewise, of what was stored.
     """
 
     kept: np.ndarray
@@ -61,28 +64,28 @@ class Inspection:
 
     @property
     def layer_key_error(self) -> np.ndarray | None:
-        """Each layer's error of its keys relative to their size, over heads and channels, `[L]`."""
+        """Error of each layer's keys relative to their size, over heads and channels, `[L]`."""
         return _relative(self.key_error, self.key_rms)
 
     @property
     def layer_value_error(self) -> np.ndarray | None:
-        """Likewise of its values."""
+        """Error of each layer's values, likewise."""
         return _relative(self.value_error, self.value_rms)
 
 
 def inspect(
     model: Llama,
     prompt: Sequence[int],
-    methods: Mapping[str, CacheConfig],
+    methods: Mapping[str, Method],
     max_new_tokens: int = 32,
     implementation: str | None = None,
 ) -> dict[str, Inspection]:
-    """Looks at what each method keeps of `prompt`, right after the prefill.
+    """Inspects what each method keeps of `prompt`, right after the prefill.
 
     Args:
       prompt: token ids.
-      max_new_tokens: tokens that the full-cache model generates at most; their queries weigh `attention_kept`. The
-        caches have room for as many.
+      max_new_tokens: tokens that the full-cache model generates at most, for `attention_kept`. The caches have room for
+        as many.
       implementation: of the attention ops.
 
     Raises:
@@ -90,28 +93,30 @@ def inspect(
     """
     case = Case("the prompt", tuple(prompt), max_new_tokens=max_new_tokens)
     check_case(model.config, case, max_new_tokens)
-    for config in methods.values():
-        memory.check_model(model.config, config)
+    for method in methods.values():
+        contracts.check(method, model.config)
     ids, length = _padded(prompt, padded_length(model.config, case))
-    sums = any(needs_column_sums(config) for config in methods.values())
+    sums = any(method.scorer.needs_column_sums for method in methods.values())
     _, layers = prefill_layers(model, ids, length, sums, implementation)
     later = _later_queries(model, prompt, max_new_tokens, implementation)
     run = functools.partial(_inspect, model.config, layers=layers, later=later, length=length)
-    found = {}
-    for name, config in methods.items():
-        arrays = jax.device_get(run(config, room=max_new_tokens, implementation=implementation))
+    inspections = {}
+    for name, method in methods.items():
+        arrays = jax.device_get(run(method, room=max_new_tokens, implementation=implementation))
         if not arrays.pop("scored"):
-            raise ValueError(f"method {name!r}: its scorer {config.scorer!r} gives NaN for tokens of the prompt")
-        found[name] = Inspection(**arrays | {"kept": arrays["kept"][..., : len(prompt)]})
-    return found
+            raise ValueError(
+                f"method {name!r}: its scorer {SCORERS.name_of(method.scorer)!r} gives NaN for tokens of the prompt"
+            )
+        inspections[name] = Inspection(**arrays | {"kept": arrays["kept"][..., : len(prompt)]})
+    return inspections
 
 
 class _Later(NamedTuple):
-    """What the tokens after the prompt ask, and of which keys: one pair per layer."""
+    """Queries of the tokens after the prompt and the keys that they see, one pair per layer."""
 
     q: list[Float[Array, "M N H"]]
     k: list[Float[Array, "S K H"]]
-    queries: Int[Array, ""]  # how many of the M there are
+    queries: Int[Array, ""]  # valid ones of the M
 
 
 def _padded(ids: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,19 +126,20 @@ def _padded(ids: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _later_queries(model: Llama, prompt: Sequence[int], count: int, implementation: str | None) -> _Later:
-    """Queries of what the model says next under a full cache, up to its end of sequence."""
-    result = generate(model, [prompt], cache="full", max_new_tokens=count, implementation=implementation)
-    said = result.tokens[0, : int(result.lengths[0])].tolist()
-    ids, length = _padded([*prompt, *said], bucket_length(len(prompt) + count, model.config.max_position_embeddings))
+    """Queries of the text that the model generates next under a full cache, up to its end of sequence."""
+    result = generate(model, [prompt], method="full", max_new_tokens=count, implementation=implementation)
+    generated = result.tokens[0, : int(result.lengths[0])].tolist()
+    padded = bucket_length(len(prompt) + count, model.config.max_position_embeddings)
+    ids, length = _padded([*prompt, *generated], padded)
     _, layers = prefill_layers(model, ids, length, False, implementation)
     q = [layer[0][0, len(prompt) : len(prompt) + count] for layer in layers]
-    return _Later(q, [layer[1][0] for layer in layers], jnp.int32(len(said)))
+    return _Later(q, [layer[1][0] for layer in layers], jnp.int32(len(generated)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("room", "implementation"))
 def _inspect(
     model: ModelConfig,
-    config: CacheConfig,
+    method: Method,
     *,
     layers: list[PromptLayer],
     later: _Later,
@@ -142,27 +148,27 @@ def _inspect(
     implementation: str | None,
 ) -> dict[str, Any]:
     """The fields of `Inspection`; `kept` is over the padded prompt."""
-    capacities = memory.capacities(model, config, layers[0].k.shape[1], room)
-    cache, kept, scored = compress_layers(model, config, layers, length, capacities, implementation)
+    sizes = capacities(model, method, layers[0].k.shape[1], room)
+    cache, kept, scored = compress_layers(model, method, layers, length, sizes, implementation)
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
     shares = [
-        attention_share(of_layer, q, k, length[0], later.queries, model.window(number))
-        for number, (of_layer, q, k) in enumerate(zip(maps, later.q, later.k, strict=True))
+        attention_share(kept_tokens, q, k, length[0], later.queries, model.window(layer))
+        for layer, (kept_tokens, q, k) in enumerate(zip(maps, later.q, later.k, strict=True))
     ]
-    found = {
+    fields = {
         "scored": scored[0],
         "kept": jnp.stack(maps),
-        "packed_tokens": jnp.stack([layer.packed_length[0] for layer in cache.layers]),
+        "packed_tokens": jnp.stack([layer.packed.length[0] for layer in cache.layers]),
         "layer_bytes": np.array([layer.nbytes for layer in cache.layers]),
         "attention_kept": jnp.stack(shares),
     }
     names = ("key_error", "value_error", "key_rms", "value_rms")
-    if not config.quantized:
-        return found | dict.fromkeys(names)
+    if method.quantizer is None:
+        return fields | dict.fromkeys(names)
     errors = [
         _errors(layer, choice, k, v) for layer, choice, (_, k, v, _) in zip(cache.layers, kept, layers, strict=True)
     ]
-    return found | {name: jnp.stack(values) for name, values in zip(names, zip(*errors, strict=True), strict=True)}
+    return fields | {name: jnp.stack(values) for name, values in zip(names, zip(*errors, strict=True), strict=True)}
 
 
 def _kept_map(kept: Kept, tokens: int) -> Bool[Array, "K T"]:
@@ -179,13 +185,13 @@ def attention_share(
     count: Int[Array, ""],
     window: int | None = None,
 ) -> Float[Array, "K"]:
-    """Of the attention that `count` queries from position `first` on pay to keys before it, the share on kept ones.
+    """Fraction of attention to the prompt that falls on kept keys, for `count` queries starting at position `first`.
 
     A query sees the keys up to its own position, within `window`. Weights are summed over the queries and over the
-    heads of a group before the share is taken; it is 1 where there are none.
+    heads of a group before the share is taken; it is 1 if no query sees the prompt.
 
     Args:
-      k: of the positions from 0 on, the queries' own included; `S` is at least `T`.
+      k: keys of all positions from 0, the queries' own included; `S` is at least `T`.
     """
     queries, heads, dim = q.shape
     keys, kv_heads = k.shape[:2]
@@ -208,15 +214,15 @@ def _errors(
     layer: LayerCache, kept: Kept, k: Float[Array, "1 S K H"], v: Float[Array, "1 S K H"]
 ) -> tuple[Array, Array, Array, Array]:
     """RMS over the packed tokens of the errors of keys and values, and of the tokens themselves; float32 `[K, H]`."""
-    slots = jnp.arange(layer.packed_capacity)
-    positions = jnp.take(kept.positions, layer.config.sinks + slots, axis=-1, mode="clip")  # [1, K, P]
-    valid = (slots < layer.packed_length[:, None])[:, None, :, None]
+    slots = jnp.arange(layer.packed.capacity)
+    positions = jnp.take(kept.positions, layer.method.sinks + slots, axis=-1, mode="clip")  # [1, K, P]
+    valid = (slots < layer.packed.length[:, None])[:, None, :, None]
 
     def rms(x: Array) -> Array:
-        return jnp.sqrt(jnp.sum(jnp.where(valid, x**2, 0.0), axis=2) / layer.packed_length[0])[0]
+        return jnp.sqrt(jnp.sum(jnp.where(valid, x**2, 0.0), axis=2) / layer.packed.length[0])[0]
 
-    stored_k, stored_v = layer.packed_tokens(0, layer.packed_capacity, jnp.float32)
-    back_k, back_v = layer.rotate(stored_k, "keys", back=True), layer.rotate(stored_v, "values", back=True)
+    stored_k, stored_v = layer.packed_tokens(0, layer.packed.capacity, jnp.float32)
+    back_k, back_v = layer.spec.from_basis(stored_k, "keys"), layer.spec.from_basis(stored_v, "values")
     k, v = (
         jnp.take_along_axis(x.swapaxes(1, 2), positions[..., None], axis=2, mode="clip").astype(jnp.float32)
         for x in (k, v)

@@ -1,9 +1,9 @@
-"""What a method does to one prompt, measured: the model runs the prompt once, and every method compresses that run.
+"""Measures methods on a prompt: the model runs the prompt once, and every method compresses that run.
 
-Sharing the prefill is exact: attention over the prompt is full and does not depend on the method. All layers' queries,
-keys and values are held meanwhile. Then, per method, the true continuation is fed token by token through the compressed
-cache ("teacher forcing"), as generation would do it, and the logits are compared with those of the full cache; or text
-is generated greedily. The model runs layer by layer (`layerwise.py`), which compiles little.
+Sharing the prefill is exact, because attention over the prompt is full and does not depend on the method. The queries,
+keys and values of all layers are held meanwhile. Then, per method, the true continuation is fed token by token through
+the compressed cache ("teacher forcing"), as generation would do it, and the logits are compared with those of the full
+cache; or text is generated greedily. The model runs layer by layer (`layerwise.py`), which compiles little.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.evaluation.task import Case
-from minikv_jax.generate import bucket_length
 from minikv_jax.layerwise import compress_layers, decode_step, prefill_layers, shared_capacities
-from minikv_jax.methods import lookup as presets
-from minikv_jax.methods.base import SCORERS
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods import contracts, lookup
+from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
+from minikv_jax.prompts import bucket_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Measurement:
       kl_to_full: KL divergence from the full cache's next-token distribution to the method's, nats per token.
       top1_agreement: share of positions where both have the same most likely token.
       exact_match: whether greedy generation of as many tokens gives the continuation.
-      generated: token ids of the greedy answer, without what ended it; None where no text was asked for.
+      generated: token ids of the greedy answer, without the token that ended it; None if no text was asked for.
       cache_bytes, full_cache_bytes: allocated for the padded prompt and the new tokens.
     """
 
@@ -58,20 +57,20 @@ class Measurement:
 
 
 def padded_length(model: ModelConfig, case: Case) -> int:
-    """The length that the case's prompt is run at."""
+    """Length that the case's prompt is padded to."""
     return bucket_length(len(case.prompt), model.max_position_embeddings)
 
 
 def check_case(model: ModelConfig, case: Case, new_tokens: int) -> None:
-    """Raises ValueError where a case is empty, too long for the model, or has ids outside the vocabulary."""
+    """Raises ValueError if a case is empty, too long for the model, or has ids outside the vocabulary."""
     if not case.prompt or not case.new_tokens:
         raise ValueError(
             f"{case.name}: {len(case.prompt)} prompt and {case.new_tokens} new tokens: expected at least 1 each"
         )
-    most = model.max_position_embeddings
-    if len(case.prompt) + new_tokens > most:
+    positions = model.max_position_embeddings
+    if len(case.prompt) + new_tokens > positions:
         raise ValueError(
-            f"{case.name}: {len(case.prompt)} prompt + {new_tokens} new tokens exceed the model's {most} positions"
+            f"{case.name}: {len(case.prompt)} prompt + {new_tokens} new tokens exceed the model's {positions} positions"
         )
     for token in (*case.prompt, *case.continuation):
         if not 0 <= token < model.vocab_size:
@@ -81,11 +80,11 @@ def check_case(model: ModelConfig, case: Case, new_tokens: int) -> None:
 def measure(
     model: Llama,
     cases: Sequence[Case],
-    methods: Mapping[str, CacheConfig],
+    methods: Mapping[str, Method],
     new_tokens: int,
     implementation: str | None = None,
 ) -> list[dict[str, Measurement]]:
-    """Every method on cases that are run as one batch.
+    """Measures every method on cases that are run as one batch.
 
     Args:
       cases: of one padded length (`padded_length`).
@@ -99,8 +98,8 @@ def measure(
       ValueError: a case or a method that does not fit the model.
     """
     results: list[dict[str, Measurement]] = [{} for _ in cases]
-    for name, found in measure_each(model, cases, methods, new_tokens, implementation):
-        for row, measurement in zip(results, found, strict=True):
+    for name, measurements in measure_each(model, cases, methods, new_tokens, implementation):
+        for row, measurement in zip(results, measurements, strict=True):
             row[name] = measurement
     return results
 
@@ -108,41 +107,41 @@ def measure(
 def measure_each(
     model: Llama,
     cases: Sequence[Case],
-    methods: Mapping[str, CacheConfig],
+    methods: Mapping[str, Method],
     new_tokens: int,
     implementation: str | None = None,
 ) -> Iterator[tuple[str, list[Measurement]]]:
-    """`measure`, one method after the other: yields its name and every case's measurement."""
+    """Like `measure`, but yields one method after the other: its name and every case's measurement."""
     for case in cases:
         check_case(model.config, case, new_tokens)
-    for config in methods.values():
-        memory.check_model(model.config, config)
+    for method in methods.values():
+        contracts.check(method, model.config)
     batch = _batch(model.config, cases, new_tokens)
-    sums = any(needs_column_sums(config) for config in methods.values())
+    sums = any(method.scorer.needs_column_sums for method in methods.values())
     hidden, layers = prefill_layers(model, batch.ids, batch.lengths, sums, implementation)
-    full = presets.get("full")
+    full = lookup.get("full")
     sizes = {"prompt_length": batch.ids.shape[1], "max_new_tokens": new_tokens}
     bytes_of = functools.partial(memory.report, model.config, **sizes, dtype=model.dtype.name)
     full_bytes = bytes_of(full).bytes
 
-    def run(config: CacheConfig, *, answer: bool) -> _Run:
-        capacities = shared_capacities(model.config, config, **sizes)
-        cache, _, scored = compress_layers(model.config, config, layers, batch.lengths, capacities, implementation)
+    def run(method: Method, *, answer: bool) -> _Run:
+        capacities = shared_capacities(model.config, method, **sizes)
+        cache, _, scored = compress_layers(model.config, method, layers, batch.lengths, capacities, implementation)
         decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
         forced = decode(batch.known) if batch.known.any() else None
-        answered = decode(np.zeros_like(batch.known)) if answer and batch.wanted.any() else None
-        return _Run(bytes_of(config).bytes, scored, forced, answered)
+        answered = decode(np.zeros_like(batch.known)) if answer and batch.to_generate.any() else None
+        return _Run(bytes_of(method).bytes, scored, forced, answered)
 
     # One method at a time: a run's logits are large, and only those of the full cache are needed again.
-    whole = run(full, answer=full in methods.values())
-    names: dict[CacheConfig, list[str]] = {}
-    for name, config in methods.items():
-        names.setdefault(config, []).append(name)
-    for config, alike in names.items():
-        result = whole if config == full else run(config, answer=True)
-        found = _measurements(result, whole.forced, batch, full_bytes)
-        for name in alike:
-            yield name, found
+    reference = run(full, answer=full in methods.values())
+    names: dict[Method, list[str]] = {}
+    for name, method in methods.items():
+        names.setdefault(method, []).append(name)
+    for method, same_method in names.items():
+        result = reference if method == full else run(method, answer=True)
+        measurements = _measurements(result, reference.forced, batch, full_bytes)
+        for name in same_method:
+            yield name, measurements
 
 
 class _Batch(NamedTuple):
@@ -150,15 +149,15 @@ class _Batch(NamedTuple):
 
     ids: np.ndarray  # int32 [B, T]
     lengths: np.ndarray  # int32 [B]
-    truth: np.ndarray  # int32 [B, R], for the room there is
+    truth: np.ndarray  # int32 [B, R], R the room of the caches
     known: np.ndarray  # int32 [B], tokens of the continuation
-    wanted: np.ndarray  # int32 [B], tokens to generate at most
+    to_generate: np.ndarray  # int32 [B], at most
     stop: np.ndarray  # int32 [B, E], padded with -1
 
 
 class _Decoded(NamedTuple):
     tokens: Int[Array, "B M"]  # -1 beyond a row's end
-    logits: Float[Array, "B M V"] | None  # None where tokens were generated
+    logits: Float[Array, "B M V"] | None  # None if tokens were generated
     finite: Bool[Array, "B"]
 
 
@@ -191,11 +190,6 @@ def _padded(rows: Sequence[Sequence[int]], size: int, filler: int) -> np.ndarray
     return array
 
 
-def needs_column_sums(config: CacheConfig) -> bool:
-    """Whether the method's scorer reads column sums, a second pass over the prompt's attention."""
-    return SCORERS[config.scorer].needs_column_sums
-
-
 def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_bytes: int) -> list[Measurement]:
     """Each row's numbers."""
     rows = len(batch.lengths)
@@ -208,21 +202,29 @@ def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_byt
     answers: list[tuple[int, ...] | None] = [None] * rows
     if run.answered is not None:
         tokens = np.asarray(run.answered.tokens)
-        finite = finite & (np.asarray(run.answered.finite) | (batch.wanted == 0))
+        finite = finite & (np.asarray(run.answered.finite) | (batch.to_generate == 0))
         answers = [
-            tuple(t for t in tokens[row].tolist() if t >= 0 and t not in batch.stop[row]) if wanted else None
-            for row, wanted in enumerate(batch.wanted)
+            tuple(t for t in tokens[row].tolist() if t >= 0 and t not in batch.stop[row]) if asked else None
+            for row, asked in enumerate(batch.to_generate)
         ]
-    found = []
+    measurements = []
     for row in range(rows):
         known = values if batch.known[row] and finite[row] else ()
         nll, full_nll, kl, agreement, exact = (x[row].item() for x in known) if known else (None,) * 5
-        found.append(
+        measurements.append(
             Measurement(
-                bool(finite[row]), nll, full_nll, kl, agreement, exact, answers[row], run.cache_bytes, full_bytes
+                finite=bool(finite[row]),
+                nll=nll,
+                full_nll=full_nll,
+                kl_to_full=kl,
+                top1_agreement=agreement,
+                exact_match=exact,
+                generated=answers[row],
+                cache_bytes=run.cache_bytes,
+                full_cache_bytes=full_bytes,
             )
         )
-    return found
+    return measurements
 
 
 def _decode(
@@ -233,9 +235,9 @@ def _decode(
     forced: np.ndarray,
     implementation: str | None,
 ) -> _Decoded:
-    """Feeds each row's first `forced[b]` true tokens; or, where all are 0, generates up to `wanted[b]` greedily."""
+    """Feeds each row's first `forced[b]` true tokens; if all are 0, generates up to `to_generate[b]` greedily."""
     forcing = bool(forced.any())
-    steps = forced if forcing else batch.wanted
+    steps = forced if forcing else batch.to_generate
     cache = jax.tree.map(jnp.copy, cache)  # the steps work in place, and the caller's is needed again
     active, finite = jnp.asarray(steps > 0), jnp.ones(len(steps), bool)
     tokens, all_logits = [], []
@@ -262,7 +264,7 @@ def _next_token(
     more: Bool[Array, "B"],
     stop: Int[Array, "B E"],
 ) -> tuple[Int[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
-    """The true token or else the likeliest; which rows go on after it; whether all logits so far were finite."""
+    """The true token, or else the likeliest; whether each row goes on after it; whether its logits were all finite."""
     finite &= jnp.all(jnp.isfinite(logits), axis=-1) | ~active
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32) if truth is None else truth
     token = jnp.where(active, token, 0)
@@ -276,7 +278,7 @@ def _next_token(
 def _fidelity(
     full: Float[Array, "B M V"], other: Float[Array, "B M V"], truth: Int[Array, "B R"], known: Int[Array, "B"]
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Each row's means over its `known` tokens (NLL, the full cache's, KL, agreement); whether all are the argmax."""
+    """Each row's means over its `known` tokens (NLL, full NLL, KL, agreement), and whether all are the argmax."""
     truth = truth[:, : full.shape[1]]  # no row knows more
     full, other = jax.nn.log_softmax(full), jax.nn.log_softmax(other)
     valid = jnp.arange(truth.shape[1]) < known[:, None]

@@ -1,17 +1,23 @@
-"""Self-contained HTML pages: pictures are inside, nothing is loaded from elsewhere."""
+"""Writes results to a directory: JSON, CSV, pictures, and self-contained HTML pages that load nothing from elsewhere.
+
+Only what draws needs matplotlib (`pip install minikv_jax[evaluation]`).
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
 import json
-import math
+import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 
-from minikv_jax.cli.evaluate import COLUMNS
+from minikv_jax.evaluation.run import METRICS
+from minikv_jax.evaluation.tables import COLUMNS, NOT_FINITE, Table, inspection_table, layer_table, means_table
 
 if TYPE_CHECKING:
     from minikv_jax.evaluation.inspection import Inspection
@@ -34,10 +40,10 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 12px }
 {% for caption, image in images %}
 <figure><img src="data:image/png;base64,{{ image }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
-{% for heading, columns, rows in tables %}
+{% for heading, table in tables %}
 <h2>{{ heading }}</h2>
-<div class="wide"><table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<div class="wide"><table><tr>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 {% endfor %}
 <h2>What the numbers depend on</h2>
@@ -45,98 +51,131 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 12px }
 </body></html>
 """
 
-Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # heading, columns, rows
-
-_COLUMNS = COLUMNS | {"not_finite": ("not finite", "{}")}
+Picture = tuple[str, bytes]  # caption, PNG bytes
 
 
 def page(
-    title: str, lead: str, images: Sequence[tuple[str, bytes]], tables: Sequence[Table], details: Mapping[str, Any]
+    title: str,
+    lead: str,
+    images: Sequence[Picture],
+    tables: Sequence[tuple[str, Table]],
+    details: Mapping[str, Any],
 ) -> str:
-    """An HTML page; `images` are captions with PNG bytes, `details` is shown as JSON."""
+    """An HTML page.
+
+    Args:
+      tables: headings and tables.
+      details: shown as JSON.
+    """
     encoded = [(caption, base64.b64encode(image).decode()) for caption, image in images]
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     shown = json.dumps(details, indent=1)
     return template.render(title=title, lead=lead, images=encoded, tables=tables, details=shown)
 
 
+def write_sweep(directory: pathlib.Path, results: Mapping[str, Any], figures: bool = True) -> list[pathlib.Path]:
+    """Writes results.json and results.csv, and with `figures` pareto.png and report.html; returns the paths.
+
+    Args:
+      results: of `Sweep.results`.
+
+    Raises:
+      ImportError: figures without matplotlib.
+    """
+    as_json, as_csv = directory / "results.json", directory / "results.csv"
+    as_json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _write_csv(as_csv, results["points"])
+    if not figures:
+        return [as_json, as_csv]
+    from minikv_jax.evaluation.figures import pareto  # matplotlib is optional
+
+    picture, report = directory / "pareto.png", directory / "report.html"
+    image = pareto(results["points"], title=results["task"])
+    picture.write_bytes(image)
+    report.write_text(sweep_report(results, image), encoding="utf-8")
+    return [as_json, as_csv, picture, report]
+
+
+def _write_csv(path: pathlib.Path, points: Mapping[str, Mapping[str, Any]]) -> None:
+    settings = sorted({key for point in points.values() for key in point["settings"]})
+    columns = ["point", "method", *settings, "byte_share", "cases", "not_finite", "perplexity", *METRICS]
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        for label, point in points.items():
+            share = "" if point["byte_share"] is None else point["byte_share"]
+            own = {"point": label, "method": point["method"], "byte_share": share}
+            writer.writerow(own | point["settings"] | point["means"])
+
+
 def sweep_report(results: Mapping[str, Any], image: bytes) -> str:
-    """The page of a sweep: its figure, every point's means, what was skipped and why."""
+    """The page of a sweep: its figure, the means of every point, and why points were skipped."""
     points = results["points"]
-    keys = [key for key in _COLUMNS if any(key in point["means"] for point in points.values())]
-    rows = []
-    for label, point in points.items():
-        values = point["means"]
-        cells = [_COLUMNS[key][1].format(values[key]) if key in values else "" for key in keys]
-        share = values["cache_bytes"] / values["full_cache_bytes"] if "cache_bytes" in values else None
-        rows.append([label, *cells, "" if share is None else f"{share:.1%}"])
-    tables: list[Table] = [("Means", ["point", *(_COLUMNS[key][0] for key in keys), "of full"], rows)]
+    means = means_table({label: point["means"] for label, point in points.items()}, "point", COLUMNS | NOT_FINITE)
+    tables = [("Means", means)]
     if results["skipped"]:
-        tables.append(("Points that could not be measured", ["point", "why"], list(results["skipped"].items())))
+        skipped = Table(("point", "why"), list(results["skipped"].items()))
+        tables.append(("Points that could not be measured", skipped))
     details = {key: value for key, value in results.items() if key not in ("points", "cases", "skipped")}
     cases = len(results["cases"])
     lead = f"{len(points)} points over {cases} {'case' if cases == 1 else 'cases'} of {results['task']}."
     return page(f"Sweep: {results['task']}", lead, [("Quality against stored bytes", image)], tables, details)
 
 
-INSPECTION_COLUMNS = (
-    "method",
-    "tokens kept",
-    "key error",
-    "value error",
-    "attention kept",
-    "worst head",
-    "cache bytes",
-    "of full",
-)
+def write_inspection(
+    directory: pathlib.Path, inspections: Mapping[str, Inspection], full_bytes: int, details: Mapping[str, Any]
+) -> list[pathlib.Path]:
+    """Writes a PNG file per picture, report.html, and arrays.npz (`METHOD/FIELD` of `Inspection`); returns the paths.
+
+    Raises:
+      ImportError: no matplotlib.
+    """
+    pictures = _inspection_pictures(inspections)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, (_, image) in pictures.items():
+        paths.append(directory / f"{name}.png")
+        paths[-1].write_bytes(image)
+    report, arrays = directory / "report.html", directory / "arrays.npz"
+    report.write_text(inspection_report(inspections, list(pictures.values()), full_bytes, details), encoding="utf-8")
+    fields = {
+        f"{name}/{field}": value
+        for name, inspection in inspections.items()
+        for field, value in vars(inspection).items()
+        if value is not None
+    }
+    np.savez_compressed(arrays, **fields)
+    return [*paths, report, arrays]
 
 
-def inspection_rows(inspections: Mapping[str, Inspection], full_bytes: int) -> list[list[str]]:
-    """`INSPECTION_COLUMNS` of each method: over all layers, or the worst head of any."""
-    rows = []
-    for name, found in inspections.items():
-        size = int(found.layer_bytes.sum())
-        cells = [
-            f"{found.kept.mean():.1%}",
-            *(
-                _percent(None if x is None else _finite_mean(x))
-                for x in (found.layer_key_error, found.layer_value_error)
-            ),
-            _percent(found.attention_kept.mean()),
-            _percent(found.attention_kept.min()),
-        ]
-        rows.append([name, *cells, f"{size:,}", f"{size / full_bytes:.1%}"])
-    return rows
+def _inspection_pictures(inspections: Mapping[str, Inspection]) -> dict[str, Picture]:
+    """Captions and pictures by file name, without its extension."""
+    from minikv_jax.evaluation import figures  # matplotlib is optional
+
+    pictures = {
+        "attention": ("Attention of the next tokens that falls on kept tokens", figures.attention_kept(inspections)),
+        "budgets": ("Tokens held per layer", figures.budgets(inspections)),
+    }
+    if any(inspection.key_error is not None for inspection in inspections.values()):
+        pictures["errors"] = ("Quantisation error per layer", figures.layer_errors(inspections))
+    for name, inspection in inspections.items():
+        file = re.sub(r"[^\w.,=-]+", "-", name)
+        pictures[f"kept-{file}"] = (f"{name}: tokens kept per layer and head", figures.kept_map(inspection, name))
+        if inspection.key_error is not None and inspection.packed_tokens.any():
+            title = f"{name}: quantisation error per layer, head and channel"
+            pictures[f"error-{file}"] = (title, figures.error_map(inspection, name))
+    return pictures
 
 
 def inspection_report(
     inspections: Mapping[str, Inspection],
-    images: Sequence[tuple[str, bytes]],
+    images: Sequence[Picture],
     full_bytes: int,
     details: Mapping[str, Any],
 ) -> str:
     """The page of `minikv inspect`: every picture, the methods side by side, and each method layer by layer."""
-    tables: list[Table] = [("Methods", INSPECTION_COLUMNS, inspection_rows(inspections, full_bytes))]
-    columns = ("layer", "tokens per head", "of these as codes", "key error", "value error")
-    columns = (*columns, "attention kept", "worst head", "bytes")
-    for name, found in inspections.items():
-        none = [None] * len(found.layer_bytes)
-        errors = found.layer_key_error, found.layer_value_error
-        rows = [
-            [str(layer), f"{kept:,.0f}", f"{packed:,}", *map(_percent, (keys, values, mean, least)), f"{size:,}"]
-            for layer, (kept, packed, keys, values, mean, least, size) in enumerate(
-                zip(
-                    found.kept_tokens.mean(axis=1),
-                    found.packed_tokens,
-                    *(none if error is None else error for error in errors),
-                    found.attention_kept.mean(axis=1),
-                    found.attention_kept.min(axis=1),
-                    found.layer_bytes,
-                    strict=True,
-                )
-            )
-        ]
-        tables.append((f"{name}, layer by layer", columns, rows))
+    tables = [("Methods", inspection_table(inspections, full_bytes))]
+    tables += [(f"{name}, layer by layer", layer_table(inspection)) for name, inspection in inspections.items()]
     lead = (
         f"What {len(inspections)} {'method keeps' if len(inspections) == 1 else 'methods keep'} of a prompt of "
         f"{details['prompt_tokens']:,} tokens. Errors are root mean squares over the tokens held as codes, relative to "
@@ -144,13 +183,3 @@ def inspection_report(
         f"tokens that were kept; the full-cache model generates these, up to {details['max_new_tokens']} of them."
     )
     return page("What the cache keeps", lead, images, tables, details)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None or math.isnan(share) else f"{share:.1%}"
-
-
-def _finite_mean(values: np.ndarray) -> float:
-    """The mean over the layers that have a value; NaN where none has."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else math.nan

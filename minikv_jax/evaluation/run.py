@@ -1,4 +1,4 @@
-"""A task's cases through every method, in batches of one padded length; means; the record of a run."""
+"""Runs a task's cases through every method in batches of one padded length, and averages and records the results."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minikv_jax.cache import memory
-from minikv_jax.evaluation.fit import Method
+from minikv_jax import __version__
+from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
 from minikv_jax.evaluation.task import Case, Task
-from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods import contracts
+from minikv_jax.methods.method import Method
+from minikv_jax.methods.registry import to_dict
 from minikv_jax.models.decoder import Llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PACKAGES = ("minikv_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy")
 
-# The numbers of a case and method that are averaged, in the order they are shown.
+# Numbers that are averaged over cases, in the order they are shown.
 METRICS = ("nll", "full_nll", "kl_to_full", "top1_agreement", "exact_match", "score", "cache_bytes", "full_cache_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """A model, a task and its cases: what stays the same while methods change.
+    """A model, a task and its cases, which stay the same while methods change.
 
     Attributes:
-      room: new tokens that every cache has room for: the most that any case needs, so that cases share programs.
+      room: new tokens that every cache has room for. All cases have the room of the longest, so that they share
+        programs.
     """
 
     model: Llama
@@ -54,7 +57,7 @@ class Evaluator:
         task: Task,
         implementation: str | None = None,
     ) -> Evaluator:
-        """Makes the task's cases. Raises ValueError for one that does not fit the model, before anything runs."""
+        """Makes the task's cases. Raises ValueError if one does not fit the model."""
         cases = tuple(task.cases(tokenizer, model.config.max_position_embeddings))
         room = max(case.new_tokens for case in cases)
         for case in cases:
@@ -66,10 +69,10 @@ class Evaluator:
         """Padded prompt lengths of the cases, each once."""
         return sorted({padded_length(self.model.config, case) for case in self.cases})
 
-    def fit(self, methods: Mapping[str, Method], length: int) -> dict[str, CacheConfig]:
-        """The methods' configs for a padded prompt length (`Method.fit`), each checked against the model."""
+    def fit(self, methods: Mapping[str, SizedMethod], length: int) -> dict[str, Method]:
+        """The methods for a padded prompt length (`SizedMethod.fit`), each checked against the model."""
         for method in methods.values():
-            memory.check_model(self.model.config, method.config)
+            contracts.check(method.method, self.model.config)
         return {
             name: method.fit(
                 self.model.config, prompt_length=length, max_new_tokens=self.room, dtype=self.model.dtype.name
@@ -78,12 +81,12 @@ class Evaluator:
         }
 
     def run(
-        self, methods: Mapping[str, Method], batch: int = 1, cases: Iterable[Case] | None = None
+        self, methods: Mapping[str, SizedMethod], batch: int = 1, cases: Iterable[Case] | None = None
     ) -> Iterator[tuple[Case, str, dict[str, Any]]]:
-        """Yields a case, a method's name and its row as they are measured: cases of one padded length together.
+        """Measures cases of one padded length together, and yields a case, a method's name and the row of both.
 
-        A row holds `METRICS` as far as the case has them, `text` and `budget` where there are any, and `finite`;
-        where that is false, a logit was NaN or infinite and the row's numbers are None, its bytes excepted.
+        A row holds the `METRICS` that the case has, the generated `text` if any, the method's budgets, and `finite`. If
+        that is false, a logit was NaN or infinite, or a score was NaN, and the row's numbers are None except its bytes.
         """
 
         def length(case: Case) -> int:
@@ -91,22 +94,23 @@ class Evaluator:
 
         ordered = sorted(self.cases if cases is None else cases, key=length)
         for padded, group in itertools.groupby(ordered, key=length):
-            configs = self.fit(methods, padded)
-            alike = list(group)
-            for start in range(0, len(alike), batch):
-                chunk = alike[start : start + batch]
-                filled = [*chunk, *[chunk[-1]] * (batch - len(chunk))]  # a smaller batch would compile anew
-                for name, found in measure_each(self.model, filled, configs, self.room, self.implementation):
-                    for case, value in zip(chunk, found, strict=False):
-                        yield case, name, self._row(case, configs[name], value)
+            fitted = self.fit(methods, padded)
+            same_length = list(group)
+            for start in range(0, len(same_length), batch):
+                chunk = same_length[start : start + batch]
+                # The last case fills the batch up, because a smaller batch would compile anew.
+                filled = [*chunk, *itertools.repeat(chunk[-1], batch - len(chunk))]
+                for name, measurements in measure_each(self.model, filled, fitted, self.room, self.implementation):
+                    for case, measurement in zip(chunk, measurements, strict=False):
+                        yield case, name, self._row(case, fitted[name], measurement)
 
-    def _row(self, case: Case, config: CacheConfig, value: Measurement) -> dict[str, Any]:
-        row = dataclasses.asdict(value)
+    def _row(self, case: Case, method: Method, measurement: Measurement) -> dict[str, Any]:
+        row = dataclasses.asdict(measurement)
         generated = row.pop("generated")
         if generated is not None:
             text = self._text(generated)
-            row |= {"text": text, "score": self.task.score(case, text) if value.finite else None}
-        return row | {"heavy": config.heavy, "recent": config.recent}
+            row |= {"text": text, "score": self.task.score(case, text) if measurement.finite else None}
+        return row | budget_record(method)
 
     def _text(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:
@@ -120,44 +124,55 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     `perplexity` is exp of the mean NLL.
     """
     counted = [row for row in rows if row["finite"]]
-    found: dict[str, Any] = {"cases": len(rows), "not_finite": len(rows) - len(counted)}
+    result: dict[str, Any] = {"cases": len(rows), "not_finite": len(rows) - len(counted)}
     for name in METRICS:
         values = [row[name] for row in counted if row.get(name) is not None]
         if values:
-            found[name] = math.fsum(values) / len(values)
-    if "nll" in found:
-        found["perplexity"] = math.exp(min(found["nll"], 700.0))
-    return found
+            result[name] = math.fsum(values) / len(values)
+    if "nll" in result:
+        result["perplexity"] = math.exp(min(result["nll"], 700.0))
+    return result
 
 
 def summary(results: Sequence[tuple[Case, Mapping[str, Mapping[str, Any]]]]) -> dict[str, dict[str, Any]]:
-    """`means` per method, overall and, where there are several, per group of cases."""
+    """`means` per method, over all cases and, if there are several groups, per group of cases."""
     groups = sorted({case.group for case, _ in results})
-    found = {}
+    by_method = {}
     for name in results[0][1]:
-        found[name] = means([rows[name] for _, rows in results])
+        by_method[name] = means([rows[name] for _, rows in results])
         if len(groups) > 1:
-            found[name]["groups"] = {
+            by_method[name]["groups"] = {
                 group: means([rows[name] for case, rows in results if case.group == group]) for group in groups
             }
-    return found
+    return by_method
 
 
 def describe(evaluator: Evaluator, model_source: str) -> dict[str, Any]:
-    """What a run's numbers depend on, methods excepted: task, options, data, model, versions, device."""
+    """Everything but the methods that a run's numbers depend on: task, options, data, model, versions, device."""
     task = {"task": evaluator.task.name, "options": _options(evaluator.task)}
     return task | describe_model(evaluator.model, model_source, evaluator.implementation)
 
 
 def describe_model(model: Llama, model_source: str, implementation: str | None) -> dict[str, Any]:
-    """What any result depends on: model, versions, device."""
+    """Everything that any result depends on: model, versions, device."""
     return {
         "model": {"source": pathlib.Path(model_source).name, "sha256": parameters_sha256(model)},
         "dtype": model.dtype.name,
         "implementation": implementation,
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"minikv_jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def method_record(method: Method) -> dict[str, Any]:
+    """A method's fields as JSON values."""
+    return to_dict(method)
+
+
+def budget_record(method: Method) -> dict[str, Any]:
+    """A method's token budgets as JSON values."""
+    values = to_dict(method)
+    return {name: values[name] for name in ("heavy", "recent")}
 
 
 def parameters_sha256(model: Llama) -> str:
@@ -171,7 +186,7 @@ def parameters_sha256(model: Llama) -> str:
 
 
 def _options(task: Any) -> dict[str, Any]:
-    """The task's options as JSON; a file is named and hashed, a directory with every file the task could read."""
+    """The task's options as JSON values; files are named and hashed, in directories all that the task could read."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(task):
         value = getattr(task, field.name)
@@ -194,7 +209,7 @@ Report = dict[str, Any]
 
 def evaluate(
     evaluator: Evaluator,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, SizedMethod],
     *,
     model_source: str = "",
     batch: int = 1,
@@ -203,10 +218,10 @@ def evaluate(
     """Runs every case and method; the report is plain JSON, and the same for the same arguments.
 
     Args:
-      done: is told how many rows there are, one per case and method.
+      done: called with the number of rows measured so far, one per case and method.
 
     Raises:
-      ValueError: a method that does not fit the model, or its bytes: before anything runs.
+      ValueError: a method that does not fit the model or its bytes, before anything runs.
     """
     for length in evaluator.lengths:
         evaluator.fit(methods, length)
@@ -216,7 +231,7 @@ def evaluate(
         done(len(rows))
     results = [(case, {name: rows[case.name, name] for name in methods}) for case in evaluator.cases]
     return describe(evaluator, model_source) | {
-        "methods": {name: dataclasses.asdict(method.config) for name, method in methods.items()},
+        "methods": {name: method_record(method.method) for name, method in methods.items()},
         "byte_share": {name: method.byte_share for name, method in methods.items() if method.byte_share is not None},
         "means": summary(results),
         "cases": [case_record(case) | {"methods": rows} for case, rows in results],
@@ -224,7 +239,7 @@ def evaluate(
 
 
 def case_record(case: Case) -> dict[str, Any]:
-    """What is said of a case in a report: its sizes and tags, not its text."""
+    """A case's sizes and tags, without its text, as JSON values."""
     return {
         "name": case.name,
         "group": case.group,

@@ -1,12 +1,11 @@
 """A grid of methods and fields over one task. Every measured row is on disk at once: a sweep that was killed goes on.
 
 A sweep's directory holds `sweep.json` (what the numbers depend on, and every point's fields), `rows.jsonl` (a line per
-case and point, appended as they are measured), and what `write_results` makes of them.
+case and point, appended as they are measured), and the files that `report.write_sweep` makes of them.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -14,9 +13,10 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from minikv_jax.evaluation.fit import Method
-from minikv_jax.evaluation.run import METRICS, Evaluator, case_record, describe, means
-from minikv_jax.methods import lookup as presets
+from minikv_jax.evaluation.fit import SizedMethod
+from minikv_jax.evaluation.run import Evaluator, case_record, describe, means, method_record
+from minikv_jax.evaluation.task import Case
+from minikv_jax.methods import lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,15 @@ class Point:
     @property
     def label(self) -> str:
         """Unique in a sweep: `minikv:k_bits=4 @ 0.125`."""
-        swept = ",".join(f"{key}={value}" for key, value in self.settings)
-        separator = "," if ":" in self.method else ":"
-        share = "" if self.byte_share is None else f" @ {self.byte_share:.4g}"
-        return f"{self.method}{separator * bool(swept)}{swept}{share}"
+        label = self.method
+        if self.settings:
+            swept = ",".join(f"{key}={value}" for key, value in self.settings)
+            label += f"{',' if ':' in self.method else ':'}{swept}"
+        return label if self.byte_share is None else f"{label} @ {self.byte_share:.4g}"
 
-    def resolve(self, settings: Sequence[tuple[str, str]] = ()) -> Method:
+    def resolve(self, settings: Sequence[tuple[str, str]] = ()) -> SizedMethod:
         """The method, its fields changed by `settings` and then by its own; ValueError if they make none."""
-        return Method(presets.parse(self.method, [*settings, *self.settings]), self.byte_share)
+        return SizedMethod(lookup.parse(self.method, [*settings, *self.settings]), self.byte_share)
 
 
 def grid(
@@ -60,21 +61,21 @@ def grid(
 
 def _keeps_all(method: str, settings: Sequence[tuple[str, str]]) -> bool:
     try:
-        return presets.parse(method, settings).keeps_all
+        return lookup.parse(method, settings).keeps_all
     except ValueError:
         return False  # `Sweep.open` says what is wrong
 
 
 @dataclasses.dataclass
 class Sweep:
-    """The state of a sweep: its points, those that cannot be, and the rows measured so far."""
+    """The state of a sweep: its points, those that cannot be measured, and the rows measured so far."""
 
     directory: pathlib.Path
     evaluator: Evaluator
     description: dict[str, Any]
     points: dict[str, Point]
-    methods: dict[str, Method]
-    skipped: dict[str, str]  # label -> why the point cannot be
+    methods: dict[str, SizedMethod]
+    skipped: dict[str, str]  # label -> why the point cannot be measured
     rows: dict[tuple[str, str], dict[str, Any]]  # (case, label) -> row
 
     @classmethod
@@ -86,14 +87,14 @@ class Sweep:
         settings: Sequence[tuple[str, str]] = (),
         model_source: str = "",
     ) -> Sweep:
-        """A new sweep, or the one in `directory`, to which points may have been added.
+        """Starts a sweep, or resumes the one in `directory`, perhaps with more points.
 
-        A point that makes no valid method, or none that fits the model or its bytes, is skipped with the reason.
+        A point whose method is invalid or does not fit the model or its bytes is skipped with the reason.
 
         Raises:
-          ValueError: the directory holds a sweep of something else; a point is given twice; no point can be.
+          ValueError: the directory holds a sweep of something else; a point is given twice; no point can be measured.
         """
-        methods: dict[str, Method] = {}
+        methods: dict[str, SizedMethod] = {}
         skipped: dict[str, str] = {}
         by_label = {point.label: point for point in points}
         if len(by_label) < len(points):
@@ -120,10 +121,10 @@ class Sweep:
         )
 
     def run(self, batch: int = 1, done: Callable[[int], None] = lambda rows: None) -> None:
-        """Measures what is missing. `done` is told how many rows there are, of this sweep's cases and points."""
+        """Measures the missing rows. `done` is called with the number of rows measured so far."""
         total = len(self.evaluator.cases) * len(self.methods)
         done(total - self.missing)
-        todo: dict[tuple[str, ...], list] = {}
+        todo: dict[tuple[str, ...], list[Case]] = {}  # cases by the points that they lack
         for case in self.evaluator.cases:
             labels = tuple(label for label in self.methods if (case.name, label) not in self.rows)
             if labels:
@@ -138,7 +139,7 @@ class Sweep:
                     done(total - self.missing)
 
     def results(self) -> dict[str, Any]:
-        """All there is to say, as JSON: description, points with their means, what was skipped, every case."""
+        """The whole sweep as JSON values: description, points with their means, skipped points, every case."""
         cases = self.evaluator.cases
         return self.description | {
             "points": {
@@ -146,7 +147,7 @@ class Sweep:
                     "method": self.points[label].method,
                     "settings": dict(self.points[label].settings),
                     "byte_share": method.byte_share,
-                    "fields": dataclasses.asdict(method.config),
+                    "fields": method_record(method.method),
                     "means": means([self.rows[case.name, label] for case in cases]),
                 }
                 for label, method in self.methods.items()
@@ -159,7 +160,7 @@ class Sweep:
         }
 
     def _resume(self) -> None:
-        """Reads what the directory holds of this sweep, and writes down what it now is."""
+        """Reads the rows that the directory holds, and writes the sweep's description."""
         self.directory.mkdir(parents=True, exist_ok=True)
         header, rows = self.directory / "sweep.json", self.directory / "rows.jsonl"
         # Through JSON and back, so that tuples compare as the lists they become.
@@ -179,51 +180,19 @@ class Sweep:
             self.rows = _read_rows(rows)
 
 
-def _fields(method: Method) -> dict[str, Any]:
-    return dataclasses.asdict(method.config) | {"byte_share": method.byte_share}
+def _fields(method: SizedMethod) -> dict[str, Any]:
+    return method_record(method.method) | {"byte_share": method.byte_share}
 
 
 def _read_rows(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a file whose last line may be torn; that one is cut off."""
-    found, whole = {}, 0
+    """The rows of a file by case and point. If its last line is torn, that line is cut off."""
+    rows, complete_bytes = {}, 0
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
         row = json.loads(line)
-        found[row.pop("case"), row.pop("point")] = row
-        whole += len(line)
+        rows[row.pop("case"), row.pop("point")] = row
+        complete_bytes += len(line)
     with path.open("r+b") as stream:
-        stream.truncate(whole)
-    return found
-
-
-def write_results(directory: pathlib.Path, results: Mapping[str, Any], figures: bool = True) -> list[pathlib.Path]:
-    """Writes results.json and results.csv, and with `figures` pareto.png and report.html; returns the paths.
-
-    Raises:
-      ImportError: figures without matplotlib.
-    """
-    paths = [directory / "results.json", directory / "results.csv"]
-    paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    _write_csv(paths[1], results["points"])
-    if figures:
-        from minikv_jax.evaluation.figures import pareto
-        from minikv_jax.evaluation.report import sweep_report
-
-        image = pareto(results["points"], title=results["task"])
-        paths += [directory / "pareto.png", directory / "report.html"]
-        paths[2].write_bytes(image)
-        paths[3].write_text(sweep_report(results, image), encoding="utf-8")
-    return paths
-
-
-def _write_csv(path: pathlib.Path, points: Mapping[str, Mapping[str, Any]]) -> None:
-    settings = sorted({key for point in points.values() for key in point["settings"]})
-    columns = ["point", "method", *settings, "byte_share", "cases", "not_finite", "perplexity", *METRICS]
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        for label, point in points.items():
-            share = "" if point["byte_share"] is None else point["byte_share"]
-            own = {"point": label, "method": point["method"], "byte_share": share}
-            writer.writerow(own | point["settings"] | point["means"])
+        stream.truncate(complete_bytes)
+    return rows

@@ -1,8 +1,8 @@
-"""What a task is: options, cases, and a score for generated text. No JAX here: `minikv --help` reads this.
+"""Tasks: their options, their cases, and a score for generated text.
 
 A task is a frozen dataclass whose fields are its options, made with `option`; they become the command's arguments. It
-turns itself into `Case`s for a tokenizer. A case with a `continuation` measures fidelity; a case with `max_new_tokens`
-is also answered by greedy generation, and the task scores the text.
+makes `Case`s for a tokenizer. A case with a `continuation` measures fidelity; a case with `max_new_tokens` is also
+answered by greedy generation, and the task scores the text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from minikv_jax.files import read_jsonl as read_jsonl
 from minikv_jax.files import read_text as read_text
+from minikv_jax.models.chat import first_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One prompt, and what is known of its continuation.
+    """One prompt and its known continuation or answers.
 
     Attributes:
       name: unique within a run.
       prompt: token ids.
-      continuation: token ids of the true continuation; empty where there is none.
+      continuation: token ids of the true continuation; empty if unknown.
       answers: references for `Task.score`.
-      max_new_tokens: tokens to generate; 0 where the text of an answer is not asked for.
-      stop: token ids that end the answer beside the model's own.
-      group: a data set's name, say: means are also given per group.
-      tags: anything worth recording (a depth, a length).
+      max_new_tokens: tokens to generate; 0 if no text is scored.
+      stop: token ids that end the answer, in addition to the model's own.
+      group: the case's group, as a data set's name; means are also given per group.
+      tags: anything worth recording, as a depth or a length.
     """
 
     name: str
@@ -53,39 +54,39 @@ class Case:
 class Task(Protocol):
     """A benchmark. Implementations are frozen dataclasses, one file each in `evaluation/tasks`.
 
-    Options are checked when a task is made, before a model is loaded: what `cases` may still raise is of the data.
+    Options are checked when a task is made, before a model is loaded. Data are checked by `cases`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]  # a line of help
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
-        """The cases for a tokenizer and a model of `positions` positions; the same every time.
+        """Returns the cases for a tokenizer and a model of `positions` positions, the same every time.
 
         Raises:
-          ValueError: data that make no cases, naming the file and line where there is one; no tokenizer, or too few
-            positions.
+          ValueError: malformed data, naming the file and line if known; no tokenizer; or too few positions.
         """
         ...
 
     def score(self, case: Case, text: str) -> float | None:
-        """How good the text generated for `case` is, 0..1; None where the task generates none."""
+        """Score of the text generated for `case`, 0..1; None if the task generates none."""
         ...
 
 
 def option(
     help: str, default: Any = dataclasses.MISSING, *, parse: Callable[[str], Any] = str, hub: Sequence[str] = ()
 ) -> Any:
-    """A dataclass field that is also a command-line option; without a default it must be given.
+    """Makes a dataclass field that is also a command-line option; without a default it is required.
 
-    With `hub`, the option is a directory that may also be given as the name of a data set on the hub, from which these
-    files are downloaded (`evaluation.data.locate`).
+    Args:
+      hub: makes the option a directory that may also be given as the name of a data set on the hub; these are the files
+        to download (`evaluation.data.locate`).
     """
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "hub": tuple(hub)})
 
 
 def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A parser of comma-separated values for `option`."""
+    """Makes a parser of comma-separated values for `option`."""
 
     def parse_all(text: str) -> tuple[Any, ...]:
         return tuple(parse(part) for part in text.split(","))
@@ -95,27 +96,25 @@ def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """`template` with `{name}` replaced for each of `values`, and nothing in what is filled in."""
+    """Replaces `{name}` in `template` by each of `values`; nothing is replaced within the values."""
     names = "|".join(map(re.escape, values))
-    return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
+    return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template)
 
 
 def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer; ValueError where the model came without one."""
+    """Returns the tokenizer. Raises ValueError if the model came without one."""
     if tokenizer is None:
         raise ValueError("the model has no tokenizer, and this task is made of text: only `cases` takes token ids")
     return tokenizer
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, reply: str = "") -> list[int]:
-    """Token ids of a user's message and the opening of the reply; of plain text where there is no chat template.
+    """Token ids of a user's message and the opening of the reply, or of plain text if there is no chat template.
 
-    `reply` is put into the model's mouth: the beginning of its answer, or of the text after the prompt.
+    `reply` is the beginning of the model's answer, or of the text after the prompt.
     """
     if not chat or tokenizer.chat_template is None:
         return list(tokenizer.encode(text + reply))
-    from minikv_jax.models.chat import first_turn
-
     return first_turn(tokenizer, text, reply)
 
 
@@ -129,25 +128,28 @@ def encode_pair(
     if chat and tokenizer.chat_template is not None and not reply:
         continuation = continuation.removeprefix(" ")
     prompt = encode_prompt(tokenizer, text, chat=chat, reply=reply)
-    whole = encode_prompt(tokenizer, text, chat=chat, reply=reply + continuation)
-    if whole[: len(prompt)] == prompt:
-        return tuple(prompt), tuple(whole[len(prompt) :])
+    joined = encode_prompt(tokenizer, text, chat=chat, reply=reply + continuation)
+    if joined[: len(prompt)] == prompt:
+        return tuple(prompt), tuple(joined[len(prompt) :])
     return tuple(prompt), tuple(tokenizer.encode(continuation, add_special_tokens=False))
 
 
 def truncate_middle(
-    tokenizer: PreTrainedTokenizerBase, text: str, context: int | None, most: int, *, chat: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, context: int | None, room: int, *, chat: bool
 ) -> str:
-    """`text` without as much of its middle as keeps the prompt (`encode_prompt`) within `context` and `most` tokens.
+    """Cuts the middle out of `text` so that the prompt (`encode_prompt`) has at most `context` and `room` tokens.
 
     The question stands at the end of a prompt and the instructions at both ends, so these stay (LongBench, pred.py).
 
+    Args:
+      room: tokens that the model's positions leave for the prompt.
+
     Raises:
-      ValueError: where not even a token of each end fits, or `context` is over `most`.
+      ValueError: not even a token of each end fits, or `context` is over `room`.
     """
-    if context is not None and context > most:
-        raise ValueError(f"context={context}: beside the answer the model's positions leave room for {most} tokens")
-    limit = most if context is None else context
+    if context is not None and context > room:
+        raise ValueError(f"context={context}: beside the answer the model's positions leave room for {room} tokens")
+    limit = room if context is None else context
     excess = len(encode_prompt(tokenizer, text, chat=chat)) - limit
     if excess <= 0:
         return text

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minikv_jax import files, packing
-from minikv_jax.methods.base import Method, Operand
+from minikv_jax.methods.base import Operand
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import from_dict, register_quantizer, to_dict
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.packing import Packing, QuantizedArray

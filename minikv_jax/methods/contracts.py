@@ -21,11 +21,11 @@ from minikv_jax.methods.base import (
     FunctionBudget,
     FunctionScorer,
     LayerInputs,
-    Method,
     Operand,
     Quantizer,
     ScoredBudget,
 )
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, SCORERS
 from minikv_jax.models.config import ModelConfig
 

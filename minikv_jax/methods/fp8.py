@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minikv_jax import checks
-from minikv_jax.methods.base import Method, Operand, Quantizer
+from minikv_jax.methods.base import Operand, Quantizer
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_quantizer
 
 

@@ -1,6 +1,6 @@
 """The full cache: every token, in the model's dtype. What every method is measured against."""
 
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method
 
 FULL = register_method(Method(name="full", citation="every token, in the model's dtype"))

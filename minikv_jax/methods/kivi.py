@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 
 from minikv_jax import checks, packing
-from minikv_jax.methods.base import Kind, Method, Operand, Quantizer, Tail
+from minikv_jax.methods.base import Kind, Operand, Quantizer
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.registry import register_method, register_quantizer
 from minikv_jax.packing import GROUP_SIZES, METADATA_DTYPES, PLANES, Axis, Packing
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from minikv_jax.methods import calibrated
-from minikv_jax.methods.base import Amount, Component, Method, settings, to_amount
+from minikv_jax.methods.base import Component, settings
+from minikv_jax.methods.method import Amount, Method, to_amount
 from minikv_jax.methods.registry import BUDGETS, METHODS, QUANTIZERS, SCORERS, Components
 
 _COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
@@ -103,7 +104,7 @@ class _Draft(NamedTuple):
 def _unchanged(component: Component | None) -> _Draft:
     if component is None:
         return _Draft(lambda: None, {})
-    return _Draft(functools.partial(dataclasses.replace, component), _plain_settings(component))
+    return _Draft(lambda **values: dataclasses.replace(component, **values), _plain_settings(component))  # pyright: ignore
 
 
 def _replaced(part: str, old: Component | None, name: str) -> _Draft:
@@ -113,7 +114,7 @@ def _replaced(part: str, old: Component | None, name: str) -> _Draft:
         return _unchanged(None)
     entry = registry[name]
     if not isinstance(entry, type) or type(old) is entry:
-        return _unchanged(old if type(old) is entry else entry)
+        return _unchanged(entry if isinstance(entry, Component) else old)
     shared = {} if old is None else {key: value for key, value in settings(old).items() if key in settings(entry)}
     return _Draft(functools.partial(registry.make, name), settings(entry) | shared)
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.methods.base import Method, ScoredBudget
+from minikv_jax.methods.base import ScoredBudget
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.pyramidkv import Pyramid
 from minikv_jax.methods.registry import register_budget, register_method
 from minikv_jax.methods.snapkv import SnapKV

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from minikv_jax.methods.base import Budget, Method
+from minikv_jax.methods.base import Budget
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_budget, register_method
 from minikv_jax.methods.snapkv import SnapKV
 

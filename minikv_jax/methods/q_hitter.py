@@ -1,8 +1,8 @@
 """Q-Hitter (MLSys 2024; https://github.com/VITA-Group/Q-Hitter): heavy hitters, quantised."""
 
-from minikv_jax.methods.base import Method
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method
 
 register_method(

@@ -6,21 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from minikv_jax.methods.base import (
-    Budget,
-    Component,
-    Method,
-    NoScores,
-    Quantizer,
-    ScoredBudget,
-    Scorer,
-    Share,
-    Tail,
-    Uniform,
-    settings,
-    to_budget,
-    to_scorer,
-)
+from minikv_jax.methods.base import Budget, Component, NoScores, Quantizer, ScoredBudget, Scorer, Uniform, settings
+from minikv_jax.methods.method import Method, Share, Tail, to_budget, to_scorer
 
 T = TypeVar("T")
 Registered = TypeVar("Registered", bound=Callable[..., Any])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from minikv_jax import checks
-from minikv_jax.methods.base import LayerInputs, Method, Scorer
+from minikv_jax.methods.base import LayerInputs, Scorer
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_scorer
 from minikv_jax.methods.votes import pool, window_votes
 

@@ -1,6 +1,6 @@
 """StreamingLLM (arXiv 2309.17453; https://github.com/mit-han-lab/streaming-llm)."""
 
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method
 
 register_method(

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minikv_jax import checks, packing
-from minikv_jax.methods.base import Method, Operand, Quantizer
+from minikv_jax.methods.base import Operand, Quantizer
 from minikv_jax.methods.kivi import word_tokens
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_quantizer
 
 

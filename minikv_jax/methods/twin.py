@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minikv_jax import checks
-from minikv_jax.methods.base import LayerInputs, Method, Tail
+from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.registry import register_method, register_scorer
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.methods.votes import rank, window_votes

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from minikv_jax.cache.capacity import LayerCapacity
 from minikv_jax.cache.state import Eviction, LayerCache, LayerSpec, Region, empty_region
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.ops.quantize import store
 from minikv_jax.ops.select import Kept
 

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache.state import Eviction, LayerCache, Region
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.ops.select import rank
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 
 
 class Kept(NamedTuple):

@@ -15,8 +15,8 @@ from oracle import naive
 
 from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
 from minikv_jax.methods import lookup
-from minikv_jax.methods.base import Amount, Method, Share, Tokens
 from minikv_jax.methods.h2o import H2O
+from minikv_jax.methods.method import Amount, Method, Share, Tokens
 from minikv_jax.methods.minikv import Variance
 from minikv_jax.methods.pyramidkv import Pyramid
 

@@ -7,8 +7,8 @@ import pytest
 from support.layers import assert_same, cache_of, naive_append, naive_rows, normal
 
 from minikv_jax.cache.state import KVCache
-from minikv_jax.methods.base import Method, Tail
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.append import append
 
 K, H = 2, 32

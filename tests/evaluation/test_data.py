@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minikv_jax.cli import main as cli
+from minikv_jax.cli.main import main
 from minikv_jax.evaluation.data import locate
 
 Hub = Callable[[dict[str, bytes]], list[tuple[str, list[str]]]]
@@ -61,7 +61,7 @@ def parquet(*rows: dict[str, Any]) -> bytes:
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    code = cli.main([str(part) for part in ("evaluate", *arguments)])
+    code = main([str(part) for part in ("evaluate", *arguments)])
     return code, capsys.readouterr().err
 
 

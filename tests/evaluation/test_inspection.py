@@ -1,27 +1,23 @@
-"""What `minikv inspect` says of a cache, held against plain computations on a tiny model."""
+"""Inspections, held against plain computations on a tiny model."""
 
 import dataclasses
 import functools
-import json
-import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from minikv_jax.methods.config import CacheConfig
+from minikv_jax.methods.quantizers import hadamard
 from support.tiny import tiny_model
 
 from minikv_jax import inference
 from minikv_jax.cache import memory
-from minikv_jax.cli import main as cli
 from minikv_jax.evaluation.inspection import Inspection, attention_share, inspect
 from minikv_jax.generate import generate
 from minikv_jax.methods import lookup as presets
 from minikv_jax.methods.base import ScorerInputs, register_scorer
-from minikv_jax.methods.config import CacheConfig
-from minikv_jax.methods.quantizers import hadamard
 from minikv_jax.models.decoder import Llama
 from minikv_jax.packing import Axis, dequantize, quantize
 
@@ -164,53 +160,6 @@ def test_wrong_prompts_and_methods_are_named(model: Llama):
         inspect(model, PROMPT, {"x": dataclasses.replace(MINIKV, group_size=32)}, NEW)
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, model_directory: Any
-) -> Run:
-    """Runs `minikv inspect --model M ... --out OUT`: exit code, stdout, stderr."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        command = ["inspect", "--model", model_directory, "--out", tmp_path / "out", *arguments]
-        code = cli.main([str(argument) for argument in command])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def test_inspect_writes_pictures_a_page_and_the_arrays(run: Run, tmp_path: pathlib.Path):
-    ids = [i % 90 for i in range(100)]
-    (tmp_path / "ids.json").write_text(json.dumps(ids))
-    methods = ("full", "minikv:residual_length=32")
-    arguments = [part for method in methods for part in ("--method", method)]
-    code, out, err = run("--tokens-file", tmp_path / "ids.json", "--max-new-tokens", 5, *arguments)
-    assert (code, err) == (0, "")
-    header, _, full, minikv, *paths = out.splitlines()
-    assert header.startswith("| method | tokens kept | key error |")
-    assert full.startswith("| full | 100.0% |  |  | 100.0% | 100.0% |")
-    assert minikv.startswith("| minikv:residual_length=32 | 50.0% |")
-    names = ["attention", "budgets", "errors", "kept-full", "kept-minikv-residual_length=32"]
-    names.append("error-minikv-residual_length=32")
-    pngs = [tmp_path / "out" / f"{name}.png" for name in names]
-    page, arrays = tmp_path / "out" / "report.html", tmp_path / "out" / "arrays.npz"
-    assert paths == [str(path) for path in (*pngs, page, arrays)]
-    assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in pngs)
-    text = page.read_text()
-    assert text.count("data:image/png;base64,") == len(pngs)
-    assert "http" not in text
-    assert "minikv:residual_length=32, layer by layer" in text
-    with np.load(arrays) as stored:
-        kept = stored["minikv:residual_length=32/kept"]
-        assert kept.shape == (2, 2, 100)
-        assert (kept.sum(axis=-1) == 50).all()
-        assert "full/key_error" not in stored
-
-
 def test_a_scorer_of_nan_is_refused():
     @register_scorer("test-nan")
     def nan(inputs: ScorerInputs, config: CacheConfig) -> jax.Array:
@@ -219,27 +168,3 @@ def test_a_scorer_of_nan_is_refused():
     config = CacheConfig(scorer="test-nan", heavy=4, recent=4)
     with pytest.raises(ValueError, match="method 'mine': its scorer 'test-nan' gives NaN for tokens of the prompt"):
         inspect(tiny_model(), list(range(20)), {"mine": config}, 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--method", "nosuch"), "method 'nosuch': expected one of"),
-        (("--method", "minikv", "--method", "minikv"), "method 'minikv' is given twice"),
-        (("--method", "minikv:group_size=32"), "head_dim 16 is not divisible by group_size 32"),
-        (("--method", "full", "--max-new-tokens", "0"), "max_new_tokens=0: expected at least 1"),
-        (("--method", "full", "--prompt-file", "/no/such/file"), "No such file"),
-        (("--method", "full", "--out", __file__), "is a file: expected a directory"),
-        (("--method", "full", "--implementation", "tpu"), "implementation='tpu': expected one of"),
-        (("--method", "full", "--max-new-tokens", "1020"), "the prompt: 9 prompt + 1020 new tokens exceed"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(
-    run: Run, tmp_path: pathlib.Path, arguments: tuple[str, ...], message: str
-):
-    prompt = () if "--prompt-file" in arguments else ("--prompt", "hello")
-    code, out, err = run(*prompt, *arguments)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert message in err
-    assert not (tmp_path / "out").exists()

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from minikv_jax.inference import one_shot
 from support.tiny import tiny_model
 
 from minikv_jax.evaluation import Case, measure
 from minikv_jax.generate import generate
-from minikv_jax.inference import one_shot
 from minikv_jax.methods import lookup as presets
 from minikv_jax.models.decoder import Llama
 

@@ -12,20 +12,17 @@ from support.model_directory import byte_tokenizer
 
 from minikv_jax.evaluation import Case
 from minikv_jax.evaluation.task import fill
-from minikv_jax.evaluation.tasks import (
-    GSM8K,
-    TASKS,
-    Cases,
-    InfiniteBench,
-    KVRetrieval,
-    LongBench,
-    LongEval,
-    Needle,
-    NumberString,
-    Passkey,
-    Perplexity,
-    metrics,
-)
+from minikv_jax.evaluation.tasks import TASKS, metrics
+from minikv_jax.evaluation.tasks.cases import Cases
+from minikv_jax.evaluation.tasks.gsm8k import GSM8K
+from minikv_jax.evaluation.tasks.infinitebench import InfiniteBench
+from minikv_jax.evaluation.tasks.kv_retrieval import KVRetrieval
+from minikv_jax.evaluation.tasks.longbench import LongBench
+from minikv_jax.evaluation.tasks.longeval import LongEval
+from minikv_jax.evaluation.tasks.needle import Needle
+from minikv_jax.evaluation.tasks.number_string import NumberString
+from minikv_jax.evaluation.tasks.passkey import Passkey
+from minikv_jax.evaluation.tasks.perplexity import Perplexity, book_windows
 from minikv_jax.evaluation.tasks.retrieval import Retrieval
 
 TOKENIZER = byte_tokenizer()
@@ -276,7 +273,27 @@ def test_metrics_by_hand():
     assert metrics.choice("ABCD", "A") == 0
 
 
+def test_every_file_of_tasks_that_defines_one_is_a_task():
+    files = {path.stem for path in pathlib.Path(metrics.__file__).parent.glob("*.py")}
+    assert {task.__module__.rsplit(".", 1)[1] for task in TASKS.values()} == files - {
+        "__init__",
+        "metrics",
+        "retrieval",
+    }
+    assert all(task.name == name for name, task in TASKS.items())
+
+
 def test_every_task_is_in_the_documentation():
     page = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
     documented = page.read_text(encoding="utf-8")
     assert [name for name in TASKS if f"`{name}`" not in documented] == []
+
+
+def test_windows_do_not_overlap():
+    windows = book_windows(range(100), prompt=20, continuation=5, count=4)
+    assert [prompt[0] for prompt, _ in windows] == [0, 25, 50, 75]
+    assert all(continuation == list(range(p[0] + 20, p[0] + 25)) for p, continuation in windows)
+    with pytest.raises(ValueError, match="100 tokens: 5 windows of 25 need 125"):
+        book_windows(range(100), prompt=20, continuation=5, count=5)
+    with pytest.raises(ValueError, match="count=0"):
+        book_windows(range(100), prompt=20, continuation=5, count=0)

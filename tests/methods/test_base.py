@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import minikv_jax as mk
-from minikv_jax.methods.base import FunctionBudget, FunctionScorer, Method, Share, Tail, Tokens
+from minikv_jax.methods.base import FunctionBudget, FunctionScorer
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Share, Tail, Tokens
 from minikv_jax.methods.minikv import Variance
 from minikv_jax.methods.pyramidkv import Pyramid
 from minikv_jax.methods.registry import to_dict

@@ -9,10 +9,11 @@ from support.tiny import tiny_config
 import minikv_jax as mk
 from minikv_jax.cache import memory
 from minikv_jax.methods import lookup
-from minikv_jax.methods.base import Method, Share, Tail, Tokens, Uniform
+from minikv_jax.methods.base import Uniform
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.hqq import HQQ
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Share, Tail, Tokens
 from minikv_jax.methods.nvfp4 import NVFP4
 from minikv_jax.methods.pyramidkv import Pyramid
 from minikv_jax.methods.registry import from_dict, to_dict

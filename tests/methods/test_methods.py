@@ -16,9 +16,10 @@ from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.decode import decode
 from minikv_jax.methods import lookup
-from minikv_jax.methods.base import Method, NoScores, Tail, Tokens, Uniform
+from minikv_jax.methods.base import NoScores, Uniform
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail, Tokens
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.rotary import inverse_frequencies

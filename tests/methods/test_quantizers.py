@@ -14,10 +14,11 @@ from support.tiny import tiny_config
 
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache, LayerSpec, Packed
-from minikv_jax.methods.base import Kind, Method, Quantizer, Tail
+from minikv_jax.methods.base import Kind, Quantizer
 from minikv_jax.methods.fp8 import FP8
 from minikv_jax.methods.hqq import HQQ
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.nvfp4 import NVFP4
 from minikv_jax.methods.quarot import Hadamard, hadamard
 from minikv_jax.methods.rtn import RTN

@@ -9,12 +9,13 @@ import pytest
 from oracle import naive, naive_methods
 from support.tiny import tiny_config
 
-from minikv_jax.methods.base import LayerInputs, Method, NoScores, Scorer
+from minikv_jax.methods.base import LayerInputs, NoScores, Scorer
 from minikv_jax.methods.expected_attention import ExpectedAttention
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.keydiff import KeyDiff
 from minikv_jax.methods.knorm import KNorm
 from minikv_jax.methods.lagkv import LagKV
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.methods.tova import TOVA
 from minikv_jax.methods.twin import Twin

@@ -11,8 +11,8 @@ from support.layers import Rows, assert_close, assert_same, cache_of, naive_appe
 
 from minikv_jax.cache.capacity import layer_capacity
 from minikv_jax.cache.state import LayerCache, LayerSpec
-from minikv_jax.methods.base import Method, Tail
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.append import append
 from minikv_jax.ops.compress import compress
 from minikv_jax.ops.decode_attention import decode_attention

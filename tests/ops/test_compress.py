@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from support.layers import assert_same, cache_of, naive_rows, normal
 
-from minikv_jax.methods.base import Method, Tail
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 
 K, H = 2, 32
 SINKS = Method(quantizer=MinMax(metadata_dtype="bfloat16"), tail=Tail(length=16), sinks=5)

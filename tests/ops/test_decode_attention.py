@@ -10,8 +10,8 @@ from oracle import naive
 from support.layers import assert_close, cache_of, naive_rows, normal, stored, with_garbage
 
 from minikv_jax.cache.state import LayerSpec
-from minikv_jax.methods.base import Method, Tail
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights
 
 HEADS = [(4, 4), (3, 1), (8, 2), (8, 1)]  # MHA; groups of 3, 4 and 8 query heads

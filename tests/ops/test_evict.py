@@ -21,9 +21,10 @@ from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec
 from minikv_jax.decode import decode, extend
 from minikv_jax.generate import generate
 from minikv_jax.methods import contracts, lookup
-from minikv_jax.methods.base import Amount, LayerInputs, Method, Share, Tokens
+from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Amount, Method, Share, Tokens
 from minikv_jax.methods.minikv import Variance
 from minikv_jax.methods.pyramidkv import Pyramid
 from minikv_jax.methods.snapkv import SnapKV

@@ -7,8 +7,8 @@ import pytest
 from oracle import naive
 from support.layers import assert_close, cache_of, naive_rows, normal, poison, stored, with_garbage
 
-from minikv_jax.methods.base import Method, Tail
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.extend_attention import extend_attention
 
 METHODS = {

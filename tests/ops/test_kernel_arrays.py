@@ -8,8 +8,8 @@ import pytest
 from support.layers import cache_of, normal
 
 from minikv_jax.cache.state import LayerCache, LayerSpec
-from minikv_jax.methods.base import Method, Tail
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.turboquant import TurboQuant
 from minikv_jax.ops import kernel_arrays
 

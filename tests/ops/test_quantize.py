@@ -7,8 +7,9 @@ import pytest
 from support.layers import normal
 
 from minikv_jax.cache.state import LayerSpec, Packed
-from minikv_jax.methods.base import Kind, Method
+from minikv_jax.methods.base import Kind
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.turboquant import TurboQuant
 from minikv_jax.ops.quantize import quantize, store
 from minikv_jax.packing import Packing, QuantizedArray, StoredArray, encode_minmax

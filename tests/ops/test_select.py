@@ -12,8 +12,8 @@ from hypothesis import strategies
 from oracle import naive
 
 from minikv_jax.cache.capacity import kept_capacity
-from minikv_jax.methods.base import Method, Share, Tokens
 from minikv_jax.methods.h2o import H2O
+from minikv_jax.methods.method import Method, Share, Tokens
 from minikv_jax.ops.select import Kept, select, select_tokens
 
 LENGTHS = np.array([1, 2, 3, 7, 19, 38, 39, 40])

@@ -14,9 +14,10 @@ from fractions import Fraction
 import numpy as np
 from oracle import layout
 
-from minikv_jax.methods.base import Amount, Method, NoScores, Share, Tokens, Uniform
+from minikv_jax.methods.base import NoScores, Uniform
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Amount, Method, Share, Tokens
 from minikv_jax.methods.minikv import Variance
 from minikv_jax.methods.pyramidkv import Pyramid
 from minikv_jax.methods.snapkv import SnapKV

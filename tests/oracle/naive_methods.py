@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 from oracle.naive import softmax
 
-from minikv_jax.methods.base import Method
 from minikv_jax.methods.expected_attention import ExpectedAttention
 from minikv_jax.methods.keydiff import KeyDiff
 from minikv_jax.methods.knorm import KNorm
 from minikv_jax.methods.lagkv import LagKV
+from minikv_jax.methods.method import Method
 from minikv_jax.methods.tova import TOVA
 
 

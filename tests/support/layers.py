@@ -12,7 +12,7 @@ from oracle import naive
 
 from minikv_jax.cache.capacity import LayerCapacity, layer_capacity
 from minikv_jax.cache.state import LayerCache, LayerSpec, Region
-from minikv_jax.methods.base import Method
+from minikv_jax.methods.method import Method
 from minikv_jax.ops.compress import compress
 from minikv_jax.ops.select import Kept
 from minikv_jax.packing import QuantizedArray, unpack

@@ -1,5 +1,7 @@
 """A tiny random chat model with a byte tokenizer, as a Hugging Face directory."""
 
+import dataclasses
+import json
 import pathlib
 
 from support.checkpoints import random_tensors, write_hf
@@ -34,3 +36,11 @@ def write_model(directory: pathlib.Path) -> None:
     )
     write_hf(directory, config, random_tensors(config))
     tokenizer.save_pretrained(directory)
+
+
+def write_shape(path: pathlib.Path) -> str:
+    """Writes a tiny model's config.json, and returns its path."""
+    fields = dataclasses.asdict(tiny_config(head_dim=32)) | {"eos_token_id": None}
+    fields = {name: value for name, value in fields.items() if value is not None and name != "eos_token_ids"}
+    path.write_text(json.dumps(fields))
+    return str(path)

@@ -1,4 +1,4 @@
-"""`cases`: prompts and continuations of the user's own, as JSON Lines."""
+"""`cases`: a user's own prompts and continuations, as JSON Lines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Cases:
     """Each line is `{"prompt_ids": [...], "continuation_ids": [...]}` or `{"prompt": "...", "continuation": "..."}`.
 
-    Text is given to the model as it is, without a chat template; the tokenizer's first token (BOS) is added to a
-    prompt where the tokenizer has one.
+    Text is given to the model as it is, without a chat template. A prompt begins with the tokenizer's first token (BOS)
+    if it has one.
     """
 
     name: ClassVar[str] = "cases"
@@ -32,7 +32,7 @@ class Cases:
         need_file(self.data)
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
-        found = []
+        cases = []
         for number, row in read_jsonl(self.data, self.limit):
             where = f"{self.data}, line {number}"
             prompt, continuation = _token_ids(where, row, tokenizer)
@@ -41,8 +41,8 @@ class Cases:
                     f"{where}: {len(prompt)} prompt + {len(continuation)} continuation tokens exceed the model's "
                     f"{positions} positions"
                 )
-            found.append(Case(f"line {number}", prompt, continuation))
-        return found
+            cases.append(Case(f"line {number}", prompt, continuation))
+        return cases
 
     def score(self, case: Case, text: str) -> None:
         del case, text

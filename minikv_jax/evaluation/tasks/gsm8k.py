@@ -27,9 +27,9 @@ SOURCE = "they come from the grade-school-math repository (grade_school_math/dat
 
 @dataclasses.dataclass(frozen=True)
 class GSM8K:
-    """The first rows of train.jsonl are the examples. `score` is whether the number after the steps is right.
+    """The first rows of train.jsonl are the examples. `score` is 1 if the number after the steps is right.
 
-    `nll` and `kl_to_full` are of the reference solution, without its calculator annotations.
+    `nll` and `kl_to_full` are those of the reference solution, without its calculator annotations.
     """
 
     name: ClassVar[str] = "gsm8k"
@@ -62,9 +62,9 @@ class GSM8K:
             prompt, continuation = encode_pair(
                 tokenizer, f"{shown}Question: {question}\nAnswer:", f" {answer}", chat=self.chat_template
             )
-            wanted = (_final_number(answer) or "",)
+            references = (_final_number(answer) or "",)
             continuation = continuation[: self.max_new_tokens]
-            cases.append(Case(f"line {number}", prompt, continuation, wanted, self.max_new_tokens))
+            cases.append(Case(f"line {number}", prompt, continuation, references, self.max_new_tokens))
         return cases
 
     def score(self, case: Case, text: str) -> float:
@@ -79,10 +79,10 @@ class GSM8K:
 
 
 def _final_number(text: str) -> str | None:
-    """The number after "####", else the last one; without separators and trailing zeros. None if there is none."""
+    """The number after "####", or else the last number, without separators and trailing zeros; None without numbers."""
     stated = re.search(r"####\s*(-?[\d,]*\.?\d+)", text)
-    found = [stated.group(1)] if stated else re.findall(r"-?[\d,]*\.?\d+", text)
-    if not found:
+    numbers = [stated.group(1)] if stated else re.findall(r"-?[\d,]*\.?\d+", text)
+    if not numbers:
         return None
-    number = decimal.Decimal(found[-1].replace(",", "")).normalize() + 0  # -0 becomes 0
+    number = decimal.Decimal(numbers[-1].replace(",", "")).normalize() + 0  # -0 becomes 0
     return f"{number:f}"

@@ -54,9 +54,9 @@ DATASETS: dict[str, _Dataset] = {
 
 @dataclasses.dataclass(frozen=True)
 class InfiniteBench:
-    """Retrieval, book and dialogue sets; answers have the official lengths, a prompt that is too long loses its middle.
+    """Retrieval, book and dialogue sets. Answers have the official lengths; a prompt that is too long loses its middle.
 
-    Numbers longer than a tokenizer's tokens allow for are cut by the official lengths: these suit GPT-4's tokenizer.
+    The official lengths suit GPT-4's tokenizer, so they may cut numbers that another tokenizer writes in more tokens.
     """
 
     name: ClassVar[str] = "infinitebench"
@@ -93,14 +93,14 @@ class InfiniteBench:
         need_fields(str(prompts), templates, self.datasets)
         tokenizer = need_tokenizer(tokenizer)
         positions -= max(DATASETS[name].max_new_tokens for name in self.datasets)
-        found = []
+        cases = []
         for name in self.datasets:
             path = self.data / f"{name}.jsonl"
             for number, row in read_jsonl(path, self.limit):
                 where = f"{path}, line {number}"
                 need_fields(where, row, ("context", "input", "answer"))
-                found.append(self._case(tokenizer, name, where, row, templates[name], positions))
-        return found
+                cases.append(self._case(tokenizer, name, where, row, templates[name], positions))
+        return cases
 
     def score(self, case: Case, text: str) -> float:
         return max(DATASETS[case.group].score(text, answer) for answer in case.answers)
@@ -112,11 +112,11 @@ class InfiniteBench:
         where: str,
         row: Mapping[str, Any],
         template: str,
-        most: int,
+        room: int,
     ) -> Case:
-        room = DATASETS[name].max_new_tokens
+        max_new_tokens = DATASETS[name].max_new_tokens
         text = _prompt(template, row)
-        text = truncate_middle(tokenizer, text, self.context, most, chat=self.chat_template)
+        text = truncate_middle(tokenizer, text, self.context, room, chat=self.chat_template)
         answers = [str(answer) for answer in _listed(row["answer"])]
         if not answers:
             raise ValueError(f"{where}: answer is empty")
@@ -124,7 +124,7 @@ class InfiniteBench:
             answers = ["ABCD"[row["options"].index(answer)] for answer in answers]
         ids, continuation = encode_pair(tokenizer, text, f" {answers[0]}", chat=self.chat_template)
         label = f"{name} {row.get('id', where)}"
-        return Case(label, ids, continuation[:room], tuple(answers), room, group=name)
+        return Case(label, ids, continuation[:max_new_tokens], tuple(answers), max_new_tokens, group=name)
 
 
 def _listed(answer: Any) -> list[Any]:

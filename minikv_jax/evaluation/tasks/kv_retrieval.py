@@ -14,7 +14,7 @@ from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval
 
 @dataclasses.dataclass(frozen=True)
 class KVRetrieval(Retrieval):
-    """Every line of the text is as likely to be asked for as any other: nothing can be dropped safely."""
+    """Every line of the text is equally likely to be asked for, so nothing can be dropped safely."""
 
     name: ClassVar[str] = "kv-retrieval"
     summary: ClassVar[str] = "the value of one key among many random ones"

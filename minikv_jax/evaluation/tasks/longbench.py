@@ -38,7 +38,7 @@ _PROMPTS = "dataset2prompt.json"
 
 class _Dataset(NamedTuple):
     max_new_tokens: int
-    score: Callable[[str, str], float] | None  # None: by the classes of the row
+    score: Callable[[str, str], float] | None  # None: classification into the row's classes
     chat_template: bool = True
     first_line: bool = False  # only the answer's first line counts
     stop_at_newline: bool = False
@@ -67,9 +67,9 @@ DATASETS: dict[str, _Dataset] = {
 
 @dataclasses.dataclass(frozen=True)
 class LongBench:
-    """The English and code sets. `nll` and `kl_to_full` are of the first reference answer, `score` is the official one.
+    """The English and code sets, with the official scores. `nll` and `kl_to_full` are those of the first reference.
 
-    A prompt over `context` tokens loses its middle, before the chat template is put around it.
+    A prompt over `context` tokens loses its middle before the chat template is put around it.
     """
 
     name: ClassVar[str] = "longbench"
@@ -83,7 +83,7 @@ class LongBench:
     prompts: pathlib.Path | None = option(
         f"the benchmark's prompts; default: DATA/{_PROMPTS}", None, parse=pathlib.Path
     )
-    datasets: tuple[str, ...] | None = option("which sets; default: all that are there", None, parse=numbers(str))
+    datasets: tuple[str, ...] | None = option("which sets; default: all whose files exist", None, parse=numbers(str))
     e: bool = option("LongBench-E: DATASET_e.jsonl", False, parse=bool)
     context: int | None = option("prompt tokens at most; default: what the model can take", None, parse=int)
     limit: int | None = option("take the first N cases of each set", None, parse=int)
@@ -94,7 +94,7 @@ class LongBench:
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         tokenizer = need_tokenizer(tokenizer)
-        found = []
+        cases = []
         datasets = self._datasets()
         positions -= max(DATASETS[dataset].max_new_tokens for dataset in datasets)
         for dataset in datasets:
@@ -102,8 +102,8 @@ class LongBench:
             for number, row in read_jsonl(path, self.limit):
                 where = f"{path}, line {number}"
                 prompt = row["prompt"] if "prompt" in row else self._prompt(dataset, where, row)
-                found.append(self._case(tokenizer, dataset, where, row, prompt, positions))
-        return found
+                cases.append(self._case(tokenizer, dataset, where, row, prompt, positions))
+        return cases
 
     def score(self, case: Case, text: str) -> float:
         dataset = DATASETS[case.group]
@@ -113,15 +113,14 @@ class LongBench:
         return max(score(text, answer) for answer in case.answers)
 
     def _file(self, dataset: str) -> str:
-        return f"{dataset}{'_e' * self.e}.jsonl"
+        return f"{dataset}_e.jsonl" if self.e else f"{dataset}.jsonl"
 
     def _datasets(self) -> tuple[str, ...]:
         if self.datasets is None:
-            there = tuple(name for name in DATASETS if (self.data / self._file(name)).is_file())
-            if not there:
-                wanted = ", ".join(map(self._file, DATASETS))
-                raise FileNotFoundError(f"{self.data} has none of {wanted}: {SOURCE}")
-            return there
+            existing = tuple(name for name in DATASETS if (self.data / self._file(name)).is_file())
+            if not existing:
+                raise FileNotFoundError(f"{self.data} has none of {', '.join(map(self._file, DATASETS))}: {SOURCE}")
+            return existing
         for name in self.datasets:
             if name not in DATASETS:
                 raise ValueError(f"dataset {name!r}: expected one of {', '.join(DATASETS)} (no Chinese ones)")
@@ -144,7 +143,7 @@ class LongBench:
         where: str,
         row: Mapping[str, Any],
         prompt: str,
-        most: int,
+        room: int,
     ) -> Case:
         need_fields(where, row, ("answers",))
         if not row["answers"]:
@@ -152,7 +151,7 @@ class LongBench:
         kind = DATASETS[dataset]
         if kind.score is None:
             need_fields(where, row, ("all_classes",))
-        text = truncate_middle(tokenizer, prompt, self.context, most, chat=kind.chat_template)
+        text = truncate_middle(tokenizer, prompt, self.context, room, chat=kind.chat_template)
         ids, continuation = encode_pair(tokenizer, text, _answer(prompt, row["answers"][0]), chat=kind.chat_template)
         newline = tokenizer.encode("\n", add_special_tokens=False)[-1:] if kind.stop_at_newline else []
         return Case(

@@ -1,6 +1,7 @@
 """Scores of an answer against one reference, 0..1, as the long-context benchmarks define them.
 
-ROUGE-L and the similarity of code need the packages `rouge` and `rapidfuzz` (`pip install minikv_jax[evaluation]`).
+ROUGE-L and the similarity of code need the optional packages `rouge` and `rapidfuzz` (`pip install
+minikv_jax[evaluation]`), which are imported when they are used.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 def qa_f1(prediction: str, reference: str) -> float:
     """F1 of the words that both have, without case, punctuation and articles (SQuAD, arXiv 1606.05250, section 6.1)."""
-    found, wanted = _words(prediction), _words(reference)
-    same = sum((collections.Counter(found) & collections.Counter(wanted)).values())
-    return 2 * same / (len(found) + len(wanted)) if same else 0.0
+    predicted, expected = _words(prediction), _words(reference)
+    shared = sum((collections.Counter(predicted) & collections.Counter(expected)).values())
+    return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
 
 
 def _words(text: str) -> list[str]:
@@ -25,7 +26,7 @@ def _words(text: str) -> list[str]:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words; 0 where either has no words."""
+    """F-measure of the longest common subsequence of words; 0 if either has no words."""
     from rouge import Rouge
 
     if not prediction.strip(" .\n\t") or not reference.strip(" .\n\t"):
@@ -35,7 +36,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def code_similarity(prediction: str, reference: str) -> float:
-    """Edit similarity of the reference and the first line of code: without backticks and comments."""
+    """Edit similarity of the reference and the first line of code, that is without backticks and comments."""
     from rapidfuzz import fuzz
 
     lines = prediction.lstrip("\n").split("\n")
@@ -53,9 +54,9 @@ def classification(prediction: str, reference: str, classes: Sequence[str]) -> f
 
 
 def share_of_numbers(prediction: str, number: str) -> float:
-    """The share of the numbers in the answer that are the right one."""
-    found = re.findall(r"\d+", prediction)
-    return found.count(number) / len(found) if found else 0.0
+    """Share of the numbers in the answer that are the right one."""
+    numbers = re.findall(r"\d+", prediction)
+    return numbers.count(number) / len(numbers) if numbers else 0.0
 
 
 def paragraph(prediction: str, reference: str) -> float:
@@ -65,17 +66,17 @@ def paragraph(prediction: str, reference: str) -> float:
 
 
 def first_number(prediction: str, number: str) -> float:
-    """1 where the first number of the answer is the right one."""
-    found = re.search(r"\d+", prediction)
-    return float(found is not None and found.group() == number)
+    """1 if the first number of the answer is the right one."""
+    first = re.search(r"\d+", prediction)
+    return float(first is not None and first.group() == number)
 
 
 def has_word(prediction: str, word: str) -> float:
-    """1 where the answer has the word, punctuation aside."""
+    """1 if the answer has the word, punctuation aside."""
     return float(word in re.sub(r"[\n:\"'.,?!{}]", " ", prediction).split())
 
 
 def choice(prediction: str, letter: str) -> float:
-    """1 where the first of the letters A to D that stands alone in the answer is the right one."""
-    found = re.search(r"\b[ABCD]\b", prediction)
-    return float(found is not None and found.group() == letter)
+    """1 if the first of the letters A to D that stands by itself in the answer is the right one."""
+    first = re.search(r"\b[ABCD]\b", prediction)
+    return float(first is not None and first.group() == letter)

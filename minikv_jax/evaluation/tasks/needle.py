@@ -21,7 +21,7 @@ KINDS = ("single", "multikey", "multivalue")
 class Needle(Retrieval):
     """One number is asked for ("single"), one of `needles` ("multikey"), or all `needles` of one name ("multivalue").
 
-    The one asked for stands at the case's depth, the first of several of one name does; the others stand anywhere.
+    The number asked for stands at the case's depth (of several, the first one); the others stand anywhere.
     """
 
     name: ClassVar[str] = "needle"
@@ -43,15 +43,15 @@ class Needle(Retrieval):
         count = 1 if self.kind == "single" else self.needles
         keys = names(rng, count)
         if self.kind == "multivalue":
-            keys = keys[:1] * count
+            keys = [keys[0] for _ in range(count)]
         values = [digits(rng, 7) for _ in range(count)]
         depths = [depth, *rng.random(count - 1)]
         facts = [
-            (where, f"The special number of {key} is {value}.")
-            for where, key, value in zip(depths, keys, values, strict=True)
+            (place, f"The special number of {key} is {value}.")
+            for place, key, value in zip(depths, keys, values, strict=True)
         ]
-        wanted = values[:1] if self.kind == "multikey" else [values[index] for index in np.argsort(depths)]
-        plural = len(wanted) > 1
+        references = values[:1] if self.kind == "multikey" else [values[index] for index in np.argsort(depths)]
+        plural = len(references) > 1
         asked = f"the special number{'s' if plural else ''} of {keys[0]}"
         return Episode(
             "A text follows in which special numbers are hidden. Keep them in mind: you will be asked for them.",
@@ -59,13 +59,13 @@ class Needle(Retrieval):
             facts,
             f"What {'are all' if plural else 'is'} {asked} that the text mentions?",
             f"{asked[0].upper()}{asked[1:]} {'are' if plural else 'is'}",
-            " " + ", ".join(wanted),
-            tuple(wanted),
+            " " + ", ".join(references),
+            tuple(references),
         )
 
 
 def _sentences(path: pathlib.Path, rng: np.random.Generator) -> Iterator[str]:
-    """The sentences of a text from a random one in its first half on."""
+    """Sentences of a text, beginning with a random one in its first half."""
     text = re.sub(r"\s+", " ", read_text(path)).strip()
     sentences = re.split(r"(?<=[.!?])\s", text)
     yield from sentences[rng.integers(len(sentences) // 2 + 1) :]

@@ -12,13 +12,13 @@ from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, noise
 
 @dataclasses.dataclass(frozen=True)
 class NumberString(Retrieval):
-    """Ten digits, each written twice in a row or more: a cache that blurs neighbouring tokens miscounts them."""
+    """Ten digits in runs of two or more, which a cache that blurs neighbouring tokens miscounts."""
 
     name: ClassVar[str] = "number-string"
     summary: ClassVar[str] = "a long number with repeated digits in noise"
 
     def episode(self, rng: np.random.Generator, depth: float) -> Episode:
-        number = "".join(str(digit) * 2 for digit in rng.permutation(9)[:5] + 1)
+        number = "".join(f"{digit}{digit}" for digit in rng.permutation(9)[:5] + 1)
         return Episode(
             "The following text holds one sequence of digits. Remember every digit of it.",
             noise(rng),

@@ -21,7 +21,7 @@ class Perplexity:
     name: ClassVar[str] = "perplexity"
     summary: ClassVar[str] = "likelihood of a text's continuation, in windows of the text"
 
-    text: pathlib.Path = option("a UTF-8 text, a book say", parse=pathlib.Path)
+    text: pathlib.Path = option("a UTF-8 text, as a book", parse=pathlib.Path)
     context: int = option("prompt tokens", 2048, parse=int)
     continuation: int = option("tokens after the prompt", 120, parse=int)
     limit: int = option("windows", 4, parse=int)
@@ -49,10 +49,10 @@ class Perplexity:
 
 
 def book_windows(ids: Sequence[int], prompt: int, continuation: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """`count` windows of a text, evenly spaced and not overlapping: (prompt ids, continuation ids).
+    """Cuts `count` windows from a text, evenly spaced and not overlapping: (prompt ids, continuation ids).
 
     Raises:
-      ValueError: sizes below 1, or a text too short for them.
+      ValueError: sizes below 1, or a text too short for the windows.
     """
     at_least(1, prompt=prompt, continuation=continuation, count=count)
     size = prompt + continuation

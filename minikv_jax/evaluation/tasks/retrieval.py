@@ -1,4 +1,4 @@
-"""What the generated retrieval tasks share: facts hidden in filler at a depth, over a grid of lengths and depths."""
+"""The base of the generated retrieval tasks: facts hidden in filler, over a grid of lengths and depths."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ANSWER_SLACK = 8  # tokens that a greedy answer may add to the true one
 
 
 class Episode(NamedTuple):
-    """One question over a text that is still to be made long enough.
+    """One question about a text of any length.
 
     Attributes:
-      before, after: the text around the filler: what to do, and the question.
-      filler: pieces of text, as many as are needed.
-      facts: pieces with the depth (0 the beginning, 1 the end) at which they go into the filler.
+      before, after: text around the filler: the instruction and the question.
+      filler: pieces of text, as many as needed.
+      facts: pieces hidden in the filler, each with its depth (0 the beginning, 1 the end).
       reply: the opening of the answer.
-      answer: how the answer goes on.
+      answer: the rest of the answer.
       references: what a generated answer should contain.
     """
 
@@ -43,7 +43,7 @@ class Episode(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval(abc.ABC):
-    """A grid of prompt lengths and depths; subclasses say what is hidden and asked (`episode`)."""
+    """A grid of prompt lengths and depths; subclasses define what is hidden and asked (`episode`)."""
 
     context: tuple[int, ...] = option("prompt tokens, one or more lengths", (4096,), parse=numbers(int))
     depths: tuple[float, ...] = option(
@@ -56,7 +56,7 @@ class Retrieval(abc.ABC):
 
     @abc.abstractmethod
     def episode(self, rng: np.random.Generator, depth: float) -> Episode:
-        """A question; every random choice is made with `rng`."""
+        """Makes a question; every random choice is made with `rng`."""
 
     def __post_init__(self) -> None:
         at_least(1, samples=self.samples, limit=self.limit, context=min(self.context))
@@ -72,7 +72,7 @@ class Retrieval(abc.ABC):
         return [self._case(tokenizer, *point) for point in itertools.islice(grid, self.limit)]
 
     def score(self, case: Case, text: str) -> float:
-        """The share of the references that the text contains, whatever the case of its letters (RULER)."""
+        """Share of the references that the text contains, ignoring case (RULER)."""
         return float(np.mean([reference.lower() in text.lower() for reference in case.answers]))
 
     def _case(self, tokenizer: PreTrainedTokenizerBase, sample: int, context: int, depth: float) -> Case:
@@ -94,17 +94,17 @@ class Retrieval(abc.ABC):
 
 
 def _fill(tokenizer: PreTrainedTokenizerBase, episode: Episode, tokens: int, *, chat: bool) -> str:
-    """The longest text of whole pieces whose prompt has at most `tokens` tokens."""
+    """The longest text of complete pieces whose prompt has at most `tokens` tokens."""
     pieces: list[str] = []
 
     def text(count: int) -> str:
         pieces.extend(itertools.islice(episode.filler, max(count - len(pieces), 0)))
         if len(pieces) < count:
             raise ValueError(f"the haystack is too short to fill {tokens} tokens")
-        found = pieces[:count]
+        filled = pieces[:count]
         for depth, fact in sorted(episode.facts, reverse=True):
-            found.insert(round(depth * count), fact)
-        return f"{episode.before}\n{episode.separator.join(found)}\n{episode.after}"
+            filled.insert(round(depth * count), fact)
+        return f"{episode.before}\n{episode.separator.join(filled)}\n{episode.after}"
 
     def fits(count: int) -> bool:
         return len(encode_prompt(tokenizer, text(count), chat=chat, reply=episode.reply)) <= tokens
@@ -171,14 +171,14 @@ _NOUNS = [
 
 
 def names(rng: np.random.Generator, count: int) -> list[str]:
-    """Different names such as "dusty-lantern"; with a number behind where the words do not suffice."""
+    """Different names such as "dusty-lantern", with a number at the end once all pairs of words are used."""
     size = len(_ADJECTIVES) * len(_NOUNS)
-    found = []
+    chosen = []
     for index in rng.permutation(max(size, count))[:count]:
         adjective, noun = divmod(int(index) % size, len(_NOUNS))
         suffix = "" if index < size else f"-{index // size + 1}"
-        found.append(f"{_ADJECTIVES[adjective]}-{_NOUNS[noun]}{suffix}")
-    return found
+        chosen.append(f"{_ADJECTIVES[adjective]}-{_NOUNS[noun]}{suffix}")
+    return chosen
 
 
 def digits(rng: np.random.Generator, count: int) -> str:

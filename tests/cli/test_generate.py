@@ -1,39 +1,20 @@
+"""`minikv generate`, and its conversations."""
+
 import io
 import json
 import pathlib
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.model_directory import END, byte_tokenizer
+from support.commands import Run, run_wrongly
+from support.model_directory import byte_tokenizer
 
-from minikv_jax.cache import memory
-from minikv_jax.cli import main as cli
-from minikv_jax.generate import GenerateResult, bucket_length, generate, stream
+from minikv_jax.generate import GenerateResult, generate, stream
 from minikv_jax.methods import lookup as presets
 from minikv_jax.models import chat, hub
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Run:
-    """Runs `minikv ...` in this process: exit code, stdout, stderr. Compiled programs are not written to disk."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
 
 PROMPT = "The lamp was lit at dusk and burned until the morning. " * 3
 
@@ -74,15 +55,15 @@ def test_a_call_that_waits_for_the_device_is_not_compilation(
         results = stream(*arguments, **options)
         return (time.sleep(0.2) or result for result in results)
 
-    monkeypatch.setattr(sys.modules[stream.__module__], "stream", slow)
-    found = []
+    monkeypatch.setattr("minikv_jax.cli.generate.stream", slow)
+    timings = []
     for number in range(2):
         out = tmp_path / f"{number}.json"
         options = ["--max-new-tokens", 6, "--no-chat-template", "--json", out]  # a program that no other test compiles
         assert run("generate", "--model", model_directory, "--prompt", PROMPT, *options)[0] == 0
-        found.append(json.loads(out.read_text())["timing"])
-    first, second = found
-    for timing in found:
+        timings.append(json.loads(out.read_text())["timing"])
+    first, second = timings
+    for timing in timings:
         assert min(timing["prefill_s"], timing["decode_s"]) > 0.2
     assert first["compile_s"] > second["compile_s"]
 
@@ -102,7 +83,7 @@ def test_prompt_and_tokens_files_give_what_the_text_gives(
 ):
     (tmp_path / "prompt.txt").write_text("hello")
     (tmp_path / "ids.json").write_text(json.dumps(byte_tokenizer().encode("hello")))
-    found = []
+    tokens = []
     for source in (
         ["--prompt", "hello"],
         ["--prompt-file", tmp_path / "prompt.txt"],
@@ -111,8 +92,8 @@ def test_prompt_and_tokens_files_give_what_the_text_gives(
         out = tmp_path / "out.json"
         options = ["--raw", "--max-new-tokens", 4, "--json", out]
         assert run("generate", "--model", model_directory, *source, *options)[0] == 0
-        found.append(json.loads(out.read_text())["tokens"])
-    assert found[0] == found[1] == found[2]
+        tokens.append(json.loads(out.read_text())["tokens"])
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_sampling_options_reach_the_draw(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
@@ -146,88 +127,22 @@ def test_chat_carries_the_cache_from_turn_to_turn(
     assert seen[0] + len(turn) < seen[1] <= seen[0] + len(turn) + 6
 
 
-def test_next_turn_does_not_repeat_the_end_token():
-    tokenizer = byte_tokenizer()
-    (end,) = tokenizer.encode(END)
-    text = "\n<|user|>next<|end|>\n<|assistant|>"
-    assert tokenizer.decode(chat.next_turn(tokenizer, "next", end)) == text
-    assert tokenizer.decode(chat.next_turn(tokenizer, "next", 0)) == END + text
-
-
-def test_conversation_in_turns_is_the_template_of_the_whole():
-    tokenizer = byte_tokenizer()
-    (end,) = tokenizer.encode(END)
-    reply = [*tokenizer.encode("four"), end]
-    turns = chat.first_turn(tokenizer, "2 + 2?") + reply + chat.next_turn(tokenizer, "sure?", end)
-    messages = [("user", "2 + 2?"), ("assistant", "four"), ("user", "sure?")]
-    whole = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in messages], add_generation_prompt=True, tokenize=False
-    )
-    assert tokenizer.decode(turns) == whole
-
-
-def test_memory_prints_the_report(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
-    out = tmp_path / "out.json"
-    sizes = ["--prompt-len", 512, "--max-new-tokens", 64, "--batch", 3, "--dtype", "float32", "--json", out]
-    code, text, _ = run("memory", "--model", model_directory, "--method", "minikv-pyramid", *sizes)
+def test_verbose_names_each_implementation_once(run: Run, model_directory: pathlib.Path):
+    options = ["--max-new-tokens", 9, "--set", "recent=0.25", "--verbose"]  # a length that nothing else has compiled
+    code, _, err = run("generate", "--model", model_directory, "--prompt", PROMPT, *options)
     assert code == 0
-    expected = memory.report(
-        hub.load_config(model_directory),
-        presets.get("minikv-pyramid"),
-        prompt_length=512,
-        max_new_tokens=64,
-        batch=3,
-        dtype="float32",
-    )
-    for value in (expected.packed_bytes, expected.tail_bytes, expected.bytes, expected.full_bytes):
-        assert f"{value:,} bytes" in text
-    assert f"{expected.saved:.1%} below full" in text
-    assert json.loads(out.read_text())["bytes"] == expected.bytes
-    weights = memory.weight_bytes(hub.load_config(model_directory), "float32")
-    assert f"{weights:,} bytes of weights" in text
-    assert f"at most {(weights + expected.full_bytes) / (weights + expected.bytes):.2f} x" in text
-    short = ["--prompt", 512, "--new", 64, "--batch", 3, "--dtype", "float32"]
-    assert run("memory", "--config", model_directory / "config.json", "--method", "minikv-pyramid", *short)[1] == text
-
-
-def test_memory_of_a_padded_prompt_is_the_cache_that_generate_makes(run: Run, model_directory: pathlib.Path):
-    model, _ = hub.load(model_directory)
-    result = generate(model, [[1] * 70], cache="minikv", max_new_tokens=20)
-    sizes = ["--prompt-len", bucket_length(70), "--max-new-tokens", 20, "--dtype", "float32"]
-    assert f"{result.cache.nbytes:,} bytes" in run("memory", "--model", model_directory, *sizes)[1]
-
-
-def test_a_plugin_method_by_name(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
-    plugin = tmp_path / "half.py"
-    plugin.write_text(
-        "import minikv_jax\n"
-        "minikv_jax.register_method(minikv_jax.CacheConfig(name='newest-half', recent=0.5, k_bits=4, v_bits=4))\n"
-    )
-    sizes = ["--model", model_directory, "--prompt-len", 128, "--max-new-tokens", 16]
-    code, text, _ = run("memory", *sizes, "--plugin", plugin, "--method", "newest-half")
-    assert code == 0
-    assert "64 of 128 tokens" in text
-    code, _, error = run("memory", *sizes, "--plugin", tmp_path / "absent.py", "--method", "newest-half")
-    assert code == 2
-    assert "absent.py" in error
-
-
-def test_methods_lists_every_preset_and_field(run: Run):
-    code, text, _ = run("methods")
-    assert code == 0
-    for name in presets.names():
-        assert f"{name}\n    {presets.get(name).citation}\n" in text
-    assert "pyramid_beta=7.0" in text
+    for op in ("prefill_attention", "quantize", "append", "decode_attention"):
+        named = [line for line in err.splitlines() if line.startswith(f"{op} ")]
+        assert named
+        assert len(set(named)) == len(named)
 
 
 GENERATE = ["generate", "--model", "{model}", "--prompt", "hello"]
-MEMORY = ["memory", "--model", "{model}", "--prompt-len", "64"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "COMMAND"),
         (["generate", "--prompt", "hello"], "--model"),
         (["generate", "--model", "{model}"], "--prompt"),
         ([*GENERATE, "--method", "nosuch"], "expected one of full"),
@@ -253,12 +168,6 @@ MEMORY = ["memory", "--model", "{model}", "--prompt-len", "64"]
         ([*GENERATE, "--json", "{scratch}/nowhere/out.json"], "expected a file in a directory that exists"),
         ([*GENERATE, "--json", "{scratch}"], "expected a file in a directory that exists"),
         ([*GENERATE, "--seed", "99999999999999999999"], "expected an integer of 64 bits"),
-        (["bench", "generate", "--shape", "llama2-7b", "--batch", "0"], "expected at least 1"),
-        (["bench", "figures", "{scratch}/object.json", "--out", "{scratch}"], "object.json: expected what"),
-        (["bench", "figures", "{scratch}/latin1.txt", "--out", "{scratch}"], "latin1.txt is not valid JSON"),
-        ([*MEMORY, "--batch", "0"], "batch=0"),
-        ([*MEMORY, "--set", "group_size=32"], "head_dim 16"),
-        (["memory", "--config", "{scratch}/object.json", "--prompt-len", "64"], "model_type"),
     ],
 )
 def test_user_error_is_one_line_and_exit_code_2(
@@ -268,52 +177,5 @@ def test_user_error_is_one_line_and_exit_code_2(
     (tmp_path / "object.json").write_text("{}")
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "outside.json").write_text("[999999]")
-    code, out, err = run(*(text.format(model=model_directory, scratch=tmp_path) for text in arguments))
-    assert code == 2
-    assert not out
-    assert err.startswith("minikv: error: ")
-    assert err.count("\n") == 1
-    assert message in err
-
-
-def test_verbose_shows_where_an_error_comes_from(model_directory: pathlib.Path):
-    with pytest.raises(ValueError, match="prompt is empty"):
-        cli.main(["generate", "--model", str(model_directory), "--prompt", "", "--verbose"])
-
-
-def test_verbose_names_each_implementation_once(run: Run, model_directory: pathlib.Path):
-    options = ["--max-new-tokens", 9, "--set", "recent=0.25", "--verbose"]  # a length that nothing else has compiled
-    code, _, err = run("generate", "--model", model_directory, "--prompt", PROMPT, *options)
-    assert code == 0
-    for op in ("prefill_attention", "quantize", "append", "decode_attention"):
-        named = [line for line in err.splitlines() if line.startswith(f"{op} ")]
-        assert named
-        assert len(set(named)) == len(named)
-
-
-def test_bench_kernels_forwards_its_options(run: Run, monkeypatch: pytest.MonkeyPatch):
-    forwarded = []
-
-    class Module:
-        @staticmethod
-        def main(arguments: list[str]) -> int:
-            forwarded.extend(arguments)
-            return 0
-
-    monkeypatch.setattr("importlib.import_module", lambda name: {"minikv_jax.bench.kernels": Module}[name])
-    assert run("bench", "kernels", "--help", "decode")[0] == 0
-    assert forwarded == ["--help", "decode"]
-
-
-def test_bench_without_a_suite_names_them(run: Run):
-    code, _, err = run("bench", "speed")
-    assert code == 2
-    assert "kernels" in err and "generate" in err and "figures" in err
-
-
-def test_help_needs_no_accelerator():
-    result = subprocess.run(
-        [sys.executable, "-m", "minikv_jax.cli.main", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "generate" in result.stdout
-    assert not result.stderr
+    error = run_wrongly(run, *(text.format(model=model_directory, scratch=tmp_path) for text in arguments))
+    assert message in error

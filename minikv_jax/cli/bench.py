@@ -1,0 +1,182 @@
+"""`minikv bench`: measure this machine."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cuda_ffi
+from minikv_jax.bench import generate, huggingface, kernels
+from minikv_jax.bench.end_to_end import Case
+from minikv_jax.bench.fit import FIELDS
+from minikv_jax.cli import output, shared
+from minikv_jax.ops import dispatch
+
+_METHODS = ("minikv", "full")
+_BATCH, _PROMPT_LEN, _MAX_NEW_TOKENS = 1, 2048, 1024
+
+
+class Suite(NamedTuple):
+    """A subcommand of `minikv bench`."""
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a subcommand per suite."""
+    subparsers = parser.add_subparsers(required=True, metavar="SUITE", dest="suite")
+    for name, suite in _SUITES.items():
+        subparser = subparsers.add_parser(name, help=suite.summary)
+        suite.add_arguments(subparser)
+        shared.add_verbose(subparser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the suite."""
+    return _SUITES[arguments.suite].run(arguments)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=shared.output_file, metavar="FILE", help="JSON file to write")
+
+
+# kernels --------------------------------------------------------------------------------------------------------------
+
+
+def _run_kernels(arguments: argparse.Namespace) -> int:
+    """Prints a line per measurement; the file of --output is complete after each."""
+    if reason := cuda_ffi.why_unavailable():
+        raise ValueError(reason)
+    report = kernels.new_report("minikv bench kernels")
+    for row in kernels.measure(report):
+        report["results"].append(row)
+        print(kernels.line(row), flush=True)
+        output.write_json(arguments.output, report, indent=1)
+    return 0
+
+
+# generate -------------------------------------------------------------------------------------------------------------
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shape", help="random weights: llama2-7b, llama-3.1-8b, a config.json or its directory")
+    shared.add_model(source, required=False)
+    others = ", ".join(huggingface.METHODS)
+    shared.add_method(
+        parser, action="append", help=f"see `minikv methods`, or {others}; repeatable; default: minikv and full"
+    )
+    shared.add_plugin(parser)
+    for flag, default, text in (
+        ("--batch", _BATCH, "rows"),
+        ("--prompt-len", _PROMPT_LEN, "prompt tokens"),
+        ("--max-new-tokens", _MAX_NEW_TOKENS, "generated tokens"),
+    ):
+        parser.add_argument(
+            flag, action="append", type=shared.positive, metavar="N", help=f"{text}; repeatable; default: {default}"
+        )
+    parser.add_argument(
+        "--steps", type=shared.positive, metavar="N", help="time N decode steps in the middle and N at the end"
+    )
+    parser.add_argument("--memory-gb", type=float, metavar="G", help="limit each run to G * 10^9 bytes of the device")
+    parser.add_argument("--find", choices=FIELDS, help="the largest batch or longest prompt that --memory-gb holds")
+    shared.add_dtype(parser, "bfloat16")
+    shared.add_implementation(parser)
+    parser.add_argument(
+        "--compile-ahead",
+        type=shared.positive,
+        metavar="N",
+        help="compile all runs first, N at a time: `compile_s` is then the time to fetch them from the cache",
+    )
+    _add_output(parser)
+
+
+def _run_generate(arguments: argparse.Namespace) -> int:
+    """Prints a line per run; the file of --output is complete after each. Returns 1 if every run failed."""
+    if arguments.find and arguments.memory_gb is None:
+        raise ValueError(f"--find {arguments.find}: expected --memory-gb, the limit to find it for")
+    if arguments.memory_gb is not None and not 1 <= arguments.memory_gb * 1e9 < math.inf:
+        raise ValueError(f"--memory-gb {arguments.memory_gb:g}: expected a number of at least one byte")
+    dispatch.check_implementation(arguments.implementation)
+    cases = list(_cases(arguments))
+    ours = [case for case in cases if case.method not in huggingface.METHODS]
+    if arguments.find and len(ours) < len(cases):
+        raise ValueError(f"--find {arguments.find}: not with Hugging Face's methods, whose needs are not known ahead")
+    for case in cases:  # what can be wrong is reported before anything runs
+        case.config()
+    for case in ours:
+        case.resolve_method()
+    bench = generate.Bench(arguments.command_line, arguments.memory_gb)
+    if arguments.compile_ahead and not arguments.find:
+        bench.compile_ahead(ours, arguments.compile_ahead)
+    for case in cases:
+        row = bench.fitted(case, arguments.find) if arguments.find else bench.row(case)
+        bench.report["results"].append(row)
+        print(generate.line(row), flush=True)
+        output.write_json(arguments.output, bench.report, indent=1)
+    return int(all("error" in row for row in bench.report["results"]))
+
+
+def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Every combination of the methods and sizes; a size that is to be found is 1."""
+    prompts = [1] if arguments.find == "prompt" else arguments.prompt_len or [_PROMPT_LEN]
+    batches = [1] if arguments.find == "batch" else arguments.batch or [_BATCH]
+    news = arguments.max_new_tokens or [_MAX_NEW_TOKENS]
+    for method, new, prompt_len, batch in itertools.product(arguments.method or _METHODS, news, prompts, batches):
+        yield Case(
+            shape=arguments.shape,
+            model=arguments.model,
+            method=method,
+            batch=batch,
+            prompt_len=prompt_len,
+            max_new_tokens=new,
+            steps=arguments.steps,
+            dtype=arguments.dtype,
+            implementation=arguments.implementation,
+            plugins=tuple(map(str, arguments.plugin)),
+        )
+
+
+# figures --------------------------------------------------------------------------------------------------------------
+
+
+def _add_figures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", nargs="+", type=pathlib.Path, metavar="RESULT.json", help="of one device")
+    shared.add_directory(parser)
+
+
+def _run_figures(arguments: argparse.Namespace) -> int:
+    """Prints the results as Markdown, and writes the pictures that they have at least two sizes for."""
+    shared.need_matplotlib()
+    from minikv_jax.bench import figures  # matplotlib is optional
+
+    reports = [figures.read_report(file) for file in arguments.results]
+    devices = sorted({report["device"] for report in reports})
+    if len(devices) > 1:
+        raise ValueError(f"results of {', '.join(devices)}: expected one device")
+    rows = [row for report in reports for row in report["results"]]
+    print(figures.table(rows))
+    pictures = figures.draw([row for row in rows if "error" not in row], devices[0])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        (arguments.out / name).write_bytes(content)
+        print(arguments.out / name)
+    if not pictures:
+        print("minikv: no picture: one takes two prompt lengths, or two batches, of a model", file=sys.stderr)
+    return 0
+
+
+_SUITES = {
+    "kernels": Suite("the attention and quantisation kernels", _add_output, _run_kernels),
+    "generate": Suite(
+        "prefill, decode and memory of whole models, beside the hardware's floor", _add_generate, _run_generate
+    ),
+    "figures": Suite("pictures of the results of `generate`", _add_figures, _run_figures),
+}

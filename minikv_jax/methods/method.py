@@ -1,0 +1,251 @@
+"""`Method`: a frozen value composed of a scorer, two budgets, a budget rule, a quantizer and a tail.
+
+Equal methods compile once, and `dataclasses.replace` changes any part of one. Names (`registry.py`) exist for
+the command line and for files only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, dataclass_transform
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from minikv_jax import checks
+from minikv_jax.methods.base import (
+    Budget,
+    Component,
+    FunctionBudget,
+    FunctionScorer,
+    LayerInputs,
+    NoScores,
+    Quantizer,
+    ScoredBudget,
+    Scorer,
+    Uniform,
+)
+from minikv_jax.packing import MAX_BLOCK
+
+Length = TypeVar("Length", int, Array)
+T = TypeVar("T")
+
+SHARE_UNITS = 10000  # a share is a whole number of 1 / SHARE_UNITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A budget of a fraction of the prompt's tokens, in 0..1, resolved to 1/10000.
+
+    Whole units keep a static capacity and a traced count from ever disagreeing.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        value = self.fraction
+        if isinstance(value, bool) or not isinstance(value, float | np.floating) or not 0 <= value <= 1:
+            raise ValueError(f"Share({value!r}): expected a float in 0..1")
+        object.__setattr__(self, "fraction", float(value))
+
+    @property
+    def units(self) -> int:
+        """The fraction in units of 1/10000."""
+        return round(self.fraction * SHARE_UNITS)
+
+    def tokens(self, length: Length) -> Length:
+        """Tokens granted to a row of `length`: `floor(length * fraction)`."""
+        units = self.units
+        return length // SHARE_UNITS * units + length % SHARE_UNITS * units // SHARE_UNITS  # exact within 32 bits
+
+    def granted(self, length: Length) -> Length:
+        """`tokens`: a fraction of a row never exceeds it."""
+        return self.tokens(length)  # pyright: ignore[reportReturnType]  (Length is Length)
+
+    def __bool__(self) -> bool:
+        return self.fraction > 0
+
+    def __str__(self) -> str:
+        return str(self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A budget of a number of tokens."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", checks.integer("Tokens", self.count, 0))
+
+    def tokens(self, length: Length) -> Length:
+        """Tokens granted to a row of `length`: the count itself if the row has as many."""
+        return min(self.count, length) if isinstance(length, int) else jnp.minimum(self.count, length)
+
+    def granted(self, length: Length) -> Length:
+        """The count, which may exceed the row: a row that goes on evicting grows up to it."""
+        return self.count if isinstance(length, int) else jnp.full_like(length, self.count)  # pyright: ignore[reportReturnType]
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        return str(self.count)
+
+
+Amount = Share | Tokens
+
+
+def to_amount(value: Amount | float | int) -> Amount:
+    """A budget as given: a float is a share, an int a count. Raises ValueError for anything else."""
+    if isinstance(value, Share | Tokens):
+        return value
+    try:
+        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        return Tokens(int(value)) if is_count else Share(value)
+    except ValueError as error:
+        raise ValueError("expected a share (float in 0..1) or a token count (int >= 0)") from error
+
+
+class Tail(Component):
+    """The newest tokens of a cache that quantises, in full precision.
+
+    Attributes:
+      length: tokens. The tail has room for as many, beside the sinks, and `rule` says which of them stay.
+      rule: "minikv" packs the whole tail when it is full, and after the prompt leaves only what fills no packing block;
+        "kivi" packs block by block, so that the newest `length` tokens always stay.
+    """
+
+    length: int = 128
+    rule: str = "minikv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.integer("tail.length", self.length, 1)
+        checks.choice("tail.rule", self.rule, ("minikv", "kivi"))
+
+
+def to_scorer(value: Scorer | Callable[[LayerInputs], Array]) -> Scorer:
+    """A scorer as given, or a function `score(inputs)` made one."""
+    if isinstance(value, Scorer):
+        return value
+    if isinstance(value, type) or not callable(value):
+        raise ValueError("expected an instance of a Scorer class, or a function of LayerInputs")
+    return FunctionScorer(function=value)
+
+
+def to_budget(value: Budget | ScoredBudget | Callable[[int], Sequence[float]]) -> Budget | ScoredBudget:
+    """A budget rule as given, or a function `weights(num_layers)` made one."""
+    if isinstance(value, Budget | ScoredBudget):
+        return value
+    if isinstance(value, type) or not callable(value):
+        raise ValueError("expected an instance of a Budget or ScoredBudget class, or a function of num_layers")
+    return FunctionBudget(function=value)
+
+
+def _field(*, default: Any, converter: Callable[[Any], Any]) -> Any:
+    """A field whose value `converter` makes of what is given (type checkers know the name `converter`)."""
+    return dataclasses.field(default=default, metadata={"converter": converter})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, _field))
+def _value(cls: type[T]) -> type[T]:
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@_value
+class Method:
+    """A KV-cache compression method: which tokens are kept, and how the kept ones are stored.
+
+    Tokens are chosen once, at prefill, per layer and KV head. Every generated token is kept, unless `evict_every` is
+    given. Name and citation are not part of a method's identity.
+
+    Attributes:
+      scorer: scores the prompt's tokens; a function `score(inputs)` will do.
+      heavy: budget of top-scored tokens ("heavy hitters", H2O); a float is a share of the prompt, an int a count.
+      recent: budget of newest tokens, likewise.
+      sinks: leading tokens always kept, in full precision, beside the budgets (StreamingLLM).
+      budget: spreads `heavy` over layers; a function `weights(num_layers)` will do.
+      evict_every: new tokens after which a layer is cut back to its budget; None: never (`ops/evict.py`).
+      quantizer: stores K and V; None keeps them in the model's dtype.
+      tail: the newest tokens that are not quantised.
+    """
+
+    name: str = dataclasses.field(default="custom", compare=False)
+    citation: str = dataclasses.field(default="", compare=False)
+
+    scorer: Scorer = _field(default=NoScores(), converter=to_scorer)
+    heavy: Amount = _field(default=Share(0.0), converter=to_amount)
+    recent: Amount = _field(default=Share(1.0), converter=to_amount)
+    sinks: int = 0
+    budget: Budget | ScoredBudget = _field(default=Uniform(), converter=to_budget)
+    evict_every: int | None = None
+
+    quantizer: Quantizer | None = None
+    tail: Tail = Tail()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, field.metadata.get("converter", lambda same: same)(value))
+            except ValueError as error:
+                raise ValueError(f"{field.name}={value!r}: {error}") from error
+        object.__setattr__(self, "sinks", checks.integer("sinks", self.sinks, 0))
+        shares = [budget.units for budget in (self.heavy, self.recent) if isinstance(budget, Share)]
+        if sum(shares) > SHARE_UNITS:
+            raise ValueError(f"heavy={self.heavy} + recent={self.recent}: shares of the prompt may not sum over 1")
+        if self.heavy and isinstance(self.scorer, NoScores):
+            raise ValueError(f"heavy={self.heavy} needs a scorer, such as H2O(): NoScores() ranks no token")
+        if self.quantizer is not None:
+            self._check_storage(self.quantizer)
+        if not isinstance(self.tail, Tail):
+            raise ValueError(f"tail={self.tail!r}: expected a Tail")
+        if self.evict_every is not None:
+            object.__setattr__(self, "evict_every", checks.integer("evict_every", self.evict_every, 1))
+            self._check_eviction()
+
+    def _check_storage(self, quantizer: Quantizer) -> None:
+        if not isinstance(quantizer, Quantizer):
+            raise ValueError(f"quantizer={quantizer!r}: expected a Quantizer or None")
+        kind = type(quantizer).__name__
+        if MAX_BLOCK % quantizer.block:
+            raise ValueError(f"{kind} has block={quantizer.block}: expected a divisor of {MAX_BLOCK}")
+        if self.tail.length % quantizer.block:
+            raise ValueError(
+                f"tail.length={self.tail.length}: expected a multiple of {kind}'s packing block {quantizer.block}"
+            )
+
+    def _check_eviction(self) -> None:
+        every = f"evict_every={self.evict_every}"
+        if self.quantizer is not None:
+            raise ValueError(
+                f"{every} with {type(self.quantizer).__name__}: only full-precision tokens can leave, those of a "
+                "packed block share their metadata"
+            )
+        if self.keeps_all:
+            raise ValueError(f"{every} with recent=1.0: there is no budget to cut back to")
+        if self.heavy and not self.scorer.can_update:
+            raise ValueError(
+                f"{every} with {type(self.scorer).__name__}: expected a scorer that goes on during generation (one "
+                "with `update`, such as H2O or TOVA)"
+            )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token is ever evicted."""
+        return self.recent == Share(1.0)
+
+    @property
+    def flush_block(self) -> int:
+        """Tokens that leave a full tail at once."""
+        if self.quantizer is None or self.tail.rule == "minikv":
+            return self.tail.length
+        return self.quantizer.block
+
+    @property
+    def tail_keep(self) -> int:
+        """Newest tokens that stay in full precision after a flush."""
+        return 0 if self.tail.rule == "minikv" else self.tail.length

@@ -1,0 +1,135 @@
+"""`minikv bench`: its suites."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from support.commands import Run, run_wrongly
+
+
+def test_generate_reports_a_run_that_fails(run: Run, shape: str, tmp_path: pathlib.Path):
+    out = tmp_path / "out.json"
+    sizes = ["--prompt-len", 70, "--max-new-tokens", 8, "--dtype", "float32"]
+    options = ["--implementation", "cuda", "--method", "minikv", "--batch", "3", "--output", out]
+    code, text, _ = run("bench", "generate", "--shape", shape, *sizes, *options)
+    assert code == 1
+    report = json.loads(out.read_text())
+    assert report["command"].startswith("minikv bench generate --shape")
+    assert report["device"] == jax.devices()[0].device_kind
+    assert report["versions"]["jax"] == jax.__version__
+    (row,) = report["results"]
+    assert (row["method"], row["batch"], row["prompt_len"]) == ("minikv", 3, 70)
+    assert "CUDA" in row["error"]  # there is no such kernel here
+    assert row["error"] in text
+
+
+def test_generate_finds_and_measures(run: Run, shape: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    def in_this_process(function: Callable[..., Any], *arguments: Any, environment: dict[str, str]) -> Any:
+        tasks.append(function.__name__)
+        assert 0 < float(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 1
+        return function(*json.loads(json.dumps(arguments)))
+
+    tasks: list[str] = []
+    monkeypatch.setattr("minikv_jax.bench.generate.run_task", in_this_process)
+    out = tmp_path / "out.json"
+    common = ["bench", "generate", "--shape", shape, "--prompt-len", "64", "--max-new-tokens", "4", "--method", "full"]
+    code, text, _ = run(*common, "--find", "batch", "--memory-gb", 0.003, "--output", out)
+    assert code == 0
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["batch"] == row["found"]["size"] > 1
+    assert row["predicted_bytes"] <= row["memory_limit_bytes"] == 3_000_000
+    assert f"batch {row['batch']:4}" in text
+    assert tasks == ["probe_device", "find_size", "measure_case"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "llama9"], "llama9"),
+        (["--shape", "{bad}"], "not valid JSON"),
+        (["--shape", "{shape}", "--method", "minkv"], "minkv"),
+        (["--shape", "{shape}", "--method", "minikv:k_bits=5"], "k_bits=5"),
+        (["--shape", "{shape}", "--find", "batch"], "--memory-gb"),
+        (["--shape", "{shape}", "--memory-gb", "-1"], "--memory-gb -1"),
+        (["--shape", "{shape}", "--memory-gb", "1e-10"], "--memory-gb 1e-10"),
+        (["--shape", "{shape}", "--memory-gb", "inf"], "--memory-gb inf"),
+        (
+            ["--shape", "{shape}", "--find", "batch", "--memory-gb", "1", "--method", "huggingface-static"],
+            "Hugging Face",
+        ),
+        (["--shape", "{shape}", "--implementation", "nosuch"], "implementation='nosuch'"),
+        (["--shape", "{shape}", "--prompt-len", "x"], "'x': expected at least 1"),
+        (["--shape", "{shape}", "--dtype", "int8"], "--dtype"),
+        (["--shape", "llama2-7b", "--batch", "0"], "expected at least 1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(
+    run: Run, options: list[str], message: str, shape: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("minikv_jax.bench.generate.run_task", None)  # nothing may be started
+    (tmp_path / "bad.json").write_text("{")
+    given = (option.format(shape=shape, bad=tmp_path / "bad.json") for option in options)
+    assert message in run_wrongly(run, "bench", "generate", *given)
+
+
+def test_figures_and_table_show_what_was_measured(run: Run, tmp_path: pathlib.Path):
+    measured = {"prefill_s": 1.0, "decode_ms": 2.0, "times_floor": 1.25, "peak_bytes": 10**9, "cache_bytes": 5 * 10**8}
+    measured |= {"max_new_tokens": 10, "compile_s": {"prefill": 3.0, "decode": 1.6}}
+
+    def row(method: str, batch: int, prompt: int) -> dict[str, Any]:
+        sizes = {"shape": "llama-3.1-8b", "method": method, "batch": batch, "prompt_len": prompt}
+        return sizes | measured | {"decode_tokens_per_s": batch / 0.002}
+
+    rows = [row(method, *sizes) for method in ("minikv", "full") for sizes in ((1, 2048), (1, 4096), (4, 2048))]
+    failed = {"method": "full", "batch": 8, "prompt_len": 64, "max_new_tokens": 10, "error": "out of memory: 9 GB"}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"device": "D", "results": [*rows, failed]}))
+    code, out, _ = run("bench", "figures", file, "--out", tmp_path)
+    assert code == 0
+    assert "| `minikv` | 4 | 2,048 + 10 | 1.000 | 2.00 | 1.25 | 2,000 | 1.0 | 0.50 | 5 |\n" in out
+    assert "| `full` | 8 | 64 + 10 | out of memory | | | | | | |\n" in out
+    names = {"llama-3.1-8b-latency.png", "llama-3.1-8b-batches.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
+
+
+def test_figures_of_two_devices_are_refused(run: Run, tmp_path: pathlib.Path):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        file.write_text(json.dumps({"device": file.stem, "results": []}))
+    error = run_wrongly(run, "bench", "figures", *files, "--out", tmp_path)
+    assert "results of a, b: expected one device" in error
+
+
+def test_figures_names_a_file_that_is_no_result(run: Run, tmp_path: pathlib.Path):
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "object.json").write_text("{}")
+    for name, message in (
+        ("object.json", "object.json: expected what"),
+        ("latin1.txt", "latin1.txt is not valid JSON"),
+    ):
+        assert message in run_wrongly(run, "bench", "figures", tmp_path / name, "--out", tmp_path)
+
+
+def test_kernels_needs_the_cuda_library(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cuda_ffi.why_unavailable", lambda: "no CUDA here")
+    assert "no CUDA here" in run_wrongly(run, "bench", "kernels")
+
+
+def test_kernels_writes_every_row(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    row = {"op": "quantize", "shape": "B1", "implementation": "cuda", "ms": 0.5}
+    monkeypatch.setattr("cuda_ffi.why_unavailable", lambda: None)
+    monkeypatch.setattr("minikv_jax.bench.kernels.new_report", lambda command: {"command": command, "results": []})
+    monkeypatch.setattr("minikv_jax.bench.kernels.measure", lambda rates: iter([row]))
+    code, text, _ = run("bench", "kernels", "--output", tmp_path / "out.json")
+    assert code == 0
+    assert text.split() == ["quantize", "B1", "cuda", "0.5000", "ms"]
+    assert json.loads((tmp_path / "out.json").read_text()) == {"command": "minikv bench kernels", "results": [row]}
+
+
+def test_bench_without_a_suite_names_them(run: Run):
+    code, _, err = run("bench", "speed")
+    assert code == 2
+    assert "kernels" in err and "generate" in err and "figures" in err

@@ -1,0 +1,92 @@
+"""The command line as a whole: its commands, its help, its errors."""
+
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+from support.commands import Run, run_wrongly
+
+import minikv_jax
+from minikv_jax.cli.main import commands, main
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+
+
+def test_help_names_every_command_without_jax():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run_python("-m", "minikv_jax.cli.main", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert not result.stderr
+    for command in commands():
+        assert command.name in result.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    imported = run_python("-X", "importtime", "-m", "minikv_jax.cli.main", "--help").stderr
+    assert "argparse\n" in imported
+    assert not re.search(r"\| *(jax|numpy)\n", imported)
+
+
+def test_every_file_of_a_command_is_one():
+    names = {command.name for command in commands()}
+    assert names == {"bench", "calibrate", "evaluate", "generate", "inspect", "memory", "methods", "sweep"}
+
+
+def test_a_command_is_a_file(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    """Only the file of the command that is run is imported."""
+    (tmp_path / "main.py").touch()
+    (tmp_path / "helper.py").write_text('"""Helps `minikv greet`: no command."""')
+    (tmp_path / "broken.py").write_text('"""`minikv broken`: fail."""\nraise AssertionError')
+    (tmp_path / "greet.py").write_text(
+        '"""`minikv greet`: say hello to somebody.\n\nAnd no more."""\n'
+        "def add_arguments(parser):\n    parser.add_argument('name')\n"
+        "def run(arguments):\n    print('hello', arguments.name)\n    return 3\n"
+    )
+    monkeypatch.setattr("minikv_jax.cli.main.__file__", str(tmp_path / "main.py"))
+    monkeypatch.setattr("minikv_jax.cli.__path__", [str(tmp_path)])
+    assert [(command.name, command.summary) for command in commands()] == [
+        ("broken", "fail"),
+        ("greet", "say hello to somebody"),
+    ]
+    assert run("greet", "you") == (3, "hello you\n", "")
+
+
+def test_version(run: Run):
+    assert run("--version") == (0, f"minikv {minikv_jax.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [command.name for command in commands()])
+def test_every_command_has_help(run: Run, command: str):
+    code, text, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert text.startswith(f"usage: minikv {command}")
+
+
+def test_user_error_is_one_line_and_exit_code_2(run: Run):
+    assert "COMMAND" in run_wrongly(run)
+    assert "invalid choice: 'nosuch'" in run_wrongly(run, "nosuch")
+
+
+def test_verbose_shows_where_an_error_comes_from(model_directory: pathlib.Path):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        main(["generate", "--model", str(model_directory), "--prompt", "", "--verbose"])
+
+
+def test_the_package_may_be_on_the_path_only(model_directory: pathlib.Path, tmp_path: pathlib.Path):
+    """Without an installed distribution there is no metadata to read a version from."""
+    code = (
+        "import importlib.metadata, sys\n"
+        "original = importlib.metadata.version\n"
+        "def version(name):\n"
+        "    if name.startswith('minikv'): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "    return original(name)\n"
+        "importlib.metadata.version = version\n"
+        "from minikv_jax.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    (tmp_path / "cases.jsonl").write_text('{"prompt_ids": [1, 2, 3], "continuation_ids": [4]}')
+    arguments = ["--model", model_directory, "--data", tmp_path / "cases.jsonl", "--method", "full"]
+    run_python("-c", code, "evaluate", "cases", *map(str, arguments))

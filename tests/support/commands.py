@@ -1,0 +1,32 @@
+"""Runs `minikv` in the tests' process."""
+
+from collections.abc import Callable
+
+import pytest
+
+from minikv_jax.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def runner(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A function that takes the arguments of `minikv` and returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def run_wrongly(run: Run, *arguments: object) -> str:
+    """The error of a command that a user gave wrongly: one line, exit code 2, and nothing on stdout."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("minikv: error: ")
+    assert err.count("\n") == 1
+    return err
