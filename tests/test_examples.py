@@ -116,7 +116,7 @@ def test_the_flax_example_prints_what_it_saves(
 
 
 def test_the_python_of_the_schemes_page(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
-    page = (EXAMPLES.parent / "docs" / "schemes.md").read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs" / "methods.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     exec(code.replace("smollm2-135m-instruct", str(model_directory)), {})
     assert capsys.readouterr().out.endswith(" tokens per layer\n")
