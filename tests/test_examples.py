@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.checkpoints import random_tensors, write_hf
+from support.model_directory import byte_tokenizer
 from support.tiny import tiny_config, tiny_model
 
 import minikv_jax
@@ -125,8 +127,16 @@ def test_the_python_of_the_schemes_page(model_directory: pathlib.Path, capsys: p
             assert f"`{name}`" in page or name == "none" or not registry.is_built_in(name)
 
 
-def test_the_python_of_the_readme_runs(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+def test_the_python_of_the_readme_runs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    tokenizer = byte_tokenizer()
+    config = tiny_config(head_dim=32, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    write_hf(tmp_path, config, random_tensors(config))
+    tokenizer.save_pretrained(tmp_path)
+    log = tmp_path / "log.txt"
+    log.write_text("The tide went out, and " * 9, encoding="utf-8")
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    exec(code.replace("smollm2-135m-instruct", str(model_directory)), {})
-    assert capsys.readouterr().out.splitlines()[-1].endswith(" bytes")
+    quickstart, plugin = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    for code in (quickstart, plugin):
+        exec(code.replace("smollm2-135m-instruct", str(tmp_path)).replace("examples/log.txt", str(log)), names)
+        assert capsys.readouterr().out.splitlines()[-1].endswith(" bytes")
