@@ -23,19 +23,24 @@ TEST := $(VENV)/.installed-test
 endif
 
 # Shapes, dtypes and types are checked at run time under the tests, in the modules that compute. Pytree containers
-# (cache, quantization) are left out: JAX rebuilds them with abstract leaves.
-CHECKED := minikv_jax.models.decoder,minikv_jax.ops.online_softmax,minikv_jax.models.rotary,minikv_jax.ops.select
-CHECKS := --jaxtyping-packages=$(CHECKED),beartype.beartype
+# (cache, packing) are left out: JAX rebuilds them with abstract leaves.
+COMPUTING := models.decoder models.rotary cache.budgets ops.online_softmax ops.prefill_attention ops.decode_attention \
+	ops.extend_attention ops.select
+space := $(subst ,, )
+CHECKS := --jaxtyping-packages=$(subst $(space),$(comma),$(addprefix minikv_jax.,$(strip $(COMPUTING)))),beartype.beartype
 CUDA_SOURCES = $(wildcard cuda_ffi/csrc/*/*.cu cuda_ffi/csrc/*/*.cuh cuda_ffi/csrc/*/*.h)
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu lint format clean
 
 demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what the cache saved.
 	$(PY) -m minikv_jax.cli.main generate --model smollm2-135m-instruct --method minikv \
 		--prompt-file examples/log.txt --max-new-tokens 64
 
-test: $(TEST)  ## The suite on the CPU; what needs a GPU is skipped, and counted in the summary.
-	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -n $(WORKERS) $(PYTEST_ARGS)
+test: $(TEST)  ## The suite on the CPU, without its slow tests; what needs a GPU is skipped, and counted in the summary.
+	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(TEST)  ## The slow tests: real models, whole programs, compilation of the CUDA kernels.
+	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -m slow -n $(WORKERS) $(PYTEST_ARGS)
 
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)

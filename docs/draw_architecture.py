@@ -2,8 +2,8 @@
 
     python docs/draw_architecture.py [--check]
 
-`--check` only compares, and fails if the picture is not that of the code. Imports that others imply are left out, and so
-are those of the two lowest layers, which anything may import.
+`--check` only compares, and fails if the picture is not that of the code. Imports that others imply are left out, and
+so are those of the two lowest layers, which anything may import.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
+from support import resources
 from support.commands import Run, runner
 from support.model_directory import write_model, write_shape
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +39,26 @@ def _registries() -> Iterator[None]:
 def _programs() -> Iterator[None]:
     """Frees a module's compiled programs: each takes memory maps, of which a process may have some 65,000."""
     yield
+    resources.note()
     jax.clear_caches()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Sends a worker's peaks to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["resources"] = resources.peaks()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Receives a worker's peaks."""
+    resources.add(node.gateway.id, getattr(node, "workeroutput", {}).get("resources"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints how near the processes came to the limit of memory maps."""
+    for line in resources.summary():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def test_the_package_imports_no_jax():
 
 
 def test_every_public_name_is_there():
-    assert {"generate", "CacheConfig", "KVCache", "decode_attention", "load", "__version__"} <= set(dir(minikv_jax))
+    assert {"generate", "Method", "KVCache", "decode_attention", "load", "__version__"} <= set(dir(minikv_jax))
     for name in dir(minikv_jax):
         assert getattr(minikv_jax, name) is not None or name.startswith("_")
     with pytest.raises(AttributeError, match="has no attribute 'nosuch'"):
@@ -66,7 +66,7 @@ def test_public_names_can_be_replaced(monkeypatch: pytest.MonkeyPatch):
 def test_a_name_of_the_librarys_own_is_protected_before_its_first_use():
     code = (
         "import minikv_jax as mk\n"
-        "try:\n    mk.register_method(mk.CacheConfig(name='minikv'))\n"
+        "try:\n    mk.register_method(mk.Method(name='minikv'))\n"
         "except ValueError as error:\n    print(error)"
     )
     assert "is the library's own" in run(code)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from minikv_jax.methods import calibrated
 from minikv_jax.methods.base import Component, settings
+from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Amount, Method, to_amount
 from minikv_jax.methods.registry import BUDGETS, METHODS, QUANTIZERS, SCORERS, Components
 
@@ -62,7 +63,11 @@ def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:
         if not separator:
             raise ValueError(f"method {text!r}: expected NAME or NAME:KEY=VALUE,KEY=VALUE, got {setting!r}")
         merged[key] = value
-    return override(get(name), merged)
+    method = get(name)
+    try:
+        return override(method, merged)
+    except ValueError as error:
+        raise ValueError(f"method {name!r}: {error}") from error
 
 
 def override(method: Method, changes: Mapping[str, str]) -> Method:
@@ -134,7 +139,10 @@ def _locate(key: str, owners: Mapping[str, Mapping[str, Any]]) -> tuple[str, str
     if having:
         raise ValueError(f"setting {key!r} is ambiguous: say {' or '.join(f'{part}.{key}' for part in having)}")
     known = [*_COMPONENTS, *_PARSERS, *(f"{part}.{name}" for part, values in owners.items() for name in values)]
-    raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known)}")
+    unknown = f"unknown setting {key!r}: expected one of {', '.join(known)}"
+    if not owners["quantizer"] and (setting or part) in settings(MinMax):
+        unknown += "; the method does not quantise: set quantizer=minmax, or another quantizer, beside it"
+    raise ValueError(unknown)
 
 
 def _parse_setting(key: str, text: str, current: Any) -> Any:

@@ -14,13 +14,14 @@ from minikv_jax.bench import end_to_end
 from minikv_jax.bench.end_to_end import CacheLengths, Case
 from minikv_jax.cache import memory
 from minikv_jax.generate import generate, stream
-from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import lookup
+from minikv_jax.methods.kivi import MinMax
 
 
 def test_row_says_what_was_allocated_and_read(shape: str):
     asked = bench_case(shape)
     row = end_to_end.measure(asked)
-    config, method = asked.config(), presets.get("minikv")
+    config, method = asked.config(), lookup.get("minikv")
     # 100 tokens are padded to 112
     sizes = memory.report(config, method, prompt_length=112, max_new_tokens=160, batch=2, dtype="float32")
     assert row["cache_bytes"] == sizes.bytes
@@ -42,7 +43,7 @@ def test_real_weights_are_of_the_asked_dtype(model_directory: pathlib.Path, dtyp
         model=str(model_directory), method="minikv:k_bits=4", batch=1, prompt_len=64, max_new_tokens=4, dtype=dtype
     )
     row = end_to_end.measure(asked)
-    method = dataclasses.replace(presets.get("minikv"), k_bits=4)
+    method = dataclasses.replace(lookup.get("minikv"), quantizer=MinMax(k_bits=4))
     sizes = memory.report(asked.config(), method, prompt_length=64, max_new_tokens=4, dtype=dtype)
     assert row["cache_bytes"] == sizes.bytes
     assert row["weight_bytes"] == memory.weight_bytes(asked.config(), dtype)
@@ -52,14 +53,14 @@ def test_real_weights_are_of_the_asked_dtype(model_directory: pathlib.Path, dtyp
 @pytest.mark.parametrize("step", [1, 60, 159])
 def test_a_stretch_starts_where_decoding_would_have_come(method: str, step: int):
     model = tiny_model(max_position_embeddings=512, head_dim=32)
-    results = stream(model, [[1] * 70, [2] * 33], cache=method, max_new_tokens=160, eos_token_ids=(), chunk=step)
+    results = stream(model, [[1] * 70, [2] * 33], method=method, max_new_tokens=160, eos_token_ids=(), chunk=step)
     prompt = CacheLengths.of(next(results).cache)
     decoded = next(results).cache
     assert jax.tree.all(jax.tree.map(np.array_equal, prompt.after(step, decoded), CacheLengths.of(decoded)))
 
 
 def test_bytes_read_are_those_of_the_valid_tokens():
-    cache = generate(tiny_model(), [[1] * 40], cache="full", max_new_tokens=10, eos_token_ids=()).cache
+    cache = generate(tiny_model(), [[1] * 40], method="full", max_new_tokens=10, eos_token_ids=()).cache
     layers, kv_heads, head_dim, both, size = 2, 2, 16, 2, 4
     now = CacheLengths.of(cache)
     assert end_to_end.bytes_read(cache, now, range(1)) == 50 * both * layers * kv_heads * head_dim * size
@@ -90,7 +91,7 @@ def test_performance_page_shows_the_formula(name: str, method: str):
     weights = memory.weight_bytes(config) + 2 * config.vocab_size * config.hidden_size  # and the embedding table
 
     def cache(prompt: int) -> int:
-        return memory.report(config, presets.get(method), prompt_length=prompt, max_new_tokens=1024).bytes
+        return memory.report(config, lookup.get(method), prompt_length=prompt, max_new_tokens=1024).bytes
 
     row = cache(2048)
     rows = [(limit * 10**9 - weights) // row for limit in (40, 80)]

@@ -12,7 +12,7 @@ from support.commands import Run, run_wrongly
 def test_calibrate_then_evaluate(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("The lamp was lit at dusk and burned until the morning. " * 8)
-    method = "minikv:residual_length=32,sinks=1"
+    method = "minikv:tail.length=32,sinks=1"
     sizes = ("--context", 80, "--queries", 10, "--limit", 2, "--steps", 5)
     learn = ("calibrate", "--model", model_directory, "--method", method, "--text", text, *sizes)
     code, printed, err = run(*learn, "--out", out)
@@ -49,7 +49,7 @@ def test_calibrate_then_evaluate(run: Run, model_directory: pathlib.Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"--method": "snapkv"}, "method 'snapkv' has nothing quantised"),
+        ({"--method": "snapkv"}, "method 'snapkv' has quantizer=None: expected MinMax or Hadamard"),
         ({"--method": "minikv:group_size=32"}, "head_dim 16 is not divisible by group_size 32"),
         ({"--text": "/no/such/file"}, "No such file"),
         ({"--learn": "budgets"}, "learn='budgets': expected some of ranges, rotation"),

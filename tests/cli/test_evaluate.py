@@ -22,7 +22,7 @@ def test_cases_of_ids_and_of_text_agree(run: Run, model_directory: pathlib.Path,
     data, out = tmp_path / "cases.jsonl", tmp_path / "out.json"
     data.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     command = ["evaluate", "cases", "--data", data, "--model", model_directory, "--json", out]
-    command += ["--method", "full", "--method", "minikv", "--method", "minikv:k_bits=4", "--set", "residual_length=32"]
+    command += ["--method", "full", "--method", "minikv", "--method", "minikv:k_bits=4", "--set", "tail.length=32"]
     code, text, _ = run(*command)
     assert code == 0
     report = json.loads(out.read_text())
@@ -31,7 +31,7 @@ def test_cases_of_ids_and_of_text_agree(run: Run, model_directory: pathlib.Path,
     assert first["methods"]["full"]["kl_to_full"] == 0
     assert (first["prompt_tokens"], first["continuation_tokens"]) == (150, 20)
     for name in ("minikv", "minikv:k_bits=4"):
-        assert report["methods"][name]["residual_length"] == 32
+        assert report["methods"][name]["tail"]["length"] == 32
         assert first["methods"][name]["nll"] == report["means"][name]["nll"]
         assert f"| {name} | {report['means'][name]['nll']:.4f} |" in text
     assert report["means"]["minikv:k_bits=4"]["kl_to_full"] < report["means"]["minikv"]["kl_to_full"]
@@ -56,30 +56,33 @@ def test_budget_bytes_makes_a_method_per_share(run: Run, model_directory: pathli
 
 PLUGIN = """
 import dataclasses, jax.numpy as jnp, minikv_jax
-from minikv_jax.methods import lookup as presets
-from minikv_jax.methods import base as schemes
+from minikv_jax import lookup
 
-@schemes.register_scorer("newest-even")
-def newest_even(inputs, config):
-    batch, tokens, kv_heads, _ = inputs.k.shape
-    positions = jnp.arange(tokens, dtype=jnp.float32)
-    return jnp.broadcast_to(positions * (positions % 2 == 0), (batch, kv_heads, tokens))
+@minikv_jax.register_scorer("newest-even")
+class NewestEven(minikv_jax.Scorer):
+    every: int = 2
 
-@schemes.register_quantizer("broken")
-class Broken(schemes.Quantizer):
-    def quantize(self, x, operand):
+    def score(self, inputs):
+        batch, tokens, kv_heads, _ = inputs.k.shape
+        positions = jnp.arange(tokens, dtype=jnp.float32)
+        return jnp.broadcast_to(positions * (positions % self.every == 0), (batch, kv_heads, tokens))
+
+@minikv_jax.register_quantizer("broken")
+class Broken(minikv_jax.Quantizer):
+    def encode(self, x, operand):
         return x * jnp.nan
-    def dequantize(self, stored, operand):
+
+    def decode(self, stored, operand):
         return stored
 
-@schemes.register_scorer("nan")
-def nan(inputs, config):
-    return newest_even(inputs, config).at[:, 0, 3].set(jnp.nan)
+@minikv_jax.register_scorer("nan")
+def nan(inputs):
+    return NewestEven().score(inputs).at[:, 0, 3].set(jnp.nan)
 
-config = dataclasses.replace(presets.get("h2o"), name="even", scorer="newest-even")
-schemes.register_method(config)
-schemes.register_method(dataclasses.replace(config, name="nan", scorer="nan"))
-schemes.register_method(dataclasses.replace(presets.get("minikv"), name="broken", quantizer="broken"))
+method = dataclasses.replace(lookup.get("h2o"), name="even", scorer=NewestEven())
+minikv_jax.register_method(method)
+minikv_jax.register_method(dataclasses.replace(method, name="nan", scorer=nan))
+minikv_jax.register_method(dataclasses.replace(lookup.get("minikv"), name="broken", quantizer=Broken()))
 """
 
 
@@ -106,25 +109,25 @@ def test_a_researchers_path(
     capsys: pytest.CaptureFixture[str],
     record_property: Callable[[str, object], None],
 ):
-    """A scheme of one's own, from its file over `evaluate` and `sweep` to a report; says what each step takes."""
+    """A method of one's own, from its file over `evaluate` and `sweep` to a report; says what each step takes."""
     plugin, out = pathlib.Path(__file__).parents[2] / "examples" / "plugin_scorer.py", tmp_path / "sweep"
     (tmp_path / "book.txt").write_text(TEXT)
-    common = ["--model", model_directory, "--plugin", plugin, "--method", "vatp", "--method", "h2o"]
+    vatp = "vatp:group_size=16"  # the tiny model's heads
+    common = ["--model", model_directory, "--plugin", plugin, "--method", vatp, "--method", "h2o"]
     task = ["perplexity", "--text", tmp_path / "book.txt", "--context", 200, "--continuation", 10, "--limit", 1]
-    common += ["--set", "group_size=16"]  # the tiny model's heads
     began = time.perf_counter()
     code, text, log = run("evaluate", *task, *common)
     evaluated = time.perf_counter()
     assert code == 0, log
-    assert "| vatp |" in text
+    assert f"| {vatp} |" in text
     code, text, log = run("sweep", *task, *common, "--sweep", "heavy=0.1,0.3", "--out", out)
     swept = time.perf_counter()
     assert code == 0, log
     points = json.loads((out / "results.json").read_text())["points"]
-    assert [point["method"] for point in points.values()] == ["vatp"] * 2 + ["h2o"] * 2
-    small, large = (points[f"vatp:heavy={share}"]["means"] for share in (0.1, 0.3))
+    assert [point["method"] for point in points.values()] == [vatp] * 2 + ["h2o"] * 2
+    small, large = (points[f"{vatp},heavy={share}"]["means"] for share in (0.1, 0.3))
     assert small["cache_bytes"] < large["cache_bytes"]
-    assert "vatp:heavy=0.3" in (out / "report.html").read_text()
+    assert f"{vatp},heavy=0.3" in (out / "report.html").read_text()
     took = f"evaluate {evaluated - began:.1f} s, sweep and report {swept - evaluated:.1f} s"
     record_property("took", took)
     with capsys.disabled():
@@ -134,8 +137,11 @@ def test_a_researchers_path(
 FLAT = """
 import minikv_jax as mk
 
-mk.register_scorer("flat")(lambda inputs, config: inputs.k.sum(axis=(2, 3)).astype("float32"))
-mk.register_method(mk.CacheConfig(name="flat", scorer="flat", heavy=0.5, recent=0.1))
+@mk.register_scorer("flat")
+def flat(inputs):
+    return inputs.k.sum(axis=(2, 3)).astype("float32")
+
+mk.register_method(mk.Method(name="flat", scorer=flat, heavy=0.5, recent=0.1))
 """
 CASES = ["evaluate", "cases", "--model", "{model}", "--method", "minikv", "--data"]
 BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/book.txt"]

@@ -12,9 +12,10 @@ import pytest
 from support.commands import Run, run_wrongly
 from support.model_directory import byte_tokenizer
 
-from minikv_jax.generate import GenerateResult, generate, stream
-from minikv_jax.methods import lookup as presets
+from minikv_jax.generate import generate, stream
+from minikv_jax.methods import lookup
 from minikv_jax.models import chat, hub
+from minikv_jax.programs import GenerateResult
 
 PROMPT = "The lamp was lit at dusk and burned until the morning. " * 3
 
@@ -26,8 +27,8 @@ def test_generate_reports_what_the_library_returns(run: Run, model_directory: pa
     assert code == 0
     model, tokenizer = hub.load(model_directory)
     assert tokenizer is not None
-    method = presets.override(presets.get("minikv"), {"heavy": "0.3"})
-    result = generate(model, [tokenizer.encode(PROMPT)], cache=method, max_new_tokens=40)
+    method = lookup.override(lookup.get("minikv"), {"heavy": "0.3"})
+    result = generate(model, [tokenizer.encode(PROMPT)], method=method, max_new_tokens=40)
     report = json.loads(out.read_text())
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     assert report["tokens"] == tokens
@@ -39,8 +40,8 @@ def test_generate_reports_what_the_library_returns(run: Run, model_directory: pa
     assert cache["bytes"] == result.cache.nbytes
     assert cache["packed_bytes"] == result.cache.packed_bytes
     assert cache["per_layer"] == result.cache.kept_tokens[:, 0].tolist()
-    full = generate(model, [tokenizer.encode(PROMPT)], cache="full", max_new_tokens=40).cache
-    assert cache["full_bytes"] == full.layers[0].tail_k.nbytes * 2 * len(full.layers)
+    full = generate(model, [tokenizer.encode(PROMPT)], method="full", max_new_tokens=40).cache
+    assert cache["full_bytes"] == full.layers[0].tail.k.nbytes * 2 * len(full.layers)
     assert report["text"] in text
     assert f"{result.cache.nbytes:,} bytes" in text
     assert f"{1 - cache['ratio']:.1%}" in text
@@ -120,7 +121,7 @@ def test_chat_carries_the_cache_from_turn_to_turn(
     seen = [int(line.split(" of ")[1].split()[0]) for line in log.splitlines() if "kept per layer" in line]
     model, tokenizer = hub.load(model_directory)
     assert tokenizer is not None
-    result = generate(model, [chat.first_turn(tokenizer, "hello")], cache="minikv", max_new_tokens=6)
+    result = generate(model, [chat.first_turn(tokenizer, "hello")], method="minikv", max_new_tokens=6)
     assert seen[0] == int(result.cache.length[0])
     last = int(result.tokens[0, int(result.lengths[0]) - 1])
     turn = chat.next_turn(tokenizer, "and now?", last)
@@ -145,10 +146,10 @@ GENERATE = ["generate", "--model", "{model}", "--prompt", "hello"]
     [
         (["generate", "--prompt", "hello"], "--model"),
         (["generate", "--model", "{model}"], "--prompt"),
-        ([*GENERATE, "--method", "nosuch"], "expected one of full"),
+        ([*GENERATE, "--method", "nosuch"], "method 'nosuch': expected one of"),
         ([*GENERATE, "--set", "heavy"], "expected KEY=VALUE"),
-        ([*GENERATE, "--set", "weight=1"], "unknown setting 'weight'"),
-        ([*GENERATE, "--set", "heavy=1.5"], "heavy=1.5"),
+        ([*GENERATE, "--set", "weight=1"], "unknown setting 'weight': expected one of scorer, "),
+        ([*GENERATE, "--set", "heavy=1.5"], "heavy='1.5': expected a share"),
         ([*GENERATE, "--set", "group_size=32"], "head_dim 16"),
         ([*GENERATE, "--implementation", "nosuch"], "implementation='nosuch'"),
         ([*GENERATE, "--dtype", "int8"], "--dtype"),

@@ -17,16 +17,16 @@ def inspect(run: Run, tmp_path: pathlib.Path, model_directory: pathlib.Path) -> 
 def test_inspect_writes_pictures_a_page_and_the_arrays(inspect: Run, tmp_path: pathlib.Path):
     ids = [i % 90 for i in range(100)]
     (tmp_path / "ids.json").write_text(json.dumps(ids))
-    methods = ("full", "minikv:residual_length=32")
+    methods = ("full", "minikv:tail.length=32")
     arguments = [part for method in methods for part in ("--method", method)]
     code, out, err = inspect("--tokens-file", tmp_path / "ids.json", "--max-new-tokens", 5, *arguments)
     assert (code, err) == (0, "")
     header, _, full, minikv, *paths = out.splitlines()
     assert header.startswith("| method | tokens kept | key error |")
     assert full.startswith("| full | 100.0% |  |  | 100.0% | 100.0% |")
-    assert minikv.startswith("| minikv:residual_length=32 | 50.0% |")
-    names = ["attention", "budgets", "errors", "kept-full", "kept-minikv-residual_length=32"]
-    names.append("error-minikv-residual_length=32")
+    assert minikv.startswith("| minikv:tail.length=32 | 50.0% |")
+    names = ["attention", "budgets", "errors", "kept-full", "kept-minikv-tail.length=32"]
+    names.append("error-minikv-tail.length=32")
     pngs = [tmp_path / "out" / f"{name}.png" for name in names]
     page, arrays = tmp_path / "out" / "report.html", tmp_path / "out" / "arrays.npz"
     assert paths == [str(path) for path in (*pngs, page, arrays)]
@@ -34,9 +34,9 @@ def test_inspect_writes_pictures_a_page_and_the_arrays(inspect: Run, tmp_path: p
     text = page.read_text()
     assert text.count("data:image/png;base64,") == len(pngs)
     assert "http" not in text
-    assert "minikv:residual_length=32, layer by layer" in text
+    assert "minikv:tail.length=32, layer by layer" in text
     with np.load(arrays) as stored:
-        kept = stored["minikv:residual_length=32/kept"]
+        kept = stored["minikv:tail.length=32/kept"]
         assert kept.shape == (2, 2, 100)
         assert (kept.sum(axis=-1) == 50).all()
         assert "full/key_error" not in stored

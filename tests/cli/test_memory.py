@@ -8,7 +8,7 @@ from support.commands import Run, run_wrongly
 
 from minikv_jax.cache import memory
 from minikv_jax.generate import generate
-from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import lookup
 from minikv_jax.models import hub
 from minikv_jax.prompts import bucket_length
 
@@ -22,7 +22,7 @@ def test_memory_prints_the_report(run: Run, model_directory: pathlib.Path, tmp_p
     assert code == 0
     expected = memory.report(
         hub.load_config(model_directory),
-        presets.get("minikv-pyramid"),
+        lookup.get("minikv-pyramid"),
         prompt_length=512,
         max_new_tokens=64,
         batch=3,
@@ -41,7 +41,7 @@ def test_memory_prints_the_report(run: Run, model_directory: pathlib.Path, tmp_p
 
 def test_memory_of_a_padded_prompt_is_the_cache_that_generate_makes(run: Run, model_directory: pathlib.Path):
     model, _ = hub.load(model_directory)
-    result = generate(model, [[1] * 70], cache="minikv", max_new_tokens=20)
+    result = generate(model, [[1] * 70], method="minikv", max_new_tokens=20)
     sizes = ["--prompt-len", bucket_length(70), "--max-new-tokens", 20, "--dtype", "float32"]
     assert f"{result.cache.nbytes:,} bytes" in run("memory", "--model", model_directory, *sizes)[1]
 
@@ -49,8 +49,8 @@ def test_memory_of_a_padded_prompt_is_the_cache_that_generate_makes(run: Run, mo
 def test_a_plugin_method_by_name(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
     plugin = tmp_path / "half.py"
     plugin.write_text(
-        "import minikv_jax\n"
-        "minikv_jax.register_method(minikv_jax.CacheConfig(name='newest-half', recent=0.5, k_bits=4, v_bits=4))\n"
+        "import minikv_jax as mk\n"
+        "mk.register_method(mk.Method(name='newest-half', recent=0.5, quantizer=mk.MinMax(k_bits=4, v_bits=4)))\n"
     )
     sizes = ["--model", model_directory, "--prompt-len", 128, "--max-new-tokens", 16]
     code, text, _ = run("memory", *sizes, "--plugin", plugin, "--method", "newest-half")

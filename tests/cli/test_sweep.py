@@ -12,7 +12,7 @@ from support.commands import Run, run_wrongly
 from minikv_jax.evaluation import run as run_module
 
 PNG = b"\x89PNG\r\n\x1a\n"
-GRID = ("--method", "h2o", "--method", "minikv:residual_length=32", "--sweep", "heavy=0.1,0.2", "--sweep", "recent=0.1")
+GRID = ("--method", "h2o", "--method", "minikv:tail.length=32", "--sweep", "heavy=0.1,0.2", "--sweep", "recent=0.1")
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def sweep(run: Run, tmp_path: pathlib.Path, model_directory: pathlib.Path) -> Ru
 
 
 def test_what_a_sweep_writes(sweep: Run, tmp_path: pathlib.Path):
-    code, text, log = sweep("out", *GRID, "--method", "kivi-2", "--set", "group_size=16")
+    code, text, log = sweep("out", *GRID, "--method", "kivi-2", "--set", "tail.length=64")
     assert code == 0, log
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    labels = [
-        f"{name}heavy={heavy},recent=0.1" for name in ("h2o:", "minikv:residual_length=32,") for heavy in (0.1, 0.2)
-    ]
+    labels = [f"{name}heavy={heavy},recent=0.1" for name in ("h2o:", "minikv:tail.length=32,") for heavy in (0.1, 0.2)]
     assert list(results["points"]) == labels
+    tails = [point["fields"]["tail"]["length"] for point in results["points"].values()]
+    assert tails == [64, 64, 32, 32]  # a method's own setting wins over --set
     assert list(results["skipped"]) == ["kivi-2:heavy=0.1,recent=0.1", "kivi-2:heavy=0.2,recent=0.1"]
     assert "needs a scorer" in log
     for label, point in results["points"].items():

@@ -7,7 +7,8 @@ from support.tiny import tiny_config
 
 from minikv_jax.cache import memory
 from minikv_jax.evaluation import SizedMethod
-from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import lookup
+from minikv_jax.methods.method import Method, Share, Tokens
 
 
 @pytest.mark.parametrize("name", ["minikv", "minikv-pyramid", "minikv-variance", "h2o", "snapkv", "streaming-llm"])
@@ -15,26 +16,30 @@ from minikv_jax.methods import lookup as presets
 def test_fitted_budget_is_the_largest_within_its_bytes(name: str, share: float):
     model = tiny_config()
     sizes = {"prompt_length": 4096, "max_new_tokens": 64, "dtype": "bfloat16"}
-    config = SizedMethod(presets.get(name), share).fit(model, **sizes)
-    full = memory.report(model, presets.get("full"), **sizes).bytes
-    assert memory.report(model, config, **sizes).bytes <= share * full
-    field = "heavy" if config.heavy else "recent"
-    step = 1 if isinstance(getattr(config, field), int) else 0.002  # more than one token of any layer's packing block
-    more = {field: getattr(config, field) + step * config_block(config)}
-    assert memory.report(model, dataclasses.replace(config, **more), **sizes).bytes > share * full
-    original = presets.get(name)
-    if isinstance(original.heavy, float) and original.heavy:
-        assert config.recent == pytest.approx(config.heavy * original.recent / original.heavy, abs=1e-4)
-    assert dataclasses.replace(config, heavy=original.heavy, recent=original.recent) == original
+    method = SizedMethod(lookup.get(name), share).fit(model, **sizes)
+    full = memory.report(model, lookup.get("full"), **sizes).bytes
+    assert memory.report(model, method, **sizes).bytes <= share * full
+    assert memory.report(model, with_a_block_more(method), **sizes).bytes > share * full
+    original = lookup.get(name)
+    if original.heavy and isinstance(original.heavy, Share):
+        assert isinstance(original.recent, Share) and isinstance(method.heavy, Share)
+        assert isinstance(method.recent, Share)
+        ratio = original.recent.fraction / original.heavy.fraction
+        assert method.recent.fraction == pytest.approx(method.heavy.fraction * ratio, abs=1e-4)
+    assert dataclasses.replace(method, heavy=original.heavy, recent=original.recent) == original
 
 
-def config_block(config):
-    return config.packing_block if config.quantized else 1
+def with_a_block_more(method: Method) -> Method:
+    """The method with more tokens in the fitted budget: over one packing block of any layer."""
+    block = 1 if method.quantizer is None else method.quantizer.block
+    budget = method.heavy or method.recent
+    more = Tokens(budget.count + block) if isinstance(budget, Tokens) else Share(budget.fraction + 0.002 * block)
+    return dataclasses.replace(method, heavy=more) if method.heavy else dataclasses.replace(method, recent=more)
 
 
 def test_budget_that_cannot_be_fitted_is_refused():
     sizes = {"prompt_length": 512, "max_new_tokens": 64, "dtype": "bfloat16"}
     with pytest.raises(ValueError, match="'kivi-2' keeps every token"):
-        SizedMethod(presets.get("kivi-2"), 0.5).fit(tiny_config(), **sizes)
+        SizedMethod(lookup.get("kivi-2"), 0.5).fit(tiny_config(), **sizes)
     with pytest.raises(ValueError, match=r"'minikv' does not fit 6.25% of the full cache's bytes.*takes 2\d\.\d"):
-        SizedMethod(presets.get("minikv"), 0.0625).fit(tiny_config(), **sizes)
+        SizedMethod(lookup.get("minikv"), 0.0625).fit(tiny_config(), **sizes)

@@ -7,16 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from minikv_jax.inference import one_shot
 from support.tiny import tiny_model
 
 from minikv_jax.evaluation import Case, measure
 from minikv_jax.generate import generate
-from minikv_jax.methods import lookup as presets
+from minikv_jax.methods import lookup
+from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Tail
 from minikv_jax.models.decoder import Llama
+from minikv_jax.prefill import one_shot
 
-COARSE = dataclasses.replace(presets.get("minikv"), name="coarse", k_bits=1, v_bits=1, residual_length=32)
-METHODS = {"full": presets.get("full"), "coarse": COARSE}
+COARSE = dataclasses.replace(
+    lookup.get("minikv"), name="coarse", quantizer=MinMax(k_bits=1, v_bits=1, group_size=16), tail=Tail(length=32)
+)
+METHODS = {"full": lookup.get("full"), "coarse": COARSE}
 ROOM = 40  # one size, and prompts of 65 to 80 tokens: the tests share compiled programs
 
 
@@ -49,11 +53,11 @@ def test_full_is_the_models_own_likelihood(model: Llama):
 
 
 def test_shared_prefill_is_each_methods_own_run(model: Llama):
-    """Greedy answers, and the caches' bytes, are those of `generate`, which prefills for one method alone."""
+    """Greedy answers, and the caches' bytes, are those of `generate`, which prefills for that method."""
     case = random_case(1, 75, 12, max_new_tokens=ROOM)
     (results,) = measure(model, [case], METHODS, ROOM)
-    for name, config in METHODS.items():
-        alone = generate(model, [case.prompt], cache=config, max_new_tokens=ROOM, eos_token_ids=())
+    for name, method in METHODS.items():
+        alone = generate(model, [case.prompt], method=method, max_new_tokens=ROOM, eos_token_ids=())
         assert results[name].generated == tuple(alone.tokens[0].tolist())
         assert results[name].cache_bytes == alone.cache.nbytes
 
@@ -61,8 +65,8 @@ def test_shared_prefill_is_each_methods_own_run(model: Llama):
 def test_exact_match_is_greedy_generation(model: Llama):
     prompt = random_case(2, 70, 0).prompt
     greedy = {
-        name: tuple(generate(model, [prompt], cache=config, max_new_tokens=ROOM, eos_token_ids=()).tokens[0].tolist())
-        for name, config in METHODS.items()
+        name: tuple(generate(model, [prompt], method=method, max_new_tokens=ROOM, eos_token_ids=()).tokens[0].tolist())
+        for name, method in METHODS.items()
     }
     assert greedy["full"] != greedy["coarse"]
     for text in ("full", "coarse"):
@@ -124,5 +128,6 @@ def test_wrong_cases_are_named(model: Llama):
         measure(model, [random_case(0, 250, 10)], METHODS, 10)
     with pytest.raises(ValueError, match="token id 96 is outside the vocabulary of 96"):
         measure(model, [Case("x", (96,), (1,))], METHODS, 1)
+    wide = dataclasses.replace(COARSE, quantizer=MinMax(k_bits=1, v_bits=1, group_size=32))
     with pytest.raises(ValueError, match="head_dim 16"):
-        measure(model, [random_case(0, 5, 1)], {"x": dataclasses.replace(COARSE, group_size=32)}, 1)
+        measure(model, [random_case(0, 5, 1)], {"x": wide}, 1)

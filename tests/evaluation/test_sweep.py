@@ -1,6 +1,8 @@
 """The grid of a sweep."""
 
 from minikv_jax.evaluation.sweep import grid
+from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.method import Share
 
 
 def test_the_grid_is_every_combination():
@@ -11,8 +13,9 @@ def test_the_grid_is_every_combination():
         "minikv:k_bits=4,heavy=0.1,sinks=4 @ 0.125",
         "minikv:k_bits=4,heavy=0.2,sinks=4 @ 0.125",
     ]
-    config = points[-1].resolve([("heavy", "0.5"), ("v_bits", "4")]).method
-    assert (config.k_bits, config.v_bits, config.heavy, config.sinks) == (4, 4, 0.2, 4)
+    method = points[-1].resolve([("heavy", "0.5"), ("v_bits", "4")]).method
+    assert method.quantizer == MinMax(k_bits=4, v_bits=4, group_size=16)
+    assert (method.heavy, method.sinks) == (Share(0.2), 4)
     assert [point.label for point in grid(["full"], {})] == ["full"]
     shared = grid(["h2o", "kivi-2", "nosuch"], {}, (0.25, 0.5))  # what keeps every token has no budget to fit
     assert [point.label for point in shared] == ["h2o @ 0.25", "h2o @ 0.5", "kivi-2", "nosuch @ 0.25", "nosuch @ 0.5"]

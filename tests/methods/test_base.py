@@ -142,7 +142,7 @@ def test_a_wrong_field_is_named(changes: dict[str, Any], message: str):
     ("make", "message"),
     [
         (lambda: Pyramid(beta=0.5), "beta=0.5: expected a number >= 1"),
-        (lambda: Pyramid(beta="7"), "beta='7': expected float, as its default 7.0"),
+        (lambda: Pyramid(beta="7"), "beta='7': expected float, as its default 7.0"),  # pyright: ignore[reportArgumentType]
         (lambda: Variance(cap=float("nan")), "cap=nan: expected a number >= 1"),
         (lambda: MinMax(k_bits=5), "k_bits=5: expected one of 1, 2, 3, 4, 8"),
         (lambda: MinMax(v_bits=6), "v_bits=6: expected one of"),
@@ -152,7 +152,7 @@ def test_a_wrong_field_is_named(changes: dict[str, Any], message: str):
         (lambda: Tail(length=0), "tail.length=0: expected at least 1"),
         (lambda: Tail(length=True), "length=True: expected int"),
         (lambda: Share(1), r"Share\(1\): expected a float in 0..1"),
-        (lambda: Tokens(0.5), "Tokens=0.5: expected an integer"),
+        (lambda: Tokens(0.5), "Tokens=0.5: expected an integer"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_component(make: Any, message: str):

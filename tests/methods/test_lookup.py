@@ -33,7 +33,7 @@ def test_methods_are_known_by_name():
     with pytest.raises(ValueError, match=r"'minikw': expected one of .*minikv-pyramid.* or a calibration's directory"):
         lookup.get("minikw")
     for wrong in (None, 3, H2O()):
-        with pytest.raises(ValueError, match="expected a name"):
+        with pytest.raises(ValueError, match=f"method is a {type(wrong).__name__}: expected a Method or a"):
             lookup.resolve(wrong)  # pyright: ignore[reportArgumentType]
 
 
