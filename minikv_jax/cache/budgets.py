@@ -36,9 +36,9 @@ def _limit(method: Method) -> float | int:
     return SHARE_UNITS - (method.recent.units if isinstance(method.recent, Share) else 0)
 
 
-def _clamp_to_sum(ideal: Sequence[float], limit: float) -> list[float]:
+def _clamp_to_sum(ideal: Sequence[float], limit: float | int) -> list[float | int]:
     """Clamps to `limit` and gives the excess, in proportion, to those below it."""
-    values = list(ideal)
+    values: list[float | int] = list(ideal)
     for _ in ideal:
         excess = sum(max(value - limit, 0.0) for value in values)
         room = [i for i, value in enumerate(values) if value < limit]
@@ -51,7 +51,7 @@ def _clamp_to_sum(ideal: Sequence[float], limit: float) -> list[float]:
     return values
 
 
-def _round_to_sum(values: Sequence[float], total: int) -> list[int]:
+def _round_to_sum(values: Sequence[float | int], total: int) -> list[int]:
     """Rounds down, then hands the missing units to the largest remainders (earlier layers first)."""
     floors = [int(value + 1e-9) for value in values]
     missing = min(total, round(sum(values))) - sum(floors)
