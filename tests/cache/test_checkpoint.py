@@ -22,7 +22,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [None, pytest.param(40, marks=pytest.mark.slow)])
 def test_round_trip(name: str, window: int | None, tmp_path: pathlib.Path):
     family = {} if window is None else {"model_type": "mistral", "sliding_window": window}
     model = tiny_model(max_position_embeddings=256, **family)

@@ -67,6 +67,7 @@ def write(directory: pathlib.Path, text: str) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_plugin_runs_everywhere(model: Llama, tmp_path: pathlib.Path):
     """Generate, ragged rows, a second turn, saved and restored; its bytes are known beforehand."""
     names = mk.load_plugin(write(tmp_path, PLUGIN))

@@ -69,6 +69,7 @@ def naive_prefill(model: Projections, method: Method, ids: np.ndarray) -> tuple[
     return np.stack(outs, axis=2), caches
 
 
+OFTEN = ("minikv", "twin-4bit", "kivi-2", "snapkv", "tova", "full")  # the others are slow tests
 CASES = [
     # test_quantizers.py has the others
     *((name, (6, 2)) for name in lookup.names() if type(lookup.get(name).quantizer) in (MinMax, type(None))),
@@ -76,7 +77,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "heads"), CASES, ids=[f"{name}-N{N}K{K}" for name, (N, K) in CASES])
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        pytest.param(
+            name,
+            heads,
+            id=f"{name}-N{heads[0]}K{heads[1]}",
+            marks=() if name in OFTEN and heads == (6, 2) else pytest.mark.slow,
+        )
+        for name, heads in CASES
+    ],
+)
 def test_method_matches_naive(name: str, heads: tuple[int, int]):
     """The same tokens kept, the same codes, the same bytes as foretold, and attention within float32 error."""
     method = small(lookup.get(name))

@@ -95,7 +95,7 @@ def test_stepwise_positions_equal_one_shot():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_half_precision_is_close_and_promotes_nothing(dtype: str, model_type: str):
     wide, narrow = tiny_model(model_type=model_type), tiny_model(dtype=dtype, model_type=model_type)
     graph, state = nnx.split(wide)

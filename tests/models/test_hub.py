@@ -174,6 +174,7 @@ def test_a_failed_demo_download_names_the_alternatives(package_index: dict[str, 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_smollm2_answers(smollm2: tuple[Llama, Any]):
     model, tokenizer = smollm2
     question = [{"role": "user", "content": "What is the capital of France?"}]

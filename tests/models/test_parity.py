@@ -239,6 +239,7 @@ def their_smollm2() -> Any:
     return transformers_smollm2(hub.demo_model_path())
 
 
+@pytest.mark.slow
 def test_smollm2_greedy_tokens_of_real_prompts(smollm2: tuple[Llama, Any], their_smollm2: Any):
     """The compiled loop under `full`, a ragged batch, draws what transformers draws prompt by prompt."""
     ours, tokenizer = smollm2
@@ -252,6 +253,7 @@ def test_smollm2_greedy_tokens_of_real_prompts(smollm2: tuple[Llama, Any], their
         np.testing.assert_array_equal(tokens, expected[0, len(prompt) :].numpy())
 
 
+@pytest.mark.slow
 def test_smollm2_logits_of_real_prompts(smollm2: tuple[Llama, Any], their_smollm2: Any):
     ours, tokenizer = smollm2
     theirs = their_smollm2
