@@ -82,7 +82,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def _model(case: Case, device: str) -> Any:
     import torch  # optional
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM  # with torch: optional
 
     dtype: torch.dtype = getattr(torch, case.dtype)
     if case.model is not None:

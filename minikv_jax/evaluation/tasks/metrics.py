@@ -27,7 +27,7 @@ def _words(text: str) -> list[str]:
 
 def rouge_l(prediction: str, reference: str) -> float:
     """F-measure of the longest common subsequence of words; 0 if either has no words."""
-    from rouge import Rouge
+    from rouge import Rouge  # optional
 
     if not prediction.strip(" .\n\t") or not reference.strip(" .\n\t"):
         return 0.0  # the package refuses texts without words
@@ -37,7 +37,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 def code_similarity(prediction: str, reference: str) -> float:
     """Edit similarity of the reference and the first line of code, that is without backticks and comments."""
-    from rapidfuzz import fuzz
+    from rapidfuzz import fuzz  # optional
 
     lines = prediction.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
