@@ -36,10 +36,10 @@ def _registries() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _programs() -> Iterator[None]:
+def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
     """Frees a module's compiled programs: each takes memory maps, of which a process may have some 65,000."""
     yield
-    resources.note()
+    resources.note(request.module.__name__)
     jax.clear_caches()
 
 

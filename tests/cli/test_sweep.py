@@ -99,7 +99,10 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
         ((*GRID, "--sweep", "heavy=0.3"), "--sweep names a field twice"),
         ((*GRID, "--sweep", "group"), "expected KEY=VALUE"),
         (("--method", "h2o", "--method", "h2o"), "a point of the sweep is given twice: h2o, h2o"),
-        (("--method", "h2o", "--sweep", "nosuch=1"), "no point of the sweep can be measured: unknown setting 'nosuch'"),
+        (
+            ("--method", "h2o", "--sweep", "nosuch=1"),
+            "no point of the sweep can be measured: method 'h2o': unknown setting 'nosuch'",
+        ),
         (("--method", "h2o", "--budget-bytes", "0.01"), "'h2o' does not fit 1.00%"),
     ],
 )

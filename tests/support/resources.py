@@ -4,35 +4,56 @@ from __future__ import annotations
 
 import pathlib
 import resource
+from typing import NamedTuple
 
 _MAPS, _LIMIT = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")
-_peak_maps = 0
-_by_worker: dict[str, tuple[int, int]] = {}
 
 
-def note() -> None:
-    """Counts this process's memory maps; called when a module's tests are done."""
-    global _peak_maps
-    if _MAPS.exists():
-        _peak_maps = max(_peak_maps, _MAPS.read_bytes().count(b"\n"))
+class Peaks(NamedTuple):
+    """Peaks of one process.
+
+    Attributes:
+      maps: memory maps, counted after each module.
+      kilobytes: memory.
+      rise, module: kilobytes by which one module's tests raised the peak the most, and the module.
+    """
+
+    maps: int = 0
+    kilobytes: int = 0
+    rise: int = 0
+    module: str = ""
 
 
-def peaks() -> tuple[int, int]:
-    """Most memory maps that were counted, and peak memory in kilobytes."""
-    return _peak_maps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_own = Peaks()
+_by_worker: dict[str, Peaks] = {}
 
 
-def add(worker: str, worker_peaks: tuple[int, int] | None) -> None:
+def note(module: str) -> None:
+    """Updates this process's peaks; called when a module's tests are done."""
+    global _own
+    maps = _MAPS.read_bytes().count(b"\n") if _MAPS.exists() else 0
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rise, name = max((_own.rise, _own.module), (kilobytes - _own.kilobytes, module))
+    _own = Peaks(max(_own.maps, maps), kilobytes, rise, name)
+
+
+def peaks() -> tuple[int, int, int, str]:
+    """This process's peaks as plain values."""
+    return tuple(_own)
+
+
+def add(worker: str, worker_peaks: tuple[int, int, int, str] | None) -> None:
     """Keeps the peaks of another process."""
     if worker_peaks is not None:
-        _by_worker[worker] = worker_peaks
+        _by_worker[worker] = Peaks(*worker_peaks)
 
 
 def summary() -> list[str]:
     """A line per process that ran tests."""
     limit = int(_LIMIT.read_text()) if _LIMIT.exists() else 0
-    rows = _by_worker or ({"main": peaks()} if _peak_maps else {})
+    rows = _by_worker or ({"main": _own} if _own.maps else {})
     return [
-        f"{worker}: at most {maps:,} of {limit:,} memory maps after a module, {kilobytes / 1e6:.1f} GB of memory"
-        for worker, (maps, kilobytes) in sorted(rows.items())
+        f"{worker}: peaks of {peak.maps:,} memory maps (limit {limit:,}) and {peak.kilobytes / 1e6:.1f} GB, "
+        f"{peak.rise / 1e6:.1f} GB of it by {peak.module}"
+        for worker, peak in sorted(rows.items())
     ]
