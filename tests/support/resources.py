@@ -39,7 +39,7 @@ def note(module: str) -> None:
 
 def peaks() -> tuple[int, int, int, str]:
     """This process's peaks as plain values."""
-    return tuple(_own)
+    return _own.maps, _own.kilobytes, _own.rise, _own.module
 
 
 def add(worker: str, worker_peaks: tuple[int, int, int, str] | None) -> None:
