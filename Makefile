@@ -57,7 +57,7 @@ format: $(TEST)  ## Rewrite the sources as `make lint` wants them.
 	$(if $(CUDA_SOURCES),$(BIN)clang-format -i $(CUDA_SOURCES))
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .grimp_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
