@@ -12,10 +12,9 @@ from minikv_jax.methods import calibrated
 from minikv_jax.methods.base import Component, settings
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Amount, Method, to_amount
-from minikv_jax.methods.registry import BUDGETS, METHODS, QUANTIZERS, SCORERS, Components
+from minikv_jax.methods.registry import COMPONENTS, METHODS, plain_settings
 
-_COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
-_PARTS = (*_COMPONENTS, "tail")  # fields whose settings can be named by themselves
+_PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named by themselves
 
 
 def names() -> tuple[str, ...]:
@@ -85,7 +84,7 @@ def override(method: Method, changes: Mapping[str, str]) -> Method:
         if not isinstance(text, str):
             raise ValueError(f"{key}={text!r}: expected text, as on the command line; values go to dataclasses.replace")
     drafts = {part: _unchanged(getattr(method, part)) for part in _PARTS}
-    for part in _COMPONENTS:  # before their settings are looked up
+    for part in COMPONENTS:  # before their settings are looked up
         if part in changes:
             drafts[part] = _replaced(part, getattr(method, part), changes[part])
     owners = {part: draft.values for part, draft in drafts.items()}
@@ -93,7 +92,7 @@ def override(method: Method, changes: Mapping[str, str]) -> Method:
     for key, text in changes.items():
         if key in _PARSERS:
             fields[key] = _PARSERS[key](key, text)
-        elif key not in _COMPONENTS:
+        elif key not in COMPONENTS:
             part, setting = _locate(key, owners)
             owners[part][setting] = _parse_setting(key, text, owners[part][setting])
     return dataclasses.replace(method, **fields, **{part: draft.make(**draft.values) for part, draft in drafts.items()})
@@ -109,12 +108,12 @@ class _Draft(NamedTuple):
 def _unchanged(component: Component | None) -> _Draft:
     if component is None:
         return _Draft(lambda: None, {})
-    return _Draft(lambda **values: dataclasses.replace(component, **values), _plain_settings(component))  # pyright: ignore
+    return _Draft(lambda **values: dataclasses.replace(component, **values), plain_settings(component))  # pyright: ignore
 
 
 def _replaced(part: str, old: Component | None, name: str) -> _Draft:
     """The component called `name`, with the settings that it shares with `old`."""
-    registry = _COMPONENTS[part]
+    registry = COMPONENTS[part]
     if part == "quantizer" and name.lower() == "none":
         return _unchanged(None)
     entry = registry[name]
@@ -122,10 +121,6 @@ def _replaced(part: str, old: Component | None, name: str) -> _Draft:
         return _unchanged(entry if isinstance(entry, Component) else old)
     shared = {} if old is None else {key: value for key, value in settings(old).items() if key in settings(entry)}
     return _Draft(functools.partial(registry.make, name), settings(entry) | shared)
-
-
-def _plain_settings(component: Component) -> dict[str, Any]:
-    return {name: value for name, value in settings(component).items() if not callable(value)}
 
 
 def _locate(key: str, owners: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
@@ -138,7 +133,7 @@ def _locate(key: str, owners: Mapping[str, Mapping[str, Any]]) -> tuple[str, str
         return having[0], key
     if having:
         raise ValueError(f"setting {key!r} is ambiguous: say {' or '.join(f'{part}.{key}' for part in having)}")
-    known = [*_COMPONENTS, *_PARSERS, *(f"{part}.{name}" for part, values in owners.items() for name in values)]
+    known = [*COMPONENTS, *_PARSERS, *(f"{part}.{name}" for part, values in owners.items() for name in values)]
     unknown = f"unknown setting {key!r}: expected one of {', '.join(known)}"
     if not owners["quantizer"] and (setting or part) in settings(MinMax):
         unknown += "; the method does not quantise: set quantizer=minmax, or another quantizer, beside it"

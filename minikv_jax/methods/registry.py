@@ -153,18 +153,17 @@ def seal() -> None:
 def to_dict(method: Method) -> dict[str, Any]:
     """A method as JSON values: components by name with their settings; `from_dict` reads them back."""
     values: dict[str, Any] = {"name": method.name, "citation": method.citation}
-    for field, registry in _COMPONENT_FIELDS.items():
+    for field, registry in COMPONENTS.items():
         component = getattr(method, field)
-        values[field] = (
-            None if component is None else {"name": registry.name_of(component)} | _plain_settings(component)
-        )
+        values[field] = None if component is None else {"name": registry.name_of(component)} | plain_settings(component)
     for field in ("heavy", "recent"):
         budget = getattr(method, field)
         values[field] = budget.fraction if isinstance(budget, Share) else budget.count
     return values | {"sinks": method.sinks, "evict_every": method.evict_every, "tail": settings(method.tail)}
 
 
-def _plain_settings(component: Component) -> dict[str, Any]:
+def plain_settings(component: Component) -> dict[str, Any]:
+    """The settings of an instance that are values: a registered function is none."""
     return {name: value for name, value in settings(component).items() if not callable(value)}
 
 
@@ -174,7 +173,7 @@ def from_dict(values: Mapping[str, Any]) -> Method:
     if set(values) != expected:
         unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
         raise ValueError(f"not a method: unknown fields {unknown}, missing fields {missing}")
-    components = {field: _component(field, values[field]) for field in (*_COMPONENT_FIELDS, "tail")}
+    components = {field: _component(field, values[field]) for field in (*COMPONENTS, "tail")}
     return Method(**dict(values) | components)
 
 
@@ -186,9 +185,9 @@ def _component(field: str, given: Any) -> Any:
     if field == "tail":
         return make(Tail, given)
     values = dict(given)
-    return _COMPONENT_FIELDS[field].make(values.pop("name"), **values)
+    return COMPONENTS[field].make(values.pop("name"), **values)
 
 
-_COMPONENT_FIELDS = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
+COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
 SCORERS.add("none", NoScores)
 BUDGETS.add("uniform", Uniform)
