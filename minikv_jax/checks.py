@@ -47,3 +47,8 @@ def choice(name: str, value: object, choices: tuple) -> None:
     """
     if value not in choices or isinstance(value, bool | float):  # which equal integers
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
+
+
+def printable(text: str) -> str:
+    """`text` with escapes in place of control and other invisible characters, which names from a file may hold."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -56,7 +56,7 @@ def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, 
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object, got a {type(row).__name__}")
@@ -70,7 +70,7 @@ def _parse(path: pathlib.Path) -> Any:
     text = read_text(path)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for deep nesting
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -1,0 +1,127 @@
+"""Schemas of the files that are read: pydantic models, and the one line that says what is wrong with a file."""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import pydantic
+
+from minikv_jax import checks
+
+_Model = TypeVar("_Model", bound=pydantic.BaseModel)
+
+# What a key accepts, by pydantic's type of the error; the values in braces are those of the error.
+_ACCEPTED = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "an integer",
+    "int_type": "an integer",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "string_type": "text",
+    "too_long": "at most {max_length} items",
+    "too_short": "at least {min_length} items",
+}
+
+
+class Schema(pydantic.BaseModel):
+    """A file's keys and their kinds. Nothing is converted: "1", 1.0 and true are no integers, NaN is no number.
+
+    Unknown keys are refused. A class of files that others extend takes them with `class Name(Schema, extra="ignore")`.
+    """
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if cls.model_config.get("extra") == "forbid" and isinstance(data, Mapping):
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            if unknown := [key for key in data if key not in known]:
+                raise ValueError(f"unknown keys {', '.join(map(_shown, unknown))}; accepted: {', '.join(known)}")
+        return data
+
+
+def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str]) -> _Model:
+    """`data`, which a file holds, as a value of `model`.
+
+    Args:
+      model: a `Schema`.
+      data: what a JSON parser returned, for instance.
+      source: the file, and the line if it has many, for errors.
+
+    Raises:
+      ValueError: `data` does not fit: "<source>: <key> is <value>; accepted: <what>", in one line. Names and values are
+        escaped and shortened.
+    """
+    try:
+        return model.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{checks.printable(os.fspath(source))}{_reason(error, data)}") from error
+
+
+def _reason(error: pydantic.ValidationError, data: object) -> str:
+    """What follows the name of the file: the missing keys, or the first key with a wrong value."""
+    problems = [(_keys(data, one["loc"]), one) for one in error.errors(include_url=False)]
+    if missing := [_path([*keys, one["loc"][-1]]) for keys, one in problems if one["type"] == "missing"]:
+        return f" lacks {', '.join(dict.fromkeys(missing))}"
+    first = problems[0][0]
+    # The branches of a union each report an error: the deepest ones come from the branch that was meant.
+    keys, one = max((p for p in problems if p[0][: len(first)] == first), key=lambda problem: len(problem[0]))
+    accepted = " or ".join(dict.fromkeys(_accepted(other) for at, other in problems if at == keys))
+    others = len({_path(at) for at, _ in problems if at[: len(first)] != first})
+    more = f" (and {others} more)" if others else ""
+    if one["type"] in ("value_error", "assertion_error") and (not keys or accepted.startswith("unknown keys ")):
+        return f"{f': {_path(keys)}' if keys else ''}: {accepted}{more}"
+    return f"{f': {_path(keys)}' if keys else ''} is {_shown(one['input'])}; accepted: {accepted}{more}"
+
+
+def _accepted(error: Any) -> str:
+    template = _ACCEPTED.get(error["type"])
+    if template is not None:
+        return template.format(**error.get("ctx", {}))
+    return checks.printable(re.sub(r"^(Input should be|Value error,|Assertion failed,) ", "", error["msg"]))
+
+
+def _keys(data: Any, location: Sequence[str | int]) -> list[str | int]:
+    """The keys and indices of a location in `data`, without the names that pydantic gives to a union's branches."""
+    keys: list[str | int] = []
+    for part in location:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        keys.append(part)
+    return keys
+
+
+def _path(keys: Sequence[str | int]) -> str:
+    """Keys as `layers.name[3]`."""
+    parts = [f"[{key}]" if isinstance(key, int) else f".{_name(key)}" for key in keys]
+    return "".join(parts).removeprefix(".")
+
+
+def _name(key: str) -> str:
+    return key if re.fullmatch(r"[\w.-]{1,80}", key) else _shown(key)
+
+
+def _shown(value: object) -> str:
+    """A value as `repr` shows it, so that control characters are escaped, and shortened."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3
