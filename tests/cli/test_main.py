@@ -73,20 +73,3 @@ def test_user_error_is_one_line_and_exit_code_2(run: Run):
 def test_verbose_shows_where_an_error_comes_from(model_directory: pathlib.Path):
     with pytest.raises(ValueError, match="prompt is empty"):
         main(["generate", "--model", str(model_directory), "--prompt", "", "--verbose"])
-
-
-def test_the_package_may_be_on_the_path_only(model_directory: pathlib.Path, tmp_path: pathlib.Path):
-    """Without an installed distribution there is no metadata to read a version from."""
-    code = (
-        "import importlib.metadata, sys\n"
-        "original = importlib.metadata.version\n"
-        "def version(name):\n"
-        "    if name.startswith('minikv'): raise importlib.metadata.PackageNotFoundError(name)\n"
-        "    return original(name)\n"
-        "importlib.metadata.version = version\n"
-        "from minikv_jax.cli.main import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    (tmp_path / "cases.jsonl").write_text('{"prompt_ids": [1, 2, 3], "continuation_ids": [4]}')
-    arguments = ["--model", model_directory, "--data", tmp_path / "cases.jsonl", "--method", "full"]
-    run_python("-c", code, "evaluate", "cases", *map(str, arguments))
