@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax.cache.state import KVCache
 from minikv_jax.decode import decode, extend
@@ -32,6 +32,8 @@ class GenerateResult(NamedTuple):
       lengths: int32 `[B]`.
       cache: holds the prompt as the method keeps it and every generated token; `generate(..., cache=cache)` goes on
         from it.
+      finite: bool `[B]`, whether all logits that the row's tokens were drawn from are finite. If not, its tokens mean
+        nothing from some step on.
       log_probabilities: float32 `[B, max_new_tokens]` of the drawn tokens under the model (temperature 1), if asked
         for.
     """
@@ -39,6 +41,7 @@ class GenerateResult(NamedTuple):
     tokens: Int[Array, "B M"]
     lengths: Int[Array, "B"]
     cache: KVCache
+    finite: Bool[Array, "B"]
     log_probabilities: Float[Array, "B M"] | None = None
 
 
@@ -61,6 +64,7 @@ class State(NamedTuple):
       tokens, log_probabilities: `[B, max_new_tokens]`, as in `GenerateResult`.
       active: bool `[B]`, rows that go on.
       lengths: int32 `[B]`, tokens of each row.
+      finite: bool `[B]`, as in `GenerateResult`.
     """
 
     step: Array
@@ -69,12 +73,13 @@ class State(NamedTuple):
     log_probabilities: Array | None
     active: Array
     lengths: Array
+    finite: Array
     key: Array
     cache: KVCache
 
     def result(self) -> GenerateResult:
         """What has been generated so far."""
-        return GenerateResult(self.tokens, self.lengths, self.cache, self.log_probabilities)
+        return GenerateResult(self.tokens, self.lengths, self.cache, self.finite, self.log_probabilities)
 
 
 class Programs(NamedTuple):
@@ -154,6 +159,7 @@ def _begin(model: Llama, settings: Settings, method: Method | None, inputs: Inpu
         log_probabilities=jnp.zeros((batch, size), jnp.float32) if settings.log_probabilities else None,
         active=jnp.ones(batch, bool),
         lengths=jnp.zeros(batch, jnp.int32),
+        finite=jnp.ones(batch, bool),
         key=key,
         cache=cache,
     )
@@ -183,6 +189,7 @@ def _loop(model: Llama, settings: Settings, state: State, last: Array | int) -> 
             log_probabilities=log_probabilities,
             active=state.active & ~ended,
             lengths=state.lengths + active,
+            finite=state.finite & (jnp.isfinite(state.logits).all(axis=-1) | ~state.active),
             key=key,
             cache=cache,
         )

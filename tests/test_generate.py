@@ -286,3 +286,21 @@ def test_log_probabilities_are_the_models(model: mk.Llama):
     np.testing.assert_allclose(drawn, [line[token] for line, token in zip(expected, generated, strict=True)], atol=2e-5)
     without = mk.generate(model, [row], method="full", max_new_tokens=NEW, eos_token_ids=())
     assert without.log_probabilities is None
+
+
+def test_non_finite_logits_are_reported_per_row():
+    """The first row never meets the NaN; the second one does in its prompt; the third ends before it draws from one."""
+    model = tiny_model(max_position_embeddings=512)
+    bad, rows = 7, [[1, 2, 3], [1, 7, 3], [4, 5, 6]]
+    free = mk.generate(model, rows, max_new_tokens=9, method="full", eos_token_ids=())
+    assert free.finite.tolist() == [True, True, True]
+    assert bad not in np.asarray(free.tokens)
+    stop = int(free.tokens[2, 0])
+    weights = model.embed_tokens.embedding[...]
+    model.embed_tokens.embedding[...] = weights.at[bad].set(jnp.nan).at[stop].set(jnp.inf)
+    assert stop not in np.asarray(free.tokens[0])
+    result = mk.generate(model, rows, max_new_tokens=9, method="full", eos_token_ids=(stop,))
+    assert result.lengths[2] == 1
+    assert result.finite.tolist() == [True, False, True]
+    *_, last = mk.stream(model, rows, max_new_tokens=9, method="full", eos_token_ids=())
+    assert last.finite.tolist() == [True, False, False]

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     print()
     output.print_rows(_rows(report))
     output.write_json(arguments.json, report)
+    _check_finite(reply)
     return 0
 
 
@@ -103,6 +104,7 @@ class Reply:
     text: str
     cache: KVCache
     seconds: Seconds
+    finite: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,9 @@ class Session:
             tokens = result.tokens[0, : int(result.lengths[0])].tolist()
             text = self._show(tokens, text)
         print(flush=True)
-        return Reply(len(ids), tokens, text, result.cache, Seconds(compilation, prefill, decoding))
+        return Reply(
+            len(ids), tokens, text, result.cache, Seconds(compilation, prefill, decoding), result.finite.item()
+        )
 
     def _show(self, tokens: list[int], shown: str) -> str:
         """Prints the text of `tokens` beyond `shown`, and returns it without an incomplete character or space."""
@@ -183,7 +187,14 @@ def _chat(session: Session) -> int:
             f"[{tokens} of {int(reply.cache.length[0])} tokens kept per layer, {reply.cache.nbytes:,} bytes]",
             file=sys.stderr,
         )
+        _check_finite(reply)
     return 0
+
+
+def _check_finite(reply: Reply) -> None:
+    """Raises ValueError if tokens were drawn from logits that are no numbers."""
+    if not reply.finite:
+        raise ValueError("logits are NaN or infinite: the text means nothing from some token on")
 
 
 def _messages() -> Iterator[str]:
@@ -221,6 +232,7 @@ def _report(arguments: argparse.Namespace, session: Session, reply: Reply) -> di
         "generated_tokens": len(reply.tokens),
         "tokens": reply.tokens,
         "text": reply.text,
+        "finite_logits": reply.finite,
         "cache": {
             "bytes": cache.nbytes,
             "packed_bytes": cache.packed_bytes,

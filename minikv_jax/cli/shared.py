@@ -116,6 +116,9 @@ def add_run(options: _Options) -> None:
     """Adds the options of every command that runs a model."""
     add_model(options)
     add_dtype(options)
+    options.add_argument(
+        "--allow-nonfinite", action="store_true", help="load weights with NaN or infinite values nevertheless"
+    )
     add_implementation(options)
     add_verbose(options)
 
@@ -236,7 +239,7 @@ def load_model(
             config = hub.load_config(arguments.model)
             for method in methods:
                 contracts.check(method, config)
-        return hub.load(arguments.model, dtype=dtype)
+        return hub.load(arguments.model, dtype=dtype, allow_nonfinite=arguments.allow_nonfinite)
 
 
 def need_matplotlib(advice: str = "") -> None:

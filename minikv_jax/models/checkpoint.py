@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from minikv_jax.files import naming_damage
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
-from minikv_jax.models.parameters import Skeleton, raise_misfits
+from minikv_jax.models.parameters import Skeleton, raise_misfits, raise_nonfinite
 
 if TYPE_CHECKING:
     import orbax.checkpoint
@@ -62,12 +62,15 @@ def restore_config(directory: str | os.PathLike[str]) -> ModelConfig:
         return ModelConfig.from_dict(stored["config"])
 
 
-def restore(directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Llama:
+def restore(
+    directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
+) -> Llama:
     """Reads a model that `save` wrote, cast to `dtype`, onto JAX's default device.
 
     Raises:
       FileNotFoundError: `directory` does not exist.
-      ValueError: it is not a complete checkpoint, or its parameters do not fit its config (all of them in one message).
+      ValueError: it is not a complete checkpoint, or its parameters do not fit its config or, unless allowed, are not
+        finite in `dtype` (all of them in one message).
     """
     import orbax.checkpoint as ocp
 
@@ -84,7 +87,15 @@ def restore(directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
         with naming_damage(directory, _KIND):
             item = ocp.args.StandardRestore(_nest(targets))
             arrays = checkpointer.restore(directory, ocp.args.Composite(params=item))["params"]
-    return skeleton.fill(_flatten(arrays))
+    parameters = _flatten(arrays)
+    if not allow_nonfinite:
+        raise_nonfinite(str(directory), [path for path, array in parameters.items() if not _is_finite(array)])
+    return skeleton.fill(parameters)
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def _checkpointer() -> orbax.checkpoint.Checkpointer:

@@ -185,13 +185,15 @@ def _read_value(stream: BinaryIO, kind: GGUFValueType, size: int) -> Any:
     return [_read_value(stream, item, size) for _ in range(count)]
 
 
-def load_gguf(file: GGUFFile | str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Llama:
+def load_gguf(
+    file: GGUFFile | str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
+) -> Llama:
     """Loads a GGUF file of a supported architecture, dequantised to `dtype`, config included.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is corrupt, has a setting that is not supported, or tensors that are missing, unknown or of
-        the wrong shape (all of them in one message). The error names the file.
+      ValueError: the file is corrupt, has a setting that is not supported, or tensors that are missing, unknown, of
+        the wrong shape or, unless allowed, not finite in `dtype` (all of them in one message). The error names it.
     """
     file = file if isinstance(file, GGUFFile) else GGUFFile(file)
     config = config_from_gguf(file)
@@ -201,7 +203,7 @@ def load_gguf(file: GGUFFile | str | os.PathLike[str], *, dtype: DTypeLike = jnp
         read_rows=file.read_rows,
         rules=INTERLEAVED_RULES + RULES if config.family.gguf_interleaved else RULES,
     )
-    return read_parameters(config, source, resolve_dtype(dtype))
+    return read_parameters(config, source, resolve_dtype(dtype), allow_nonfinite=allow_nonfinite)
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:

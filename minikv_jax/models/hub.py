@@ -43,7 +43,7 @@ SOURCES = (
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
+    source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
 ) -> tuple[Llama, PreTrainedTokenizerBase | None]:
     """Loads a model and its tokenizer (None if the source has none).
 
@@ -51,9 +51,10 @@ def load(
       source: a Hugging Face directory, a `.gguf` file, a directory written by `save`, a hub id, or `DEMO_MODEL`, which
         is downloaded once and cached.
       dtype: float32, bfloat16 or float16.
+      allow_nonfinite: load weights with NaN or infinite values, which are refused by default.
 
     Raises:
-      ValueError: an unknown source, an unsupported model or a corrupt file.
+      ValueError: an unknown source, an unsupported model, a corrupt file or weights that are not finite.
       FileNotFoundError: a missing file.
       ConnectionError: a download failed.
     """
@@ -61,10 +62,10 @@ def load(
     path = _locate(source, _HUB_PATTERNS)
     if path.is_file():
         file = GGUFFile(path)
-        return load_gguf(file, dtype=dtype), tokenizer_from_gguf(file)
+        return load_gguf(file, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer_from_gguf(file)
     if checkpoint.is_checkpoint(path):
-        return checkpoint.restore(path, dtype=dtype), _tokenizer(path / "tokenizer")
-    return load_safetensors(path, dtype=dtype), _tokenizer(path)
+        return checkpoint.restore(path, dtype=dtype, allow_nonfinite=allow_nonfinite), _tokenizer(path / "tokenizer")
+    return load_safetensors(path, dtype=dtype, allow_nonfinite=allow_nonfinite), _tokenizer(path)
 
 
 def load_config(source: str | os.PathLike[str]) -> ModelConfig:

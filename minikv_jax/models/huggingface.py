@@ -34,15 +34,17 @@ RULES = (
 )
 
 
-def load_safetensors(directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Llama:
+def load_safetensors(
+    directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
+) -> Llama:
     """Loads a Hugging Face model directory: config.json and model.safetensors, single or sharded with its index.
 
     Parameters are cast to `dtype` (float32, bfloat16 or float16) and placed on JAX's default device.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is corrupt, the config is not supported, or tensors are missing, unknown or of the wrong shape
-        (all of them in one message).
+      ValueError: a file is corrupt, the config is not supported, or tensors are missing, unknown, of the wrong shape
+        or, unless allowed, not finite in `dtype` (all of them in one message).
     """
     directory = pathlib.Path(directory)
     config = config_from_hf(directory)
@@ -57,7 +59,7 @@ def load_safetensors(directory: str | os.PathLike[str], *, dtype: DTypeLike = jn
         read_rows=lambda name, start, stop: slices[name][start:stop],
         rules=RULES,
     )
-    return read_parameters(config, source, resolve_dtype(dtype))
+    return read_parameters(config, source, resolve_dtype(dtype), allow_nonfinite=allow_nonfinite)
 
 
 def config_from_hf(source: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConfig:

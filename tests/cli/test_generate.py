@@ -3,12 +3,15 @@
 import io
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.commands import Run, run_wrongly
 from support.model_directory import byte_tokenizer
 
@@ -126,6 +129,22 @@ def test_chat_carries_the_cache_from_turn_to_turn(
     last = int(result.tokens[0, int(result.lengths[0]) - 1])
     turn = chat.next_turn(tokenizer, "and now?", last)
     assert seen[0] + len(turn) < seen[1] <= seen[0] + len(turn) + 6
+
+
+def test_weights_and_logits_that_are_not_finite_are_errors(
+    run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path
+):
+    directory, out = tmp_path / "nan", tmp_path / "out.json"
+    shutil.copytree(model_directory, directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32("nan")
+    save_file(tensors, directory / "model.safetensors")
+    command = ["generate", "--model", directory, "--prompt", "hello", "--max-new-tokens", 3]
+    assert "NaN or infinite values in model.norm.weight" in run_wrongly(run, *command)
+    code, _, error = run(*command, "--allow-nonfinite", "--json", out)
+    assert code == 2
+    assert error == "minikv: error: logits are NaN or infinite: the text means nothing from some token on\n"
+    assert json.loads(out.read_text())["finite_logits"] is False
 
 
 def test_verbose_names_each_implementation_once(run: Run, model_directory: pathlib.Path):

@@ -1,5 +1,7 @@
+import functools
 import json
 import pathlib
+import re
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,6 +10,7 @@ import pytest
 from support.checkpoints import (
     assert_holds,
     hf_config,
+    parameter,
     random_tensors,
     write_gguf,
     write_hf,
@@ -88,6 +91,37 @@ def test_a_repeated_tied_embedding_must_be_the_same(tmp_path: pathlib.Path):
     write_hf(tmp_path, config, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
         load_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "orbax"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_not_finite_are_named(tmp_path: pathlib.Path, kind: str, dtype: str):
+    config, tensors = tiny_config(), random_tensors(tiny_config())
+    tensors["model.norm.weight"][3] = np.nan
+    tensors["model.layers.0.mlp.up_proj.weight"][7, 9] = np.inf
+    tensors["model.layers.1.self_attn.v_proj.weight"][1, 2] = -np.inf
+    tensors["lm_head.weight"][2, 0] = -1e30  # infinite in float16 alone
+    write_hf(tmp_path / "hf", config, tensors)
+    names = {"hf": ("norm.weight", "0.mlp.up_proj", "1.self_attn.v_proj", "lm_head"),
+             "gguf": ("output_norm", "0.ffn_up", "1.attn_v", "output.weight"),
+             "orbax": ("norm.scale", "0.mlp.gate_up_proj", "1.self_attn.qkv_proj", "lm_head")}[kind]  # fmt: skip
+    if kind == "gguf":
+        write_gguf(tmp_path / "m.gguf", config, tensors)
+        load = functools.partial(load_gguf, tmp_path / "m.gguf", dtype=dtype)
+    elif kind == "hf":
+        load = functools.partial(load_safetensors, tmp_path / "hf", dtype=dtype)
+    else:
+        checkpoint.save(load_safetensors(tmp_path / "hf", allow_nonfinite=True), tmp_path / "orbax")
+        load = functools.partial(checkpoint.restore, tmp_path / "orbax", dtype=dtype)
+    with pytest.raises(ValueError, match=r"NaN or infinite values in .*--allow-nonfinite") as error:
+        load()
+    expected = names if dtype == "float16" else names[:-1]
+    listed = re.search(r"values in (.*): load", str(error.value))
+    assert listed is not None
+    found = listed[1].split(", ")
+    assert len(found) == len(expected)
+    assert all(any(name in tensor for tensor in found) for name in expected)
+    assert np.isnan(parameter(load(allow_nonfinite=True), "norm.scale")).sum() == 1
 
 
 def test_missing_files_are_named(tmp_path: pathlib.Path):
