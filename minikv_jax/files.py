@@ -1,15 +1,26 @@
-"""Text, JSON and arrays on disk, with errors that name the file and the line."""
+"""Text and JSON on disk: read with errors that name the file and the line, and written all at once or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_ARRAYS = "arrays"
+import filelock
+
+# What zipfile raises while it reads an archive that is cut short, damaged, encrypted, or packed in an unknown way.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+_PATIENCE_SECONDS = 10.0  # to write a file takes far less
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -27,7 +38,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       OSError: the file cannot be read.
       ValueError: it is not valid JSON, or not an object, naming the file.
     """
-    value = _parse(path)
+    value = _parsed(str(path), read_text(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
@@ -35,7 +46,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def read_json_list(path: pathlib.Path) -> list[Any]:
     """Reads the JSON list in a file. Raises as `read_json` does."""
-    value = _parse(path)
+    value = _parsed(str(path), read_text(path))
     if not isinstance(value, list):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected a list")
     return value
@@ -48,137 +59,212 @@ def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, 
       OSError: the file cannot be read.
       ValueError: a line is not a JSON object, or the file has no lines, naming the file and the line.
     """
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if limit is not None and len(rows) == limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got a {type(row).__name__}")
-        rows.append((number, row))
+    rows = _rows(path, read_text(path), limit)
     if not rows:
         raise ValueError(f"{path} is empty: expected one JSON object per line")
     return rows
 
 
-def _parse(path: pathlib.Path) -> Any:
-    text = read_text(path)
+def read_log(path: pathlib.Path) -> tuple[list[tuple[int, dict[str, Any]]], bytes]:
+    """Reads what `appending` wrote: line numbers and objects, and what a killed process left of a last line."""
+    complete, newline, torn = path.read_bytes().rpartition(b"\n")
     try:
-        return json.loads(text)
+        return _rows(path, (complete + newline).decode(), None), torn
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _rows(path: pathlib.Path, text: str, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if limit is not None and len(rows) == limit:
+            break
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        row = _parsed(where, line)
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, got a {type(row).__name__}")
+        rows.append((number, row))
+    return rows
+
+
+def _parsed(source: str, text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # the latter for deep nesting
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{source} is not valid JSON: {error}") from error
 
 
-def save_arrays(
-    directory: str | os.PathLike[str], arrays: Any, description: Mapping[str, Any], *, kind: str
-) -> pathlib.Path:
-    """Writes a pytree of arrays and its JSON description into a new directory.
-
-    The arrays are an Orbax checkpoint of numbered leaves. The description, `{kind}.json`, is written last: a directory
-    that has one is complete.
-
-    Args:
-      directory: must not exist; its parents are made.
-      arrays: any pytree; only its leaves are stored.
-      description: what a reader needs to rebuild the structure, as JSON values.
-      kind: what the directory holds, in a word that also stands in errors: "cache", "calibration".
-
-    Returns:
-      The directory as an absolute path.
-
-    Raises:
-      FileExistsError: there is something at `directory` already.
-    """
-    path = pathlib.Path(directory).resolve()
-    if path.exists():
-        raise FileExistsError(f"{path} exists: a {kind} is saved into a new directory")
-    path.mkdir(parents=True)
-    import orbax.checkpoint as ocp  # not at the top: about a second of every start
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / _ARRAYS, _numbered(arrays))
-    _description_path(path, kind).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    return path
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return values
 
 
-def holds(directory: str | os.PathLike[str], kind: str) -> bool:
-    """Whether `save_arrays` wrote `directory`, with this kind."""
-    return _description_path(directory, kind).is_file()
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
-def read_description(directory: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Reads the description that `save_arrays` wrote.
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any], indent: int = 1) -> None:
+    """Writes a JSON file as `write_bytes` does. Raises ValueError for NaN or infinity, which JSON cannot hold."""
+    write_text(path, json.dumps(values, indent=indent, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file: whatever happens, `path` holds all of `content` or what it held before.
 
     Raises:
-      FileNotFoundError: `directory` holds no arrays of this kind.
-      ValueError: the description is damaged.
+      OSError: it cannot be written, naming `path`.
     """
-    if not holds(directory, kind):
-        name = _description_path(directory, kind).name
-        raise FileNotFoundError(f"{os.fspath(directory)} holds no saved {kind}: {name} is missing")
-    return read_json(_description_path(directory, kind))
-
-
-def load_arrays(directory: str | os.PathLike[str], like: Any) -> Any:
-    """Reads the arrays that `save_arrays` wrote.
-
-    Args:
-      directory: as given to `save_arrays`.
-      like: a pytree of the stored structure, shapes and dtypes. A leaf is a `jax.ShapeDtypeStruct` or a JAX array for a
-        JAX array, and a NumPy array for a NumPy array.
-
-    Raises:
-      FileNotFoundError: the arrays are missing.
-      ValueError: they are damaged, or differ from `like` in number, shape or dtype, naming each that differs.
-    """
-    import jax  # not at the top: text and JSON are read without it
-    import orbax.checkpoint as ocp  # not at the top: about a second of every start
-
-    path = pathlib.Path(directory).resolve() / _ARRAYS
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist: the saved arrays are missing")
-    leaves = _numbered(like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        with naming_damage(path, "Orbax checkpoint"):
-            stored = checkpointer.metadata(path).item_metadata.tree
-        _check_leaves(path, stored, leaves)  # Orbax would pad or cut a NumPy array of another shape
-        with naming_damage(path, "Orbax checkpoint"):
-            restored = checkpointer.restore(path, leaves)
-    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
+    if not _is_replaceable(pathlib.Path(path)):
+        pathlib.Path(path).write_bytes(content)
+        return
+    with replacing(path) as part:
+        part.write_bytes(content)
 
 
 @contextlib.contextmanager
-def naming_damage(path: pathlib.Path, kind: str) -> Iterator[None]:
-    """Turns what Orbax raises for damaged files into one ValueError that names the path."""
+def replacing(
+    path: str | os.PathLike[str], patience: float = _PATIENCE_SECONDS, *, new: bool = False
+) -> Iterator[pathlib.Path]:
+    """Gives a path beside `path`. The file or directory made there becomes `path` when the block ends, in one step.
+
+    A block that makes nothing leaves `path` as it is, and so does one that raises, or a process that is killed: what it
+    left beside `path` is removed when `path` is written again. A directory cannot replace one that holds anything.
+
+    Args:
+      patience: seconds to wait for another process that writes `path`; -1 waits as long as it takes.
+      new: whether `path` must not exist.
+
+    Raises:
+      FileExistsError: it does.
+      BlockingIOError: another process is writing `path`.
+      OSError: the disk is full, for instance; the error names `path`.
+    """
+    target = pathlib.Path(path).resolve()  # a link stays a link
+    scratch = _beside(target, "partial")
+    with _naming(target), locked(target, patience):
+        if new and target.exists():
+            raise FileExistsError(f"{target} exists: give a new path")
+        _remove(scratch)
+        try:
+            scratch.mkdir()
+            part = scratch / target.name
+            yield part
+            if part.exists():
+                if target.is_file():
+                    shutil.copymode(target, part)
+                _sync(part)
+                os.replace(part, target)
+                _sync_one(target.parent)
+        finally:
+            _remove(scratch)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
+    """Lets one process at a time into the block, by a lock file beside `path`, whose parents are made.
+
+    Args:
+      patience: seconds to wait for the others; -1 waits as long as it takes.
+
+    Raises:
+      BlockingIOError: another process is still in its block.
+    """
+    file = _beside(pathlib.Path(path), "lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=patience)
+    except filelock.Timeout as error:
+        raise BlockingIOError(f"{os.fspath(path)} is being written by another process: wait until it ends") from error
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a complete {kind}: {error}") from error
+    finally:
+        file.unlink(missing_ok=True)  # still held: who waits for it sees that it is gone, and makes another
+        lock.release()
 
 
-def _check_leaves(path: pathlib.Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises ValueError naming every leaf whose shape or dtype is not the expected one."""
-    if stored.keys() != expected.keys():
-        raise ValueError(f"{path} holds {len(stored)} arrays, expected {len(expected)}")
-    pairs = [(name, _shape(stored[name]), _shape(leaf)) for name, leaf in expected.items()]
-    if misfits := [f"{name} is {was}, expected {now}" for name, was, now in pairs if was != now]:
-        raise ValueError(f"{path} holds other arrays: {', '.join(misfits)}")
+@contextlib.contextmanager
+def appending(path: pathlib.Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Gives a function that appends a JSON object as a line, which is on the disk when it returns.
+
+    A line that cannot be written, on a full disk, leaves nothing of it. A killed process may leave a last line without
+    its end, which `read_log` tells apart.
+    """
+    with path.open("ab", buffering=0) as stream:
+
+        def append(row: Mapping[str, Any]) -> None:
+            line = memoryview(json.dumps(row, allow_nan=False).encode() + b"\n")
+            size = os.fstat(stream.fileno()).st_size
+            try:
+                with _naming(path):
+                    while line:
+                        line = line[stream.write(line) :]
+                    os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(size)
+                raise
+
+        yield append
 
 
-def _shape(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Lets an error of the operating system name `path`, and not what is beside it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _numbered(tree: Any) -> dict[str, Any]:
-    import jax  # not at the top: text and JSON are read without it
+def _is_replaceable(path: pathlib.Path) -> bool:
+    """Whether a file can be put in the place of `path`: not of a device, a pipe, or where this process prints to."""
+    if not path.exists():
+        return True
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return False
+    return path.is_file()
 
-    return {f"{number:05d}": leaf for number, leaf in enumerate(jax.tree.leaves(tree))}
+
+def _beside(path: pathlib.Path, suffix: str) -> pathlib.Path:
+    """A hidden path beside `path`, whose name is short enough however long that of `path` is."""
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}.{suffix}")
 
 
-def _description_path(directory: str | os.PathLike[str], kind: str) -> pathlib.Path:
-    return pathlib.Path(directory) / f"{kind}.json"
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # what is still being written goes the next time
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file, or a directory with all that it holds, is on the disk."""
+    for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        _sync_one(each)
+
+
+def _sync_one(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from minikv_jax import files
+
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")  # XLA's, CUDA's and torch's words
 
 
@@ -42,7 +44,7 @@ def run_task(function: Callable[..., Any], *arguments: Any, environment: dict[st
         if not out.is_file():
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise TaskError(f"exit code {done.returncode}: {lines[-1]}")
-        answer = json.loads(out.read_text())
+        answer = files.read_json(out)
     if "result" in answer:
         return answer["result"]
     kinds = {"ValueError": ValueError, "NotImplementedError": NotImplementedError}
@@ -59,7 +61,7 @@ def serve(arguments: list[str]) -> None:
         if any(mark in text for mark in _OUT_OF_MEMORY):
             text = f"out of memory: {text[:200]}"
         answer = {"error": text or type(error).__name__, "kind": type(error).__name__}
-    pathlib.Path(out).write_text(json.dumps(answer))
+    files.write_json(out, answer)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from minikv_jax import files
+from minikv_jax import saved_arrays
 from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Region, empty_region
 from minikv_jax.methods.method import Method
-from minikv_jax.methods.registry import from_dict, to_dict
+from minikv_jax.methods.records import Count, MethodRecord, Size, to_method
+from minikv_jax.methods.registry import to_dict
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.schemas import Schema
 
 _KIND = "cache"
+
+
+class LayerRecord(Schema):
+    """A layer's capacities, its sliding window and its number."""
+
+    packed: Count
+    tail: Count
+    window: Size | None
+    layer: Count
+
+
+class CacheRecord(saved_arrays.Description):
+    """What cache.json holds."""
+
+    method: MethodRecord
+    batch: Size
+    kv_heads: Size
+    head_dim: Size
+    dtype: Literal["float32", "bfloat16", "float16"]
+    layers: list[LayerRecord]
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
@@ -41,7 +64,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
             for layer in cache.layers
         ],
     }
-    files.save_arrays(path, cache, description, kind=_KIND)
+    saved_arrays.save(path, cache, description, kind=_KIND)
 
 
 def restore_cache(path: str | os.PathLike[str], model: ModelConfig) -> KVCache:
@@ -49,39 +72,47 @@ def restore_cache(path: str | os.PathLike[str], model: ModelConfig) -> KVCache:
 
     Raises:
       FileNotFoundError: `path` holds no cache.
-      ValueError: the description is damaged, or the cache was made by a model of another shape; the text names what
-        differs.
+      ValueError: the description or the arrays are damaged, or the cache was made by a model of another shape; the text
+        names what differs.
     """
-    description = files.read_description(path, _KIND)
-    _check_model(description, model)
-    return files.load_arrays(path, jax.eval_shape(lambda: _blank(description)))
+    record = saved_arrays.read_description(path, _KIND, CacheRecord)
+    source = os.path.join(path, f"{_KIND}.json")
+    _check_model(source, record, model)
+    method = to_method(record.method, source)
+    _check_capacities(source, record, method)
+    return saved_arrays.load(path, record, jax.eval_shape(lambda: _blank(record, method)))
 
 
-def _check_model(description: dict, model: ModelConfig) -> None:
-    windows = [layer["window"] for layer in description["layers"]]
+def _check_model(source: str, record: CacheRecord, model: ModelConfig) -> None:
+    layers = range(model.num_hidden_layers)
     for name, stored, expected in (
-        ("layers", len(windows), model.num_hidden_layers),
-        ("KV heads", description["kv_heads"], model.num_key_value_heads),
-        ("head dim", description["head_dim"], model.head_dim),
-        ("sliding windows", windows, [model.window(layer) for layer in range(model.num_hidden_layers)]),
+        ("layers", len(record.layers), len(layers)),
+        ("KV heads", record.kv_heads, model.num_key_value_heads),
+        ("head dim", record.head_dim, model.head_dim),
+        ("sliding windows", [layer.window for layer in record.layers], [model.window(layer) for layer in layers]),
+        ("layer numbers", [layer.layer for layer in record.layers], list(layers)),
     ):
         if stored != expected:
-            raise ValueError(f"the saved cache has {name} {stored}, the model {expected}")
+            raise ValueError(f"{source}: the saved cache has {name} {stored}, the model {expected}")
 
 
-def _blank(description: dict) -> KVCache:
+def _check_capacities(source: str, record: CacheRecord, method: Method) -> None:
+    """Raises ValueError for a packed region that is not whole blocks, or is there without a quantizer."""
+    block = 0 if method.quantizer is None else method.quantizer.block
+    for number, layer in enumerate(record.layers):
+        if layer.packed % block if block else layer.packed:
+            accepted = f"a multiple of {block}" if block else "0, as the method does not quantise"
+            raise ValueError(f"{source}: layers[{number}].packed is {layer.packed}; accepted: {accepted}")
+
+
+def _blank(record: CacheRecord, method: Method) -> KVCache:
     """A cache of zeros with the described structure, for its shapes."""
-    method = from_dict(description["method"])
-    batch = description["batch"]
-    layers = (
-        _blank_layer(LayerSpec(method, sizes["window"], sizes["layer"]), sizes["packed"], sizes["tail"], description)
-        for sizes in description["layers"]
-    )
-    return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+    layers = (_blank_layer(LayerSpec(method, layer.window, layer.layer), layer, record) for layer in record.layers)
+    return KVCache(tuple(layers), jnp.zeros((record.batch,), jnp.int32))
 
 
-def _blank_layer(spec: LayerSpec, packed: int, tail: int, description: dict) -> LayerCache:
-    batch, kv_heads, dim, dtype = (description[name] for name in ("batch", "kv_heads", "head_dim", "dtype"))
+def _blank_layer(spec: LayerSpec, layer: LayerRecord, record: CacheRecord) -> LayerCache:
+    batch, kv_heads, dim = record.batch, record.kv_heads, record.head_dim
     length = jnp.zeros((batch,), jnp.int32)
 
     def positions(size: int) -> Array | None:
@@ -89,11 +120,15 @@ def _blank_layer(spec: LayerSpec, packed: int, tail: int, description: dict) -> 
 
     packed_region = empty_region(length)
     if spec.method.quantizer is not None:
-        x = jnp.zeros((batch, kv_heads, packed, dim), dtype)
-        packed_region = Region(spec.encode(x, "keys"), spec.encode(x, "values"), length, positions(packed))
-    full = jnp.zeros((batch, kv_heads, tail, dim), dtype)
+        x = jnp.zeros((batch, kv_heads, layer.packed, dim), record.dtype)
+        encoded = spec.encode(x, "keys"), spec.encode(x, "values")
+        packed_region = Region(*encoded, length, positions(layer.packed))
+    full = jnp.zeros((batch, kv_heads, layer.tail, dim), record.dtype)
     return LayerCache(
-        packed_region, Region(full, full, length, positions(tail)), _blank_eviction(spec.method, full.shape[:3]), spec
+        packed_region,
+        Region(full, full, length, positions(layer.tail)),
+        _blank_eviction(spec.method, full.shape[:3]),
+        spec,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cuda_ffi
+from minikv_jax import files
 from minikv_jax.bench import generate, huggingface, kernels
 from minikv_jax.bench.end_to_end import Case
 from minikv_jax.bench.fit import FIELDS
@@ -164,9 +165,8 @@ def _run_figures(arguments: argparse.Namespace) -> int:
     rows = [row for report in reports for row in report["results"]]
     print(figures.table(rows))
     pictures = figures.draw([row for row in rows if "error" not in row], devices[0])
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
-        (arguments.out / name).write_bytes(content)
+        files.write_bytes(arguments.out / name, content)
         print(arguments.out / name)
     if not pictures:
         print("minikv: no picture: one takes two prompt lengths, or two batches, of a model", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minikv_jax import files
 
 
 def print_rows(rows: Mapping[str, str]) -> None:
@@ -29,7 +30,7 @@ def span(values: Sequence[int]) -> str:
 def write_json(path: pathlib.Path | None, values: Mapping[str, Any], indent: int = 2) -> None:
     """Writes the file of --json, if there is one."""
     if path is not None:
-        path.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")
+        files.write_json(path, values, indent)
 
 
 def warn_not_finite(means: Mapping[str, Mapping[str, Any]]) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
+from typing import IO
 
+from minikv_jax import files
 from minikv_jax.models import hub
 
 
@@ -35,13 +36,11 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
     snapshot = hub.download(name, patterns, repo_type="dataset", advice=f"a local directory with {listed}")
     directory = hub.cache_directory() / "datasets" / f"{name.replace('/', '--')}@{snapshot.name[:12]}"
     if not directory.is_dir():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-            files = pathlib.Path(scratch) / "files"
-            files.mkdir()
-            if not _collect(snapshot, files):
-                raise FileNotFoundError(f"the data set {name!r} on the hub has none of {listed}")
-            files.replace(directory)  # atomic: all of the files or none
+        with files.replacing(directory, patience=-1) as part:
+            if not directory.is_dir():  # while this one waited, another process may have made it
+                part.mkdir()
+                if not _collect(snapshot, part):
+                    raise FileNotFoundError(f"the data set {name!r} on the hub has none of {listed}")
     return directory
 
 
@@ -54,8 +53,16 @@ def _collect(snapshot: pathlib.Path, directory: pathlib.Path) -> int:
         elif path.suffix == ".parquet":
             _append_rows(path, directory)
         else:
-            shutil.copyfile(path, directory / path.name)
+            with path.open("rb") as stream:
+                _copy(stream, directory / path.name)
     return len(paths)
+
+
+def _copy(stream: IO[bytes], path: pathlib.Path) -> None:
+    if path.exists():
+        raise ValueError(f"the data set has two files of the name {path.name}: expected one")
+    with path.open("wb") as file:
+        shutil.copyfileobj(stream, file)
 
 
 def _unpack(path: pathlib.Path, directory: pathlib.Path) -> None:
@@ -63,21 +70,21 @@ def _unpack(path: pathlib.Path, directory: pathlib.Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 if member.endswith((".json", ".jsonl")):
-                    with archive.open(member) as packed, (directory / pathlib.PurePath(member).name).open("wb") as file:
-                        shutil.copyfileobj(packed, file)
-    except zipfile.BadZipFile as error:
+                    with archive.open(member) as packed:
+                        _copy(packed, directory / pathlib.PurePath(member).name)
+    except files.DAMAGED_ZIP as error:
         raise ValueError(f"{path} is not a zip archive: {error}") from error
 
 
 def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
     """Appends the rows of a Parquet file, as `test-00000-of-00001.parquet`, to JSON Lines, as `test.jsonl`."""
     try:
-        from pyarrow import ArrowInvalid, parquet  # optional
+        from pyarrow import ArrowException, parquet  # optional
     except ImportError as error:
         raise ValueError(f"{path} is Parquet, which needs pyarrow: pip install minikv_jax[evaluation]") from error
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in parquet.read_table(path).to_pylist()]
+    except (ArrowException, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a Parquet file of texts and numbers: {error}") from error
     with (directory / f"{path.name.split('-')[0].removesuffix('.parquet')}.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(lines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from minikv_jax import files
 from minikv_jax.evaluation.run import METRICS
 from minikv_jax.evaluation.tables import COLUMNS, NOT_FINITE, Table, inspection_table, layer_table, means_table
 
@@ -83,29 +85,30 @@ def write_sweep(directory: pathlib.Path, results: Mapping[str, Any], figures: bo
       ImportError: figures without matplotlib.
     """
     as_json, as_csv = directory / "results.json", directory / "results.csv"
-    as_json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    _write_csv(as_csv, results["points"])
+    files.write_json(as_json, results)
+    files.write_text(as_csv, _as_csv(results["points"]))
     if not figures:
         return [as_json, as_csv]
     from minikv_jax.evaluation.figures import pareto  # matplotlib is optional
 
     picture, report = directory / "pareto.png", directory / "report.html"
     image = pareto(results["points"], title=results["task"])
-    picture.write_bytes(image)
-    report.write_text(sweep_report(results, image), encoding="utf-8")
+    files.write_bytes(picture, image)
+    files.write_text(report, sweep_report(results, image))
     return [as_json, as_csv, picture, report]
 
 
-def _write_csv(path: pathlib.Path, points: Mapping[str, Mapping[str, Any]]) -> None:
+def _as_csv(points: Mapping[str, Mapping[str, Any]]) -> str:
     settings = sorted({key for point in points.values() for key in point["settings"]})
     columns = ["point", "method", *settings, "byte_share", "cases", "not_finite", "perplexity", *METRICS]
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        for label, point in points.items():
-            share = "" if point["byte_share"] is None else point["byte_share"]
-            own = {"point": label, "method": point["method"], "byte_share": share}
-            writer.writerow(own | point["settings"] | point["means"])
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
+    writer.writeheader()
+    for label, point in points.items():
+        share = "" if point["byte_share"] is None else point["byte_share"]
+        own = {"point": label, "method": point["method"], "byte_share": share}
+        writer.writerow(own | point["settings"] | point["means"])
+    return stream.getvalue()
 
 
 def sweep_report(results: Mapping[str, Any], image: bytes) -> str:
@@ -131,21 +134,20 @@ def write_inspection(
       ImportError: no matplotlib.
     """
     pictures = _inspection_pictures(inspections)
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, (_, image) in pictures.items():
-        paths.append(directory / f"{name}.png")
-        paths[-1].write_bytes(image)
-    report, arrays = directory / "report.html", directory / "arrays.npz"
-    report.write_text(inspection_report(inspections, list(pictures.values()), full_bytes, details), encoding="utf-8")
     fields = {
         f"{name}/{field}": value
         for name, inspection in inspections.items()
         for field, value in vars(inspection).items()
         if value is not None
     }
+    arrays = io.BytesIO()
     np.savez_compressed(arrays, **fields)
-    return [*paths, report, arrays]
+    page = inspection_report(inspections, list(pictures.values()), full_bytes, details)
+    contents = {f"{name}.png": image for name, (_, image) in pictures.items()}
+    contents |= {"report.html": page.encode(), "arrays.npz": arrays.getvalue()}
+    for name, content in contents.items():
+        files.write_bytes(directory / name, content)
+    return [directory / name for name in contents]
 
 
 def _inspection_pictures(inspections: Mapping[str, Inspection]) -> dict[str, Picture]:

@@ -18,17 +18,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minikv_jax import files, packing
+from minikv_jax import packing, saved_arrays
 from minikv_jax.methods.base import Operand
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method
-from minikv_jax.methods.registry import from_dict, register_quantizer, to_dict
+from minikv_jax.methods.records import MethodRecord, Size, to_method
+from minikv_jax.methods.registry import register_quantizer, to_dict
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.packing import Packing, QuantizedArray
+from minikv_jax.schemas import Schema
 
 _KIND = "calibration"
-_SIZES = ("num_hidden_layers", "num_key_value_heads", "head_dim")
 _FITTED_SETTINGS = ("k_bits", "v_bits", "group_size")  # what ranges are learned for
+
+
+class ModelSizes(Schema):
+    """The sizes of a model that a calibration's shapes depend on."""
+
+    num_hidden_layers: Size
+    num_key_value_heads: Size
+    head_dim: Size
+
+
+class CalibrationRecord(saved_arrays.Description):
+    """What calibration.json holds."""
+
+    method: MethodRecord
+    model: ModelSizes
+    details: dict[str, Any]
 
 
 class Ranges(NamedTuple):
@@ -90,10 +107,9 @@ class CalibratedRotation(MinMax):
         if not self.calibration:
             raise ValueError("calibration='': expected a directory that `minikv calibrate` wrote")
         load(self.calibration)  # before anything is traced
-        saved = files.read_description(self.calibration, _KIND)
-        fitted = saved["method"]["quantizer"]
-        values = [(name, fitted[name], getattr(self, name)) for name in _FITTED_SETTINGS]
-        values += [(name, saved["model"][name], size) for name, size in model_sizes(model).items()]
+        saved = _read(self.calibration)
+        values = [(name, getattr(saved.quantizer, name), getattr(self, name)) for name in _FITTED_SETTINGS]
+        values += [(name, getattr(saved.model, name), size) for name, size in model_sizes(model).items()]
         if different := [f"{name}={old}, here {new}" for name, old, new in values if old != new]:
             raise ValueError(f"the calibration {self.calibration} was learned for {'; '.join(different)}")
 
@@ -109,7 +125,7 @@ class Calibrated(CalibratedRotation):
 
 def model_sizes(model: ModelConfig) -> dict[str, int]:
     """The sizes that a calibration's shapes depend on."""
-    return {name: getattr(model, name) for name in _SIZES}
+    return {name: getattr(model, name) for name in ModelSizes.model_fields}
 
 
 def save(
@@ -129,12 +145,12 @@ def save(
       FileExistsError: something is at `path` already.
     """
     description = {"method": to_dict(method), "model": model_sizes(model), "details": details or {}}
-    return saved_method(files.save_arrays(path, calibration, description, kind=_KIND))
+    return saved_method(saved_arrays.save(path, calibration, description, kind=_KIND))
 
 
 def is_calibration(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a directory that `save` wrote."""
-    return files.holds(path, _KIND)
+    return saved_arrays.holds(path, _KIND)
 
 
 def saved_method(path: str | os.PathLike[str]) -> Method:
@@ -143,9 +159,7 @@ def saved_method(path: str | os.PathLike[str]) -> Method:
     If no ranges were learned, the quantizer is a `CalibratedRotation`, which kernels can pack too.
     """
     directory = pathlib.Path(path).resolve()
-    base = from_dict(files.read_description(directory, _KIND)["method"])
-    old = base.quantizer
-    assert isinstance(old, MinMax)  # what `calibrate` accepts
+    base, _, old, _ = _read(directory)
     only_rotation = all(np.all(leaf == 1) for operand in load(directory) for leaf in operand.ranges)
     quantizer = (CalibratedRotation if only_rotation else Calibrated)(
         k_bits=old.k_bits,
@@ -163,19 +177,46 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     return _load(str(pathlib.Path(path).resolve()))
 
 
+class _Saved(NamedTuple):
+    """A calibration's description."""
+
+    method: Method
+    model: ModelSizes
+    quantizer: MinMax
+    record: CalibrationRecord
+
+
+def _read(path: str | os.PathLike[str]) -> _Saved:
+    record = saved_arrays.read_description(path, _KIND, CalibrationRecord)
+    source = os.path.join(path, f"{_KIND}.json")
+    method = to_method(record.method, source)
+    quantizer, dim = method.quantizer, record.model.head_dim
+    if not isinstance(quantizer, MinMax):
+        raise ValueError(f"{source}: method.quantizer is {quantizer}; accepted: minmax or hadamard")
+    if dim % quantizer.group_size:
+        raise ValueError(f"{source}: model.head_dim is {dim}; accepted: a multiple of {quantizer.group_size}")
+    return _Saved(method, record.model, quantizer, record)
+
+
 @functools.lru_cache(maxsize=8)
 def _load(path: str) -> Calibration:
-    saved = files.read_description(path, _KIND)
-    layers, heads, dim = (saved["model"][name] for name in _SIZES)
-    return files.load_arrays(path, _blank(layers, heads, dim, saved["method"]["quantizer"]["group_size"]))
+    saved = _read(path)
+    sizes = saved.model
+    blank = _blank(sizes.num_hidden_layers, sizes.num_key_value_heads, sizes.head_dim, saved.quantizer.group_size)
+    calibration = saved_arrays.load(path, saved.record, blank)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(calibration)):
+        raise ValueError(f"{path} holds a range or a rotation that is not finite")
+    return calibration
 
 
 def _blank(layers: int, heads: int, dim: int, group_size: int) -> Calibration:
     """NumPy arrays of a calibration's shapes: what is restored into NumPy stays out of JAX's tracing."""
 
-    def operand(columns: int) -> OperandCalibration:
-        ranges = jnp.zeros((layers, heads, columns))
-        return OperandCalibration(Ranges(ranges, ranges), jnp.zeros((layers, dim, dim)))
+    def blank(*shape: int) -> Any:
+        return np.broadcast_to(np.float32(0), shape)  # takes no memory, whatever the file says
 
-    shapes = jax.eval_shape(lambda: Calibration(operand(dim), operand(dim // group_size)))
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    def operand(columns: int) -> OperandCalibration:
+        ranges = blank(layers, heads, columns)
+        return OperandCalibration(Ranges(ranges, ranges), blank(layers, dim, dim))
+
+    return Calibration(operand(dim), operand(dim // group_size))

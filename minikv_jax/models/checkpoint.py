@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from minikv_jax.files import naming_damage
+from minikv_jax import files
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
 from minikv_jax.models.parameters import Skeleton, raise_misfits, raise_nonfinite
+from minikv_jax.saved_arrays import naming_damage, orbax_errors
 
 if TYPE_CHECKING:
     import orbax.checkpoint
@@ -28,20 +29,19 @@ _KIND = "minikv_jax checkpoint"
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
     """Writes parameters and config into a new directory that `restore` reads.
 
-    Raises ValueError if `directory` already exists.
+    Raises:
+      FileExistsError: `directory` already exists.
+      OSError: it cannot be written. Nothing is left of it then.
     """
     import orbax.checkpoint as ocp
 
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists():
-        raise ValueError(f"{directory} already exists: give a new directory")
     flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     arguments = ocp.args.Composite(
         params=ocp.args.StandardSave(_nest(flat)),
         config=ocp.args.JsonSave(model.config.to_dict()),
     )
-    with _checkpointer() as checkpointer:
-        checkpointer.save(directory, arguments)
+    with files.replacing(directory, patience=0, new=True) as part, orbax_errors(), _checkpointer() as checkpointer:
+        checkpointer.save(part, arguments)
 
 
 def is_checkpoint(directory: str | os.PathLike[str]) -> bool:

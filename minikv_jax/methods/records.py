@@ -1,0 +1,48 @@
+"""A method as it stands in files: the schema, and the reader that names the file."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import Field
+
+from minikv_jax.methods.method import Method
+from minikv_jax.methods.registry import from_dict
+from minikv_jax.schemas import Schema
+
+Setting = bool | int | float | str
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+Amount = Count | Annotated[float, Field(ge=0, le=1)]
+
+
+class ComponentRecord(Schema, extra="allow"):
+    """A component: its registered name, and its settings."""
+
+    __pydantic_extra__: dict[str, Setting]  # pyright: ignore[reportIncompatibleVariableOverride]  (pydantic's own way)
+
+    name: str
+
+
+class MethodRecord(Schema):
+    """What `registry.to_dict` makes of a method."""
+
+    name: str
+    citation: str
+    scorer: ComponentRecord
+    budget: ComponentRecord
+    quantizer: ComponentRecord | None
+    heavy: Amount
+    recent: Amount
+    sinks: Count
+    evict_every: Size | None
+    tail: dict[str, Setting]
+
+
+def to_method(record: MethodRecord, source: str | os.PathLike[str]) -> Method:
+    """The method of a record. Raises ValueError naming `source` and what is unknown or out of range."""
+    try:
+        return from_dict(record.model_dump())
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(source)}: method: {error}") from error
