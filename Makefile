@@ -15,11 +15,13 @@ PY := $(PYTHON)
 BIN :=
 BASE :=
 TEST :=
+DOCS :=
 else
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin/
 BASE := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
+DOCS := $(VENV)/.installed-docs
 endif
 
 # Shapes, dtypes and types are checked at run time under the tests, in modules that compute and check nothing themselves.
@@ -29,7 +31,7 @@ space := $(subst ,, )
 CHECKS := --jaxtyping-packages=$(subst $(space),$(comma),$(addprefix minikv_jax.,$(strip $(COMPUTING)))),beartype.beartype
 CUDA_SOURCES = $(wildcard cuda_ffi/csrc/*/*.cu cuda_ffi/csrc/*/*.cuh cuda_ffi/csrc/*/*.h)
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu lint format docs clean
 
 demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what the cache saved.
 	$(PY) -m minikv_jax.cli.main generate --model smollm2-135m-instruct --method minikv \
@@ -56,8 +58,11 @@ format: $(TEST)  ## Rewrite the sources as `make lint` wants them.
 	$(PY) -m ruff check --fix .
 	$(if $(CUDA_SOURCES),$(BIN)clang-format -i $(CUDA_SOURCES))
 
+docs: $(DOCS)  ## The documentation in site/; a broken link, or a docstring that does not parse, is an error.
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .grimp_cache .import_linter_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis .grimp_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -71,3 +76,7 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q -e ".$(TEST_EXTRAS)"
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install -q -e ".[docs]"
+	touch $@

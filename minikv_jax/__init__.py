@@ -34,7 +34,13 @@ class _Package(types.ModuleType):
         if name not in _PUBLIC:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module, attribute = _PUBLIC[name]
-        value = getattr(importlib.import_module(module), attribute)
+        package = importlib.import_module(module)
+        # A public name may be a module, which its package need not have imported.
+        value = (
+            getattr(package, attribute)
+            if hasattr(package, attribute)
+            else importlib.import_module(f"{module}.{attribute}")
+        )
         setattr(self, name, value)
         return value
 

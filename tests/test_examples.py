@@ -1,4 +1,4 @@
-"""The examples and the Python of the pages, run."""
+"""The examples and the README's Python, run."""
 
 import pathlib
 import re
@@ -17,7 +17,6 @@ from support.tiny import tiny_config, tiny_model
 import minikv_jax
 from minikv_jax.cache import memory
 from minikv_jax.methods import lookup
-from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, SCORERS
 from minikv_jax.prompts import bucket_length
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -115,16 +114,6 @@ def test_the_flax_example_prints_what_it_saves(
     assert sizes == [linen_bytes(name, 512) for name in ("full", "minikv")]
     assert last == f"{1 - sizes[1] / sizes[0]:.0%} of the cache saved"
     assert 2 * sizes[1] < sizes[0]
-
-
-def test_the_python_of_the_schemes_page(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
-    page = (EXAMPLES.parent / "docs" / "methods.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
-    exec(code.replace("smollm2-135m-instruct", str(model_directory)), {})
-    assert capsys.readouterr().out.endswith(" tokens per layer\n")
-    for registry in (SCORERS, BUDGETS, QUANTIZERS):  # the tables name all of the library's own
-        for name in registry:
-            assert f"`{name}`" in page or name == "none" or not registry.is_built_in(name)
 
 
 def test_the_python_of_the_readme_runs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):

@@ -43,6 +43,11 @@ def test_every_public_name_is_there():
         _ = minikv_jax.nosuch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.parametrize("name", ["memory", "lookup"])
+def test_a_public_module_may_be_the_first_name_that_is_used(name: str):
+    run(f"import minikv_jax, types; assert isinstance(minikv_jax.{name}, types.ModuleType)")
+
+
 @pytest.mark.parametrize(
     "first",
     [
