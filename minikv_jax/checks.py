@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import numpy as np
 
 
@@ -46,9 +48,19 @@ def choice(name: str, value: object, choices: tuple) -> None:
       ValueError: it is not.
     """
     if value not in choices or isinstance(value, bool | float):  # which equal integers
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
+        raise ValueError(f"{name}={shown(value)}: expected one of {', '.join(map(str, choices))}")
 
 
 def printable(text: str) -> str:
     """`text` with escapes in place of control and other invisible characters, which names from a file may hold."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def shown(value: object) -> str:
+    """A value as `repr` shows it, so that control characters are escaped, and shortened."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import os
 import re
-import reprlib
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -30,9 +33,11 @@ _ACCEPTED = {
     "literal_error": "{expected}",
     "model_attributes_type": "an object",
     "model_type": "an object",
+    "none_required": "null",
     "string_type": "text",
     "too_long": "at most {max_length} items",
     "too_short": "at least {min_length} items",
+    "tuple_type": "a list",
 }
 
 
@@ -44,14 +49,19 @@ class Schema(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
-    @pydantic.model_validator(mode="before")
+    @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if cls.model_config.get("extra") == "forbid" and isinstance(data, Mapping):
-            known = [field.alias or name for name, field in cls.model_fields.items()]
-            if unknown := [key for key in data if key not in known]:
-                raise ValueError(f"unknown keys {', '.join(map(_shown, unknown))}; accepted: {', '.join(known)}")
-        return data
+    def _name_unknown_keys(cls, data: Any, handler: Any) -> Any:
+        """Says which keys are known, if nothing else is wrong with the others."""
+        try:
+            return handler(data)
+        except pydantic.ValidationError as error:
+            unknown = [one["loc"] for one in error.errors(include_url=False) if one["type"] == "extra_forbidden"]
+            if len(unknown) < error.error_count():
+                raise
+            known = ", ".join(field.alias or name for name, field in cls.model_fields.items())
+            names = ", ".join(checks.shown(key) for (key,) in unknown)
+            raise ValueError(f"unknown keys {names}; accepted: {known}") from error
 
 
 def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str]) -> _Model:
@@ -72,11 +82,32 @@ def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str
         raise ValueError(f"{checks.printable(os.fspath(source))}{_reason(error, data)}") from error
 
 
+@functools.cache
+def of(dataclass: type) -> type[Schema]:
+    """The schema of a dataclass's fields: their annotations, which may carry bounds, and their defaults."""
+    kinds = typing.get_type_hints(dataclass, include_extras=True)
+    fields: dict[str, Any] = {
+        field.name: (kinds[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(dataclass)
+    }
+    return pydantic.create_model(dataclass.__name__, __base__=Schema, **fields)
+
+
+@contextlib.contextmanager
+def naming(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the name of a file before what a ValueError says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{checks.printable(os.fspath(source))}: {error}") from error
+
+
 def _reason(error: pydantic.ValidationError, data: object) -> str:
     """What follows the name of the file: the missing keys, or the first key with a wrong value."""
     problems = [(_keys(data, one["loc"]), one) for one in error.errors(include_url=False)]
     if missing := [_path([*keys, one["loc"][-1]]) for keys, one in problems if one["type"] == "missing"]:
         return f" lacks {', '.join(dict.fromkeys(missing))}"
+    problems.sort(key=lambda problem: problem[1]["type"] == "extra_forbidden")
     first = problems[0][0]
     # The branches of a union each report an error: the deepest ones come from the branch that was meant.
     keys, one = max((p for p in problems if p[0][: len(first)] == first), key=lambda problem: len(problem[0]))
@@ -85,7 +116,7 @@ def _reason(error: pydantic.ValidationError, data: object) -> str:
     more = f" (and {others} more)" if others else ""
     if one["type"] in ("value_error", "assertion_error") and (not keys or accepted.startswith("unknown keys ")):
         return f"{f': {_path(keys)}' if keys else ''}: {accepted}{more}"
-    return f"{f': {_path(keys)}' if keys else ''} is {_shown(one['input'])}; accepted: {accepted}{more}"
+    return f"{f': {_path(keys)}' if keys else ''} is {checks.shown(one['input'])}; accepted: {accepted}{more}"
 
 
 def _accepted(error: Any) -> str:
@@ -114,14 +145,4 @@ def _path(keys: Sequence[str | int]) -> str:
 
 
 def _name(key: str) -> str:
-    return key if re.fullmatch(r"[\w.-]{1,80}", key) else _shown(key)
-
-
-def _shown(value: object) -> str:
-    """A value as `repr` shows it, so that control characters are escaped, and shortened."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-_SHORT.maxlevel = 3
+    return key if re.fullmatch(r"[\w.-]{1,80}", key) else checks.shown(key)

@@ -56,6 +56,7 @@ def test_a_good_file_becomes_a_value() -> None:
             {"sise": 3, "\n": 4},
             r"f.json: unknown keys 'sise', '\n'; accepted: size, scale, tied, kind, inner, stops, nam",
         ),
+        ({"tied": 1, "sise": 3}, "f.json: tied is 1; accepted: true or false (and 1 more)"),
         ({"size": "3", "tied": 1, "kind": 5}, "f.json: size is '3'; accepted: an integer (and 2 more)"),
     ],
     ids=str,
@@ -78,7 +79,7 @@ def test_missing_keys_and_other_kinds_of_files() -> None:
     with pytest.raises(ValueError, match=r"^f is \[1\]; accepted: an object$"):
         validate(Pair, [1], source="f")
     with pytest.raises(ValueError, match=r"^f: first: unknown keys 'x'; accepted: size, "):
-        validate(Pair, {"first": {"x": 1}, "second": 1}, source="f")
+        validate(Pair, {"first": {"size": 1, "x": 1}, "second": 1}, source="f")
 
 
 def test_deep_nesting_is_shown_short() -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from minikv_jax import checks
-from minikv_jax.models import families
-from minikv_jax.models.family import LAYER_TYPES, Family
+import numpy as np
+
+from minikv_jax import schemas
+from minikv_jax.models import bounds, families
+from minikv_jax.models.family import Family
 
 DTYPES = ("float32", "bfloat16", "float16")  # of parameters and activations
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-ROPE_SCALINGS = ("linear", "llama3", "factors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,28 +24,19 @@ class RopeScaling:
     between (Llama 3.1). "factors" divides frequency `i` by `factors[i]`, which is how a GGUF file stores "llama3".
     """
 
-    rope_type: str
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    factors: tuple[float, ...] = ()
+    rope_type: Literal["linear", "llama3", "factors"]
+    factor: bounds.RopeFactor = 1.0
+    low_freq_factor: bounds.RopeFactor = 1.0
+    high_freq_factor: bounds.RopeFactor = 4.0
+    original_max_position_embeddings: bounds.Positions = 8192
+    factors: bounds.RopeFactors = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an unknown type or a factor that cannot be divided by."""
-        checks.choice("rope_type", self.rope_type, ROPE_SCALINGS)
-        if not self.factor > 0 or any(not f > 0 for f in self.factors):
-            raise ValueError(f"rope scaling factors must be positive, got factor={self.factor}, factors={self.factors}")
-        if self.rope_type != "llama3":
-            return
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
+        """Raises ValueError naming the first field whose value is not accepted."""
+        _check_fields(self)
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be positive and below "
-                f"high_freq_factor={self.high_freq_factor}"
-            )
-        if self.original_max_position_embeddings < 1:
-            raise ValueError(
-                f"original_max_position_embeddings={self.original_max_position_embeddings} must be positive"
+                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
             )
 
 
@@ -57,24 +49,24 @@ class ModelConfig:
     """
 
     model_type: str = "llama"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str = "silu"
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: bounds.Vocabulary
+    hidden_size: bounds.Width
+    intermediate_size: bounds.Width
+    num_hidden_layers: bounds.Layers
+    num_attention_heads: bounds.Heads
+    num_key_value_heads: bounds.Heads
+    head_dim: bounds.Width
+    hidden_act: bounds.Activation = "silu"
+    max_position_embeddings: bounds.Positions
+    rms_norm_eps: bounds.Epsilon = 1e-6
+    rope_theta: bounds.RopeBase = 10000.0
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # biases in q, k, v and o
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    sliding_window: int | None = None  # a query sees this many keys, itself included
-    layer_types: tuple[str, ...] | None = None
-    eos_token_ids: tuple[int, ...] = ()  # any of these ends a text
+    sliding_window: bounds.Positions | None = None  # a query sees this many keys, itself included
+    layer_types: bounds.LayerTypes | None = None
+    eos_token_ids: bounds.Tokens = ()  # any of these ends a text
 
     @property
     def family(self) -> Family:
@@ -100,12 +92,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field whose value is not accepted."""
         families.get(self.model_type)
-        checks.choice("hidden_act", self.hidden_act, ACTIVATIONS)
-        for name in _POSITIVE_INTEGERS:
-            object.__setattr__(self, name, checks.integer(name, getattr(self, name), 1))
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+        _check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -114,7 +101,8 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs of channels")
         _check_scaling(self)
-        _check_stop_tokens(self)
+        if any(token >= self.vocab_size for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids={self.eos_token_ids} must lie in 0..{self.vocab_size - 1} (vocab_size)")
         _check_windows(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,32 +110,27 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Reads what `to_dict` wrote. Raises ValueError naming the fields that are unknown or missing."""
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
-        unknown, missing = sorted(set(values) - set(known)), sorted(required - set(values))
-        if unknown or missing:
-            raise ValueError(f"not a ModelConfig: unknown fields {unknown}, missing fields {missing}")
+    def from_dict(cls, values: Mapping[str, Any], source: str | os.PathLike[str] = "the config") -> ModelConfig:
+        """Reads what `to_dict` wrote.
+
+        Raises ValueError naming `source` and the first field that is unknown, missing or not accepted.
+        """
         values = dict(values)
-        if (scaling := values.get("rope_scaling")) is not None:
-            values["rope_scaling"] = RopeScaling(**scaling | {"factors": tuple(scaling["factors"])})
-        if values.get("layer_types") is not None:
-            values["layer_types"] = tuple(values["layer_types"])
-        values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
-        return cls(**values)
+        if isinstance(scaling := values.get("rope_scaling"), Mapping):
+            fields = schemas.validate(schemas.of(RopeScaling), scaling, source=f"{os.fspath(source)}: rope_scaling")
+            with schemas.naming(source):
+                values["rope_scaling"] = RopeScaling(**dict(fields))
+        fields = schemas.validate(schemas.of(cls), values, source=source)
+        with schemas.naming(source):
+            return cls(**dict(fields))
 
 
-_POSITIVE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+def _check_fields(value: ModelConfig | RopeScaling) -> None:
+    """Holds every field against its annotation, and keeps Python's numbers in place of NumPy's."""
+    values = {name: field.item() if isinstance(field, np.generic) else field for name, field in vars(value).items()}
+    fields = schemas.validate(schemas.of(type(value)), values, source=type(value).__name__)
+    for name, field in fields:
+        object.__setattr__(value, name, field)
 
 
 def _check_scaling(config: ModelConfig) -> None:
@@ -162,23 +145,10 @@ def _check_scaling(config: ModelConfig) -> None:
         )
 
 
-def _check_stop_tokens(config: ModelConfig) -> None:
-    """Raises ValueError for stop tokens that are no integers, or lie outside the vocabulary."""
-    for token in config.eos_token_ids:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise ValueError(f"eos_token_ids={config.eos_token_ids}: expected integers")
-    if any(token < 0 or token >= config.vocab_size for token in config.eos_token_ids):
-        raise ValueError(f"eos_token_ids={config.eos_token_ids} must lie in 0..{config.vocab_size - 1} (vocab_size)")
-
-
 def _check_windows(config: ModelConfig) -> None:
     """Raises ValueError if the window and the layers that should use it disagree."""
-    if config.sliding_window is not None:
-        checks.integer("sliding_window", config.sliding_window, 1)
     if config.layer_types is None:
         return
-    for kind in config.layer_types:
-        checks.choice("layer_types entry", kind, LAYER_TYPES)
     if len(config.layer_types) != config.num_hidden_layers:
         raise ValueError(
             f"layer_types names {len(config.layer_types)} layers, num_hidden_layers={config.num_hidden_layers}"

@@ -3,16 +3,93 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from minikv_jax import checks
+from pydantic import Field, model_validator
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-SWITCHES = ("attention_bias", "mlp_bias")
+from minikv_jax.models import bounds
+from minikv_jax.schemas import Schema
 
 # The sliding window, and the type of every layer (None: the window holds in all of them).
-Windows = tuple[int | None, tuple[str, ...] | None]
+Windows = tuple[int | None, bounds.LayerTypes | None]
+
+# Arithmetic of other architectures, accepted only where it changes nothing.
+_One = Annotated[float | None, Field(ge=1, le=1)]
+_Off = Literal[False] | None
+
+
+class RopeFields(Schema):
+    """The rotary embedding of a config.json. Keys that are null count as left out."""
+
+    rope_type: Literal["default", "linear", "llama3"] | None = None
+    type: Literal["default", "linear", "llama3"] | None = None  # its older name
+    rope_theta: bounds.RopeBase | None = None
+    factor: bounds.RopeFactor | None = None
+    low_freq_factor: bounds.RopeFactor | None = None
+    high_freq_factor: bounds.RopeFactor | None = None
+    original_max_position_embeddings: bounds.Positions | None = None
+    partial_rotary_factor: _One = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Fields(Schema, extra="ignore"):
+    """The fields of a config.json that all families read; a family adds its own, and their defaults in transformers.
+
+    Fields that are not listed are not read, as in transformers. Those at the end say what other architectures compute
+    and these do not.
+    """
+
+    vocab_size: bounds.Vocabulary
+    hidden_size: bounds.Width
+    intermediate_size: bounds.Width
+    num_hidden_layers: bounds.Layers
+    num_attention_heads: bounds.Heads
+    num_key_value_heads: bounds.Heads | None = None
+    head_dim: bounds.Width | None = None
+    hidden_act: bounds.Activation = "silu"
+    max_position_embeddings: bounds.Positions
+    rms_norm_eps: bounds.Epsilon = 1e-6
+    rope_theta: bounds.RopeBase | None = None
+    rope_parameters: RopeFields | None = None  # of transformers 5
+    rope_scaling: RopeFields | None = None  # of older versions
+    original_max_position_embeddings: bounds.Positions | None = None
+    tie_word_embeddings: bool | None = False
+    eos_token_id: bounds.Token | bounds.Tokens | None = None
+
+    quantization_config: None = None
+    compression_config: None = None
+    partial_rotary_factor: _One = None
+    rotary_pct: _One = None
+    embedding_multiplier: _One = None
+    residual_multiplier: _One = None
+    logits_scaling: _One = None
+    logit_scale: _One = None
+    scale_emb: _One = None
+    attention_multiplier: float | None = None  # in place of head_dim ** -0.5
+    query_pre_attn_scalar: float | None = None  # in place of head_dim
+    attn_logit_softcapping: None = None
+    final_logit_softcapping: None = None
+    clip_qkv: None = None
+    attention_chunk_size: None = None
+    scale_depth: None = None
+    dim_model_base: None = None
+    no_rope_layers: list[Literal[1]] | None = None
+    no_rope_layer_interval: None = None
+    use_qk_norm: _Off = None
+    qk_layernorm: _Off = None
+    attn_temperature_tuning: _Off = None
+    rope_interleave: _Off = None
+    use_parallel_residual: _Off = None
+    parallel_attn: _Off = None
+    alibi: _Off = None
+    add_cross_attention: _Off = None
+    is_encoder_decoder: _Off = None
+    use_bidirectional_attention: _Off = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,13 +98,11 @@ class Family:
 
     Attributes:
       model_type: its name in a Hugging Face config.json.
-      defaults: the fields that transformers fills in when a config.json leaves them out. Fields that all families
-        share need no entry (`huggingface.config_from_hf`).
-      switches: those of `SWITCHES` that transformers reads for this family. It ignores the others in a config.json.
+      fields: what it reads there. Among `attention_bias` and `mlp_bias` it lists those that transformers reads for this
+        family: others are ignored.
       qkv_bias: the q, k and v projections always have biases; o has none.
       qk_norm: queries and keys are normalised per head before the rotation.
-      windows: reads the sliding window and the layer types from the fields of a config.json, with defaults filled in.
-        None if the architecture has no windows.
+      windows: the sliding window and the layer types of `fields`. None if the architecture has no windows.
       gguf_architecture: its `general.architecture` in a GGUF file. Families may share one: a file with a sliding window
         then belongs to the family that has `windows`.
       gguf_interleaved: GGUF files store the two halves of every q and k head channel by channel in turn, because
@@ -35,15 +110,9 @@ class Family:
     """
 
     model_type: str
-    defaults: Mapping[str, Any]
-    switches: tuple[str, ...] = ()
+    fields: type[Fields]
     qkv_bias: bool = False
     qk_norm: bool = False
-    windows: Callable[[Mapping[str, Any]], Windows] | None = None
+    windows: Callable[[Any], Windows] | None = None
     gguf_architecture: str | None = None
     gguf_interleaved: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown switch."""
-        for switch in self.switches:
-            checks.choice("switches entry", switch, SWITCHES)

@@ -23,8 +23,13 @@ def test_dict_round_trip_through_json():
         eos_token_ids=(1, 2),
     )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing fields \['head_dim'\]"):
-        ModelConfig.from_dict({k: v for k, v in config.to_dict().items() if k != "head_dim"} | {"colour": "red"})
+    with pytest.raises(ValueError, match=r"f\.json: unknown keys 'colour'; accepted: model_type, vocab_size, "):
+        ModelConfig.from_dict(config.to_dict() | {"colour": "red"}, "f.json")
+    with pytest.raises(ValueError, match=r"f\.json lacks head_dim"):
+        ModelConfig.from_dict({k: v for k, v in config.to_dict().items() if k != "head_dim"}, "f.json")
+    scaling = {"rope_scaling": {"rope_type": "linear", "factor": "2"}}
+    with pytest.raises(ValueError, match=r"f\.json: rope_scaling: factor is '2'; accepted: a number"):
+        ModelConfig.from_dict(config.to_dict() | scaling, "f.json")
 
 
 def test_numpys_numbers_become_pythons():
@@ -38,10 +43,18 @@ def test_numpys_numbers_become_pythons():
         ({"rope_scaling": RopeScaling(rope_type="factors", factors=(1.0,))}, "has 1 factors, head_dim=16 needs 8"),
         ({"rope_scaling": RopeScaling(rope_type="linear", factors=(1.0,))}, "has 1 factors, head_dim=16 needs 0"),
         ({"eos_token_ids": (96,)}, r"eos_token_ids=\(96,\) must lie in 0..95"),
-        ({"eos_token_ids": (True,)}, r"eos_token_ids=\(True,\): expected integers"),
+        ({"eos_token_ids": (True,)}, r"eos_token_ids\[0\] is True; accepted: an integer"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
-        ({"sliding_window": 0}, "sliding_window=0: expected at least 1"),
+        ({"hidden_size": True}, "hidden_size is True; accepted: an integer"),
+        ({"hidden_size": "48"}, "hidden_size is '48'; accepted: an integer"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; accepted: at most 4096"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; accepted: a finite number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; accepted: a finite number"),
+        ({"hidden_act": "swiglu"}, "hidden_act is 'swiglu'; accepted: 'silu', 'gelu', 'gelu_pytorch_tanh' or 'relu'"),
+        ({"layer_types": ("full", "full")}, r"layer_types\[0\] is 'full'; accepted: 'full_attention' or"),
+        ({"layer_types": ("full_attention",)}, "names 1 layers, num_hidden_layers=2"),
+        ({"sliding_window": 0}, "ModelConfig: sliding_window is 0; accepted: at least 1"),
     ],
 )
 def test_values_that_are_not_accepted_are_named(changes: dict[str, Any], message: str):
@@ -52,10 +65,13 @@ def test_values_that_are_not_accepted_are_named(changes: dict[str, Any], message
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_type": "yarn"}, "rope_type='yarn': expected one of linear, llama3, factors"),
-        ({"rope_type": "linear", "factor": 0.0}, "must be positive, got factor=0.0"),
-        ({"rope_type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be positive and below"),
-        ({"rope_type": "llama3", "original_max_position_embeddings": 0}, "original_max_position_embeddings=0"),
+        ({"rope_type": "yarn"}, "rope_type is 'yarn'; accepted: 'linear', 'llama3' or 'factors'"),
+        ({"rope_type": "linear", "factor": 0.0}, "factor is 0.0; accepted: at least 1e-06"),
+        ({"rope_type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+        (
+            {"rope_type": "llama3", "original_max_position_embeddings": 0},
+            "original_max_position_embeddings is 0; accepted: at least 1",
+        ),
     ],
 )
 def test_scalings_that_are_not_accepted_are_named(fields: dict[str, Any], message: str):

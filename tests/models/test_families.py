@@ -5,7 +5,6 @@ import pytest
 from support.tiny import tiny_config
 
 from minikv_jax.models import families
-from minikv_jax.models.family import Family
 from minikv_jax.models.huggingface import config_from_hf
 
 FILES = sorted(path.stem for path in pathlib.Path(families.__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -19,12 +18,17 @@ def test_every_file_is_a_family():
 
 def test_a_new_family_is_a_new_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "newcomer.py").write_text(
-        "from minikv_jax.models.family import Family\n"
-        "FAMILY = Family(model_type='new-comer', defaults={'head_dim': 8}, switches=('mlp_bias',), qk_norm=True,\n"
-        "                windows=lambda fields: (fields['span'], None))\n"
+        "from minikv_jax.models.family import Family, Fields\n"
+        "class Fields(Fields):\n"
+        "    head_dim: int = 8\n"
+        "    mlp_bias: bool = False\n"
+        "    span: int\n"
+        "FAMILY = Family(\n"
+        "    model_type='new-comer', fields=Fields, qk_norm=True, windows=lambda fields: (fields.span, None)\n"
+        ")\n"
     )
     fields = tiny_config().to_dict() | {"model_type": "new-comer", "span": 7, "mlp_bias": True, "attention_bias": True}
-    del fields["head_dim"]
+    del fields["head_dim"], fields["rope_scaling"], fields["layer_types"]
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     monkeypatch.setattr(families, "FAMILIES", families.discover())
     monkeypatch.delitem(sys.modules, f"{families.__name__}.newcomer")
@@ -33,8 +37,5 @@ def test_a_new_family_is_a_new_file(tmp_path: pathlib.Path, monkeypatch: pytest.
     assert config.qk_norm
     assert config.mlp_bias
     assert not config.attention_bias  # a switch that the family does not read
-
-
-def test_an_unknown_switch_is_named():
-    with pytest.raises(ValueError, match="switches entry='norm_bias': expected one of attention_bias, mlp_bias"):
-        Family(model_type="x", defaults={}, switches=("norm_bias",))
+    with pytest.raises(ValueError, match="the config: span is '7'; accepted: an integer"):
+        config_from_hf(fields | {"span": "7"})

@@ -121,23 +121,26 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
     ("raw", "message"),
     [
         (hf("gpt2"), "model_type='gpt2'.*llama, mistral, qwen2, qwen3"),
-        ({"hidden_size": 4}, "model_type='None'"),
-        ({"model_type": "llama", "hidden_size": 48}, "lacks vocab_size, intermediate_size"),
-        (hf(hidden_act="swiglu"), "hidden_act='swiglu'.*silu"),
-        (hf(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type='yarn'.*default, linear, llama3"),
+        ({"hidden_size": 4}, "model_type=None: expected one of"),
+        ({"model_type": "llama", "hidden_size": 48}, "the config lacks vocab_size, intermediate_size"),
+        (hf(hidden_act="swiglu"), "hidden_act is 'swiglu'; accepted: 'silu', 'gelu'"),
+        (
+            hf(rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 32}),
+            "rope_scaling.rope_type is 'yarn'; accepted: 'default', 'lin.* .and 1 more.",
+        ),
         (hf(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "needs low_freq_factor, high_freq_factor"),
-        (hf(rope_scaling={"type": "linear", "factor": 0.0}), "must be positive, got factor=0.0"),
-        (hf(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "per layer type"),
-        (hf(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-        (hf(quantization_config={"bits": 4}), "quantization_config="),
+        (hf(rope_scaling={"type": "linear", "factor": 0.0}), "rope_scaling.factor is 0.0; accepted: at least 1e-06"),
+        (hf(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "rope_parameters: unknown keys 'full_attention'"),
+        (hf(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; accepted: at least 1"),
+        (hf(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}; accepted: null"),
         (hf(num_key_value_heads=3), "num_attention_heads=4.*num_key_value_heads=3"),
         (hf(head_dim=7), "head_dim=7 must be even"),
-        (hf(num_hidden_layers=0), "num_hidden_layers=0: expected at least 1"),
-        (hf(vocab_size="many"), "vocab_size='many'"),
-        (hf(rms_norm_eps=0.0), "rms_norm_eps=0.0"),
-        (hf(rope_theta="1e4"), "rope_theta='1e4' must be a number"),
+        (hf(num_hidden_layers=0), "num_hidden_layers is 0; accepted: at least 1"),
+        (hf(vocab_size="many"), "vocab_size is 'many'; accepted: an integer"),
+        (hf(rms_norm_eps=0.0), "rms_norm_eps is 0.0; accepted: at least 1e-20"),
+        (hf(rope_theta="1e4"), "rope_theta is '1e4'; accepted: a number"),
         (hf(eos_token_id=96), r"eos_token_ids=\(96,\) must lie in 0..95"),
-        (hf("mistral", sliding_window=0), "sliding_window=0"),
+        (hf("mistral", sliding_window=0), "sliding_window is 0; accepted: at least 1"),
         (hf("qwen2", layer_types=["sliding_attention"] * 3), "use_sliding_window=False"),
         (
             hf(
@@ -145,17 +148,17 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
                 use_sliding_window=True,
                 layer_types=["sliding_attention", "linear_attention", "linear_attention"],
             ),
-            "layer_types entry='linear_attention'",
+            r"layer_types\[1\] is 'linear_attention'; accepted: 'full_attention' or 'sliding_attention' \(and 1 more\)",
         ),
         (
             hf("qwen2", use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]),
             "names 2 layers, num_hidden_layers=3",
         ),
-        (hf(max_position_embeddings=64) | {"num_key_value_heads": 0}, "num_key_value_heads=0: expected at least 1"),
-        (hf(max_position_embeddings=64, head_dim=0), "head_dim=0: expected at least 1"),
-        (hf(tie_word_embeddings="false"), "tie_word_embeddings='false': expected true or false"),
-        (hf(eos_token_id=2.5), r"eos_token_ids=\(2.5,\): expected integers"),
-        (hf(rope_scaling="x"), "rope_scaling='x': expected an object"),
+        (hf(max_position_embeddings=64) | {"num_key_value_heads": 0}, "num_key_value_heads is 0; accepted: at least 1"),
+        (hf(max_position_embeddings=64, head_dim=0), "head_dim is 0; accepted: at least 1"),
+        (hf(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; accepted: true or false"),
+        (hf(eos_token_id=2.5), "eos_token_id is 2.5; accepted: an integer or a list"),
+        (hf(rope_scaling="x"), "rope_scaling is 'x'; accepted: an object"),
     ],
 )
 def test_what_is_not_supported_is_named(raw: dict[str, Any], message: str):
@@ -208,5 +211,5 @@ def test_shards_must_agree_with_their_index(tmp_path: pathlib.Path):
     with pytest.raises(FileNotFoundError, match="names files that are not there: model-00002-of-00002"):
         load_safetensors(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a safetensors index"):
+    with pytest.raises(ValueError, match=r"index\.json lacks weight_map"):
         load_safetensors(tmp_path)

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from typing import Any
 
 from minikv_jax import checks
 from minikv_jax.models.family import Family
@@ -16,7 +17,7 @@ def discover() -> dict[str, Family]:
 FAMILIES = discover()
 
 
-def get(model_type: str) -> Family:
+def get(model_type: Any) -> Family:
     """The family of a Hugging Face `model_type`. Raises ValueError naming the known ones."""
     checks.choice("model_type", model_type, tuple(FAMILIES))
     return FAMILIES[model_type]

@@ -1,11 +1,14 @@
 """Llama 2, 3 and 3.1 (arXiv 2307.09288, 2407.21783), and models of the same architecture such as SmolLM2."""
 
-from minikv_jax.models.family import Family
+from minikv_jax.models import bounds, family
 
-FAMILY = Family(
-    model_type="llama",
-    defaults={"max_position_embeddings": 2048},
-    switches=("attention_bias", "mlp_bias"),
-    gguf_architecture="llama",
-    gguf_interleaved=True,
-)
+
+class Fields(family.Fields):
+    """What a config.json may hold beside the fields of all families."""
+
+    max_position_embeddings: bounds.Positions = 2048
+    attention_bias: bool | None = False
+    mlp_bias: bool | None = False
+
+
+FAMILY = family.Family(model_type="llama", fields=Fields, gguf_architecture="llama", gguf_interleaved=True)

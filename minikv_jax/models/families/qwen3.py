@@ -1,13 +1,16 @@
 """Qwen3 (arXiv 2505.09388): norms of queries and keys in place of Qwen2's biases, and a head size of its own."""
 
-from minikv_jax.models.families.qwen2 import windows
-from minikv_jax.models.family import Family
+from minikv_jax.models import bounds, family
+from minikv_jax.models.families import qwen2
 
-FAMILY = Family(
-    model_type="qwen3",
-    defaults={"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-    switches=("attention_bias",),
-    qk_norm=True,
-    windows=windows,
-    gguf_architecture="qwen3",
+
+class Fields(qwen2.Fields):
+    """What a config.json may hold beside Qwen2's fields."""
+
+    head_dim: bounds.Width | None = 128
+    attention_bias: bool | None = False
+
+
+FAMILY = family.Family(
+    model_type="qwen3", fields=Fields, qk_norm=True, windows=qwen2.windows, gguf_architecture="qwen3"
 )

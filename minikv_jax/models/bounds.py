@@ -1,0 +1,27 @@
+"""Kinds and bounds of a model's settings: far beyond any model, yet so that nothing overflows or takes forever.
+
+Schemas and dataclasses use them, so that a value outside is refused by name before anything is read or allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+Layers = Annotated[int, Field(ge=1, le=1 << 12)]
+Heads = Annotated[int, Field(ge=1, le=1 << 12)]
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+Vocabulary = Annotated[int, Field(ge=1, le=1 << 24)]
+Positions = Annotated[int, Field(ge=1, lt=1 << 31)]
+Token = Annotated[int, Field(ge=0, lt=1 << 24)]
+Epsilon = Annotated[float, Field(ge=1e-20, le=1)]
+RopeBase = Annotated[float, Field(ge=1, le=1e20)]  # float32 holds its powers and their inverses
+RopeFactor = Annotated[float, Field(ge=1e-6, le=1e6)]
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+LayerType = Literal["full_attention", "sliding_attention"]
+
+# A list in JSON, a tuple in Python.
+Tokens = Annotated[tuple[Token, ...], Strict(False)]
+LayerTypes = Annotated[tuple[LayerType, ...], Strict(False)]
+RopeFactors = Annotated[tuple[RopeFactor, ...], Strict(False)]
