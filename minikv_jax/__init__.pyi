@@ -20,6 +20,7 @@ from minikv_jax.methods.base import (
     ScoredBudget as ScoredBudget,
     Scorer as Scorer,
 )
+from minikv_jax.fields import setting as setting
 from minikv_jax.methods.method import Method as Method, Share as Share, Tail as Tail, Tokens as Tokens
 from minikv_jax.methods.plugins import load_plugin as load_plugin
 from minikv_jax.methods.registry import (

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 import reprlib
 
 import numpy as np
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def integer(name: str, value: object, least: int) -> int:
@@ -64,3 +69,25 @@ def shown(value: object) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel = 3
+
+
+def read_integer(text: str) -> int:
+    """An integer in ASCII digits; Python's `int` also takes other scripts, spaces and underscores.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not _INTEGER.fullmatch(text):
+        raise ValueError(f"{shown(text)}: expected an integer")
+    return int(text)
+
+
+def read_number(text: str) -> float:
+    """A finite number in ASCII digits.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        raise ValueError(f"{shown(text)}: expected a finite number")
+    return float(text)

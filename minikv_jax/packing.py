@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from minikv_jax import checks
+from minikv_jax import fields
+from minikv_jax.fields import setting
 
 Axis = Literal["tokens", "channels"]
 
@@ -42,22 +43,28 @@ class Packing:
         words.
     """
 
-    bits: int
-    group_size: int
-    axis: Axis
-    metadata_dtype: str = "float16"
-    factor_block: int | None = None
+    bits: int = setting(kind=int, choices=BITS)
+    group_size: int = setting(kind=int, choices=GROUP_SIZES)
+    axis: Axis = setting(kind=str, choices=("tokens", "channels"))
+    metadata_dtype: str = setting(default="float16", choices=METADATA_DTYPES)
+    factor_block: int | None = setting(default=None, kind=int, at_least=1, at_most=MAX_BLOCK)
 
     def __post_init__(self) -> None:
-        checks.choice("bits", self.bits, BITS)
-        checks.choice("group_size", self.group_size, GROUP_SIZES)
-        checks.choice("axis", self.axis, ("tokens", "channels"))
-        checks.choice("metadata_dtype", self.metadata_dtype, METADATA_DTYPES)
+        fields.check(self)
+        if self.factor_block is not None and self.factor_block % self.unit:
+            raise ValueError(
+                f"factor_block={self.factor_block}: expected a multiple of {self.unit}, whole groups and words"
+            )
 
     @property
     def word_tokens(self) -> int:
         """Tokens in a word of the narrowest plane."""
         return 32 // min(PLANES[self.bits])
+
+    @property
+    def unit(self) -> int:
+        """The fewest tokens that fill whole groups and words."""
+        return max(self.group_size if self.axis == "tokens" else 1, self.word_tokens)
 
     @property
     def block(self) -> int:
@@ -77,7 +84,7 @@ class Packing:
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless arrays of `shape` fill whole groups and words."""
         tokens, channels = shape[-2:]
-        unit = max(self.group_size if self.axis == "tokens" else 1, self.word_tokens)
+        unit = self.block if self.has_factors else self.unit
         if tokens % unit:
             raise ValueError(f"{tokens} tokens do not fill whole groups and words: expected a multiple of {unit}")
         if self.axis == "channels" and channels % self.group_size:

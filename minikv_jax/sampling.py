@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.checks import integer, number
+from minikv_jax import fields
+from minikv_jax.fields import setting
 
 _LEAST = float(jnp.finfo(jnp.float32).tiny)  # the least temperature that float32 divides by
 
@@ -21,24 +22,13 @@ class Sampling:
     `min_p` drops tokens less likely than `min_p` times the most likely one (arXiv 2407.01082).
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    temperature: float = setting(default=0.0, at_least=0)
+    top_k: int | None = setting(default=None, kind=int, at_least=1)
+    top_p: float | None = setting(default=None, kind=float, above=0, at_most=1)
+    min_p: float | None = setting(default=None, kind=float, above=0, at_most=1)
 
     def __post_init__(self) -> None:
-        number("temperature", self.temperature)
-        for name in ("top_p", "min_p"):
-            if getattr(self, name) is not None:
-                number(name, getattr(self, name))
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r}: expected a finite number >= 0 (0 is greedy)")
-        if self.top_k is not None:
-            integer("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
-        if self.min_p is not None and not 0 < self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p!r}: expected a number in (0, 1]")
+        fields.check(self)
         if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise ValueError("top_k, top_p and min_p need temperature > 0: temperature 0 is greedy")
 

@@ -56,6 +56,7 @@ def test_a_public_module_may_be_the_first_name_that_is_used(name: str):
         "from minikv_jax.generate import stream",
         "from minikv_jax import stream",
         "import minikv_jax; minikv_jax.generate; import minikv_jax.generate",
+        "import minikv_jax; minikv_jax.memory",
     ],
 )
 def test_generate_is_the_function_whatever_is_imported_before(first: str):

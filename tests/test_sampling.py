@@ -15,8 +15,8 @@ from minikv_jax.sampling import sample
     [
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("inf")}, "temperature=inf: expected a finite number"),
-        ({"temperature": "1"}, "temperature='1': expected a number"),
-        ({"temperature": None}, "temperature=None: expected a number"),
+        ({"temperature": "1"}, "temperature='1': expected a finite number at least 0"),
+        ({"temperature": None}, "temperature=None: expected a finite number at least 0"),
         ({"temperature": 1.0, "top_k": 1.5}, "top_k=1.5: expected an integer"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),

@@ -86,7 +86,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=shared.positive, metavar="N", help="time N decode steps in the middle and N at the end"
     )
-    parser.add_argument("--memory-gb", type=float, metavar="G", help="limit each run to G * 10^9 bytes of the device")
+    parser.add_argument(
+        "--memory-gb", type=shared.number, metavar="G", help="limit each run to G * 10^9 bytes of the device"
+    )
     parser.add_argument("--find", choices=FIELDS, help="the largest batch or longest prompt that --memory-gb holds")
     shared.add_dtype(parser, "bfloat16")
     shared.add_implementation(parser)

@@ -37,9 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--limit", 4, "N", "windows of each text"),
         ("--steps", 100, "N", "steps per layer"),
     ):
-        parser.add_argument(flag, type=int, default=default, metavar=metavar, help=f"{text}; default: {default}")
+        parser.add_argument(
+            flag, type=shared.integer, default=default, metavar=metavar, help=f"{text}; default: {default}"
+        )
     shared.add_seed(parser, "of the order of the windows")
-    parser.add_argument("--rate", type=float, default=0.02, metavar="R", help="Adam's step size; default: %(default)s")
+    parser.add_argument(
+        "--rate", type=shared.number, default=0.02, metavar="R", help="Adam's step size; default: %(default)s"
+    )
     parser.add_argument(
         "--learn", default="rotation", metavar="PARTS", help="rotation, ranges, or both; default: %(default)s"
     )

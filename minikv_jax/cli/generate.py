@@ -41,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_method(parser, default="minikv")
     shared.add_settings(parser)
     shared.add_max_new_tokens(parser, 128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely tokens that sum up to P")
-    parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one")
+    parser.add_argument("--temperature", type=shared.number, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=shared.integer, metavar="N", help="draw from the N most likely tokens")
+    parser.add_argument(
+        "--top-p", type=shared.number, metavar="P", help="draw from the most likely tokens that sum up to P"
+    )
+    parser.add_argument("--min-p", type=shared.number, metavar="P", help="drop tokens below P times the likeliest one")
     shared.add_seed(parser, "of the draws")
     shared.add_json(parser)
 

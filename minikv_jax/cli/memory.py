@@ -20,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--config", type=pathlib.Path, metavar="FILE", help="a Hugging Face config.json")
     shared.add_method(parser, default="minikv")
     shared.add_settings(parser)
-    parser.add_argument("--prompt-len", "--prompt", type=int, required=True, metavar="N", help="prompt tokens")
+    parser.add_argument(
+        "--prompt-len", "--prompt", type=shared.integer, required=True, metavar="N", help="prompt tokens"
+    )
     shared.add_max_new_tokens(parser, 128, "--new")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows; default: %(default)s")
+    parser.add_argument("--batch", type=shared.integer, default=1, metavar="B", help="rows; default: %(default)s")
     shared.add_dtype(parser, "bfloat16")
     shared.add_json(parser)
     shared.add_verbose(parser)

@@ -6,11 +6,12 @@ import argparse
 import importlib.util
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
+from minikv_jax.checks import read_integer, read_number
 from minikv_jax.cli.output import status
 from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.methods import contracts, lookup
@@ -24,6 +25,7 @@ from minikv_jax.ops import dispatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 _Options = argparse._ActionsContainer  # a parser, or a group of a parser's arguments
 
 # Types of arguments ---------------------------------------------------------------------------------------------------
@@ -53,12 +55,25 @@ def output_directory(text: str) -> pathlib.Path:
     return path
 
 
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse`, whose ValueError argparse then shows as it is."""
+
+    def parse_argument(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
+
+
+integer = argument(read_integer)
+number = argument(read_number)
+
+
 def seed(text: str) -> int:
     """Parses a seed of `jax.random.key`."""
-    try:
-        value = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer") from error
+    value = integer(text)
     if not -(1 << 63) <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of 64 bits")
     return value
@@ -66,14 +81,15 @@ def seed(text: str) -> int:
 
 def positive(text: str) -> int:
     """Parses an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    value = integer(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1")
-    return int(text)
+    return value
 
 
 def _shares(text: str) -> tuple[float, ...]:
     try:
-        shares = tuple(float(part) for part in text.split(","))
+        shares = tuple(read_number(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: expected shares such as 0.125,0.25") from error
     if not all(0 < share <= 1 for share in shares):
@@ -136,7 +152,7 @@ def add_directory(options: _Options) -> None:
 def add_max_new_tokens(options: _Options, default: int, *more_flags: str, text: str = "") -> None:
     """Adds --max-new-tokens."""
     options.add_argument(
-        "--max-new-tokens", *more_flags, type=int, default=default, metavar="N", help=f"{text}default: {default}"
+        "--max-new-tokens", *more_flags, type=integer, default=default, metavar="N", help=f"{text}default: {default}"
     )
 
 

@@ -24,7 +24,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
         shared.add_run(subparser)
         shared.add_methods(subparser)
         subparser.add_argument(
-            "--batch", type=int, default=1, metavar="B", help="cases at a time; default: %(default)s"
+            "--batch", type=shared.integer, default=1, metavar="B", help="cases at a time; default: %(default)s"
         )
         for field in dataclasses.fields(typing.cast(Any, task)):
             _add_option(subparser, field)
@@ -33,15 +33,16 @@ def add_tasks(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
     parse, text, default = field.metadata["parse"], field.metadata["help"], field.default
+    kind = parse if parse is str else shared.argument(parse)
     flag = f"--{field.name.replace('_', '-')}"
     if parse is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
     elif default is dataclasses.MISSING:
-        parser.add_argument(flag, type=parse, required=True, metavar="...", help=text)
+        parser.add_argument(flag, type=kind, required=True, metavar="...", help=text)
     else:
         if default is not None:
             text += f"; default: {','.join(map(str, default)) if isinstance(default, tuple) else default}"
-        parser.add_argument(flag, type=parse, default=default, metavar="...", help=text)
+        parser.add_argument(flag, type=kind, default=default, metavar="...", help=text)
 
 
 def make_evaluator(arguments: argparse.Namespace) -> Evaluator:

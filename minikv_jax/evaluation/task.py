@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from minikv_jax.checks import read_integer, read_number
 from minikv_jax.files import read_jsonl as read_jsonl
 from minikv_jax.files import read_text as read_text
 from minikv_jax.models.chat import first_turn
@@ -82,17 +83,21 @@ def option(
       hub: makes the option a directory that may also be given as the name of a data set on the hub; these are the files
         to download (`evaluation.data.locate`).
     """
+    parse = _READERS.get(parse, parse)
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "hub": tuple(hub)})
 
 
 def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Makes a parser of comma-separated values for `option`."""
+    read = _READERS.get(parse, parse)
 
     def parse_all(text: str) -> tuple[Any, ...]:
-        return tuple(parse(part) for part in text.split(","))
+        return tuple(read(part) for part in text.split(","))
 
-    parse_all.__name__ = f"comma-separated {parse.__name__}"  # in argparse's errors
     return parse_all
+
+
+_READERS: dict[Any, Callable[[str], Any]] = {int: read_integer, float: read_number}
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

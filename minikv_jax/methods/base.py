@@ -12,31 +12,52 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, dataclass_transform
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import checks
+from minikv_jax import checks, fields
+from minikv_jax.fields import setting
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.packing import Packing
 
 Kind = Literal["keys", "values"]
 
+MAX_TOKENS = 1 << 24  # of a budget or a cache: more than any model has positions, and sums stay within 32 bits
+MAX_WINDOW = 1 << 16  # tokens that a scorer looks at or ahead to, one after the other
+METHOD_FIELDS = (
+    *("name", "citation", "scorer", "heavy", "recent"),
+    *("sinks", "budget", "evict_every", "quantizer", "tail"),
+)  # of `Method`: `--set` knows these names already
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, setting))
 class Component:
     """Part of a method: a subclass becomes a frozen dataclass, whose fields are its settings.
 
-    Every setting has a default, an int, float, str or bool; a value of another type is refused when an instance is made
-    (an int is taken for a float).
+    Every setting has a default, an int, float, str or bool, and takes what is of its type (an int will do for a float,
+    NaN and infinity will not). `lag: int = minikv_jax.setting(default=128, at_least=1, at_most=4096)` takes less. A
+    value of another kind is refused when an instance is made.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+            _check_setting(cls, field)
 
     def __post_init__(self) -> None:
-        for name, default in settings(type(self)).items():
-            object.__setattr__(self, name, _of_the_same_type(name, getattr(self, name), default))
+        fields.check(self)
+
+
+def _check_setting(component: type, field: dataclasses.Field[Any]) -> None:
+    """Raises ValueError for a setting that `--set` could not reach, or that stands where a method is expected."""
+    what = f"setting {field.name!r} of {component.__name__}"
+    if field.name in METHOD_FIELDS:
+        raise ValueError(f"{what}: a Method has a field of that name; expected another")
+    if any(callable(getattr(base, field.name, None)) for base in component.__mro__[1:]):
+        raise ValueError(f"{what} hides a method of {component.__mro__[1].__name__}: expected another name")
+    is_required = field.default is field.default_factory is dataclasses.MISSING
+    if not is_required and fields.accepts(field) is None:
+        raise ValueError(f"{what}: expected a default that is an int, float, str or bool (a ClassVar is no setting)")
 
 
 def settings(component: type[Component] | Component) -> dict[str, Any]:
@@ -44,17 +65,6 @@ def settings(component: type[Component] | Component) -> dict[str, Any]:
     if isinstance(component, type):
         return {field.name: field.default for field in dataclasses.fields(component)}  # pyright: ignore[reportArgumentType]
     return {field.name: getattr(component, field.name) for field in dataclasses.fields(component)}  # pyright: ignore[reportArgumentType]
-
-
-def _of_the_same_type(name: str, value: Any, default: Any) -> Any:
-    """`value` as Python's own type: equal settings are of equal types, and numpy's are not Python's."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if default is dataclasses.MISSING or callable(default) or type(value) is type(default):
-        return value
-    if type(default) is float and type(value) is int:
-        return float(value)
-    raise ValueError(f"{name}={value!r}: expected {type(default).__name__}, as its default {default!r}")
 
 
 class LayerInputs(NamedTuple):
@@ -162,12 +172,7 @@ class ScoredBudget(Component, abc.ABC):
       cap: no layer gets more than this multiple of the mean budget; it decides how much is allocated.
     """
 
-    cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.cap >= 1:
-            raise ValueError(f"cap={self.cap!r}: expected a number >= 1")
+    cap: float = setting(default=2.0, at_least=1, at_most=1024)
 
     @abc.abstractmethod
     def weights(self, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]) -> Float[Array, "L B"]:

@@ -37,6 +37,8 @@ def check(method: Method, model: ModelConfig) -> None:
 
     The text names the component, what it got, what it returned or raised, and what is expected.
     """
+    if method.sinks > model.max_position_embeddings:
+        raise ValueError(f"sinks={method.sinks}: the model has {model.max_position_embeddings} positions")
     windows = {model.window(layer) for layer in range(model.num_hidden_layers)} - {None}
     if method.evict_every is not None and windows:
         raise ValueError(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minikv_jax import checks
-from minikv_jax.methods.base import LayerInputs, Scorer
+from minikv_jax.fields import setting
+from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_scorer
 from minikv_jax.models.rotary import rotate
@@ -23,12 +23,8 @@ class ExpectedAttention(Scorer):
     the value (the paper's norm is of `W_o v`, which a cache does not know).
     """
 
-    future: int = 512
-    epsilon: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.integer("future", self.future, 1)
+    future: int = setting(default=512, at_least=1, at_most=MAX_WINDOW)
+    epsilon: float = setting(default=0.0, at_least=0, at_most=1e6)
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         q, k, lengths, frequencies = inputs.q, inputs.k, inputs.lengths, inputs.frequencies

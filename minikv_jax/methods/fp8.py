@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minikv_jax import checks
+from minikv_jax.fields import setting
 from minikv_jax.methods.base import Operand, Quantizer
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_quantizer
@@ -21,11 +21,7 @@ class FP8(Quantizer):
 
     k_bits: int = 8
     v_bits: int = 8
-    format: str = "e4m3"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.choice("format", self.format, ("e4m3", "e5m2"))
+    format: str = setting(default="e4m3", choices=("e4m3", "e5m2"))
 
     def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> Array:
         del operand

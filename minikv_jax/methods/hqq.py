@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minikv_jax import checks, packing
+from minikv_jax import packing
+from minikv_jax.fields import setting
 from minikv_jax.methods.base import Operand
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.registry import register_quantizer
@@ -21,14 +22,10 @@ class HQQ(MinMax):
     steps each group keeps the one with the smallest mean absolute error; HQQ stops all groups at once when it grows.
     """
 
-    iterations: int = 20
-    norm: float = 0.7
-    beta: float = 10.0
-    growth: float = 1.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.integer("iterations", self.iterations, 0)
+    iterations: int = setting(default=20, at_least=0, at_most=1000)
+    norm: float = setting(default=0.7, above=0, at_most=1)
+    beta: float = setting(default=10.0, above=0, at_most=1e6)
+    growth: float = setting(default=1.01, at_least=1, at_most=2)
 
     def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
         rule = self.packing(operand.kind)

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
-from minikv_jax import checks, packing
+from minikv_jax import packing
+from minikv_jax.fields import setting
 from minikv_jax.methods.base import Kind, Operand, Quantizer
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.registry import register_method, register_quantizer
@@ -29,13 +30,8 @@ class MinMax(Quantizer):
     kernel_packs: ClassVar[bool] = True
     kernel_reads: ClassVar[bool] = True
 
-    group_size: int = 16
-    metadata_dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.choice("group_size", self.group_size, GROUP_SIZES)
-        checks.choice("metadata_dtype", self.metadata_dtype, METADATA_DTYPES)
+    group_size: int = setting(default=16, choices=GROUP_SIZES)
+    metadata_dtype: str = setting(default="float16", choices=METADATA_DTYPES)
 
     @property
     def block(self) -> int:

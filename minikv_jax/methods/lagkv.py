@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minikv_jax import checks
-from minikv_jax.methods.base import LayerInputs, Scorer
+from minikv_jax.fields import setting
+from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_scorer
 
@@ -22,11 +22,7 @@ class LagKV(Scorer):
     a full partition after theirs come before all others, the newest first.
     """
 
-    lag: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.integer("lag", self.lag, 1)
+    lag: int = setting(default=128, at_least=1, at_most=MAX_WINDOW)
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         lag, sinks, tokens = self.lag, inputs.sinks, inputs.k.shape[1]

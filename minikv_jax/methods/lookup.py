@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from minikv_jax.checks import read_integer, read_number, shown
 from minikv_jax.methods import calibrated
 from minikv_jax.methods.base import Component, settings
 from minikv_jax.methods.kivi import MinMax
-from minikv_jax.methods.method import Amount, Method, to_amount
+from minikv_jax.methods.method import AMOUNT, Amount, Method, to_amount
 from minikv_jax.methods.registry import COMPONENTS, METHODS, plain_settings
 
 _PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named by themselves
@@ -145,39 +145,32 @@ def _parse_setting(key: str, text: str, current: Any) -> Any:
     kind = type(current)
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{key}={text!r}: expected true or false")
+            raise ValueError(f"{key}={shown(text)}: expected true or false")
         return text.lower() == "true"
     try:
-        return kind(text)
+        return _READERS[kind](text)
     except ValueError as error:
-        raise ValueError(f"{key}={text!r}: expected {kind.__name__}") from error
+        raise ValueError(f"{key}={error}") from error
 
 
 def _parse_amount(key: str, text: str) -> Amount:
-    for kind in (int, float):  # "512" is a count, "0.5" a share
-        with contextlib.suppress(ValueError):
-            return to_amount(kind(text))
-    raise ValueError(f"{key}={text!r}: expected a share (float in 0..1) or a token count (int >= 0)")
+    try:
+        number = read_number(text)
+        return to_amount(number if set(text) & set(".eE") else int(text))  # "512" is a count, "0.5" a share
+    except ValueError as error:
+        raise ValueError(f"{key}={shown(text)}: {AMOUNT}") from error
 
 
-def _parse_integer(key: str, text: str) -> int:
-    return _parse_setting(key, text, 0)
+def _parse_optional(key: str, text: str) -> int | None:
+    return None if text.lower() == "none" else _parse_setting(key, text, 0)
 
 
-def _parse_optional_integer(key: str, text: str) -> int | None:
-    return None if text.lower() == "none" else _parse_integer(key, text)
-
-
-def _parse_text(key: str, text: str) -> str:
-    del key
-    return text
-
-
+_READERS = {int: read_integer, float: read_number, str: str}
 _PARSERS = {
-    "name": _parse_text,
-    "citation": _parse_text,
+    "name": functools.partial(_parse_setting, current=""),
+    "citation": functools.partial(_parse_setting, current=""),
     "heavy": _parse_amount,
     "recent": _parse_amount,
-    "sinks": _parse_integer,
-    "evict_every": _parse_optional_integer,
+    "sinks": functools.partial(_parse_setting, current=0),
+    "evict_every": _parse_optional,
 }

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from minikv_jax import checks
+from minikv_jax import checks, fields
+from minikv_jax.fields import setting
 from minikv_jax.methods.base import (
+    MAX_TOKENS,
+    MAX_WINDOW,
     Budget,
     Component,
     FunctionBudget,
@@ -75,10 +78,10 @@ class Share:
 class Tokens:
     """A budget of a number of tokens."""
 
-    count: int
+    count: int = setting(kind=int, at_least=0, at_most=MAX_TOKENS)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "count", checks.integer("Tokens", self.count, 0))
+        fields.check(self)
 
     def tokens(self, length: Length) -> Length:
         """Tokens granted to a row of `length`: the count itself if the row has as many."""
@@ -96,6 +99,7 @@ class Tokens:
 
 
 Amount = Share | Tokens
+AMOUNT = f"expected a share (float in 0..1) or a token count (int in 0..{MAX_TOKENS})"
 
 
 def to_amount(value: Amount | float | int) -> Amount:
@@ -106,7 +110,7 @@ def to_amount(value: Amount | float | int) -> Amount:
         is_count = isinstance(value, int | np.integer) and not isinstance(value, bool)
         return Tokens(int(value)) if is_count else Share(value)
     except ValueError as error:
-        raise ValueError("expected a share (float in 0..1) or a token count (int >= 0)") from error
+        raise ValueError(AMOUNT) from error
 
 
 class Tail(Component):
@@ -118,13 +122,8 @@ class Tail(Component):
         "kivi" packs block by block, so that the newest `length` tokens always stay.
     """
 
-    length: int = 128
-    rule: str = "minikv"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.integer("tail.length", self.length, 1)
-        checks.choice("tail.rule", self.rule, ("minikv", "kivi"))
+    length: int = setting(default=128, at_least=1, at_most=MAX_WINDOW)
+    rule: str = setting(default="minikv", choices=("minikv", "kivi"))
 
 
 def to_scorer(value: Scorer | Callable[[LayerInputs], Array]) -> Scorer:
@@ -150,7 +149,7 @@ def _field(*, default: Any, converter: Callable[[Any], Any]) -> Any:
     return dataclasses.field(default=default, metadata={"converter": converter})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, _field))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, _field, setting))
 def _value(cls: type[T]) -> type[T]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
@@ -179,9 +178,9 @@ class Method:
     scorer: Scorer = _field(default=NoScores(), converter=to_scorer)
     heavy: Amount = _field(default=Share(0.0), converter=to_amount)
     recent: Amount = _field(default=Share(1.0), converter=to_amount)
-    sinks: int = 0
+    sinks: int = setting(default=0, at_least=0, at_most=MAX_TOKENS)
     budget: Budget | ScoredBudget = _field(default=Uniform(), converter=to_budget)
-    evict_every: int | None = None
+    evict_every: int | None = setting(default=None, kind=int, at_least=1, at_most=MAX_TOKENS)
 
     quantizer: Quantizer | None = None
     tail: Tail = Tail()
@@ -193,7 +192,7 @@ class Method:
                 object.__setattr__(self, field.name, field.metadata.get("converter", lambda same: same)(value))
             except ValueError as error:
                 raise ValueError(f"{field.name}={value!r}: {error}") from error
-        object.__setattr__(self, "sinks", checks.integer("sinks", self.sinks, 0))
+        fields.check(self)
         shares = [budget.units for budget in (self.heavy, self.recent) if isinstance(budget, Share)]
         if sum(shares) > SHARE_UNITS:
             raise ValueError(f"heavy={self.heavy} + recent={self.recent}: shares of the prompt may not sum over 1")
@@ -204,15 +203,14 @@ class Method:
         if not isinstance(self.tail, Tail):
             raise ValueError(f"tail={self.tail!r}: expected a Tail")
         if self.evict_every is not None:
-            object.__setattr__(self, "evict_every", checks.integer("evict_every", self.evict_every, 1))
             self._check_eviction()
 
     def _check_storage(self, quantizer: Quantizer) -> None:
         if not isinstance(quantizer, Quantizer):
             raise ValueError(f"quantizer={quantizer!r}: expected a Quantizer or None")
         kind = type(quantizer).__name__
-        if MAX_BLOCK % quantizer.block:
-            raise ValueError(f"{kind} has block={quantizer.block}: expected a divisor of {MAX_BLOCK}")
+        if MAX_BLOCK % checks.integer(f"{kind}.block", quantizer.block, 1):
+            raise ValueError(f"{kind}.block={quantizer.block}: expected a divisor of {MAX_BLOCK}")
         if self.tail.length % quantizer.block:
             raise ValueError(
                 f"tail.length={self.tail.length}: expected a multiple of {kind}'s packing block {quantizer.block}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minikv_jax.fields import setting
 from minikv_jax.methods.base import Budget
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_budget, register_method
@@ -16,12 +17,7 @@ class Pyramid(Budget):
       beta: 20 in PyramidKV, 7 in MiniKV.
     """
 
-    beta: float = 7.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta >= 1:
-            raise ValueError(f"beta={self.beta!r}: expected a number >= 1")
+    beta: float = setting(default=7.0, at_least=1, at_most=1e6)
 
     def weights(self, num_layers: int) -> list[float]:
         last = 1 / self.beta

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from minikv_jax import checks
-from minikv_jax.methods.base import LayerInputs, Scorer
+from minikv_jax.fields import setting
+from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_scorer
 from minikv_jax.methods.votes import pool, window_votes
@@ -24,15 +24,13 @@ class SnapKV(Scorer):
       pooling_kernel: tokens that are pooled, an odd number.
     """
 
-    observation_window: int = 32
-    pooling: str = "max"
-    pooling_kernel: int = 7
+    observation_window: int = setting(default=32, at_least=1, at_most=MAX_WINDOW)
+    pooling: str = setting(default="max", choices=("max", "mean"))
+    pooling_kernel: int = setting(default=7, at_least=1, at_most=4095)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.integer("observation_window", self.observation_window, 1)
-        checks.choice("pooling", self.pooling, ("max", "mean"))
-        if checks.integer("pooling_kernel", self.pooling_kernel, 1) % 2 == 0:
+        if self.pooling_kernel % 2 == 0:
             raise ValueError(f"pooling_kernel={self.pooling_kernel}: expected an odd number")
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minikv_jax import checks, packing
+from minikv_jax import packing
+from minikv_jax.fields import setting
 from minikv_jax.methods.base import Operand, Quantizer
 from minikv_jax.methods.kivi import word_tokens
 from minikv_jax.methods.method import Method
@@ -27,12 +28,8 @@ class TurboQuant(Quantizer):
 
     k_bits: int = 4
     v_bits: int = 4
-    metadata_dtype: str = "float16"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.choice("metadata_dtype", self.metadata_dtype, ("float16", "bfloat16"))
+    metadata_dtype: str = setting(default="float16", choices=("float16", "bfloat16"))
+    seed: int = setting(default=0, at_least=0, at_most=2**63 - 1)
 
     @property
     def block(self) -> int:

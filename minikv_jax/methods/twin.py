@@ -7,8 +7,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minikv_jax import checks
-from minikv_jax.methods.base import LayerInputs
+from minikv_jax.fields import setting
+from minikv_jax.methods.base import MAX_WINDOW, LayerInputs
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.registry import register_method, register_scorer
@@ -25,11 +25,7 @@ class Twin(SnapKV):
     coming back to, which a few queries do not show. Ranks, unlike a sum, cannot let one vote drown the other.
     """
 
-    long_window: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.integer("long_window", self.long_window, 1)
+    long_window: int = setting(default=256, at_least=1, at_most=MAX_WINDOW)
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         short = super().score(inputs)

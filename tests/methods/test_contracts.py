@@ -121,11 +121,11 @@ def test_settings_of_a_component_of_ones_own(tmp_path: pathlib.Path):
     changed: Any = lookup.override(mine, {"base": "2", "heavy": "0.3"})
     assert changed.scorer.base == 2.0
     assert mine.scorer == type(changed.scorer)()  # as it was
-    with pytest.raises(ValueError, match="base='a': expected float"):
+    with pytest.raises(ValueError, match="base='a': expected a finite number"):
         lookup.override(mine, {"base": "a"})
     with pytest.raises(ValueError, match=r"unknown setting 'lag'.*scorer\.base"):
         lookup.override(mine, {"lag": "3"})
-    with pytest.raises(ValueError, match=r"base='a': expected float, as its default 0\.0"):
+    with pytest.raises(ValueError, match=r"base='a': expected a finite number"):
         type(changed.scorer)(base="a")
 
 
@@ -336,7 +336,7 @@ def test_a_quantizer_that_breaks_its_contract_is_named(case: str):
 
 
 def test_a_packing_block_divides_what_is_read_at_a_time():
-    with pytest.raises(ValueError, match="Custom has block=48: expected a divisor of 1024"):
+    with pytest.raises(ValueError, match=r"Custom\.block=48: expected a divisor of 1024"):
         mk.Method(quantizer=bfloat16(block=property(lambda self: 48)), tail=mk.Tail(length=96))
 
 
