@@ -175,16 +175,18 @@ def replacing(
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
-    """Lets one process at a time into the block, by a lock file beside `path`, whose parents are made.
+def locked(path: str | os.PathLike[str], patience: float = 0.0, *, file: pathlib.Path | None = None) -> Iterator[None]:
+    """Lets one process at a time into the block.
 
     Args:
+      path: what is written in the block.
       patience: seconds to wait for the others; -1 waits as long as it takes.
+      file: the lock, by default a file beside `path`. Its parents are made.
 
     Raises:
       BlockingIOError: another process is still in its block.
     """
-    file = _beside(pathlib.Path(path), "lock")
+    file = _beside(pathlib.Path(path), "lock") if file is None else file
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file)
     try:

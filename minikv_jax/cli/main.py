@@ -29,17 +29,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(argv, argparse.Namespace(command_line=shlex.join(["minikv", *argv])))
+    try:
+        return _run(_parser().parse_args(argv, argparse.Namespace(command_line=shlex.join(["minikv", *argv]))))
+    except KeyboardInterrupt:
+        print("minikv: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Runs the command, and turns a user's error into its line."""
     try:
         with _log_on_stderr() if arguments.verbose else contextlib.nullcontext():
-            return arguments.run(arguments)
+            code = arguments.run(arguments)
+            sys.stdout.flush()  # a full disk shows here, and not after the exit code
+            return code
     except (ValueError, NotImplementedError, OSError) as error:
+        _drop_output()
         if arguments.verbose:
             raise
-        print(f"minikv: error: {' '.join(str(error).split())}", file=sys.stderr)
+        from minikv_jax.checks import printable  # not at the top: it imports NumPy, and --help needs none
+
+        print(f"minikv: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+
+
+def _drop_output() -> None:
+    """Lets go of output that cannot be written: Python would try again at its end, and report it in its own way."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):

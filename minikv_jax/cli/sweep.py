@@ -8,6 +8,7 @@ import sys
 from minikv_jax.cli import output, shared, tasks
 from minikv_jax.evaluation.report import write_sweep
 from minikv_jax.evaluation.sweep import Sweep, grid
+from minikv_jax.evaluation.sweep_store import check
 from minikv_jax.evaluation.tables import means_table
 
 
@@ -35,18 +36,23 @@ def run(arguments: argparse.Namespace) -> int:
     if len(axes) < len(arguments.sweep):
         raise ValueError("--sweep names a field twice: give all its values at once")
     points = grid(arguments.method, axes, arguments.budget_bytes, arguments.set)
+    check(arguments.out)
     evaluator = tasks.make_evaluator(arguments)
-    sweep = Sweep.open(arguments.out, evaluator, points, arguments.set, arguments.model)
-    for label, reason in sweep.skipped.items():
-        print(f"minikv: {label} is skipped: {reason}", file=sys.stderr)
-    with output.ProgressBar(arguments.task, len(evaluator.cases) * len(sweep.methods)) as bar:
-        sweep.run(arguments.batch, bar.advance_to)
-    results = sweep.results()
-    means = {label: point["means"] for label, point in results["points"].items()}
-    print(means_table(means).markdown())
-    output.warn_not_finite(means)
-    for path in write_sweep(arguments.out, results, figures=not arguments.no_figures):
-        print(path)
+    with Sweep.open(
+        arguments.out, evaluator, points, arguments.set, arguments.model, plugins=arguments.plugin
+    ) as sweep:
+        for label, reason in sweep.skipped.items():
+            print(f"minikv: {label} is skipped: {reason}", file=sys.stderr)
+        for note in sweep.store.notes:
+            print(f"minikv: {note}", file=sys.stderr)
+        with output.ProgressBar(arguments.task, len(evaluator.cases) * len(sweep.methods)) as bar:
+            sweep.run(arguments.batch, bar.advance_to)
+        results = sweep.results()
+        means = {label: point["means"] for label, point in results["points"].items()}
+        print(means_table(means).markdown())
+        output.warn_not_finite(means)
+        for path in write_sweep(arguments.out, results, figures=not arguments.no_figures):
+            print(path)
     return 0
 
 

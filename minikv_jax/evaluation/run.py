@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -19,6 +20,7 @@ from minikv_jax import __version__
 from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
 from minikv_jax.evaluation.task import Case, Task
+from minikv_jax.files import sha256
 from minikv_jax.methods import contracts
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import to_dict
@@ -59,6 +61,9 @@ class Evaluator:
     ) -> Evaluator:
         """Makes the task's cases. Raises ValueError if one does not fit the model."""
         cases = tuple(task.cases(tokenizer, model.config.max_position_embeddings))
+        for name, count in collections.Counter(case.name for case in cases).items():
+            if count > 1:  # rows are told apart by it
+                raise ValueError(f"{count} cases have the name {name!r}: expected one of each name")
         room = max(case.new_tokens for case in cases)
         for case in cases:
             check_case(model.config, case, room)
@@ -195,9 +200,6 @@ def _options(task: Any) -> dict[str, Any]:
 
 
 def _file_record(path: pathlib.Path) -> dict[str, Any]:
-    def sha256(file: pathlib.Path) -> str:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-
     if path.is_file():
         return {"name": path.name, "sha256": sha256(path)}
     files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))

@@ -1,22 +1,27 @@
 """A grid of methods and fields over one task. Every measured row is on disk at once: a sweep that was killed goes on.
 
-A sweep's directory holds `sweep.json` (what the numbers depend on, and every point's fields), `rows.jsonl` (a line per
-case and point, appended as they are measured), and the files that `report.write_sweep` makes of them.
+A sweep's directory holds what `sweep_store` keeps, and the files that `report.write_sweep` makes of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from minikv_jax import files
 from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.evaluation.run import Evaluator, case_record, describe, means, method_record
+from minikv_jax.evaluation.sweep_store import Description, PointRecord, Rows, Store, opened
 from minikv_jax.evaluation.task import Case
 from minikv_jax.methods import lookup
+from minikv_jax.methods.calibrated import CalibratedRotation
+from minikv_jax.methods.method import Method
+from minikv_jax.methods.registry import COMPONENTS, METHODS, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +75,15 @@ def _keeps_all(method: str, settings: Sequence[tuple[str, str]]) -> bool:
 class Sweep:
     """The state of a sweep: its points, those that cannot be measured, and the rows measured so far."""
 
-    directory: pathlib.Path
     evaluator: Evaluator
     description: dict[str, Any]
     points: dict[str, Point]
     methods: dict[str, SizedMethod]
     skipped: dict[str, str]  # label -> why the point cannot be measured
-    rows: dict[tuple[str, str], dict[str, Any]]  # (case, label) -> row
+    store: Store
 
     @classmethod
+    @contextlib.contextmanager
     def open(
         cls,
         directory: pathlib.Path,
@@ -86,32 +91,43 @@ class Sweep:
         points: Sequence[Point],
         settings: Sequence[tuple[str, str]] = (),
         model_source: str = "",
-    ) -> Sweep:
-        """Starts a sweep, or resumes the one in `directory`, perhaps with more points.
+        plugins: Sequence[pathlib.Path] = (),
+    ) -> Iterator[Sweep]:
+        """Starts a sweep, or resumes the one in `directory`, perhaps with more points. Nobody else can meanwhile.
 
-        A point whose method is invalid or does not fit the model or its bytes is skipped with the reason.
+        A point whose method is invalid or does not fit the model or its bytes is skipped with the reason. Rows measured
+        with another plugin file, calibration or version are dropped, and `store.notes` says so.
+
+        Args:
+          plugins: the files that registered what is not the library's own.
 
         Raises:
-          ValueError: the directory holds a sweep of something else; a point is given twice; no point can be measured.
+          ValueError: the directory holds a sweep of something else, or damaged files; a point is given twice; no point
+            can be measured.
+          BlockingIOError: another process runs the sweep in `directory`.
         """
-        methods: dict[str, SizedMethod] = {}
-        skipped: dict[str, str] = {}
         by_label = {point.label: point for point in points}
         if len(by_label) < len(points):
             raise ValueError(f"a point of the sweep is given twice: {', '.join(point.label for point in points)}")
-        for label, point in by_label.items():
-            try:
-                method = point.resolve(settings)
-                for length in evaluator.lengths:
-                    evaluator.fit({label: method}, length)
-                methods[label] = method
-            except ValueError as error:
-                skipped[label] = str(error)
-        if not methods:
-            raise ValueError(f"no point of the sweep can be measured: {next(iter(skipped.values()))}")
-        sweep = cls(directory, evaluator, describe(evaluator, model_source), by_label, methods, skipped, {})
-        sweep._resume()
-        return sweep
+        methods, skipped = _fitting(evaluator, by_label, settings)
+        description = describe(evaluator, model_source)
+        versions = description["versions"]
+        records = {
+            label: PointRecord(
+                fields=_plain(method_record(method.method) | {"byte_share": method.byte_share}),
+                files=_files(by_label[label].method, method.method, plugins),
+                versions=versions,
+            )
+            for label, method in methods.items()
+        }
+        common = Description(**_plain({key: value for key, value in description.items() if key != "versions"}))
+        with opened(directory, common, records, [case.name for case in evaluator.cases]) as store:
+            yield cls(evaluator, description, by_label, methods, skipped, store)
+
+    @property
+    def rows(self) -> Rows:
+        """The rows measured so far, by case and label."""
+        return self.store.rows
 
     @property
     def missing(self) -> int:
@@ -129,14 +145,12 @@ class Sweep:
             labels = tuple(label for label in self.methods if (case.name, label) not in self.rows)
             if labels:
                 todo.setdefault(labels, []).append(case)
-        with (self.directory / "rows.jsonl").open("a", encoding="utf-8") as stream:
-            for labels, cases in todo.items():
-                methods = {label: self.methods[label] for label in labels}
-                for case, label, row in self.evaluator.run(methods, batch, cases):
-                    stream.write(json.dumps({"case": case.name, "point": label, **row}) + "\n")
-                    stream.flush()
-                    self.rows[case.name, label] = row
-                    done(total - self.missing)
+        for labels, cases in todo.items():
+            methods = {label: self.methods[label] for label in labels}
+            for case, label, row in self.evaluator.run(methods, batch, cases):
+                self.store.append({"case": case.name, "point": label, **row})
+                self.rows[case.name, label] = row
+                done(total - self.missing)
 
     def results(self) -> dict[str, Any]:
         """The whole sweep as JSON values: description, points with their means, skipped points, every case."""
@@ -159,40 +173,37 @@ class Sweep:
             ],
         }
 
-    def _resume(self) -> None:
-        """Reads the rows that the directory holds, and writes the sweep's description."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        header, rows = self.directory / "sweep.json", self.directory / "rows.jsonl"
-        # Through JSON and back, so that tuples compare as the lists they become.
-        description = json.loads(json.dumps(self.description))
-        fields = json.loads(json.dumps({label: _fields(method) for label, method in self.methods.items()}))
-        if header.is_file():
-            old = json.loads(header.read_text(encoding="utf-8"))
-            different = [key for key, value in description.items() if old["description"].get(key) != value]
-            different += [label for label in fields if label in old["points"] and old["points"][label] != fields[label]]
-            if different:
-                raise ValueError(
-                    f"{self.directory} holds another sweep: {', '.join(different)} differ; give another directory"
-                )
-            fields = old["points"] | fields
-        header.write_text(json.dumps({"description": description, "points": fields}, indent=1) + "\n")
-        if rows.is_file():
-            self.rows = _read_rows(rows)
+
+def _fitting(
+    evaluator: Evaluator, points: Mapping[str, Point], settings: Sequence[tuple[str, str]]
+) -> tuple[dict[str, SizedMethod], dict[str, str]]:
+    """The methods of the points that can be measured, and why the others cannot. Raises ValueError if none can."""
+    methods: dict[str, SizedMethod] = {}
+    skipped: dict[str, str] = {}
+    for label, point in points.items():
+        try:
+            method = point.resolve(settings)
+            for length in evaluator.lengths:
+                evaluator.fit({label: method}, length)
+            methods[label] = method
+        except ValueError as error:
+            skipped[label] = str(error)
+    if not methods:
+        raise ValueError(f"no point of the sweep can be measured: {next(iter(skipped.values()))}")
+    return methods, skipped
 
 
-def _fields(method: SizedMethod) -> dict[str, Any]:
-    return method_record(method.method) | {"byte_share": method.byte_share}
+def _files(text: str, method: Method, plugins: Sequence[pathlib.Path]) -> dict[str, str]:
+    """SHA-256 of the files that the method which `text` gave is made of; of all plugins if it needs any."""
+    values = to_dict(method)
+    own = [registry.is_built_in(values[part]["name"]) for part, registry in COMPONENTS.items() if values[part]]
+    name = text.partition(":")[0]
+    used = [] if all(own) and (name not in METHODS or METHODS.is_built_in(name)) else list(plugins)
+    if isinstance(method.quantizer, CalibratedRotation):
+        used.append(pathlib.Path(method.quantizer.calibration) / "calibration.json")  # it holds those of its arrays
+    return {path.name: files.sha256(path) for path in used}
 
 
-def _read_rows(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a file by case and point. If its last line is torn, that line is cut off."""
-    rows, complete_bytes = {}, 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        row = json.loads(line)
-        rows[row.pop("case"), row.pop("point")] = row
-        complete_bytes += len(line)
-    with path.open("r+b") as stream:
-        stream.truncate(complete_bytes)
-    return rows
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: tuples as lists."""
+    return json.loads(json.dumps(values))

@@ -70,6 +70,22 @@ def test_user_error_is_one_line_and_exit_code_2(run: Run):
     assert "invalid choice: 'nosuch'" in run_wrongly(run, "nosuch")
 
 
+def test_output_that_cannot_be_written_is_one_line_and_exit_code_2(shape: str):
+    """As of a shell's `> FILE` on a full disk."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "minikv_jax.cli.main", "memory", "--config", shape, "--prompt-len", "64"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "minikv: error: [Errno 28] No space left on device\n")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minikv_jax.cli.methods.run", interrupted)
+    assert run("methods") == (130, "", "minikv: interrupted\n")
+
+
 def test_verbose_shows_where_an_error_comes_from(model_directory: pathlib.Path):
     with pytest.raises(ValueError, match="prompt is empty"):
         main(["generate", "--model", str(model_directory), "--prompt", "", "--verbose"])

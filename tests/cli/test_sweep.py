@@ -4,11 +4,14 @@ import csv
 import itertools
 import json
 import pathlib
+import time
 from typing import Any
 
 import pytest
 from support.commands import Run, run_wrongly
 
+import minikv_jax
+from minikv_jax import files
 from minikv_jax.evaluation import run as run_module
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -69,7 +72,7 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "measure_each", killed)
-    assert sweep("killed", *GRID, "--no-figures")[0] == 130
+    assert sweep("killed", *GRID, "--no-figures") == (130, "", "minikv: interrupted\n")
     rows = tmp_path / "killed" / "rows.jsonl"
     with rows.open("a") as stream:
         stream.write('{"case": "line 2", "po')  # torn by the kill
@@ -82,7 +85,8 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
         return original(model, cases, methods, *rest)
 
     monkeypatch.setattr(run_module, "measure_each", watched)
-    assert sweep("killed", *GRID, "--no-figures")[0] == 0
+    code, _, log = sweep("killed", *GRID, "--no-figures")
+    assert (code, log) == (0, f"minikv: the last line of {rows} is not complete: its row is measured anew\n")
     assert seen == [("line 2", 2)]
     assert (tmp_path / "killed" / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
     assert len(rows.read_text().splitlines()) == 2 * 4
@@ -110,10 +114,110 @@ def test_a_wrong_sweep_is_one_line_and_exit_code_2(sweep: Run, arguments: tuple[
     assert message in run_wrongly(sweep, "out", *arguments)
 
 
-def test_another_sweeps_directory_is_refused(sweep: Run, tmp_path: pathlib.Path):
+PLUGIN = """
+import minikv_jax as mk
+
+@mk.register_scorer("places")
+def places(inputs):
+    return inputs.k.sum(axis=3).swapaxes(1, 2).astype("float32") * {sign}
+
+mk.register_method(mk.Method(name="mine", scorer=places, heavy=0.1, recent=0.1))
+"""
+METRICS = ("nll", "kl_to_full")
+
+
+def points(directory: pathlib.Path) -> dict[str, Any]:
+    return json.loads((directory / "results.json").read_text())["points"]
+
+
+def test_rows_of_an_edited_plugin_are_measured_anew(sweep: Run, tmp_path: pathlib.Path):
+    plugin, out = tmp_path / "mine.py", tmp_path / "out"
+    plugin.write_text(PLUGIN.format(sign="1"))
+    command = ("--method", "mine", "--method", "h2o:heavy=0.1,recent=0.1", "--plugin", plugin, "--no-figures")
+    assert sweep("out", *command)[::2] == (0, "")
+    old, rows = points(out), (out / "rows.jsonl").read_text().splitlines()
+    assert sweep("out", *command)[::2] == (0, "")
+    assert (out / "rows.jsonl").read_text().splitlines() == rows
+
+    plugin.write_text(PLUGIN.format(sign="-1.0"))
+    assert sweep("out", *command)[::2] == (0, "minikv: 2 rows of mine measured anew: mine.py has changed\n")
+    new, new_rows = points(out), (out / "rows.jsonl").read_text().splitlines()
+    assert [new["mine"]["means"][name] != old["mine"]["means"][name] for name in METRICS] == [True, True]
+    assert new["h2o:heavy=0.1,recent=0.1"] == old["h2o:heavy=0.1,recent=0.1"]
+    assert len(new_rows) == len(set(new_rows)) == 4
+    assert set(new_rows) & set(rows) == {row for row in rows if '"point": "h2o' in row}
+    assert sweep("fresh", *command)[::2] == (0, "")
+    assert points(tmp_path / "fresh") == new
+
+
+def test_rows_of_another_version_are_measured_anew(sweep: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    command = ("out", "--method", "h2o", "--no-figures")
+    assert sweep(*command)[::2] == (0, "")
+    rows = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    monkeypatch.setattr(run_module, "__version__", "9.9")
+    log = sweep(*command)[2]
+    assert log == f"minikv: 2 rows of h2o measured anew: minikv_jax was {minikv_jax.__version__} and is 9.9\n"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["versions"]["minikv_jax"] == "9.9"
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows
+
+
+def test_another_process_is_refused(sweep: Run, tmp_path: pathlib.Path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "sweep.json").write_text(json.dumps({"description": {"task": "needle"}, "points": {}}))
-    code, _, err = sweep("out", *GRID)
-    assert code == 2
-    assert "holds another sweep: task, options, model" in err
+    with files.locked(out, file=out / ".lock"):
+        error = run_wrongly(sweep, "out", "--method", "h2o", "--no-figures", "--model", "not looked at")
+    assert error == f"minikv: error: {out} is being written by another process: wait until it ends\n"
+
+
+@pytest.fixture
+def finished(sweep: Run, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The directory of a sweep of two rows."""
+    assert sweep("out", "--method", "h2o", "--no-figures")[0] == 0
+    return tmp_path / "out"
+
+
+def test_a_foreign_or_damaged_directory_is_refused_before_the_model_loads(sweep: Run, finished: pathlib.Path):
+    header, rows = finished / "sweep.json", finished / "rows.jsonl"
+    first, second = rows.read_text().splitlines()
+    good = {path: path.read_bytes() for path in (header, rows)}
+    whole = json.loads(header.read_text())
+    row = json.loads(first)
+    wrong: list[tuple[pathlib.Path, object, str]] = [
+        (header, "{", "sweep.json is not valid JSON"),
+        (header, {"a": 1}, "sweep.json lacks description, points"),
+        (header, whole | {"points": []}, "sweep.json: points is []; accepted: an object"),
+        (header, {"points": {}}, "sweep.json lacks description"),
+        (header, whole | {"points": {}}, "rows.jsonl, line 1: case 'line 1' of point 'h2o' is not of this sweep"),
+        (header, "", "sweep.json is not valid JSON"),
+        (rows, b"\xff\n", "rows.jsonl is not UTF-8 text"),
+        (rows, f"{first}\nnull\n", "rows.jsonl, line 2: expected a JSON object"),
+        (rows, f"{first}\n{second[:-9]}\n{second}\n", "rows.jsonl, line 2 is not valid JSON"),
+        (rows, f"{first}\n{first}\n", "rows.jsonl, line 2: case 'line 1' of point 'h2o' is there twice"),
+        (rows, json.dumps(row | {"nll": "1"}) + "\n", "rows.jsonl, line 1: nll is '1'; accepted: a number"),
+        (rows, json.dumps(row | {"nll": 1e999}) + "\n", "rows.jsonl, line 1: nll is inf; accepted: a finite number"),
+        (rows, json.dumps(row | {"more": 1}) + "\n", "rows.jsonl, line 1: unknown keys 'more'"),
+        (rows, '{"case": "line 1"}\n', "rows.jsonl, line 1 lacks point, finite, nll"),
+        (rows, "[" * 9999 + "\n", "rows.jsonl, line 1 is not valid JSON"),
+    ]
+    for path, content, message in wrong:
+        for kept, old in good.items():
+            kept.write_bytes(old)
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        began = time.perf_counter()
+        assert message in run_wrongly(sweep, "out", "--method", "h2o", "--no-figures", "--model", "not looked at")
+        assert time.perf_counter() - began < 1
+    header.unlink()
+    assert "rows.jsonl is there without sweep.json: it is no sweep's" in run_wrongly(sweep, "out", "--method", "h2o")
+
+
+@pytest.mark.parametrize("where", ["description", "points"])
+def test_another_sweeps_directory_is_refused(sweep: Run, finished: pathlib.Path, where: str):
+    header = json.loads((finished / "sweep.json").read_text())
+    if where == "description":
+        header["description"] |= {"task": "needle", "dtype": "float16"}
+    else:
+        header["points"]["h2o"]["fields"]["sinks"] = 9
+    (finished / "sweep.json").write_text(json.dumps(header))
+    differs = "task, dtype" if where == "description" else "h2o"
+    error = run_wrongly(sweep, "out", "--method", "h2o", "--no-figures")
+    assert f"out holds another sweep: {differs} differ; give another directory" in error
