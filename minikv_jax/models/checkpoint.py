@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from minikv_jax import files
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
-from minikv_jax.models.parameters import Skeleton, raise_misfits, raise_nonfinite
+from minikv_jax.models.parameters import Skeleton, check_depth, raise_misfits, raise_nonfinite
 from minikv_jax.saved_arrays import naming_damage, orbax_errors
 
 if TYPE_CHECKING:
@@ -75,18 +75,19 @@ def restore(
     import orbax.checkpoint as ocp
 
     directory, resolved = pathlib.Path(directory).absolute(), resolve_dtype(dtype)
-    skeleton = Skeleton.of(restore_config(directory), resolved)
+    config = restore_config(directory)
+    with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
+        stored = _flatten(checkpointer.metadata(directory).item_metadata["params"].tree)
+    check_depth(str(directory), config, stored)
+    skeleton = Skeleton.of(config, resolved)
+    _check_stored(directory, {path: tuple(leaf.shape) for path, leaf in stored.items()}, skeleton)
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
     targets = {
         path: jax.ShapeDtypeStruct(leaf.shape, resolved, sharding=device) for path, leaf in skeleton.parameters.items()
     }
-    with _checkpointer() as checkpointer:
-        with naming_damage(directory, _KIND):
-            stored = _flatten(checkpointer.metadata(directory).item_metadata["params"].tree)
-        _check_stored(directory, {path: tuple(leaf.shape) for path, leaf in stored.items()}, skeleton)
-        with naming_damage(directory, _KIND):
-            item = ocp.args.StandardRestore(_nest(targets))
-            arrays = checkpointer.restore(directory, ocp.args.Composite(params=item))["params"]
+    with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
+        item = ocp.args.StandardRestore(_nest(targets))
+        arrays = checkpointer.restore(directory, ocp.args.Composite(params=item))["params"]
     parameters = _flatten(arrays)
     if not allow_nonfinite:
         raise_nonfinite(str(directory), [path for path, array in parameters.items() if not _is_finite(array)])

@@ -19,10 +19,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from minikv_jax import checks
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import JOINED, Llama, joined_widths
 
 _BLOCK_ELEMENTS = 1 << 22  # values converted at a time: 16 MB of float32
+_MOST_NAMES = 100  # in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Skeleton:
     @classmethod
     def of(cls, config: ModelConfig, dtype: DTypeLike) -> Skeleton:
         """The skeleton of a model, made without allocating it."""
-        model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        key: Any = _OneKey(jax.random.key(0))
+        model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=key))
         graph, state = nnx.split(model)
         return cls(graph, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)})
 
@@ -77,6 +80,16 @@ class Skeleton:
         """The model with `arrays` in the places of the shapes."""
         flat: dict[Any, Any] = {_path(name): leaf.replace(arrays[name]) for name, leaf in self.parameters.items()}
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+
+class _OneKey:
+    """In place of `nnx.Rngs`, whose counter makes tracing take time that is quadratic in the number of layers."""
+
+    def __init__(self, key: jax.Array):
+        self._key = key
+
+    def params(self) -> jax.Array:
+        return self._key
 
 
 def _path(name: str) -> tuple[str | int, ...]:
@@ -92,6 +105,7 @@ def read_parameters(
       ValueError: tensors are missing, unknown, of the wrong shape, or not finite in `dtype` unless that is allowed, all
         of them in one message; or the file repeats a tied embedding with other values.
     """
+    check_depth(source.origin, config, [_match(name, source.rules)[1] or "" for name in source.shapes])
     skeleton = Skeleton.of(config, dtype)
     parts = {path: _parts(config, path, leaf.shape) for path, leaf in skeleton.parameters.items()}
     plan, repeats = _plan(config, source, {name: shape for part in parts.values() for name, shape in part.items()})
@@ -133,6 +147,8 @@ def _plan(
             continue
         if path == "lm_head.kernel" and config.tie_word_embeddings:
             repeats.append(name)
+            if shape != needed["embed_tokens.embedding"]:
+                misshapen.append(f"{name} is {list(shape)}, the embedding {list(needed['embed_tokens.embedding'])}")
         elif rule is None or path is None or path not in needed:
             unknown.append(name)
         else:
@@ -156,15 +172,35 @@ def _match(name: str, rules: Iterable[Rule]) -> tuple[Rule | None, str | None]:
 def raise_misfits(origin: str, *, unknown: list[str], unfilled: list[str], misshapen: list[str]) -> None:
     """Raises one ValueError that lists everything that keeps a checkpoint from being the model of its config."""
     parts = (("unknown tensors", unknown), ("parameters without a tensor", unfilled), ("wrong shapes", misshapen))
-    if misfits := [f"{title}: {', '.join(items)}" for title, items in parts if items]:
+    if misfits := [f"{title}: {_listed(items)}" for title, items in parts if items]:
         raise ValueError(f"{origin} does not fit its config. {'; '.join(misfits)}")
+
+
+def _listed(names: list[str]) -> str:
+    """Names of a file for an error: escaped, and not without end."""
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return checks.printable(", ".join(names[:_MOST_NAMES])) + more
+
+
+def check_depth(origin: str, config: ModelConfig, paths: Iterable[str]) -> None:
+    """Compares the number of layers with that of the parameters at `paths`, before a model of that depth is built.
+
+    Raises:
+      ValueError: the config has more layers.
+    """
+    layers = {match[1] for path in paths if (match := re.match(r"layers\.(\d+)\.", path))}
+    if config.num_hidden_layers > len(layers):
+        raise ValueError(
+            f"{origin} does not fit its config: num_hidden_layers={config.num_hidden_layers}, but there are tensors of "
+            f"{len(layers)} layers"
+        )
 
 
 def raise_nonfinite(origin: str, names: list[str]) -> None:
     """Raises ValueError naming tensors that hold NaN or infinite values."""
     if names:
         raise ValueError(
-            f"{origin} has NaN or infinite values in {', '.join(names)}: "
+            f"{origin} has NaN or infinite values in {_listed(names)}: "
             "load(..., allow_nonfinite=True) or --allow-nonfinite goes on nevertheless"
         )
 

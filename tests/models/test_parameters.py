@@ -1,13 +1,16 @@
+import dataclasses
 import functools
 import json
 import pathlib
 import re
+import time
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from support.checkpoints import (
+    Tensors,
     assert_holds,
     hf_config,
     parameter,
@@ -18,6 +21,7 @@ from support.checkpoints import (
 from support.tiny import tiny_config
 
 from minikv_jax.models import checkpoint
+from minikv_jax.models.decoder import Llama
 from minikv_jax.models.gguf import load_gguf
 from minikv_jax.models.huggingface import load_safetensors
 
@@ -91,6 +95,9 @@ def test_a_repeated_tied_embedding_must_be_the_same(tmp_path: pathlib.Path):
     write_hf(tmp_path, config, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
         load_safetensors(tmp_path)
+    write_hf(tmp_path, config, tensors | {"lm_head.weight": np.ones((), np.float32)})
+    with pytest.raises(ValueError, match=r"lm_head\.weight is \[\], the embedding \[96, 48\]"):
+        load_safetensors(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf", "orbax"])
@@ -122,6 +129,36 @@ def test_weights_that_are_not_finite_are_named(tmp_path: pathlib.Path, kind: str
     assert len(found) == len(expected)
     assert all(any(name in tensor for tensor in found) for name in expected)
     assert np.isnan(parameter(load(allow_nonfinite=True), "norm.scale")).sum() == 1
+
+
+@pytest.mark.parametrize("layers", [3, 4096])
+def test_a_config_of_more_layers_is_named_before_a_model_is_built(tmp_path: pathlib.Path, layers: int):
+    config, tensors = tiny_config(), random_tensors(tiny_config())
+    write_hf(tmp_path, config, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(config, num_hidden_layers=layers)))
+    write_gguf(tmp_path / "m.gguf", dataclasses.replace(config, num_hidden_layers=layers), tensors)
+    checkpoint.save(load_safetensors_of(tmp_path, tensors), tmp_path / "orbax")
+    stored = tmp_path / "orbax" / "config" / "metadata"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"num_hidden_layers": layers}))
+    for load, path in ((load_safetensors, ""), (load_gguf, "m.gguf"), (checkpoint.restore, "orbax")):
+        begin = time.perf_counter()
+        with pytest.raises(ValueError, match=f"num_hidden_layers={layers}, but there are tensors of 2 layers"):
+            load(tmp_path / path)
+        assert time.perf_counter() - begin < 5
+
+
+def load_safetensors_of(directory: pathlib.Path, tensors: Tensors) -> Llama:
+    write_hf(directory / "plain", tiny_config(), tensors)
+    return load_safetensors(directory / "plain")
+
+
+def test_names_from_files_are_escaped_and_not_without_end(tmp_path: pathlib.Path):
+    config, tensors = tiny_config(), random_tensors(tiny_config())
+    unknown = {f"\x1b]0;{number}\x07": np.zeros(1, np.float32) for number in range(200)}
+    write_hf(tmp_path, config, tensors | unknown)
+    with pytest.raises(ValueError, match=r"unknown tensors: \\x1b\]0;\d+\\x07, .* and 100 more") as error:
+        load_safetensors(tmp_path)
+    assert str(error.value).isprintable()
 
 
 def test_missing_files_are_named(tmp_path: pathlib.Path):
