@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import zipfile
 import zlib
@@ -52,26 +53,29 @@ def read_json_list(path: pathlib.Path) -> list[Any]:
     return value
 
 
-def read_jsonl(path: pathlib.Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
-    """Reads a JSON Lines file: line number and object of the first `limit` lines that are not blank.
+def read_jsonl(path: pathlib.Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Reads a JSON Lines file: line number and object of the first `limit` lines that are not blank, one by one.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: a line is not a JSON object, or the file has no lines, naming the file and the line.
     """
-    rows = _rows(path, read_text(path), limit)
-    if not rows:
+    count = 0
+    with path.open("rb") as stream:  # only "\n" ends a line: a line separator of Unicode may stand inside a string
+        for number, line in enumerate(stream, 1):
+            if count == limit:
+                return
+            if line.strip():
+                count += 1
+                yield number, _parsed_line(f"{path}, line {number}", line)
+    if not count:
         raise ValueError(f"{path} is empty: expected one JSON object per line")
-    return rows
 
 
 def read_log(path: pathlib.Path) -> tuple[list[tuple[int, dict[str, Any]]], bytes]:
     """Reads what `appending` wrote: line numbers and objects, and what a killed process left of a last line."""
-    complete, newline, torn = path.read_bytes().rpartition(b"\n")
-    try:
-        return _rows(path, (complete + newline).decode(), None), torn
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    *lines, torn = path.read_bytes().split(b"\n")
+    return [(number, _parsed_line(f"{path}, line {number}", line)) for number, line in enumerate(lines, 1)], torn
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -80,26 +84,27 @@ def sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _rows(path: pathlib.Path, text: str, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
-    rows: list[tuple[int, dict[str, Any]]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if limit is not None and len(rows) == limit:
-            break
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        row = _parsed(where, line)
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, got a {type(row).__name__}")
-        rows.append((number, row))
-    return rows
+def _parsed_line(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = _parsed(where, line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got a {type(row).__name__}")
+    return row
 
 
 def _parsed(source: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise ValueError(f"{source}: {half!r} is half a character, which no text may hold") from error
     except (ValueError, RecursionError) as error:  # the latter for deep nesting
         raise ValueError(f"{source} is not valid JSON: {error}") from error
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

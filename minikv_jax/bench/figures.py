@@ -6,17 +6,21 @@ prompt's length, and tokens per second and peak memory against the batch.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Self
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
+from pydantic import Field, model_validator
 
+from minikv_jax import files
 from minikv_jax.plots import COLOURS, MARKERS, panels, png
+from minikv_jax.schemas import Schema, validate
 
 Row = Mapping[str, Any]
+_Count = Annotated[int, Field(ge=1, lt=1 << 60)]
+_Positive = Annotated[float, Field(gt=0)]
 
 
 def latency(rows: Sequence[Row], title: str) -> bytes:
@@ -145,12 +149,44 @@ def series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
     return longest if len({row[varied] for row in longest}) > 1 else []
 
 
+class _Report(Schema, extra="ignore"):
+    device: str
+    results: list[dict[str, Any]]
+
+
+class _Failed(Schema, extra="ignore"):
+    method: str
+    batch: _Count
+    prompt_len: _Count
+    max_new_tokens: _Count
+    error: str
+
+
+class _Measured(Schema, extra="ignore"):
+    shape: str | None = None
+    model: str | None = None
+    method: str
+    batch: _Count
+    prompt_len: _Count
+    max_new_tokens: _Count
+    compile_s: dict[str, float]
+    prefill_s: _Positive
+    decode_ms: _Positive
+    decode_tokens_per_s: _Positive
+    cache_bytes: _Count
+    peak_bytes: _Count | None
+    times_floor: _Positive | None
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> Self:
+        if not self.shape and not self.model:
+            raise ValueError("lacks shape: expected shape or model")
+        return self
+
+
 def read_report(file: pathlib.Path) -> dict[str, Any]:
-    """Reads a report of `minikv bench generate`. Raises ValueError naming a file that holds something else."""
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # also a UnicodeDecodeError
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(report, dict) or not {"device", "results"} <= report.keys():
-        raise ValueError(f"{file}: expected what `minikv bench generate --output` writes")
+    """Reads a report of `minikv bench generate`. Raises ValueError naming the file and what is wrong with it."""
+    report = files.read_json(file)
+    for number, row in enumerate(validate(_Report, report, source=file).results):
+        validate(_Failed if "error" in row else _Measured, row, source=f"{file}, results[{number}]")
     return report

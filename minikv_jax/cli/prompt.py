@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 from typing import TYPE_CHECKING
 
-from minikv_jax.evaluation.task import read_text
+import pydantic
+
+from minikv_jax import files
+from minikv_jax.evaluation.task import TokenId, read_text
 from minikv_jax.models import chat
+from minikv_jax.schemas import validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,13 +45,12 @@ def read(arguments: argparse.Namespace) -> str | list[int]:
     return text
 
 
+class _Ids(pydantic.RootModel[list[TokenId]]):
+    model_config = pydantic.ConfigDict(strict=True)
+
+
 def _read_ids(path: pathlib.Path) -> list[int]:
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise ValueError(f"{path}: expected a JSON list of token ids")
+    ids = validate(_Ids, files.read_json_list(path), source=path).root
     if not ids:
         raise ValueError(f"{path} is empty: expected at least one token id")
     return ids

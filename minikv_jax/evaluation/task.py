@@ -10,16 +10,22 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 
+import pydantic
+
+from minikv_jax import files, schemas
 from minikv_jax.checks import read_integer, read_number
-from minikv_jax.files import read_jsonl as read_jsonl
 from minikv_jax.files import read_text as read_text
 from minikv_jax.models.chat import first_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Row = TypeVar("Row", bound=schemas.Schema)
+Text = Annotated[str, pydantic.Field(min_length=1)]
+TokenId = Annotated[int, pydantic.Field(ge=0, lt=1 << 31)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +176,31 @@ def truncate_middle(
     raise ValueError(f"{limit} prompt tokens leave no room for the text within the chat template")
 
 
-def need_fields(where: str, row: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises ValueError naming the fields that `row` lacks."""
-    if missing := [name for name in names if name not in row]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}: it has {', '.join(row) or 'no fields'}")
+def read_rows(path: pathlib.Path, schema: type[Row], limit: int | None = None) -> Iterator[tuple[str, Row]]:
+    """Reads the first `limit` rows of a JSON Lines file, each with its file and line, for errors.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: a line is not JSON or does not fit the schema, naming the file, the line and the key.
+    """
+    for number, row in files.read_jsonl(path, limit):
+        where = f"{path}, line {number}"
+        yield where, schemas.validate(schema, row, source=where)
+
+
+def read_templates(path: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
+    """Reads a benchmark's prompts by data set. Raises ValueError if one of `names` is missing or has no `{context}`."""
+    templates = schemas.validate(_Templates, files.read_json(path), source=path).root
+    if missing := [name for name in names if name not in templates]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    for name in names:
+        if "{context}" not in templates[name]:
+            raise ValueError(f"{path}: {name} is {templates[name][:80]!r}; accepted: a text with {{context}}")
+    return templates
+
+
+class _Templates(pydantic.RootModel[dict[str, str]]):
+    model_config = pydantic.ConfigDict(strict=True)
 
 
 def need_file(path: pathlib.Path) -> None:

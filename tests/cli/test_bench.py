@@ -9,6 +9,10 @@ import jax
 import pytest
 from support.commands import Run, run_wrongly
 
+from minikv_jax import bench
+
+RESULTS = pathlib.Path(bench.__file__).parent / "results"
+
 
 def test_generate_reports_a_run_that_fails(run: Run, shape: str, tmp_path: pathlib.Path):
     out = tmp_path / "out.json"
@@ -104,13 +108,23 @@ def test_figures_of_two_devices_are_refused(run: Run, tmp_path: pathlib.Path):
 
 
 def test_figures_names_a_file_that_is_no_result(run: Run, tmp_path: pathlib.Path):
-    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
-    (tmp_path / "object.json").write_text("{}")
-    for name, message in (
-        ("object.json", "object.json: expected what"),
-        ("latin1.txt", "latin1.txt is not valid JSON"),
+    whole = json.loads(next(RESULTS.glob("generate_*.json")).read_text())
+    row = whole["results"][0]
+    for content, message in (
+        ("é".encode("latin-1"), "result.json is not UTF-8 text"),
+        (b"{}", "result.json lacks device, results"),
+        ({"device": 5, "results": []}, "result.json: device is 5; accepted: text"),
+        ({"results": [row | {"batch": "1"}]}, "result.json, results[0]: batch is '1'; accepted: an integer"),
+        (
+            {"results": [row, row | {"decode_ms": -1}]},
+            "result.json, results[1]: decode_ms is -1; accepted: more than 0",
+        ),
+        ({"results": [row | {"shape": None}]}, "result.json, results[0]: lacks shape: expected shape or model"),
+        ({"results": [{"method": "full", "error": "x"}]}, "result.json, results[0] lacks batch, prompt_len, max_new"),
     ):
-        assert message in run_wrongly(run, "bench", "figures", tmp_path / name, "--out", tmp_path)
+        text = content if isinstance(content, bytes) else json.dumps(whole | content).encode()
+        (tmp_path / "result.json").write_bytes(text)
+        assert message in run_wrongly(run, "bench", "figures", tmp_path / "result.json", "--out", tmp_path)
 
 
 def test_kernels_needs_the_cuda_library(run: Run, monkeypatch: pytest.MonkeyPatch):

@@ -152,9 +152,16 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
     [
         ([*CASES, "{scratch}/bad.jsonl"], "bad.jsonl, line 2 is not valid JSON"),
         ([*CASES, "{scratch}/list.jsonl"], "line 1: expected a JSON object, got a list"),
-        ([*CASES, "{scratch}/fields.jsonl"], "line 1 has prompt, answer: expected prompt_ids and continuation_ids"),
-        ([*CASES, "{scratch}/kinds.jsonl"], "line 1: prompt_ids is not a list of token ids"),
-        ([*CASES, "{scratch}/no-text.jsonl"], "line 1: continuation is empty"),
+        ([*CASES, "{scratch}/fields.jsonl"], "line 1: unknown keys 'answer'; accepted: prompt_ids, continuation_ids, "),
+        (
+            [*CASES, "{scratch}/forms.jsonl"],
+            "line 1: has continuation_ids, prompt: expected prompt_ids and continuation",
+        ),
+        ([*CASES, "{scratch}/kinds.jsonl"], "line 1: prompt_ids is 'a'; accepted: a list"),
+        ([*CASES, "{scratch}/ids.jsonl"], "line 1: prompt_ids[1] is -2; accepted: at least 0"),
+        ([*CASES, "{scratch}/no-text.jsonl"], "line 1: continuation is ''; accepted: text of at least 1 characters"),
+        # Rows are looked at before the model.
+        ([*CASES, "{scratch}/ids.jsonl", "--model", "neither"], "line 1: prompt_ids[1] is -2; accepted: at least 0"),
         ([*CASES, "{scratch}/long.jsonl"], "line 1: 1020 prompt + 10 continuation tokens exceed the model's 1024"),
         ([*CASES, "{scratch}/outside.jsonl"], "line 1: token id 999 is outside the vocabulary"),
         ([*CASES, "{scratch}/empty.jsonl"], "empty.jsonl is empty"),
@@ -191,6 +198,8 @@ def test_user_error_is_one_line_and_exit_code_2(
         "bad": good + "\n{",
         "list": "[1]",
         "fields": '{"prompt": "a", "answer": "b"}',
+        "forms": '{"prompt": "a", "continuation_ids": [1]}',
+        "ids": '{"prompt_ids": [1, -2], "continuation_ids": [1]}',
         "kinds": '{"prompt_ids": "a", "continuation_ids": [1]}',
         "no-text": '{"prompt": "a", "continuation": ""}',
         "long": json.dumps({"prompt_ids": [1] * 1020, "continuation_ids": [1] * 10}),

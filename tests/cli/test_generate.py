@@ -180,7 +180,7 @@ GENERATE = ["generate", "--model", "{model}", "--prompt", "hello"]
         (["generate", "--model", "{model}", "--prompt-file", "{scratch}/nosuch.txt"], "nosuch.txt"),
         (["generate", "--model", "{model}", "--prompt-file", "{scratch}/latin1.txt"], "not UTF-8"),
         (["generate", "--model", "{model}", "--tokens-file", "{scratch}/latin1.txt"], "latin1.txt"),
-        (["generate", "--model", "{model}", "--tokens-file", "{scratch}/object.json"], "list of token ids"),
+        (["generate", "--model", "{model}", "--tokens-file", "{scratch}/object.json"], "expected a list"),
         (["generate", "--model", "{model}", "--tokens-file", "{scratch}/empty.json"], "empty.json is empty"),
         (["generate", "--model", "{model}", "--tokens-file", "{scratch}/outside.json"], "token id 999999"),
         (["generate", "--model", "{model}", "--chat", "--json", "{scratch}/out.json"], "--chat"),

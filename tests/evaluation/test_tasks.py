@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from support.model_directory import byte_tokenizer
+from support.tiny import tiny_model
 
-from minikv_jax.evaluation import Case
+from minikv_jax.evaluation import Case, Evaluator
 from minikv_jax.evaluation.task import fill
 from minikv_jax.evaluation.tasks import TASKS, metrics
 from minikv_jax.evaluation.tasks.cases import Cases
@@ -193,16 +194,51 @@ def test_longbench_errors_say_what_is_wanted(longbench: pathlib.Path, fields: di
 
 
 def test_longbench_rows_are_checked(longbench: pathlib.Path):
-    write_rows(longbench / "qasper.jsonl", {"context": "x", "answers": ["y"]})
-    with pytest.raises(ValueError, match=r"qasper.jsonl, line 1 lacks input"):
-        LongBench(data=longbench).cases(TOKENIZER, 1024)
+    row = {"context": "x", "input": "y", "answers": ["y"]}
+    few = {**row, "answers": ["Food"]}
+    for rows, message in (
+        (
+            {"context": "x", "answers": ["y"]},
+            "qasper.jsonl, line 1: lacks input: expected context and input, or prompt",
+        ),
+        ({"prompt": "x", "answers": []}, "qasper.jsonl, line 1: answers is []; accepted: at least 1 items"),
+        ({"prompt": "x"}, "qasper.jsonl, line 1 lacks answers"),
+        (row | {"answers": "y"}, "qasper.jsonl, line 1: answers is 'y'; accepted: a list"),
+        (row | {"answers": [5]}, "qasper.jsonl, line 1: answers[0] is 5; accepted: text"),
+        (row | {"context": None}, "qasper.jsonl, line 1: context is None; accepted: text"),
+        (row | {"context": ""}, "qasper.jsonl, line 1: context is ''; accepted: text of at least 1 characters"),
+        (row | {"input": "\ud800"}, r"qasper.jsonl, line 1: '\ud800' is half a character"),
+        (row | {"_id": [1]}, "qasper.jsonl, line 1: _id is [1]; accepted: text or an integer"),
+        (row | {"all_classes": {}}, "qasper.jsonl, line 1: all_classes is {}; accepted: a list"),
+    ):
+        write_rows(longbench / "qasper.jsonl", rows)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            LongBench(data=longbench)
+    write_rows(longbench / "trec_e.jsonl", few)
+    with pytest.raises(ValueError, match=r"trec_e.jsonl, line 1: all_classes is None; accepted: a list of the classes"):
+        LongBench(data=longbench, e=True)
+    write_rows(longbench / "qasper.jsonl", row)
+    for templates, message in (
+        ({"qasper": 5}, "dataset2prompt.json: qasper is 5; accepted: text"),
+        ({"qasper": "Read: {text}"}, "dataset2prompt.json: qasper is 'Read: {text}'; accepted: a text with {context}"),
+        ({}, "dataset2prompt.json lacks qasper"),
+    ):
+        (longbench / "dataset2prompt.json").write_text(json.dumps(templates))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            LongBench(data=longbench)
     (longbench / "dataset2prompt.json").unlink()
-    write_rows(longbench / "qasper.jsonl", {"context": "x", "input": "y", "answers": ["y"]})
     with pytest.raises(FileNotFoundError, match=r"lacks dataset2prompt.json"):
-        LongBench(data=longbench).cases(TOKENIZER, 1024)
-    write_rows(longbench / "qasper.jsonl", {"prompt": "x", "answers": []})
-    with pytest.raises(ValueError, match="answers is empty"):
-        LongBench(data=longbench).cases(TOKENIZER, 1024)
+        LongBench(data=longbench)
+
+
+def test_cases_of_one_name_are_refused(longbench: pathlib.Path):
+    """Rows of a sweep are told apart by the names."""
+    row = {"prompt": "x", "answers": ["y"], "id": "same"}
+    write_rows(longbench / "qasper.jsonl", row, row)
+    task = LongBench(data=longbench, datasets=("qasper",))
+    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=1024)
+    with pytest.raises(ValueError, match="2 cases have the name 'qasper same': expected one of each name"):
+        Evaluator.create(model, TOKENIZER, task)
 
 
 def test_infinitebench(tmp_path: pathlib.Path):
@@ -222,7 +258,22 @@ def test_infinitebench(tmp_path: pathlib.Path):
     assert task.score(key, "45 or 123") == 0
     assert task.score(choice, "The answer is B. Bob") == 1
     with pytest.raises(FileNotFoundError, match=r"lacks kv_retrieval.jsonl: the data come from"):
-        dataclasses.replace(task, datasets=("kv_retrieval",)).cases(TOKENIZER, 1024)
+        dataclasses.replace(task, datasets=("kv_retrieval",))
+    for changes, message in (
+        ({"answer": ["Eve"]}, "longbook_choice_eng.jsonl, line 1: answer is 'Eve'; accepted: one of the options"),
+        ({"options": ["Ann", "Bob"]}, "line 1: options is ['Ann', 'Bob']; accepted: a list of 4 texts"),
+        ({"options": None}, "line 1: options is None; accepted: a list of 4 texts"),
+        ({"options": [1, 2, 3, 4]}, "line 1: options[0] is 1; accepted: text (and 3 more)"),
+        ({"answer": []}, "line 1: answer is []; accepted: text or an integer or at least 1 items"),
+        ({"answer": 1.5}, "line 1: answer is 1.5; accepted: text or an integer or a list"),
+        ({"input": 3}, "line 1: input is 3; accepted: text"),
+    ):
+        write_rows(tmp_path / "longbook_choice_eng.jsonl", row | changes)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dataclasses.replace(task)
+    (tmp_path / "prompts.json").write_text(json.dumps({"passkey": "{context}"}))
+    with pytest.raises(ValueError, match=r"prompts.json lacks longbook_choice_eng"):
+        dataclasses.replace(task)
 
 
 def test_what_is_filled_in_is_not_filled_again():
@@ -249,9 +300,14 @@ def test_gsm8k(tmp_path: pathlib.Path):
     assert task.score(case, "none") == 0
     with pytest.raises(ValueError, match=r"train.jsonl has 2 rows: shots=3"):
         dataclasses.replace(task, shots=3).cases(TOKENIZER, 1024)
-    write_rows(tmp_path / "test.jsonl", {"question": "?", "answer": "5"})
-    with pytest.raises(ValueError, match=r"test.jsonl, line 1: answer has no"):
-        task.cases(TOKENIZER, 1024)
+    for row, message in (
+        ({"question": "?", "answer": "5"}, "test.jsonl, line 1: answer is '5'; accepted: text with '#### NUMBER'"),
+        ({"question": 5, "answer": "#### 5"}, "test.jsonl, line 1: question is 5; accepted: text"),
+        ({"question": "?"}, "test.jsonl, line 1 lacks answer"),
+    ):
+        write_rows(tmp_path / "test.jsonl", row)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dataclasses.replace(task)
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks test.jsonl: they come from the grade-school-math"):
         dataclasses.replace(task)

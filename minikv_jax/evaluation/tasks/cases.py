@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from pydantic import Field, model_validator
 
 from minikv_jax.checks import at_least
-from minikv_jax.evaluation.task import Case, need_file, need_tokenizer, option, read_jsonl
+from minikv_jax.evaluation.task import Case, Text, TokenId, need_file, need_tokenizer, option, read_rows
+from minikv_jax.schemas import Schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_FORMS = (("prompt_ids", "continuation_ids"), ("prompt", "continuation"))
+
+
+class _Row(Schema):
+    prompt_ids: list[TokenId] = Field([], min_length=1)
+    continuation_ids: list[TokenId] = Field([], min_length=1)
+    prompt: Text = ""
+    continuation: Text = ""
+
+    @model_validator(mode="after")
+    def _is_of_one_form(self) -> Self:
+        if self.model_fields_set not in map(set, _FORMS):
+            expected = ", or ".join(map(" and ".join, _FORMS))
+            raise ValueError(f"has {', '.join(sorted(self.model_fields_set)) or 'no keys'}: expected {expected}")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +50,19 @@ class Cases:
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit)
         need_file(self.data)
+        for _ in read_rows(self.data, _Row, self.limit):  # a wrong row is an error before the model is loaded
+            pass
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         cases = []
-        for number, row in read_jsonl(self.data, self.limit):
-            where = f"{self.data}, line {number}"
+        for where, row in read_rows(self.data, _Row, self.limit):
             prompt, continuation = _token_ids(where, row, tokenizer)
             if len(prompt) + len(continuation) > positions:
                 raise ValueError(
                     f"{where}: {len(prompt)} prompt + {len(continuation)} continuation tokens exceed the model's "
                     f"{positions} positions"
                 )
-            cases.append(Case(f"line {number}", prompt, continuation))
+            cases.append(Case(where.removeprefix(f"{self.data}, "), prompt, continuation))
         return cases
 
     def score(self, case: Case, text: str) -> None:
@@ -49,26 +70,13 @@ class Cases:
 
 
 def _token_ids(
-    where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    where: str, row: _Row, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if {"prompt_ids", "continuation_ids"} <= row.keys():
-        parts = {name: row[name] for name in ("prompt_ids", "continuation_ids")}
-        for name, ids in parts.items():
-            if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-                raise ValueError(f"{where}: {name} is not a list of token ids")
-    elif {"prompt", "continuation"} <= row.keys():
-        parts = {name: row[name] for name in ("prompt", "continuation")}
-        for name, text in parts.items():
-            if not isinstance(text, str):
-                raise ValueError(f"{where}: {name} is a {type(text).__name__}, not a text")
-            parts[name] = need_tokenizer(tokenizer).encode(text, add_special_tokens=name == "prompt")
-    else:
-        raise ValueError(
-            f"{where} has {', '.join(row) or 'no fields'}: expected prompt_ids and continuation_ids, or prompt and "
-            "continuation"
-        )
-    for name, ids in parts.items():
+    if row.prompt_ids:
+        return tuple(row.prompt_ids), tuple(row.continuation_ids)
+    encode = need_tokenizer(tokenizer).encode
+    prompt, continuation = encode(row.prompt), encode(row.continuation, add_special_tokens=False)
+    for name, ids in (("prompt", prompt), ("continuation", continuation)):
         if not ids:
-            raise ValueError(f"{where}: {name} is empty")
-    prompt, continuation = parts.values()
+            raise ValueError(f"{where}: {name} has no tokens")
     return tuple(prompt), tuple(continuation)

@@ -6,23 +6,41 @@ import dataclasses
 import decimal
 import pathlib
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import AfterValidator
 
 from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import (
     Case,
+    Text,
     encode_pair,
-    need_fields,
     need_files,
     need_tokenizer,
     option,
-    read_jsonl,
+    read_rows,
 )
+from minikv_jax.schemas import Schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SOURCE = "they come from the grade-school-math repository (grade_school_math/data)"
+
+
+_STATED = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
+
+
+def _states_a_number(answer: str) -> str:
+    if not _STATED.search(answer):
+        raise ValueError("text with '#### NUMBER'")
+    return answer
+
+
+class _Row(Schema, extra="ignore"):
+    question: Text
+    answer: Annotated[str, AfterValidator(_states_a_number)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,38 +67,42 @@ class GSM8K:
         at_least(1, limit=self.limit, max_new_tokens=self.max_new_tokens)
         at_least(0, shots=self.shots)
         need_files(self.data, ["test.jsonl", "train.jsonl"], SOURCE)
+        self._pairs()  # a wrong row is an error before the model is loaded
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
-        examples = [self._pair("train.jsonl", *row) for row in read_jsonl(self.data / "train.jsonl", self.shots or 1)]
-        if len(examples) < self.shots:
-            raise ValueError(f"{self.data / 'train.jsonl'} has {len(examples)} rows: shots={self.shots}")
-        shown = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples[: self.shots])
+        examples, pairs = self._pairs()
+        shown = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for _, question, answer in examples)
         tokenizer = need_tokenizer(tokenizer)
         cases = []
-        for number, row in read_jsonl(self.data / "test.jsonl", self.limit):
-            question, answer = self._pair("test.jsonl", number, row)
+        for where, question, answer in pairs:
             prompt, continuation = encode_pair(
                 tokenizer, f"{shown}Question: {question}\nAnswer:", f" {answer}", chat=self.chat_template
             )
             references = (_final_number(answer) or "",)
             continuation = continuation[: self.max_new_tokens]
-            cases.append(Case(f"line {number}", prompt, continuation, references, self.max_new_tokens))
+            cases.append(Case(where, prompt, continuation, references, self.max_new_tokens))
         return cases
 
     def score(self, case: Case, text: str) -> float:
         return float(_final_number(text.split("Question:")[0]) == case.answers[0])
 
-    def _pair(self, file: str, number: int, row: dict[str, Any]) -> tuple[str, str]:
-        where = f"{self.data / file}, line {number}"
-        need_fields(where, row, ("question", "answer"))
-        if "####" not in row["answer"]:
-            raise ValueError(f"{where}: answer has no '#### NUMBER'")
-        return row["question"], re.sub(r"<<.*?>>", "", row["answer"])
+    def _pairs(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+        """Examples and questions: line, question and answer."""
+        examples = list(_read(self.data / "train.jsonl", self.shots)) if self.shots else []
+        if len(examples) < self.shots:
+            raise ValueError(f"{self.data / 'train.jsonl'} has {len(examples)} rows: shots={self.shots}")
+        return examples, list(_read(self.data / "test.jsonl", self.limit))
+
+
+def _read(path: pathlib.Path, limit: int | None) -> Iterator[tuple[str, str, str]]:
+    """Lines, questions and answers, without the annotations of calculators."""
+    for where, row in read_rows(path, _Row, limit):
+        yield where.removeprefix(f"{path}, "), row.question, re.sub(r"<<.*?>>", "", row.answer)
 
 
 def _final_number(text: str) -> str | None:
     """The number after "####", or else the last number, without separators and trailing zeros; None without numbers."""
-    stated = re.search(r"####\s*(-?[\d,]*\.?\d+)", text)
+    stated = _STATED.search(text)
     numbers = [stated.group(1)] if stated else re.findall(r"-?[\d,]*\.?\d+", text)
     if not numbers:
         return None

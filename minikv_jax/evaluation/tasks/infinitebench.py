@@ -7,25 +7,28 @@ the benchmark's templates by data set (src/prompt.py), with `{context}`, `{input
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+
+from pydantic import Field
 
 from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import (
     Case,
+    Text,
     encode_pair,
     fill,
-    need_fields,
     need_files,
     need_tokenizer,
     numbers,
     option,
-    read_jsonl,
+    read_rows,
+    read_templates,
     truncate_middle,
 )
 from minikv_jax.evaluation.tasks import metrics
+from minikv_jax.schemas import Schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +53,30 @@ DATASETS: dict[str, _Dataset] = {
     "longbook_choice_eng": _Dataset(40, metrics.choice),
     "longdialogue_qa_eng": _Dataset(40, lambda text, name: metrics.has_word(text.upper(), name.upper())),
 }
+
+
+_CHOICE, _LETTERS = "longbook_choice_eng", "ABCD"
+
+
+class _Row(Schema, extra="ignore"):
+    context: Text
+    input: str
+    answer: str | int | Annotated[list[str | int], Field(min_length=1)]
+    options: list[str] | None = None
+    id: str | int | None = None
+
+    @property
+    def answers(self) -> list[str]:
+        return [str(answer) for answer in (self.answer if isinstance(self.answer, list) else [self.answer])]
+
+    def letters(self, where: str) -> list[str]:
+        """The letters of the options that are right. Raises ValueError if these are no four, or an answer is none."""
+        if not self.options or len(self.options) != len(_LETTERS):
+            raise ValueError(f"{where}: options is {self.options!r:.80}; accepted: a list of {len(_LETTERS)} texts")
+        for answer in self.answers:
+            if answer not in self.options:
+                raise ValueError(f"{where}: answer is {answer!r:.80}; accepted: one of the options")
+        return [_LETTERS[self.options.index(answer)] for answer in self.answers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,56 +109,45 @@ class InfiniteBench:
                 raise ValueError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
         need_files(self._prompts.parent, [self._prompts.name], SOURCE)
         need_files(self.data, [f"{name}.jsonl" for name in self.datasets], SOURCE)
+        for _ in self._rows():  # a wrong row or template is an error before the model is loaded
+            pass
 
     @property
     def _prompts(self) -> pathlib.Path:
         return self.prompts or self.data / _PROMPTS
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
-        prompts = self._prompts
-        templates = json.loads(prompts.read_text(encoding="utf-8"))
-        need_fields(str(prompts), templates, self.datasets)
         tokenizer = need_tokenizer(tokenizer)
         positions -= max(DATASETS[name].max_new_tokens for name in self.datasets)
-        cases = []
-        for name in self.datasets:
-            path = self.data / f"{name}.jsonl"
-            for number, row in read_jsonl(path, self.limit):
-                where = f"{path}, line {number}"
-                need_fields(where, row, ("context", "input", "answer"))
-                cases.append(self._case(tokenizer, name, where, row, templates[name], positions))
-        return cases
+        templates = read_templates(self._prompts, self.datasets)
+        return [
+            self._case(tokenizer, name, where, row, templates[name], positions) for name, where, row in self._rows()
+        ]
 
     def score(self, case: Case, text: str) -> float:
         return max(DATASETS[case.group].score(text, answer) for answer in case.answers)
 
+    def _rows(self) -> Iterator[tuple[str, str, _Row]]:
+        """Every row: its data set, its file and line, and itself."""
+        read_templates(self._prompts, self.datasets)
+        for name in self.datasets:
+            for where, row in read_rows(self.data / f"{name}.jsonl", _Row, self.limit):
+                if name == _CHOICE:
+                    row.letters(where)
+                yield name, where, row
+
     def _case(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        where: str,
-        row: Mapping[str, Any],
-        template: str,
-        room: int,
+        self, tokenizer: PreTrainedTokenizerBase, name: str, where: str, row: _Row, template: str, room: int
     ) -> Case:
         max_new_tokens = DATASETS[name].max_new_tokens
-        text = _prompt(template, row)
-        text = truncate_middle(tokenizer, text, self.context, room, chat=self.chat_template)
-        answers = [str(answer) for answer in _listed(row["answer"])]
-        if not answers:
-            raise ValueError(f"{where}: answer is empty")
-        if name == "longbook_choice_eng":
-            answers = ["ABCD"[row["options"].index(answer)] for answer in answers]
+        text = truncate_middle(tokenizer, _prompt(template, row), self.context, room, chat=self.chat_template)
+        answers = row.letters(where) if name == _CHOICE else row.answers
         ids, continuation = encode_pair(tokenizer, text, f" {answers[0]}", chat=self.chat_template)
-        label = f"{name} {row.get('id', where)}"
+        label = f"{name} {where if row.id is None else row.id}"
         return Case(label, ids, continuation[:max_new_tokens], tuple(answers), max_new_tokens, group=name)
 
 
-def _listed(answer: Any) -> list[Any]:
-    return answer if isinstance(answer, list) else [answer]
-
-
-def _prompt(template: str, row: Mapping[str, Any]) -> str:
-    values = {"context": row["context"], "input": row["input"], "question": row["input"]}
-    values |= {f"OPTION_{letter}": text for letter, text in zip("ABCD", row.get("options") or (), strict=False)}
+def _prompt(template: str, row: _Row) -> str:
+    values = {"context": row.context, "input": row.input, "question": row.input}
+    values |= {f"OPTION_{letter}": text for letter, text in zip(_LETTERS, row.options or (), strict=False)}
     return fill(template, values)

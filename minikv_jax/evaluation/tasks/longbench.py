@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
+
+from pydantic import Field, model_validator
 
 from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import (
     Case,
+    Text,
     encode_pair,
     fill,
-    need_fields,
     need_files,
     need_tokenizer,
     numbers,
     option,
-    read_jsonl,
+    read_rows,
+    read_templates,
     truncate_middle,
 )
 from minikv_jax.evaluation.tasks import metrics
+from minikv_jax.schemas import Schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +68,23 @@ DATASETS: dict[str, _Dataset] = {
 }
 
 
+class _Row(Schema, extra="ignore"):
+    answers: Annotated[list[str], Field(min_length=1)]
+    prompt: Text = ""
+    context: Text = ""
+    input: str = ""
+    all_classes: list[str] | None = None
+    official_id: str | int | None = Field(None, alias="_id")
+    id: str | int | None = None
+
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> Self:
+        missing = sorted({"context", "input"} - self.model_fields_set)
+        if missing and not self.prompt:
+            raise ValueError(f"lacks {', '.join(missing)}: expected context and input, or prompt")
+        return self
+
+
 @dataclasses.dataclass(frozen=True)
 class LongBench:
     """The English and code sets, with the official scores. `nll` and `kl_to_full` are those of the first reference.
@@ -90,20 +110,13 @@ class LongBench:
 
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit, context=self.context)
-        self._datasets()
+        for _ in self._rows():  # a wrong row or template is an error before the model is loaded
+            pass
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         tokenizer = need_tokenizer(tokenizer)
-        cases = []
-        datasets = self._datasets()
-        positions -= max(DATASETS[dataset].max_new_tokens for dataset in datasets)
-        for dataset in datasets:
-            path = self.data / self._file(dataset)
-            for number, row in read_jsonl(path, self.limit):
-                where = f"{path}, line {number}"
-                prompt = row["prompt"] if "prompt" in row else self._prompt(dataset, where, row)
-                cases.append(self._case(tokenizer, dataset, where, row, prompt, positions))
-        return cases
+        positions -= max(DATASETS[dataset].max_new_tokens for dataset in self._datasets())
+        return [self._case(tokenizer, *row, positions) for row in self._rows()]
 
     def score(self, case: Case, text: str) -> float:
         dataset = DATASETS[case.group]
@@ -127,53 +140,43 @@ class LongBench:
         need_files(self.data, [self._file(name) for name in self.datasets], SOURCE)
         return self.datasets
 
-    def _prompt(self, dataset: str, where: str, row: Mapping[str, Any]) -> str:
-        need_fields(where, row, ("context", "input"))
+    def _rows(self) -> Iterator[tuple[str, str, _Row, str]]:
+        """Every row: its data set, its file and line, itself, and its prompt."""
+        for dataset in self._datasets():
+            template = None
+            for where, row in read_rows(self.data / self._file(dataset), _Row, self.limit):
+                if DATASETS[dataset].score is None and not row.all_classes:
+                    raise ValueError(f"{where}: all_classes is {row.all_classes}; accepted: a list of the classes")
+                if not row.prompt:
+                    template = template or self._template(dataset)
+                prompt = row.prompt or fill(template or "", {"context": row.context, "input": row.input})
+                yield dataset, where, row, prompt
+
+    def _template(self, dataset: str) -> str:
         path = self.prompts or self.data / _PROMPTS
         need_files(path.parent, [path.name], SOURCE)
-        template = _templates(path).get(dataset)
-        if not isinstance(template, str):
-            raise ValueError(f"{path} has no prompt for {dataset}")
-        return fill(template, {name: row[name] for name in ("context", "input")})
+        return read_templates(path, [dataset])[dataset]
 
     def _case(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset: str,
-        where: str,
-        row: Mapping[str, Any],
-        prompt: str,
-        room: int,
+        self, tokenizer: PreTrainedTokenizerBase, dataset: str, where: str, row: _Row, prompt: str, room: int
     ) -> Case:
-        need_fields(where, row, ("answers",))
-        if not row["answers"]:
-            raise ValueError(f"{where}: answers is empty")
         kind = DATASETS[dataset]
-        if kind.score is None:
-            need_fields(where, row, ("all_classes",))
         text = truncate_middle(tokenizer, prompt, self.context, room, chat=kind.chat_template)
-        ids, continuation = encode_pair(tokenizer, text, _answer(prompt, row["answers"][0]), chat=kind.chat_template)
+        ids, continuation = encode_pair(tokenizer, text, _answer(prompt, row.answers[0]), chat=kind.chat_template)
         newline = tokenizer.encode("\n", add_special_tokens=False)[-1:] if kind.stop_at_newline else []
+        names = [name for name in (row.official_id, row.id, where) if name is not None]
         return Case(
-            f"{dataset} {row.get('_id', row.get('id', where))}",
+            f"{dataset} {names[0]}",
             ids,
             continuation[: kind.max_new_tokens],
-            tuple(row["answers"]),
+            tuple(row.answers),
             kind.max_new_tokens,
             stop=tuple(newline),
             group=dataset,
-            tags={"classes": row["all_classes"]} if kind.score is None else {},
+            tags={"classes": row.all_classes} if kind.score is None else {},
         )
 
 
 def _answer(prompt: str, answer: str) -> str:
     """The reference as it would follow the prompt."""
     return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
-
-
-@functools.cache
-def _templates(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
