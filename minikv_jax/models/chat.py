@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import sys
+import time
+import types
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from minikv_jax import checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPLY = "<<the assistant's reply>>"
+_MOST_SECONDS = 2.0  # of a template, which takes milliseconds
+_MOST_REASON = 300  # characters
 
 
 def first_turn(tokenizer: PreTrainedTokenizerBase, message: str, reply: str = "") -> list[int]:
     """Token ids of a conversation that opens with `message` and waits for the reply, or for the rest of `reply`.
 
     Raises:
-      ValueError: the tokenizer has no chat template.
+      ValueError: the tokenizer has no chat template, or one that fails.
     """
     return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": message}]) + reply)
 
@@ -28,22 +37,65 @@ def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int)
       last_token: the newest token in the cache; if the reply's end token was drawn already, it is not repeated.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or one that drops earlier replies.
+      ValueError: the tokenizer has no chat template, or one that fails or drops earlier replies.
     """
     turns = [("user", "?"), ("assistant", _REPLY), ("user", message)]
     text = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
     _, reply, rest = text.partition(_REPLY)
     if not reply:
-        raise ValueError("the tokenizer's chat template drops earlier replies: it cannot continue a conversation")
+        raise _failure(tokenizer, "it drops earlier replies, and cannot continue a conversation")
     ids = _encode(tokenizer, rest)
-    return ids[1:] if ids[0] == last_token else ids
+    if not ids:
+        raise _failure(tokenizer, "it writes nothing for a further message")
+    return ids[1:] if ids[:1] == [last_token] else ids
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The conversation as the template writes it.
+
+    A template is a program that came with the model. transformers runs it in jinja2's sandbox. Whatever it raises there
+    is one error here, and so is a loop that does not end.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: pass plain text")
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        with _deadline():
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        reason = checks.printable(" ".join(str(error).split()))[:_MOST_REASON]
+        raise _failure(tokenizer, f"{type(error).__name__}: {reason}") from error
+    if not isinstance(text, str) or not text.strip():
+        raise _failure(tokenizer, f"it gives {checks.shown(text)}; accepted: text")
+    return text
+
+
+def _failure(tokenizer: PreTrainedTokenizerBase, reason: str) -> ValueError:
+    return ValueError(
+        f"the chat template of {checks.printable(tokenizer.name_or_path) or 'the tokenizer'} fails: {reason}"
+    )
+
+
+@contextlib.contextmanager
+def _deadline() -> Iterator[None]:
+    """Raises TimeoutError in a template's code that runs for too long, in this thread."""
+    end, before = time.monotonic() + _MOST_SECONDS, sys.gettrace()
+
+    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != "<template>":  # jinja2's name for compiled text
+            return None
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes more than {_MOST_SECONDS:g} s")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
+    except (TypeError, UnicodeError) as error:  # lone surrogates
+        raise _failure(tokenizer, f"its text cannot be encoded: {error}") from error
