@@ -91,3 +91,12 @@ def read_number(text: str) -> float:
     if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
         raise ValueError(f"{shown(text)}: expected a finite number")
     return float(text)
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, in one printable line that is not too long."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= _MOST_REASON else f"{text[:_MOST_REASON]}..."
+
+
+_MOST_REASON = 300

@@ -86,13 +86,18 @@ def _model(case: Case, device: str) -> Any:
 
     dtype: torch.dtype = getattr(torch, case.dtype)
     if case.model is not None:
-        real: Any = AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype, attn_implementation="sdpa")
+        real: Any = AutoModelForCausalLM.from_pretrained(
+            case.model, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
+        )
         return real.to(device)
     named = SHAPES / f"{case.shape}.json"
-    config = AutoConfig.from_pretrained(named if named.is_file() else pathlib.Path(case.shape or ""))
+    path = named if named.is_file() else pathlib.Path(case.shape or "")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config.max_position_embeddings = case.config().max_position_embeddings
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
     return model.eval()
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _REPLY = "<<the assistant's reply>>"
 _MOST_SECONDS = 2.0  # of a template, which takes milliseconds
-_MOST_REASON = 300  # characters
 
 
 def first_turn(tokenizer: PreTrainedTokenizerBase, message: str, reply: str = "") -> list[int]:
@@ -62,8 +61,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) 
         with _deadline():
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:
-        reason = checks.printable(" ".join(str(error).split()))[:_MOST_REASON]
-        raise _failure(tokenizer, f"{type(error).__name__}: {reason}") from error
+        raise _failure(tokenizer, f"{type(error).__name__}: {checks.reason(error)}") from error
     if not isinstance(text, str) or not text.strip():
         raise _failure(tokenizer, f"it gives {checks.shown(text)}; accepted: text")
     return text
@@ -98,4 +96,4 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
     except (TypeError, UnicodeError) as error:  # lone surrogates
-        raise _failure(tokenizer, f"its text cannot be encoded: {error}") from error
+        raise _failure(tokenizer, f"its text cannot be encoded: {checks.reason(error)}") from error

@@ -22,9 +22,11 @@ from minikv_jax import files
 from minikv_jax.models import checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.directory import member
 from minikv_jax.models.gguf import GGUFFile, config_from_gguf, load_gguf
 from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from minikv_jax.models.huggingface import config_from_hf, load_safetensors
+from minikv_jax.models.huggingface_tokenizer import tokenizer_from_hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +37,6 @@ _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 _CONFIG_PATTERNS = ["config.json", "generation_config.json"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SOURCES = (
     "a Hugging Face model directory, a .gguf file, a directory written by hub.save, a hub id such as "
     f"'HuggingFaceTB/SmolLM2-135M-Instruct', or the demo model '{DEMO_MODEL}'"
@@ -60,12 +61,18 @@ def load(
     """
     resolve_dtype(dtype)
     path = _locate(source, _HUB_PATTERNS)
+    # Config and tokenizer come first: what is wrong with them is said before the weights are read.
     if path.is_file():
         file = GGUFFile(path)
-        return load_gguf(file, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer_from_gguf(file)
+        config_from_gguf(file)
+        tokenizer = tokenizer_from_gguf(file)
+        return load_gguf(file, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer
+    _config(path)
     if checkpoint.is_checkpoint(path):
-        return checkpoint.restore(path, dtype=dtype, allow_nonfinite=allow_nonfinite), _tokenizer(path / "tokenizer")
-    return load_safetensors(path, dtype=dtype, allow_nonfinite=allow_nonfinite), _tokenizer(path)
+        tokenizer = tokenizer_from_hf(member(path, "tokenizer"))
+        return checkpoint.restore(path, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer
+    tokenizer = tokenizer_from_hf(path)
+    return load_safetensors(path, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer
 
 
 def load_config(source: str | os.PathLike[str]) -> ModelConfig:
@@ -74,8 +81,11 @@ def load_config(source: str | os.PathLike[str]) -> ModelConfig:
     Raises as `load` does.
     """
     path = _locate(source, _CONFIG_PATTERNS)
-    if path.is_file():
-        return config_from_gguf(GGUFFile(path))
+    return config_from_gguf(GGUFFile(path)) if path.is_file() else _config(path)
+
+
+def _config(path: pathlib.Path) -> ModelConfig:
+    """The config of a directory."""
     return checkpoint.restore_config(path) if checkpoint.is_checkpoint(path) else config_from_hf(path)
 
 
@@ -105,17 +115,6 @@ def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str
         checkpoint.save(model, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part / "tokenizer")
-
-
-def _tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # not at the top: it brings torch along, seconds of every start
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
-        raise ValueError(f"{directory} holds a tokenizer that transformers cannot read: {error}") from error
 
 
 def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", advice: str) -> pathlib.Path:

@@ -189,4 +189,4 @@ def _open_shard(path: pathlib.Path) -> safe_open:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {checks.printable(str(error))}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {checks.reason(error)}") from error
