@@ -34,7 +34,7 @@ GREEDY, PROMPT, FORCED = 64, 2048, 512
 ROOT = pathlib.Path(__file__).parents[1]
 LOG = ROOT / "examples" / "log.txt"
 FILES = [
-    *sorted((ROOT / "examples").glob("*.*")),
+    *sorted((ROOT / "examples").glob("*.[pt]*")),  # no notebook, whose pictures are no text
     ROOT / "LICENSE",
     ROOT / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
