@@ -46,9 +46,10 @@ test-slow: $(TEST)  ## The slow tests: real models, whole programs, compilation 
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(TEST)  ## Formatting, lint, types and the direction of imports.
+lint: $(TEST)  ## Formatting, lint, spelling, types and the direction of imports.
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m codespell_lib .
 	$(PY) -m pyright $(if $(VENV),--pythonpath $(PY))
 	$(BIN)lint-imports
 	$(if $(CUDA_SOURCES),$(BIN)clang-format --dry-run -Werror $(CUDA_SOURCES))

@@ -137,3 +137,11 @@ def test_every_command_runs_without_installation(model_directory: pathlib.Path, 
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
     check(sys.executable, "-c", RUN_ALL, ROOT, arguments, cwd=tmp_path, PYTHONPATH=path)
     assert "error" not in json.loads((tmp_path / "bench.json").read_text())["results"][0]
+
+
+def test_the_workflow_runs_what_ci_runs():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    steps = re.findall(r"^make [\w-]+$", script, re.MULTILINE)
+    assert steps
+    assert re.findall(r"- run: (make [\w-]+)", workflow) == steps
