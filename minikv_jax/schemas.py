@@ -66,13 +66,14 @@ class Schema(pydantic.BaseModel):
             raise ValueError(f"unknown keys {names}; accepted: {known}") from error
 
 
-def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str]) -> _Model:
+def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str], within: str = "") -> _Model:
     """`data`, which a file holds, as a value of `model`.
 
     Args:
       model: a `Schema`.
       data: what a JSON parser returned, for instance.
       source: the file, and the line if it has many, for errors.
+      within: what `data` is called in the file, if it is a part of it: errors put it before the key.
 
     Raises:
       ValueError: `data` does not fit: "<source>: <key> is <value>; accepted: <what>", in one line. Names and values are
@@ -81,7 +82,7 @@ def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        raise ValueError(f"{checks.printable(os.fspath(source))}{_reason(error, data)}") from error
+        raise ValueError(f"{checks.printable(os.fspath(source))}{_reason(error, data, within)}") from error
 
 
 @functools.cache
@@ -104,21 +105,22 @@ def naming(source: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"{checks.printable(os.fspath(source))}: {error}") from error
 
 
-def _reason(error: pydantic.ValidationError, data: object) -> str:
+def _reason(error: pydantic.ValidationError, data: object, within: str) -> str:
     """What follows the name of the file: the missing keys, or the first key with a wrong value."""
     problems = [(_keys(data, one["loc"]), one) for one in error.errors(include_url=False)]
-    if missing := [_path([*keys, one["loc"][-1]]) for keys, one in problems if one["type"] == "missing"]:
+    if missing := [_path([*keys, one["loc"][-1]], within) for keys, one in problems if one["type"] == "missing"]:
         return f" lacks {', '.join(dict.fromkeys(missing))}"
     problems.sort(key=lambda problem: problem[1]["type"] == "extra_forbidden")
     first = problems[0][0]
     # The branches of a union each report an error: the deepest ones come from the branch that was meant.
     keys, one = max((p for p in problems if p[0][: len(first)] == first), key=lambda problem: len(problem[0]))
     accepted = " or ".join(dict.fromkeys(_accepted(other) for at, other in problems if at == keys))
-    others = len({_path(at) for at, _ in problems if at[: len(first)] != first})
+    others = len({tuple(at) for at, _ in problems if at[: len(first)] != first})
     more = f" (and {others} more)" if others else ""
+    where = f": {path}" if (path := _path(keys, within)) else ""
     if one["type"] in ("value_error", "assertion_error") and (not keys or accepted.startswith("unknown keys ")):
-        return f"{f': {_path(keys)}' if keys else ''}: {accepted}{more}"
-    return f"{f': {_path(keys)}' if keys else ''} is {checks.shown(one['input'])}; accepted: {accepted}{more}"
+        return f"{where}: {accepted}{more}"
+    return f"{where} is {checks.shown(one['input'])}; accepted: {accepted}{more}"
 
 
 def _accepted(error: Any) -> str:
@@ -140,10 +142,10 @@ def _keys(data: Any, location: Sequence[str | int]) -> list[str | int]:
     return keys
 
 
-def _path(keys: Sequence[str | int]) -> str:
+def _path(keys: Sequence[str | int], within: str) -> str:
     """Keys as `layers.name[3]`."""
-    parts = [f"[{key}]" if isinstance(key, int) else f".{_name(key)}" for key in keys]
-    return "".join(parts).removeprefix(".")
+    parts = (f"[{key}]" if isinstance(key, int) else f".{_name(key)}" for key in keys)
+    return "".join((within, *parts)).removeprefix(".")
 
 
 def _name(key: str) -> str:

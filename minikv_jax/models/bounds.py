@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
+MOST_WIDTH = 1 << 20
 Layers = Annotated[int, Field(ge=1, le=1 << 12)]
 Heads = Annotated[int, Field(ge=1, le=1 << 12)]
-Width = Annotated[int, Field(ge=1, le=1 << 20)]
+Width = Annotated[int, Field(ge=1, le=MOST_WIDTH)]
 Vocabulary = Annotated[int, Field(ge=1, le=1 << 24)]
 Positions = Annotated[int, Field(ge=1, lt=1 << 31)]
 Token = Annotated[int, Field(ge=0, lt=1 << 24)]
@@ -25,3 +26,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 Tokens = Annotated[tuple[Token, ...], Strict(False)]
 LayerTypes = Annotated[tuple[LayerType, ...], Strict(False)]
 RopeFactors = Annotated[tuple[RopeFactor, ...], Strict(False)]
+
+# Arithmetic of other architectures, accepted only where it changes nothing.
+One = Annotated[float | None, Field(ge=1, le=1)]
+Off = Literal[False] | None

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from minikv_jax.models import bounds
 from minikv_jax.schemas import Schema
 
 # The sliding window, and the type of every layer (None: the window holds in all of them).
 Windows = tuple[int | None, bounds.LayerTypes | None]
-
-# Arithmetic of other architectures, accepted only where it changes nothing.
-_One = Annotated[float | None, Field(ge=1, le=1)]
-_Off = Literal[False] | None
 
 
 class RopeFields(Schema):
@@ -29,7 +25,7 @@ class RopeFields(Schema):
     low_freq_factor: bounds.RopeFactor | None = None
     high_freq_factor: bounds.RopeFactor | None = None
     original_max_position_embeddings: bounds.Positions | None = None
-    partial_rotary_factor: _One = None
+    partial_rotary_factor: bounds.One = None
 
     @model_validator(mode="before")
     @classmethod
@@ -63,13 +59,13 @@ class Fields(Schema, extra="ignore"):
 
     quantization_config: None = None
     compression_config: None = None
-    partial_rotary_factor: _One = None
-    rotary_pct: _One = None
-    embedding_multiplier: _One = None
-    residual_multiplier: _One = None
-    logits_scaling: _One = None
-    logit_scale: _One = None
-    scale_emb: _One = None
+    partial_rotary_factor: bounds.One = None
+    rotary_pct: bounds.One = None
+    embedding_multiplier: bounds.One = None
+    residual_multiplier: bounds.One = None
+    logits_scaling: bounds.One = None
+    logit_scale: bounds.One = None
+    scale_emb: bounds.One = None
     attention_multiplier: float | None = None  # in place of head_dim ** -0.5
     query_pre_attn_scalar: float | None = None  # in place of head_dim
     attn_logit_softcapping: None = None
@@ -80,16 +76,16 @@ class Fields(Schema, extra="ignore"):
     dim_model_base: None = None
     no_rope_layers: list[Literal[1]] | None = None
     no_rope_layer_interval: None = None
-    use_qk_norm: _Off = None
-    qk_layernorm: _Off = None
-    attn_temperature_tuning: _Off = None
-    rope_interleave: _Off = None
-    use_parallel_residual: _Off = None
-    parallel_attn: _Off = None
-    alibi: _Off = None
-    add_cross_attention: _Off = None
-    is_encoder_decoder: _Off = None
-    use_bidirectional_attention: _Off = None
+    use_qk_norm: bounds.Off = None
+    qk_layernorm: bounds.Off = None
+    attn_temperature_tuning: bounds.Off = None
+    rope_interleave: bounds.Off = None
+    use_parallel_residual: bounds.Off = None
+    parallel_attn: bounds.Off = None
+    alibi: bounds.Off = None
+    add_cross_attention: bounds.Off = None
+    is_encoder_decoder: bounds.Off = None
+    use_bidirectional_attention: bounds.Off = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import collections
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
+from pydantic import Field, model_validator
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from minikv_jax.models.gguf import GGUFFile
+from minikv_jax import checks, schemas
+from minikv_jax.models import bounds
+from minikv_jax.models.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,49 +27,104 @@ _GPT2_SPLITS = ("gpt-2", "default", "smollm")
 PRE_TOKENIZERS = (*_SPLITS, *_GPT2_SPLITS)
 
 
+class _Tokenizer(schemas.Schema, extra="ignore"):
+    """The keys of `tokenizer.ggml`."""
+
+    model: Literal["gpt2", "llama"]
+    pre: str = "default"
+    tokens: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(min_length=1)]
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    token_type: list[int] | None = None
+    bos_token_id: bounds.Token | None = None
+    eos_token_id: bounds.Token | None = None
+    unknown_token_id: bounds.Token | None = None
+    padding_token_id: bounds.Token | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool = False
+    add_space_prefix: bool = True
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Holds the lists and the ids against the tokens."""
+        needed = "merges" if self.model == "gpt2" else "scores"
+        if getattr(self, needed) is None:
+            raise ValueError(f"{needed} is missing, which model {self.model!r} needs")
+        if self.model == "gpt2" and self.pre not in PRE_TOKENIZERS:
+            raise ValueError(f"pre is {checks.shown(self.pre)}; accepted: {', '.join(PRE_TOKENIZERS)}")
+        size = len(self.tokens)
+        for name, values in (("scores", self.scores), ("token_type", self.token_type)):
+            if values is not None and len(values) != size:
+                raise ValueError(f"{name} has {len(values)} entries; accepted: {size}, one for each token")
+        for name in ("bos", "eos", "unknown", "padding"):
+            if (token := getattr(self, f"{name}_token_id")) is not None and token >= size:
+                raise ValueError(f"{name}_token_id is {token}; accepted: 0 to {size - 1}, the tokens")
+        if len(set(self.tokens)) < size:
+            twice = next(token for token, count in collections.Counter(self.tokens).items() if count > 1)
+            raise ValueError(f"token {checks.shown(twice)} appears twice")
+        return self
+
+
+class _Template(schemas.Schema, extra="ignore"):
+    """The key of `tokenizer` beside those of `tokenizer.ggml`."""
+
+    chat_template: str | None = None
+
+
 def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
     """The tokenizer and chat template of a GGUF file.
 
     Byte-level BPE ("gpt2": Llama 3, SmolLM2, Qwen) and SentencePiece BPE ("llama": Llama 2, Mistral) are supported.
-    Raises ValueError naming the file for other kinds or a missing vocabulary.
+    Raises ValueError naming the file for other kinds, and for a vocabulary that is missing or does not fit.
     """
-    values = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
-    kind, pre = values.get("model"), values.get("pre", "default")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{file.path}: tokenizer.ggml.model={kind!r}: expected gpt2 or llama")
-    if kind == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise ValueError(f"{file.path}: tokenizer.ggml.pre={pre!r}: expected one of {', '.join(PRE_TOKENIZERS)}")
-    needed = ("tokens", "merges") if kind == "gpt2" else ("tokens", "scores")
-    if missing := [f"tokenizer.ggml.{key}" for key in needed if key not in values]:
-        raise ValueError(f"{file.path} lacks {', '.join(missing)}")
-    tokens: list[str] = values["tokens"]
-    backend = _byte_level(values, pre) if kind == "gpt2" else _sentence_piece(values)
-    types = values.get("token_type", [])
-    for added_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [token for token, token_type in zip(tokens, types, strict=False) if token_type == added_type]
-        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
-    starts_with_bos = values.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
-    _add_template(backend, values, bos=starts_with_bos, eos=values.get("add_eos_token", False))
+    values = file.section(_Tokenizer, "tokenizer.ggml")
+    template = file.section(_Template, "tokenizer").chat_template
+    try:
+        backend = _backend(values)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{file.path}: no tokenizer can be made of its vocabulary: {checks.reason(error)}") from error
     named = {
-        f"{name}_token": tokens[values[f"{key}_token_id"]]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"{key}_token_id" in values
+        f"{name}_token": values.tokens[token]
+        for name, token in (
+            ("bos", values.bos_token_id),
+            ("eos", values.eos_token_id),
+            ("unk", values.unknown_token_id),
+            ("pad", values.padding_token_id),
+        )
+        if token is not None
     }
     from transformers import PreTrainedTokenizerFast  # not at the top: it brings torch along, seconds of every start
 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        name_or_path=str(file.path),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         **named,
     )
 
 
-def _byte_level(values: dict[str, Any], pre: str) -> Tokenizer:
+def _backend(values: _Tokenizer) -> Tokenizer:
+    """The vocabulary with its added tokens and the first and last token of every text."""
+    backend = _byte_level(values) if values.model == "gpt2" else _sentence_piece(values)
+    types = values.token_type or []
+    for added_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [token for token, token_type in zip(values.tokens, types, strict=False) if token_type == added_type]
+        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    starts_with_bos = values.add_bos_token
+    if starts_with_bos is None:
+        starts_with_bos = values.model == "llama" or values.pre == "llama-bpe"
+    first = [values.bos_token_id] if starts_with_bos else []
+    last = [values.eos_token_id] if values.add_eos_token else []
+    _add_ends(backend, values.tokens, *([token for token in end if token is not None] for end in (first, last)))
+    return backend
+
+
+def _byte_level(values: _Tokenizer) -> Tokenizer:
     """GPT-2 style: bytes as printable characters, merged by rank inside words."""
-    merges = [tuple(merge.split(" ", 1)) for merge in values["merges"]]
+    pre, merges = values.pre, [_pair(merge) for merge in values.merges or []]
     # Llama 3's vocabulary has words that no chain of its merges reaches; such words are one token.
-    model = BPE(vocab=_ids(values["tokens"]), merges=merges, ignore_merges=pre == "llama-bpe")
+    model = BPE(vocab=_ids(values.tokens), merges=merges, ignore_merges=pre == "llama-bpe")
     backend = Tokenizer(model)
     if pre in _SPLITS:
         split = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
@@ -84,13 +143,20 @@ def _byte_level(values: dict[str, Any], pre: str) -> Tokenizer:
     return backend
 
 
-def _sentence_piece(values: dict[str, Any]) -> Tokenizer:
+def _pair(merge: str) -> tuple[str, str]:
+    left, space, right = merge.partition(" ")
+    if not (left and space and right):
+        raise ValueError(f"merge {checks.shown(merge)}: expected two pieces with a space between")
+    return left, right
+
+
+def _sentence_piece(values: _Tokenizer) -> Tokenizer:
     """SentencePiece BPE: spaces as U+2581, unknown characters as bytes, pieces merged by score."""
-    ids = _ids(values["tokens"])
-    unknown = values["tokens"][values.get("unknown_token_id", 0)]
-    merges = _merges_from_scores(ids, values["scores"])
+    ids = _ids(values.tokens)
+    unknown = values.tokens[values.unknown_token_id or 0]
+    merges = _merges_from_scores(ids, values.scores or [])
     backend = Tokenizer(BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefixed = values.get("add_space_prefix", True)
+    prefixed = values.add_space_prefix
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if prefixed else [spaces])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -113,15 +179,11 @@ def _merges_from_scores(ids: dict[str, int], scores: list[float]) -> list[tuple[
     return [(left, right) for _, left, right in merges]
 
 
-def _add_template(backend: Tokenizer, values: dict[str, Any], *, bos: bool, eos: bool) -> None:
+def _add_ends(backend: Tokenizer, tokens: list[str], first: list[int], last: list[int]) -> None:
     """Makes encoding add the first and last token that the model was trained with."""
-    first = ["bos"] if bos and "bos_token_id" in values else []
-    last = ["eos"] if eos and "eos_token_id" in values else []
     if not first + last:
         return
-    named = {name: (values["tokens"][values[f"{name}_token_id"]], values[f"{name}_token_id"]) for name in first + last}
-    single = [*(named[name][0] for name in first), "$A", *(named[name][0] for name in last)]
+    single = [*(tokens[token] for token in first), "$A", *(tokens[token] for token in last)]
     pair = [*single, *(f"{part}:1".replace("$A", "$B") for part in single)]
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=list(dict.fromkeys(named.values()))
-    )
+    special = [(tokens[token], token) for token in dict.fromkeys(first + last)]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)

@@ -23,7 +23,8 @@ from minikv_jax.models import checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
 from minikv_jax.models.directory import member
-from minikv_jax.models.gguf import GGUFFile, config_from_gguf, load_gguf
+from minikv_jax.models.gguf import config_from_gguf, load_gguf
+from minikv_jax.models.gguf_file import GGUFFile
 from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from minikv_jax.models.huggingface import config_from_hf, load_safetensors
 from minikv_jax.models.huggingface_tokenizer import tokenizer_from_hf

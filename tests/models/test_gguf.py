@@ -1,3 +1,4 @@
+import math
 import pathlib
 
 import gguf
@@ -8,7 +9,8 @@ from support.tiny import tiny_config
 
 from minikv_jax.models import parameters
 from minikv_jax.models.config import RopeScaling
-from minikv_jax.models.gguf import GGUFFile, config_from_gguf, load_gguf
+from minikv_jax.models.gguf import config_from_gguf, load_gguf
+from minikv_jax.models.gguf_file import GGUFFile
 
 
 def random_blocks(shape: tuple[int, int], kind: gguf.GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
@@ -80,14 +82,70 @@ def test_gguf_config_reads_what_changes_the_model(tmp_path: pathlib.Path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type='yarn'"),
-        ({"llama.rope.dimension_count": 8}, "rope.dimension_count=8.*head size 16"),
+        (
+            {"llama.rope.scaling.type": "yarn"},
+            "m.gguf: llama.rope.scaling.type is 'yarn'; accepted: 'none' or 'linear'",
+        ),
+        ({"llama.rope.dimension_count": 8}, "m.gguf: llama.rope.dimension_count is 8; accepted: the head size 16"),
         ({"split.count": 2}, "one part of 2"),
+        ({"split.count": "2"}, "m.gguf: split.count is '2'; accepted: an integer"),
+        ({"general.alignment": 0}, "general.alignment is 0; accepted: at least 8"),
+        ({"general.alignment": 32.0}, "general.alignment is 32.0; accepted: an integer"),
+        ({"llama.block_count": "2"}, "m.gguf: llama.block_count is '2'; accepted: an integer"),
+        ({"llama.block_count": 2.0}, "llama.block_count is 2.0; accepted: an integer"),
+        ({"llama.block_count": True}, "llama.block_count is True; accepted: an integer"),
+        ({"llama.block_count": 10**12}, "llama.block_count is 1000000000000; accepted: at most 4096"),
+        ({"llama.embedding_length": 0}, "llama.embedding_length is 0; accepted: at least 1"),
+        ({"llama.embedding_length": [48]}, r"llama.embedding_length is \[48\]; accepted: an integer"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0; accepted: at least 1"),
+        ({"llama.attention.head_count": [4, 2]}, r"attention.head_count is \[4, 2\]; accepted: one value for all"),
+        ({"llama.attention.head_count": [4]}, r"attention.head_count is \[4\]; accepted: one value for all of the 2"),
+        ({"llama.attention.head_count_kv": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
+        ({"llama.attention.layer_norm_rms_epsilon": math.inf}, "epsilon is inf; accepted: a finite number"),
+        ({"llama.attention.layer_norm_rms_epsilon": "x"}, "epsilon is 'x'; accepted: a number"),
+        ({"llama.rope.freq_base": math.nan}, "llama.rope.freq_base is nan; accepted: a finite number"),
+        ({"llama.rope.freq_base": 0.0}, r"llama.rope.freq_base is 0.0; accepted: at least 1"),
+        ({"llama.rope.scaling.type": "linear"}, "'linear', but there is no rope.scaling.factor"),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": math.inf}, "factor is inf; accepted"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5; accepted: null"),
+        ({"llama.logit_scale": 2.0}, "llama.logit_scale is 2.0; accepted: at most 1"),
+        ({"llama.expert_count": 8}, "llama.expert_count is 8; accepted: 0"),
+        ({"llama.attention.causal": False}, "llama.attention.causal is False; accepted: True"),
+        ({"tokenizer.ggml.eos_token_id": "2"}, "tokenizer.ggml.eos_token_id is '2'; accepted: an integer"),
+        ({"tokenizer.ggml.eos_token_id": 96}, r"m.gguf: eos_token_ids=\(96,\) must lie in 0..95"),
     ],
 )
 def test_gguf_settings_that_are_not_supported(tmp_path: pathlib.Path, metadata: dict, message: str):
     write_gguf(tmp_path / "m.gguf", tiny_config(), random_tensors(tiny_config()), metadata=metadata)
     with pytest.raises(ValueError, match=message):
+        load_gguf(tmp_path / "m.gguf")
+
+
+def test_a_missing_epsilon_is_named(tmp_path: pathlib.Path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tiny_config(), random_tensors(tiny_config()))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"layer_norm_rms_epsilon", b"layer_norm_rms_epsilom"))
+    with pytest.raises(ValueError, match=r"m\.gguf lacks llama\.attention\.layer_norm_rms_epsilon$"):
+        load_gguf(path)
+
+
+def test_tensors_that_do_not_follow_each_other_are_refused(tmp_path: pathlib.Path):
+    """A file whose offsets are moved would load with one tensor's bytes as another's."""
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tiny_config(), random_tensors(tiny_config()))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.0.attn_norm.weight") + len(b"blk.0.attn_norm.weight") + 4 + 8 + 4
+    content[at : at + 8] = (0).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"blk\.0\.attn_norm\.weight begins at byte 0 of the data; accepted: \d+"):
+        load_gguf(path)
+
+
+def test_types_that_cannot_be_dequantised_are_named_first(tmp_path: pathlib.Path):
+    config, tensors = tiny_config(), random_tensors(tiny_config())
+    write_gguf(tmp_path / "m.gguf", config, tensors, extra={"rope_freqs.weight": np.ones(8, np.int32)})
+    with pytest.raises(ValueError, match=r"cannot be dequantised: rope_freqs\.weight \(I32\)"):
         load_gguf(tmp_path / "m.gguf")
 
 

@@ -8,7 +8,7 @@ from support.tiny import tiny_config
 
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
-from minikv_jax.models.gguf import GGUFFile
+from minikv_jax.models.gguf_file import GGUFFile
 from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
 
 
@@ -82,18 +82,33 @@ def test_sentence_piece_vocabulary(tmp_path: pathlib.Path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model='bert': expected gpt2 or llama"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; accepted: 'gpt2' or 'llama'"),
         (
             {"model": "gpt2", "pre": "tekken", "merges": ["a b"]},
-            "tokenizer.ggml.pre='tekken': expected one of llama-bpe",
+            "pre is 'tekken'; accepted: llama-bpe",
         ),
-        ({"model": "gpt2", "pre": "qwen2"}, "lacks tokenizer.ggml.merges"),
-        ({"model": "llama"}, "lacks tokenizer.ggml.scores"),
+        ({"model": "gpt2", "pre": "qwen2"}, "tokenizer.ggml: merges is missing, which model 'gpt2' needs"),
+        ({"model": "gpt2", "merges": ["ab"]}, "m.gguf: no tokenizer can be made of its vocabulary: merge 'ab'"),
+        ({"model": "gpt2", "merges": ["a bc"]}, "no tokenizer can be made of its vocabulary: .*out of vocabulary"),
+        ({"model": "gpt2", "merges": "a b"}, "tokenizer.ggml.merges is 'a b'; accepted: a list"),
+        ({"model": "gpt2", "merges": [1]}, r"tokenizer.ggml.merges\[0\] is 1; accepted: text"),
+        ({"model": "gpt2", "merges": ["a b"], "bos_token_id": 257}, "bos_token_id is 257; accepted: 0 to 256"),
+        ({"model": "gpt2", "merges": ["a b"], "eos_token_id": "2"}, "eos_token_id is '2'; accepted: an integer"),
+        ({"model": "gpt2", "merges": ["a b"], "token_type": [1]}, "token_type has 1 entries; accepted: 257"),
+        ({"model": "gpt2", "merges": ["a b"], "add_bos_token": 1}, "add_bos_token is 1; accepted: true or false"),
+        ({"model": "llama", "scores": [float("nan")] * 257}, r"scores\[0\] is nan; accepted: a finite number"),
+        ({"model": "llama"}, "tokenizer.ggml: scores is missing, which model 'llama' needs"),
     ],
 )
 def test_vocabularies_that_are_not_supported(tmp_path: pathlib.Path, metadata: dict[str, Any], message: str):
     file = gguf_with_vocabulary(tmp_path / "m.gguf", byte_vocabulary("ab"), **metadata)
     with pytest.raises(ValueError, match=message):
+        tokenizer_from_gguf(file)
+
+
+def test_a_token_that_appears_twice_is_named(tmp_path: pathlib.Path):
+    file = gguf_with_vocabulary(tmp_path / "m.gguf", byte_vocabulary("\x1b", "\x1b"), model="gpt2", merges=["a b"])
+    with pytest.raises(ValueError, match=r"m\.gguf: tokenizer\.ggml: token '\\x1b' appears twice"):
         tokenizer_from_gguf(file)
 
 

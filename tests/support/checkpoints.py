@@ -126,7 +126,9 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     for key, value in (metadata or {}).items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        large = type(value) is int and value >= 1 << 31
+        value_type = gguf.GGUFValueType.UINT64 if large else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, value_type)
     for name, tensor in tensors.items():
         for letter, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             if architecture == "llama" and f"self_attn.{letter}_proj" in name:
