@@ -29,11 +29,11 @@ def append(
     sinks: int,
     block: int,
 ) -> tuple[Region[Packed], Region[Array]]:
-    """Writes each row's token behind its tail; a tail that is then full packs its oldest `block` non-sink tokens.
+    """Appends each row's token to its tail. A tail that becomes full packs its oldest `block` non-sink tokens.
 
     The `C - sinks - block` tokens behind the block move down. A row whose tail and packed region are both full takes
-    nothing. The arrays of `packed` and `tail` are updated in place if the caller gives them up (donation, a loop's
-    carry).
+    nothing. The arrays of `packed` and `tail` are updated in place if the caller donates them or they are a loop's
+    carry.
 
     Args:
       k, v: `[B, K, H]` in the tail's dtype.
@@ -48,7 +48,7 @@ def append(
       `packed` and `tail` with the tokens appended.
 
     Raises:
-      ValueError: for sizes that do not belong together.
+      ValueError: for sizes that do not match.
       NotImplementedError: for a case the kernel does not support, or if it cannot run here.
     """
     _check(packed, tail, storage, sinks, block)
@@ -71,7 +71,7 @@ def append(
 
 
 def _arrays(tail: Array, packed: Packed, empty: Array) -> tuple[Array, ...]:
-    """The six arrays of the keys or the values as the handler takes them; `empty` stands for missing factors."""
+    """Flattens keys or values to the handler's six arrays; `empty` replaces missing factors."""
     return tail, packed.planes[0], packed.scale, packed.zero, *(packed.factors or (empty, empty))
 
 

@@ -17,7 +17,7 @@ from cuda_ffi.library import ARCHITECTURES, BUILD_DIR, LIBRARY, SOURCE_DIR, arch
 
 
 def find_nvcc() -> str:
-    """The nvcc on the path or under CUDA_HOME.
+    """Finds nvcc on PATH or under CUDA_HOME.
 
     Raises:
       FileNotFoundError: if neither has one.
@@ -30,7 +30,7 @@ def find_nvcc() -> str:
 
 
 def find_cmake() -> str:
-    """The cmake on the path.
+    """Finds cmake on PATH.
 
     Raises:
       FileNotFoundError: if there is none.

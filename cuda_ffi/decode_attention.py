@@ -14,7 +14,7 @@ from cuda_ffi.arrays import Packed, Region, Storage, check_packed, check_support
 
 HEAD_DIMS = (64, 96, 128, 256)
 _KERNEL = "CUDA decode kernel"
-_MAX_WARPS = 2048  # on the whole device; more than any device holds with the largest config
+_MAX_WARPS = 2048  # on the whole device: more than any device runs with the largest config
 _QUERIES = 8  # query heads of one KV head that are processed together
 
 
@@ -24,8 +24,8 @@ class Config:
 
     Attributes:
       warps: computing warps per thread block, each with a private ring of copies; fewer if shared memory or registers
-        are short. None: as many as a full cache gives work to, at least 2. If those are few, two or four times as
-        many, which share the rings and each take a part of every tile.
+        are short. None: as many as a full cache has work for, at least 2. If those are few, teams of two or four warps
+        share a ring and split every tile.
       stages: stages per ring; one holds the keys or the values of a tile.
     """
 
@@ -50,8 +50,8 @@ def decode_attention(
 ) -> BFloat16[Array, "B N H"]:
     """Attention of one query token per row over the packed tokens and the tail.
 
-    Every valid slot is seen; slots beyond the lengths may hold anything, NaN included. Scales of the packed region must
-    be at most 255 in magnitude (a group's range at most 765 at 2 bits, 3825 at 4), zeros within float16.
+    Attends to every valid slot; slots beyond the lengths may hold anything, NaN included. Scales of the packed region
+    must be at most 255 in magnitude (a group's range at most 765 at 2 bits, 3825 at 4), zeros within float16.
 
     Args:
       q: `[B, N, H]`, bfloat16.
@@ -65,7 +65,7 @@ def decode_attention(
       `[B, N, H]` in q's dtype. A row without tokens gives zeros.
 
     Raises:
-      ValueError: for shapes or dtypes that do not belong together.
+      ValueError: for shapes or dtypes that do not match.
       NotImplementedError: for a case the kernel does not support, or if it cannot run here.
     """
     check(q, packed, tail, storage)
@@ -77,7 +77,7 @@ def decode_attention(
     call = jax.ffi.ffi_call(
         "minikv_decode_attention",
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((_scratch_size(q, tail),), jnp.float32)),
-        input_output_aliases={0: 0},  # a loop that carries q to its output then copies nothing
+        input_output_aliases={0: 0},  # saves a copy in a loop whose carry is both q and the output
     )
     factors, factor_block = _factors(packed, storage)
     out, _ = call(
@@ -133,7 +133,7 @@ def check(q: jax.Array, packed: Region[Packed], tail: Region[Array], storage: St
 
     Raises:
       NotImplementedError: naming the value and what is supported.
-      ValueError: for shapes that do not belong together.
+      ValueError: for shapes that do not match.
     """
     check_packed(_KERNEL, packed, storage)
     # The kernel rounds code * scale to float16: small against bfloat16's own rounding, too much against float16's.

@@ -1,4 +1,4 @@
-"""The library of CUDA kernels: its place, its sources and its architectures."""
+"""Location, sources and architectures of the library of CUDA kernels."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def prefill_attention(
       query heads of each KV head, zero in the padding; or None.
 
     Raises:
-      ValueError: for shapes that do not belong together, a scale or a window out of range.
+      ValueError: for shapes that do not match, a scale or a window out of range.
       NotImplementedError: for a case the kernels or cuDNN do not support, or if they cannot run here.
     """
     _check(q, k, lengths, scale, window)

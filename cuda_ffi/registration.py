@@ -22,7 +22,7 @@ HANDLERS = {
 
 
 def check_library(library: pathlib.Path) -> tuple[str, ...]:
-    """The architectures of a library, which must be built from the present sources.
+    """Returns a library's architectures. The library must be built from the current sources.
 
     Raises:
       NotImplementedError: if the library is missing or stale, with the command that builds it.

@@ -1,8 +1,8 @@
-"""A model and a cache run layer by layer, each layer a compiled program of its own.
+"""Prefill and decode layer by layer, with one compiled program per layer.
 
-`generate` is one program for all layers: the fastest to run, and the longest to compile. An evaluation runs many
-methods, each for a short while. Here layers of equal shapes share a program, so that what is compiled does not grow
-with their number. What lies between them (embedding, final norm, logits) runs op by op.
+`generate` compiles one program for all layers, which runs fastest and compiles longest. An evaluation runs many methods
+for a few tokens each. Here layers of equal shapes share a program, so compile time does not grow with depth. Embedding,
+final norm and logits run op by op.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
 
 
 class PromptLayer(NamedTuple):
-    """What one layer's attention saw of a prompt: enough for any method to compress it."""
+    """One layer's queries, keys and values of a prompt (after RoPE), which any method can compress."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
@@ -39,7 +39,7 @@ class PromptLayer(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """What a method made of a prompt.
+    """A prompt compressed by a method.
 
     Attributes:
       kept: the tokens held, per layer.
@@ -58,7 +58,7 @@ def prefill_layers(
     column_sums: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "B D"], list[PromptLayer]]:
-    """The hidden state of each row's last token, and what every layer saw."""
+    """Runs a prompt; returns the hidden state of each row's last token, and every layer's `PromptLayer`."""
     ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
     x, layers = model.embed(ids), []
     for number, layer in enumerate(model.layers):
@@ -95,9 +95,9 @@ def _prefill_layer(
 def shared_capacities(
     model: ModelConfig, method: Method, prompt_length: int, max_new_tokens: int
 ) -> tuple[LayerCapacity, ...]:
-    """`capacities`, but layers that differ only in their budgets all get the largest, and so can share a program.
+    """Capacities for shared programs: layers that differ only in their budgets all get the largest one.
 
-    What a cache holds does not change, only the room that it leaves unused.
+    Only unused room grows; the cache holds the same tokens.
     """
     own = capacities(model, method, prompt_length, max_new_tokens)
     windows = [model.window(number) for number in range(len(own))]
@@ -116,7 +116,7 @@ def compress_layers(
     layer_capacities: Sequence[LayerCapacity],
     implementation: str | None,
 ) -> Compressed:
-    """The cache that a method keeps of `prefill_layers`' prompt.
+    """Compresses the prompt that `prefill_layers` ran.
 
     `layer_capacities` are those of `capacities` or larger ones (`shared_capacities`).
     """
@@ -142,7 +142,7 @@ def compress_layers(
 def _score_layer(
     layer: PromptLayer, number: Int[Array, ""], lengths: Int[Array, "B"], *, model: ModelConfig, spec: LayerSpec
 ) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
-    """The scores, and whether those of a row's tokens are all numbers."""
+    """Scores of a layer's tokens, and per row whether all of them are numbers."""
     frequencies = jnp.asarray(inverse_frequencies(model))
     inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies)
     scores = score(inputs, spec.method)
@@ -172,7 +172,7 @@ def decode_step(
     active: Int[Array, "B"],
     implementation: str | None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """`decode.decode` layer by layer. The cache is donated."""
+    """Decodes one token per row as `decode.decode` does, layer by layer. The cache is donated."""
     positions = cache.length[:, None]
     x, layers = model.embed(token[:, None]), []
     for layer, old in zip(model.layers, cache.layers, strict=True):

@@ -1,6 +1,6 @@
-"""The look of all figures, and their PNG bytes (matplotlib: `pip install minikv_jax[evaluation]`).
+"""Style of all figures, and their PNG bytes (needs matplotlib: `pip install minikv_jax[evaluation]`).
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every series also has its own marker.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish. Every series also has its own marker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a file's bytes, the same for the same figure."""
+    """Encodes a figure as PNG; equal figures give equal bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""The values that the kernels take, and the checks that several of them share."""
+"""Argument types of the kernels, and their shared checks."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_packed(kernel: str, packed: Region[Packed], storage: Storage) -> None:
 
     Raises:
       NotImplementedError: naming the kernel, the value and what is supported.
-      ValueError: for arrays that do not belong together.
+      ValueError: for arrays that do not match.
     """
     metadata_dtype = packed.k.scale.dtype
     check_supported(

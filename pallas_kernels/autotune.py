@@ -93,7 +93,7 @@ OPS = {
 
 
 def tune(op: Op, case: dict[str, int], time_ms: Callable[..., float]) -> dict[str, Any]:
-    """Times the candidates of a case; returns the winner's record without the op's name and the device."""
+    """Times the candidates of a case and returns the winner's record, without op and device."""
     problem = op.problem(**case)
     fitting = [config for config in tuning.candidates(op.config) if hopper.fits(op.scratch(config, **case))]
     with ThreadPoolExecutor(_COMPILING_THREADS) as builders:
@@ -108,14 +108,14 @@ def tune(op: Op, case: dict[str, int], time_ms: Callable[..., float]) -> dict[st
 
 
 def kernel_ms(program: Callable[..., Any], *arguments: jax.Array) -> float:
-    """Device time of the fastest warm call; other work on the device can only add to it."""
+    """Device time of the fastest warm call in milliseconds; other work can only lengthen a call."""
     jax.block_until_ready(program(*arguments))
     _, times = profiler.measure(program, iterations=_TIMED_RUNS)(*arguments)
     return min(float(ms) for ms in times or ())
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`old` with the records of `new`'s ops on `new`'s devices replaced."""
+    """Returns `old` with the records of every op and device in `new` replaced by those of `new`."""
     replaced = {(record["op"], record["device"]) for record in new}
     kept = [record for record in old if (record["op"], record["device"]) not in replaced]
     return sorted(kept + new, key=lambda record: (record["device"], record["op"], sorted(record["case"].items())))

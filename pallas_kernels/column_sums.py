@@ -80,7 +80,7 @@ def column_sums(
     window: int | None,
     config: Config,
 ) -> jax.Array:
-    """Pass 2: attention that each key gets from its row's queries and its KV head's heads, float32 `[B, K, T]`.
+    """Pass 2: column sums of the softmax map, over a row's queries and a KV head's query heads, float32 `[B, K, T]`.
 
     Args:
       q, k: as in `prefill_attention`; `T` is a multiple of 128.
@@ -115,12 +115,12 @@ def column_sums(
         kv_head = lax.div(first_head, jnp.int32(group))
         first_key = lax.axis_index("k_tile") * block_k
         length = lengths_gmem[b]
-        # Every key is seen by the queries in front of `seen_by_all`, some key by those in front of `seen_by_any`.
+        # Queries before `seen_by_all` see every key, queries before `seen_by_any` at least one.
         seen_by_all = seen_by_any = length
         if window is not None:
             seen_by_all = jnp.minimum(length, first_key + window)
             seen_by_any = jnp.minimum(length, first_key + window + (block_k - 1))
-        # Tiles of one head's queries; the first ones hold the diagonal, `inner` after them need no mask, the rest do.
+        # Tiles of one head's queries. The first hold the diagonal, the `inner` next ones need no mask, the rest do.
         tiles = lax.div(jnp.maximum(seen_by_any - first_key, 0) + (block_q - 1), jnp.int32(block_q))
         diagonal = jnp.minimum(tiles, pl.cdiv(block_k, block_q))
         inner = jnp.maximum(lax.div(jnp.maximum(seen_by_all - first_key, 0), jnp.int32(block_q)) - diagonal, 0)
@@ -130,7 +130,7 @@ def column_sums(
             return lax.rem(step, jnp.int32(stages))
 
         def first_query(tile):
-            """Unmasked tiles go first, the diagonal last."""
+            """First query of the tile that is processed as number `tile`: unmasked tiles first, the diagonal last."""
             return first_key + block_q * (tile + jnp.where(tile < tiles - diagonal, diagonal, diagonal - tiles))
 
         @pl.when(wg < warpgroups)
@@ -141,10 +141,10 @@ def column_sums(
             plgpu.copy_gmem_to_smem(k_gmem.at[b, own, kv_head], shared.k_smem.at[wg], shared.k_ready.at[wg])
             plgpu.barrier_wait(shared.k_ready.at[wg])
             keys = shared.k_smem.at[wg]
-            if warpgroups == 2:  # there are registers for them
+            if warpgroups == 2:  # enough registers to hold them
                 keys = plgpu.layout_cast(keys[...], _WGMMA)
             rows = plgpu.broadcasted_iota(jnp.int32, (BLOCK_K,), 0, layout=_ROWS) + start
-            # A query sees a key if its age, how far behind it the key lies, is from 0 to below this.
+            # A query sees a key if the key's age, its distance behind the query, is at least 0 and less than this.
             oldest = jnp.maximum(length - rows, 0)
             if window is not None:
                 oldest = jnp.minimum(oldest, window)
@@ -172,7 +172,7 @@ def column_sums(
                 return add_tile(False, slot_of(step), query, sums)
 
             def add_edge(step, query, sums):
-                """A tile at the block's edge may still be all seen, or not at all, by this warpgroup's keys."""
+                """Adds a tile at the block's edge, all of which, or none, may be visible to this warpgroup's keys."""
                 last_query = query + (block_q - 1)
                 unseen = last_query < start
                 seen = (query >= start + (BLOCK_K - 1)) & (last_query < length)
@@ -226,7 +226,7 @@ def column_sums(
                         lse_gmem.at[b, head, queries], shared.lse_smem.at[slot], shared.q_ready.at[slot]
                     )
 
-    # Early keys have the most queries: they go first.
+    # Early keys go first, because they have the most queries.
     grid = {"section": batch * kv_heads * parts // section, "k_tile": k_tiles, "member": section}
     sums = jax.ShapeDtypeStruct((batch, kv_heads * parts, tokens), jnp.float32)
     sums = hopper.launch(kernel, sums, arrays, grid, warpgroups)(lengths, q, k, lse)
@@ -236,9 +236,9 @@ def column_sums(
 def parts_of(group: int, k_tiles: int, streams: int) -> int:
     """Number of thread blocks that share a group's heads.
 
-    It is the smallest that keeps the longest block within one multiprocessor's share of the work, or the whole group if
-    none does. Of the work on `streams` KV heads, in `k_tiles` blocks each that see 1, 2, ... tiles of queries, the
-    longest block of a KV head takes 2 / (k_tiles + 1) of that head's.
+    The smallest number that keeps the longest block within one multiprocessor's share of the work, or the whole group
+    if none does. A KV head's `k_tiles` blocks see 1, 2, ... tiles of queries, so its longest block has
+    2 / (k_tiles + 1) of the head's work.
 
     Args:
       group: query heads per KV head; the result divides it.

@@ -79,7 +79,7 @@ def decode_attention(
 ) -> Float[Array, "B N H"]:
     """Attention of one query token per row over the packed tokens and the tail.
 
-    Every valid slot is seen; slots beyond the lengths may hold anything, NaN included. Scales, zeros (times their
+    Attends to every valid slot; slots beyond the lengths may hold anything, NaN included. Scales, zeros (times their
     factors), queries and the tail must be within float16.
 
     Args:
@@ -95,7 +95,7 @@ def decode_attention(
       `[B, N, H]` in q's dtype. A row without tokens gives zeros.
 
     Raises:
-      ValueError: for shapes or dtypes that do not belong together, or a config that does not fit the device.
+      ValueError: for shapes or dtypes that do not match, or a config that does not fit the device.
       NotImplementedError: for a case the kernel does not support, or if it cannot run here.
     """
     check(q, packed, tail, storage)
@@ -110,7 +110,7 @@ def check(q: jax.Array, packed: Region[Packed], tail: Region[Array], storage: St
 
     Raises:
       NotImplementedError: naming the value and what is supported.
-      ValueError: for shapes or dtypes that do not belong together.
+      ValueError: for shapes or dtypes that do not match.
     """
     check_packed(_KERNEL, packed, storage)
     check_supported(_KERNEL, ("q.dtype", q.dtype.name, DTYPES), ("head_dim", q.shape[-1], HEAD_DIMS))
@@ -201,12 +201,12 @@ def launch(
     queries = jnp.pad(queries, [(0, 0), (0, blocks * QUERIES - group), (0, 0)])
 
     def rows(x: jax.Array, tile_rows: int) -> jax.Array:
-        """`[B * K, rows, H]`, padded to one tile; the metadata of `g` tokens make a row."""
+        """Reshapes to `[B * K, rows, H]` and pads to one tile; the metadata of `g` tokens form a row."""
         x = x.reshape(kv_rows, -1, head_dim)
         return jnp.pad(x, [(0, 0), (0, max(0, tile_rows - x.shape[1])), (0, 0)])
 
     def factor_rows(x: jax.Array) -> jax.Array:
-        """`[B * K, P / g]`, padded to one copy and for aligned rows."""
+        """Reshapes to `[B * K, P / g]` and pads to one copy and to aligned rows."""
         x = x.reshape(kv_rows, -1)
         return jnp.pad(x, [(0, 0), (0, max(_COPIED_FACTORS - x.shape[1], -x.shape[1] % _FACTOR_MULTIPLE))])
 
@@ -287,7 +287,7 @@ def attend(
         wg = lax.axis_index("warpgroup")
 
         def stage(warpgroup, number):
-            """The place in the ring, and of the barriers, of a warpgroup's `number`-th keys or values."""
+            """Index into ring and barriers for a warpgroup's `number`-th keys or values."""
             slot = lax.rem(number, jnp.int32(stages))
             return slot, warpgroup * stages + slot
 
@@ -297,7 +297,7 @@ def attend(
             queries = hopper.load(q_gmem.at[kv_row, block], warp.queries)
 
             def softmax(logits, state: State):
-                """The weights of new logits, and the state with its output scaled to the new maxima."""
+                """Softmax weights of new logits, and the state with its output rescaled to the new maxima."""
                 top, total, out = state
                 new_top = jnp.maximum(top, logits.max(axis=1) * logit_scale)
                 weights = jnp.exp2(logits * logit_scale - products.over_rows(new_top, logits.shape))
@@ -341,7 +341,7 @@ def attend(
                 return top, total, products.value_products(warp, out, weights, codes, scales, zeros)
 
             def tail_tile(tile, state: State) -> State:
-                # A tile that would pass the end is moved back to it; what it repeats is masked.
+                # A tile that would pass the end is moved back to it, and the tokens that it repeats are masked.
                 start = (tile - packed_tiles) * TAIL_TILE
                 begin = jnp.minimum(start, tail_gmem.k.shape[1] - TAIL_TILE)
                 keys, values = (
@@ -355,7 +355,7 @@ def attend(
                 return top, total, products.tail_value_products(warp, out, weights, values)
 
             def own_tiles(begin, end, step: Callable[[jax.Array, State], State], state: State) -> State:
-                """Goes over those of the tiles `begin .. end - 1` that are this warpgroup's."""
+                """Loops over this warpgroup's tiles among `begin .. end - 1`."""
                 own = begin + lax.rem(begin - first + wg, jnp.int32(warpgroups))
                 count = lax.div(end - own + warpgroups - 1, jnp.int32(warpgroups))
                 return lax.fori_loop(0, count, lambda i, state: step(own + warpgroups * i, state), state)

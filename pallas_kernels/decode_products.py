@@ -107,7 +107,7 @@ def _result(layout: Any, rows: int) -> Any:
 
 
 def key_products(warp: WarpLayout, words: Any, scale: Any, zero: Any, queries: Any) -> jax.Array:
-    """Logits `[WARPS, 128, QUERIES]`: tile `slots * h + j` holds place `j` of half words, of words `h` of the units."""
+    """Logits `[WARPS, 128, QUERIES]`: tile `slots * h + j` holds slot `j` of both halves of each unit's word `h`."""
     halves, slots, steps = warp.k_bits // 2, 16 // warp.k_bits, warp.head_dim // 16
     arguments = (warp.k_words, warp.k_metadata, warp.k_metadata, warp.queries)
 
@@ -243,7 +243,7 @@ def by_channels(warp: WarpLayout, out: Any) -> jax.Array:
 
 
 def empty(warp: WarpLayout, lowest: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Maxima, denominators and output before any token; the maxima are finite, so that they make no NaN."""
+    """Maxima, denominators and output before the first token; infinite maxima would make NaN."""
     layout = per_warp(warp.head_dim // 16)
     top = plgpu.layout_cast(jnp.full((WARPS, QUERIES), lowest, jnp.float32), layout.reduce(1))
     total = plgpu.layout_cast(jnp.zeros((WARPS, QUERIES), jnp.float32), layout.reduce(1))
@@ -262,7 +262,7 @@ def over_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def mask_logits(logits: jax.Array, units: jax.Array) -> jax.Array:
-    """Masks all but the first `units` units of a tile."""
+    """Masks the logits of a tile beyond its first `units` units."""
     warp, row = (plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=LOGITS) for axis in (0, 1))
     row = lax.rem(row, jnp.int32(8))
     unit = warp * (WARP_TOKENS // UNIT) + lax.div(row, jnp.int32(2)) + 4 * lax.rem(row, jnp.int32(2))
@@ -270,7 +270,7 @@ def mask_logits(logits: jax.Array, units: jax.Array) -> jax.Array:
 
 
 def mask_metadata(warp: WarpLayout, x: jax.Array, units: jax.Array) -> jax.Array:
-    """Clears the metadata of units that do not exist: they may be NaN, and NaN times a weight of 0 is NaN."""
+    """Clears the metadata of missing units, which may be NaN: NaN times a weight of 0 is NaN."""
     layout = warp.v_metadata
     row, column = (plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=layout) for axis in (0, 1))
     values = UNIT * warp.head_dim // warp.group_size  # of a unit
@@ -286,6 +286,6 @@ def mask_tail_logits(logits: jax.Array, first: jax.Array, last: jax.Array) -> ja
 
 
 def mask_tail_values(warp: WarpLayout, values: jax.Array, last: jax.Array) -> jax.Array:
-    """Clears the values from token `last` on: they may be NaN."""
+    """Clears the values from token `last` on, which may be NaN."""
     token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=warp.tail_v)
     return jnp.where(token < last, values, jnp.float16(0))

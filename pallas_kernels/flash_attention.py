@@ -113,10 +113,10 @@ def flash_attention(
     ):
         row_head = lax.axis_index("section") * section + lax.axis_index("member")
         b, head = lax.div(row_head, jnp.int32(heads)), lax.rem(row_head, jnp.int32(heads))
-        # The last queries have the most keys: they go first.
+        # The last queries go first, because they have the most keys.
         first_query = (tokens // BLOCK - 1 - lax.axis_index("q_tile")) * BLOCK
         length = lengths_gmem[b]
-        # Tiles of keys: from `first` to `last`; all queries see all keys of those from `inner` to `diagonal`.
+        # Tiles of keys run from `first` to `last`. In those from `inner` to `diagonal`, all queries see all keys.
         first = inner = jnp.int32(0)
         diagonal = lax.div(first_query, jnp.int32(block_kv))
         if window is not None:
@@ -174,7 +174,7 @@ def flash_attention(
                 weights = jnp.exp2(logits * logit_scale - lax.broadcast_in_dim(new_top, logits.shape, [0]))
                 acc *= lax.broadcast_in_dim(correction, acc.shape, [0])
                 total = total * correction + weights.sum(axis=1)
-                # The softmax is to be over before the other warpgroup's begins.
+                # The softmax must end before the other warpgroup's begins.
                 acc, total, new_top, operand = lax.optimization_barrier((acc, total, new_top, weights.astype(q.dtype)))
                 plgpu.barrier_arrive(shared.turn)
                 plgpu.barrier_wait(shared.v_ready.at[slot])
@@ -189,7 +189,7 @@ def flash_attention(
                 return acc, new_top, total
 
             acc = plgpu.layout_cast(jnp.zeros((BLOCK_Q, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-            # Finite, so that a row that has seen nothing yet makes no NaN.
+            # Finite, because a row that has seen no key would make NaN otherwise.
             top = plgpu.layout_cast(jnp.full((BLOCK_Q,), _LOWEST_FLOAT32, jnp.float32), _ROWS)
             total = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), _ROWS)
             wait_for_keys(first)
@@ -244,10 +244,10 @@ def flash_attention(
 
 
 def log2(x: jax.Array) -> jax.Array:
-    """Logarithm of a positive x, to 1.5 units in float32's last place.
+    """Base-2 logarithm of a positive x, within 1.5 units in the last place of float32.
 
-    The error of the hardware's is proportional to the logarithm and nearly the same for many queries, so the errors of
-    their weights would add up.
+    The hardware's error is proportional to the logarithm and nearly equal for many queries, so the errors of their
+    weights would add up.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     exponent = (bits - _BITS_OF_THREE_QUARTERS) >> 23
@@ -260,9 +260,9 @@ def log2(x: jax.Array) -> jax.Array:
 
 
 def _edge(v: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The tile in which each row ends, `[B, BLOCK, K, H]`, zero in the padding.
+    """Last tile of values of each row, `[B, BLOCK, K, H]`, zero in the padding.
 
-    A weight of 0 does not undo a value of NaN, so the products read this tile in place of `v`'s own.
+    The products read this tile instead of `v`'s own, because a weight of 0 times NaN is NaN.
     """
 
     def cut(v: jax.Array, length: jax.Array) -> jax.Array:

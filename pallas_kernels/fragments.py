@@ -26,7 +26,7 @@ def layout(*dimensions: Sequence[Factor], lanes: Sequence[Factor]) -> Any:
 
     The factor "warp" goes over the warps of a warpgroup, those in `lanes` (slowest first) over the lanes of a warp,
     the last factor of the last dimension over the elements of a register, and every other one over registers. A warp
-    or lane factor that no dimension has means copies.
+    or lane factor that no dimension has is replicated.
     """
     shape = [math.prod(size for _, size in factors) for factors in dimensions]
     tiles, position = [tuple(shape)], {}
@@ -51,12 +51,12 @@ def layout(*dimensions: Sequence[Factor], lanes: Sequence[Factor]) -> Any:
 
 
 def registers(array: mgpu.FragmentedArray, *shape: int) -> np.ndarray:
-    """An array's registers as `shape`, one axis per factor that goes over registers."""
+    """Reshapes an array's registers to `shape`, one axis per factor that goes over registers."""
     return array.registers.reshape(shape)
 
 
 def assemble(accumulators: Sequence[Sequence[Any]], shape: tuple[int, ...], array_layout: Any) -> mgpu.FragmentedArray:
-    """A float array of `shape` from its registers in the order of its factors."""
+    """Builds a float array of `shape` from its registers, in the order of its factors."""
     tiled = array_layout.to_mgpu()
     values = [register for accumulator in accumulators for register in accumulator]
     array = np.empty(len(values), dtype=object)
@@ -161,7 +161,7 @@ def transposed(matrix: Pair) -> Pair:
 def dequantized(word: Pair, bits: int, slot: int, scale: Pair, zero: Pair) -> Pair:
     """`code * scale + zero`, rounded once, for the codes in place `slot` of both halves of a word.
 
-    No integer is converted: bits placed below a power of two are a float16, exact once that power is taken off.
+    Converts no integer: bits below a power of two are a float16, exact once that power is subtracted.
     """
     low = slot * bits % 8
     if slot * bits >= 8:
@@ -175,7 +175,7 @@ def dequantized(word: Pair, bits: int, slot: int, scale: Pair, zero: Pair) -> Pa
 
 
 def _and_or(word: Pair, mask: Pair, bits: Pair) -> Pair:
-    """`word & mask | bits` as one instruction; the compiler makes two of an expression with two constants."""
+    """`word & mask | bits` in one instruction; the compiler would use two for two constants."""
     return _asm(_i32(), "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", word, mask, bits)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: the checks of the device, operand tiles in shared memory, and the launch of a kernel."""
+"""Device checks, operand tiles in shared memory, and the launch of a kernel, shared by all kernels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def operand(*shape: int, dtype: Any) -> Any:
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """Loads `ref` into registers in any layout, which need not make a fast load."""
+    """Loads `ref` into registers in any layout, even if the load is slow."""
     return plgpu.load(ref, *_LOAD_INDEX, layout=layout, optimized=False)
 
 
@@ -101,8 +101,9 @@ def launch(
     grid: dict[str, int],
     warpgroups: int = COMPUTE_WARPGROUPS,
 ) -> Callable[..., Any]:
-    """A kernel of `warpgroups` that compute and one that copies; blocks start with the last axis of `grid` fastest.
+    """Builds a kernel of `warpgroups` that compute and one that copies.
 
+    Blocks start with the last axis of `grid` fastest.
     `body` takes references to the inputs and outputs, and `shared`, which has those of `scratch` as attributes.
     """
 

@@ -53,7 +53,7 @@ def prefill_attention(
       `out [B, T, N, H]` in q's dtype and `scores [B, K, T]` in float32 or None, both zero in the padding.
 
     Raises:
-      ValueError: for shapes or dtypes that do not belong together, or a config that does not fit the device.
+      ValueError: for shapes or dtypes that do not match, or a config that does not fit the device.
       NotImplementedError: for a case the kernels do not support, or if they cannot run here.
     """
     check(q, k, v, lengths, scale=scale, window=window)
@@ -81,7 +81,7 @@ def check(
 
     Raises:
       NotImplementedError: naming the value and what is supported.
-      ValueError: for shapes that do not belong together.
+      ValueError: for shapes that do not match.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[:2], q.shape[3]) != (k.shape[:2], k.shape[3]):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, T, N, H] and twice [B, T, K, H]")

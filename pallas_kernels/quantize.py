@@ -3,7 +3,7 @@
 A warpgroup owns a few rows of words, or of groups if those are longer, over all channels. A thread holds eight or four
 channels of a row and walks along the row's tokens, so words are put together without exchanging anything. Keys' groups
 lie along the tokens, within a thread; values' groups lie along the channels and take a few shuffles per token. With
-float8 metadata a row is a packing block, so that its factors take a few shuffles as well.
+float8 metadata a row is a packing block, so its factors take a few shuffles as well.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def launch(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtyp
     if by_tokens:
         body, inner, metadata = _keys_kernel, (head_dim,), (head_dim,)
     else:
-        # Reductions over an axis of one are not known.
+        # Mosaic GPU cannot reduce over an axis of one.
         body, inner = _values_kernel, (groups, group_size) if groups > 1 else (group_size,)
         metadata = (unit, *inner[:-1])
     out = (
@@ -124,7 +124,7 @@ def launch(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtyp
         out_type=out,
         grid=(-(-padded // rows),),
         grid_names=("tile",),
-        # Warps share nothing. Nothing is to be rounded but as the definition says.
+        # Warps share nothing, and every rounding is one of the definition's.
         compiler_params=plgpu.CompilerParams(approx_math=False, unsafe_no_auto_barriers=True),
     )
     parts = kernel(jnp.pad(x.reshape(count, unit * head_dim), pad).reshape(padded, unit, *inner))
@@ -288,7 +288,7 @@ def _rounded(instruction: str, layout: Any, *arrays: jax.Array) -> jax.Array:
 
 
 def _code(x: jax.Array, zero: jax.Array, inverse: jax.Array, bits: int) -> jax.Array:
-    """The codes, in the lowest bits. Clipping before rounding gives the same, as the bounds are whole numbers."""
+    """The codes, in the lowest bits. Clipping before rounding is equivalent, because the bounds are whole numbers."""
     step = jnp.clip((x - zero) * inverse, 0.0, float(2**bits - 1))
     return lax.bitcast_convert_type(step + _ROUNDER, jnp.uint32) & jnp.uint32(2**bits - 1)
 

@@ -1,1 +1,1 @@
-"""Benchmarks: kernels beside cuDNN and the device's own rates, and whole models beside the hardware's floor."""
+"""Benchmarks: kernels against cuDNN and the device's memory rates, whole models against the hardware's floor."""

@@ -53,7 +53,7 @@ SHAPES = (
 
 
 class Cache(NamedTuple):
-    """The regions that both packages' `decode_attention` reads, by the names of the fields."""
+    """The regions that `decode_attention` of either kernel package reads, by their fields' names."""
 
     packed: Region[Packed]
     tail: Region[jax.Array]

@@ -32,7 +32,7 @@ from minikv_jax.prompts import bucket_length
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
 _MAX_RUNS = 3
-_MIN_TIMED_SECONDS = 1.0  # nothing is repeated after so many seconds of measurement
+_MIN_TIMED_SECONDS = 1.0  # no run is repeated after this many seconds of measurement
 _SLOW_PREFILL_SECONDS = 5.0  # a prefill whose first run takes longer is not repeated
 
 
@@ -124,14 +124,14 @@ def skeleton(config: ModelConfig, dtype: str) -> Llama:
 
 
 def random_model(config: ModelConfig, dtype: str) -> Llama:
-    """Makes a model of random weights on the device, one array after the other; norms scale by one."""
+    """Makes a model with random weights on the device, one array at a time; norms scale by one."""
     graph, state = nnx.split(skeleton(config, dtype))
     draw = jax.jit(
         lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnames=("shape", "dtype")
     )
     leaves = nnx.to_flat_state(state)
     filled: dict[Any, Any] = {}
-    # The largest first, so that what drawing needs besides never decides the peak.
+    # The largest first, so that the memory for drawing never decides the peak.
     for number, (path, leaf) in enumerate(sorted(leaves, key=lambda pair: -pair[1].size)):
         key = jax.random.fold_in(jax.random.key(0), number)
         ones = leaf.ndim == 1
@@ -149,7 +149,7 @@ class Programs:
       tokens: length that the prompts are padded to.
       cache: shapes of the cache.
       compile_s: seconds to trace and compile each of the two.
-      needed_bytes: the larger of what the two hold at once, weights included.
+      needed_bytes: peak of the two programs' bytes, weights included.
     """
 
     def __init__(self, case: Case, config: ModelConfig | None = None):
@@ -187,13 +187,13 @@ class CacheLengths(NamedTuple):
 
     @classmethod
     def of(cls, cache: KVCache) -> CacheLengths:
-        """Reads the lengths to the host."""
+        """Copies the lengths to the host."""
         layers = cache.layers
         lengths = cls([layer.packed.length for layer in layers], [layer.tail.length for layer in layers], cache.length)
         return jax.tree.map(np.asarray, lengths)
 
     def after(self, steps: int, cache: KVCache) -> CacheLengths:
-        """The lengths after as many more steps; a full tail packs its oldest block."""
+        """Lengths after `steps` more steps; a full tail packs its oldest block."""
         packed, tail = [], []
         for layer, packed_length, tail_length in zip(cache.layers, self.packed, self.tail, strict=True):
             block = layer.method.flush_block
@@ -275,7 +275,7 @@ def _time_prefill(programs: Programs, params: Any, case: Case) -> _Prefill:
 def _time_stretch(
     programs: Programs, params: Any, state: State, prompt: CacheLengths, first: int, steps: int
 ) -> tuple[State, float]:
-    """The state after a stretch of decode steps, and the median of its seconds."""
+    """Runs a stretch of decode steps; returns the state after it and the median seconds."""
     times: list[float] = []
     while len(times) < _MAX_RUNS and sum(times) < _MIN_TIMED_SECONDS:
         state = jax.block_until_ready(_at_step(state, prompt, first))
@@ -286,7 +286,7 @@ def _time_stretch(
 
 
 def _at_step(state: State, prompt: CacheLengths, step: int) -> State:
-    """The state with the lengths that it has `step` steps after the prompt."""
+    """Returns the state with the lengths that it has `step` steps after the prompt."""
     lengths = jax.tree.map(jnp.asarray, prompt.after(step, state.cache))
     layers = (
         dataclasses.replace(

@@ -24,7 +24,7 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 def latency(rows: Sequence[Row], title: str) -> bytes:
-    """Seconds to generate, and of them the prefill's, against the prompt. Rows have one batch and one output length."""
+    """Plots seconds of generation and of prefill against the prompt's length, for one batch and output length."""
     figure, axes = panels(2, 3.6)
     _lines(axes[0], rows, "prompt_len", generation_s)
     _lines(axes[1], rows, "prompt_len", lambda row: row["prefill_s"])
@@ -37,7 +37,7 @@ def latency(rows: Sequence[Row], title: str) -> bytes:
 
 
 def batches(rows: Sequence[Row], title: str) -> bytes:
-    """Generated tokens per second, and peak memory, against the batch."""
+    """Plots generated tokens per second and peak memory against the batch."""
     figure, axes = panels(2, 3.6)
     _lines(axes[0], rows, "batch", lambda row: row["decode_tokens_per_s"])
     _lines(axes[1], rows, "batch", lambda row: row["peak_bytes"] and row["peak_bytes"] / 1e9)
@@ -55,7 +55,7 @@ def generation_s(row: Row) -> float:
 
 
 def _lines(axis: Axes, rows: Sequence[Row], x: str, y: Callable[[Row], float | None]) -> None:
-    """One line per method, in its own colour and marker."""
+    """Draws one line per method, each with its own colour and marker."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for index, method in enumerate(methods):
         spots = sorted((row[x], value) for row in rows if row["method"] == method and (value := y(row)) is not None)
@@ -76,7 +76,7 @@ def _lines(axis: Axes, rows: Sequence[Row], x: str, y: Callable[[Row], float | N
 
 
 def _readable_ticks(sizes: Sequence[int]) -> list[int]:
-    """The sizes whose labels do not run into the one before."""
+    """Selects sizes whose labels do not overlap."""
     kept = list(sizes[:1])
     for size in sizes[1:]:
         if size >= 1.4 * kept[-1]:
@@ -111,7 +111,7 @@ _SIZE_COLUMNS = ("method", "batch", "prompt + new")
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows in Markdown; a failed run has its error in place of results."""
+    """Formats rows as a Markdown table; a failed run shows its error instead of results."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "--:|" * (len(_COLUMNS) - 1)]
     for row in rows:
         names = _SIZE_COLUMNS if "error" in row else tuple(_COLUMNS)
@@ -142,7 +142,7 @@ def _model(row: Row) -> str:
 
 
 def series(rows: Sequence[Row], fixed: str, varied: str) -> list[Row]:
-    """The rows with one `fixed` and one output length that have the most values of `varied`; none if that is one."""
+    """Selects the rows with equal `fixed` and output length that vary most in `varied`; none if no two differ."""
     sizes = [(row[fixed], row["max_new_tokens"]) for row in rows]
     groups = [[row for row, size in zip(rows, sizes, strict=True) if size == one] for one in sorted(set(sizes))]
     longest = max(groups, key=lambda group: len({row[varied] for row in group}))

@@ -1,4 +1,4 @@
-"""Finds the largest batch or the longest prompt within a memory limit, from the needs of the compiled programs."""
+"""Finds the largest batch or the longest prompt within a memory limit, from the compiled programs' needs."""
 
 from __future__ import annotations
 

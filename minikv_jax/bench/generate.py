@@ -1,4 +1,4 @@
-"""End-to-end benchmark of generation, every run in a process of its own.
+"""End-to-end benchmark of generation; every run has its own process.
 
 A run's floor is the time that the device takes to read the weights and the valid part of the cache at its measured rate
 (`timing.rates`). No decode step can be faster.
@@ -35,7 +35,7 @@ def memory_fraction(limit: int, total: int) -> float:
     return math.floor(1e6 * (limit // _REGION_BYTES * _REGION_BYTES) / total) / 1e6
 
 
-# Run in processes of their own, with JSON values.
+# Each of these runs in its own process, with JSON values.
 
 
 def probe_device() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def probe_device() -> dict[str, Any]:
 
 
 def measure_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Measures a case, with Hugging Face's library if the method is one of its."""
+    """Measures a case; Hugging Face's methods run in its own library."""
     return (huggingface.measure if case["method"] in huggingface.METHODS else measure)(Case(**case))
 
 
@@ -103,7 +103,7 @@ class Bench:
         return run_task(function, *arguments, environment=environment)
 
     def compile_ahead(self, cases: Sequence[Case], jobs: int) -> None:
-        """Compiles all cases, `jobs` at a time. Errors are left to the run of the case."""
+        """Compiles all cases, `jobs` at a time. Running the case reports its errors."""
 
         def compile_one(case: Case) -> None:
             with contextlib.suppress(TaskError, NotImplementedError):
@@ -133,7 +133,7 @@ class Bench:
         return {"floor_ms": floor, "times_floor": ms / floor}
 
     def fitted(self, case: Case, what: str) -> dict[str, Any]:
-        """Measures the largest batch or the longest prompt within the limit, made smaller until it runs."""
+        """Measures the largest batch or the longest prompt within the limit, reduced until it runs."""
         search = self._run(find_size, dataclasses.asdict(case), what, self.limit, fraction=self.fraction)
         size, failed = search["size"], []
         while True:

@@ -1,4 +1,4 @@
-"""The baseline outside this library: `generate` of Hugging Face transformers in torch, with random or real weights.
+"""External baseline: `generate` of Hugging Face transformers in torch, with random or real weights.
 
 Attention is scaled_dot_product_attention. `huggingface-dynamic` grows its cache at every step. `huggingface-static`
 allocates it at once, and `generate` then compiles the decode step with torch.compile.
@@ -26,7 +26,7 @@ _WARM_RUNS = 2
 def measure(case: Case) -> dict[str, Any]:
     """Measures a row like `end_to_end.measure`. Times are warm medians; decode steps are a difference of two lengths.
 
-    Only the first of the case's stretches is timed, after a prompt as long as the sequence is at its beginning.
+    Times only the case's first stretch, after a prompt as long as the sequence is when the stretch begins.
     `prefill_s` is the time to the first token.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Kernel benchmark: every op, shape and implementation, beside cuDNN and the device's own rates, in one process.
+"""Kernel benchmark: every op, shape and implementation against cuDNN and the device's memory rates, in one process.
 
 Times are warm medians on random data. The results recorded in `minikv_jax/bench/results/` also decide which
 implementation runs by default (`dispatch.order`).

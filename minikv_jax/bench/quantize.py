@@ -1,4 +1,4 @@
-"""Quantising and packing keys and values, against a copy."""
+"""Benchmark of quantising and packing keys and values, against a copy."""
 
 from __future__ import annotations
 

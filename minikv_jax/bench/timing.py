@@ -70,9 +70,9 @@ def alternating_ms(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> list[f
 
 
 def chain(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.stages.Lowered:
-    """Lowers a program of many calls in which each waits for the one before, and whose input is donated.
+    """Lowers a program of many dependent calls, whose input is donated.
 
-    It gets its own result as its input, so that it keeps its buffers and its CUDA graph, as a decode loop does.
+    Its result is its next input, so it keeps its buffers and its CUDA graph, as a decode loop does.
     """
 
     def calls(x: jax.Array, *arguments: Any) -> jax.Array:
@@ -109,7 +109,7 @@ def loop(step: Callable[..., jax.Array], start: Any, *arguments: Any) -> jax.sta
 def extra_in_loop_ms(looped: Any, chained: Any, start: jax.Array, *arguments: Any) -> float:
     """Extra time per call in a compiled `loop`, compared with a `chain`, in milliseconds.
 
-    Taken in turns of equally many calls, because the device's clock falls over time by more than a loop costs.
+    The two take turns with equally many calls, because the device's clock drifts by more than a loop costs.
     """
     jax.block_until_ready(looped(start, *arguments))
     x = jax.block_until_ready(chained(jnp.copy(start), *arguments))

@@ -1,4 +1,4 @@
-"""Runs one task of a benchmark in a process of its own, whose peak of memory and whose failure are its own.
+"""Runs one benchmark task in its own process, which isolates its peak memory and its failures.
 
 `run_task` starts `python -m minikv_jax.bench.worker MODULE FUNCTION ARGUMENTS OUT`.
 """
@@ -56,7 +56,7 @@ def serve(arguments: list[str]) -> None:
     module, function, values, out = arguments
     try:
         answer = {"result": getattr(importlib.import_module(module), function)(*json.loads(values))}
-    except Exception as error:  # any error is the caller's to handle
+    except Exception as error:  # the caller handles every error
         text = " ".join(str(error).split())
         if any(mark in text for mark in _OUT_OF_MEMORY):
             text = f"out of memory: {text[:200]}"

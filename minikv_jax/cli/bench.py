@@ -1,4 +1,4 @@
-"""`minikv bench`: measure this machine."""
+"""`minikv bench`: measure speed and memory on this machine."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     ours = [case for case in cases if case.method not in huggingface.METHODS]
     if arguments.find and len(ours) < len(cases):
         raise ValueError(f"--find {arguments.find}: not with Hugging Face's methods, whose needs are not known ahead")
-    for case in cases:  # what can be wrong is reported before anything runs
+    for case in cases:  # reports errors before anything runs
         case.config()
     for case in ours:
         case.resolve_method()
@@ -128,7 +128,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
 
 
 def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """Every combination of the methods and sizes; a size that is to be found is 1."""
+    """Yields every combination of methods and sizes; the size to be found is 1."""
     prompts = [1] if arguments.find == "prompt" else arguments.prompt_len or [_PROMPT_LEN]
     batches = [1] if arguments.find == "batch" else arguments.batch or [_BATCH]
     news = arguments.max_new_tokens or [_MAX_NEW_TOKENS]
@@ -156,7 +156,7 @@ def _add_figures(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_figures(arguments: argparse.Namespace) -> int:
-    """Prints the results as Markdown, and writes the pictures that they have at least two sizes for."""
+    """Prints the results as Markdown, and draws what has at least two sizes."""
     shared.need_matplotlib()
     from minikv_jax.bench import figures  # matplotlib is optional
 

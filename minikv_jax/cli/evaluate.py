@@ -1,4 +1,4 @@
-"""`minikv evaluate`: measure what methods cost in quality."""
+"""`minikv evaluate`: measure the quality of methods."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class Session:
         )
 
     def _show(self, tokens: list[int], shown: str) -> str:
-        """Prints the text of `tokens` beyond `shown`, and returns it without an incomplete character or space."""
+        """Prints the text of `tokens` beyond `shown`; returns all of it, without an incomplete last character."""
         if self.tokenizer is None:
             text = " ".join(map(str, tokens))
         else:
@@ -163,13 +163,13 @@ class Session:
 
 
 def _timed(results: Iterator[GenerateResult]) -> Iterator[tuple[GenerateResult, float]]:
-    """Each result with the seconds until the device has finished it."""
+    """Yields each result with the seconds until the device has finished it."""
     while True:
         begin = time.perf_counter()
         result = next(results, None)
         if result is None:
             return
-        jax.block_until_ready(result)  # the cache too: the tokens of a prefill are ready before it is
+        jax.block_until_ready(result)  # the cache too, which is ready later than a prefill's tokens
         yield result, time.perf_counter() - begin
 
 

@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _drop_output() -> None:
-    """Lets go of output that cannot be written: Python would try again at its end, and report it in its own way."""
+    """Discards output that cannot be written; otherwise Python would try again when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -62,7 +62,7 @@ def _drop_output() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line, and can get its arguments when it is first used.
+    """Reports usage errors in one line, and can add its arguments on first use.
 
     Args:
       fill: adds the arguments.

@@ -1,4 +1,4 @@
-"""Text on stdout and stderr: rows, tables' warnings, progress; and JSON files."""
+"""Output of the commands: rows, warnings, progress and JSON files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def print_rows(rows: Mapping[str, str]) -> None:
 
 
 def span(values: Sequence[int]) -> str:
-    """The smallest and the largest value, as `7-12`; one number if they are equal."""
+    """Formats the smallest and the largest value as `7-12`, or one number if they are equal."""
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
@@ -45,7 +45,7 @@ def warn_not_finite(means: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def status(message: str) -> AbstractContextManager[Any]:
-    """Shows a message on stderr while something lasts, if stderr is a terminal."""
+    """Shows a message on stderr while the block runs, if stderr is a terminal."""
     return Console(stderr=True).status(message)
 
 

@@ -35,7 +35,8 @@ def read(arguments: argparse.Namespace) -> str | list[int]:
     """Reads the prompt, as text or as the token ids of --tokens-file.
 
     Raises:
-      ValueError: an empty prompt, or a file that is malformed. OSError: one that cannot be read.
+      ValueError: an empty prompt or a malformed file.
+      OSError: a file that cannot be read.
     """
     if arguments.tokens_file is not None:
         return _read_ids(arguments.tokens_file)

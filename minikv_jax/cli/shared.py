@@ -1,4 +1,4 @@
-"""Options that several commands take, each defined once, and what they stand for: methods, plugins, a model."""
+"""Options shared by several commands, and the methods, plugins and model that they select."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def output_directory(text: str) -> pathlib.Path:
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """`parse`, whose ValueError argparse then shows as it is."""
+    """Wraps `parse` so that argparse shows the text of its ValueError."""
 
     def parse_argument(text: str) -> T:
         try:
@@ -225,7 +225,7 @@ def read_method(arguments: argparse.Namespace) -> Method:
 
 
 def read_methods(arguments: argparse.Namespace) -> dict[str, SizedMethod]:
-    """The methods of `add_methods`, by the text that gave them and their share of bytes, if any."""
+    """The methods of `add_methods`, keyed by their text and, if given, their share of bytes."""
     load_plugins(arguments)
     methods: dict[str, SizedMethod] = {}
     for text in arguments.method:
@@ -244,7 +244,7 @@ def load_model(
     """The model of `add_run`'s options, and its tokenizer if it has one.
 
     Args:
-      methods: held against the model's config before its weights are loaded.
+      methods: checked against the model's config before its weights are loaded.
     """
     dispatch.check_implementation(arguments.implementation)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

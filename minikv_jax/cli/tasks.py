@@ -1,4 +1,4 @@
-"""Tasks as subcommands of `minikv evaluate` and `minikv sweep`: an option per option of the task."""
+"""Tasks as subcommands of `minikv evaluate` and `minikv sweep`, with one option per field of the task."""
 
 from __future__ import annotations
 

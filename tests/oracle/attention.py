@@ -1,4 +1,4 @@
-"""Attention in NumPy that the kernels are held to: in float64, and rounded as XLA rounds it in 16 bits."""
+"""Reference attention in NumPy: in float64, and rounded as XLA rounds it in 16 bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
-    """One row and KV head: q `[G, H]`, k and v `[S, H]`, in float64."""
+    """Attention of one row and KV head in float64: q `[G, H]`, k and v `[S, H]`."""
     if k.shape[0] == 0:
         return np.zeros(q.shape)
     logits = q.astype(np.float64) @ k.astype(np.float64).T * scale
@@ -15,7 +15,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.n
 
 
 def attention_in(dtype: np.dtype, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
-    """The same, as XLA computes it in `dtype`: operands, weights and result rounded to it, sums in float32."""
+    """`attention` as XLA computes it in `dtype`: operands, weights and result rounded, sums in float32."""
     if k.shape[0] == 0:
         return np.zeros(q.shape)
     logits = q.astype(np.float32) @ k.astype(dtype).astype(np.float32).T * np.float32(scale)

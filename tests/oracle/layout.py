@@ -1,4 +1,4 @@
-"""The packed layout in NumPy, the one definition that the library and the kernels are held to.
+"""The packed layout in NumPy: the one definition that library and kernels are tested against.
 
 Written from docs/packed-layout.md, one group and one token at a time, for `S` tokens of `H` channels behind any leading
 axes.
@@ -106,9 +106,9 @@ class Packed:
         return (*self.planes, self.scale.stored, self.zero.stored, *(self.factors or ()))
 
     def adopt(self, codes: np.ndarray) -> bool:
-        """Whether these are the codes. If float8 makes a tie of one, it may go either way, and is taken over.
+        """Whether `codes` are these codes. Ties that float8 metadata cause may round either way, and are adopted.
 
-        `x - scale_f8 * factor` may be one rounding or two, as the compiler likes; 16-bit metadata leaves no choice.
+        The compiler may round `x - scale_f8 * factor` once or twice; 16-bit metadata leave it no choice.
         """
         differ = codes != self.codes
         if differ.any() and self.factors is not None:
@@ -163,7 +163,7 @@ def quantize(
 
 
 def store(x: np.ndarray, metadata_dtype: str, blocks: int) -> Metadata:
-    """Scales or zeros `[..., rows, columns]` of `blocks` blocks of tokens, rounded to their dtype."""
+    """Rounds scales or zeros `[..., rows, columns]` of `blocks` blocks of tokens to their dtype."""
     dtype = DTYPES[metadata_dtype]
     largest = np.float32(ml_dtypes.finfo(dtype).max)
     if metadata_dtype != "float8_e4m3fn":

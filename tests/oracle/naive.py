@@ -89,7 +89,7 @@ def window_scores(
 
 
 def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], scorer: Twin) -> np.ndarray:
-    """Minus the better of two places: among the short window's pooled votes, and among the long window's plain ones."""
+    """Minus the better of two ranks: among the short window's pooled votes and the long window's plain votes."""
     windows = [(scorer.observation_window, scorer.pooling, scorer.pooling_kernel), (scorer.long_window, "max", 1)]
     places = np.zeros((2, *k.shape[:1], k.shape[2], k.shape[1]))
     for i, (size, pooling, kernel) in enumerate(windows):
@@ -101,7 +101,7 @@ def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], sco
 
 
 def pool(votes: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
-    """Same length, stride 1. "mean" counts what lies outside as zeros, "max" does not see it."""
+    """Pools with stride 1 to the same length. "mean" counts positions outside as zeros, "max" ignores them."""
     result = np.zeros_like(votes)
     for i in range(len(votes)):
         near = votes[max(0, i - kernel // 2) : i + kernel // 2 + 1]
@@ -110,7 +110,7 @@ def pool(votes: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
 
 
 def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | None = None) -> np.ndarray:
-    """One query q[H] over keys and values[S, H], every one of which is seen; float64."""
+    """Attention of one query q[H] over all keys and values[S, H], in float64."""
     scale = float(len(q) ** -0.5) if scale is None else scale
     return softmax(keys.astype(np.float64) @ q.astype(np.float64) * scale) @ values.astype(np.float64)
 
@@ -119,12 +119,12 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | N
 
 
 def tokens_of(budget: Amount, length: int) -> int:
-    """A count, at most the length; a share is resolved to 1/10000 and rounded down, in integers."""
+    """Tokens of a budget, at most the length. A share is resolved to 1/10000 and rounded down, in integers."""
     return min(budget.count, length) if isinstance(budget, Tokens) else length * round(budget.fraction * 10000) // 10000
 
 
 def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, recent: int) -> list[int]:
-    """Which of the first `length` tokens of one row and KV head stay, in position order."""
+    """Positions that one row and KV head keeps of the first `length` tokens, ascending."""
     sinks = min(sinks, length)
     recent = min(recent, length - sinks)
     heavy = min(heavy, length - sinks - recent)
@@ -153,7 +153,7 @@ def layer_shares(method: Method, layers: int) -> list[int]:
 
 
 def share_out(weights: Sequence, total, most) -> list:
-    """`total` in proportion to `weights`, no one over `most`: what is cut off goes to the others in proportion."""
+    """Shares `total` in proportion to `weights`, at most `most` each; the excess goes to the others in proportion."""
     capped: set[int] = set()
     while len(capped) < len(weights):
         free = sum(weight for i, weight in enumerate(weights) if i not in capped)

@@ -1,4 +1,4 @@
-"""Writers of tiny checkpoints, apart from the library's readers, and what a model read from one must hold."""
+"""Writes tiny checkpoints, independently of the library's readers, and checks models read from them."""
 
 import json
 import pathlib
@@ -147,7 +147,7 @@ def write_gguf(
 
 
 def parameter(model: Llama, path: str) -> np.ndarray:
-    """By its path; or the columns of a joined one that belong to the projection of that name."""
+    """A parameter by its path, or the columns of a joined one that belong to the named projection."""
     flat = {".".join(map(str, at)): leaf[...] for at, leaf in nnx.to_flat_state(nnx.state(model))}
     for joined, names in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
         *at, module, kind = path.split(".")
@@ -161,7 +161,7 @@ def parameter(model: Llama, path: str) -> np.ndarray:
 
 
 def assert_holds(model: Llama, tensors: Tensors) -> None:
-    """Every tensor is in the model, bit for bit and at its place; nothing else is."""
+    """Checks that the model holds every tensor bit for bit at its place, and nothing else."""
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == sum(x.size for x in tensors.values())
     for name, tensor in tensors.items():
         path = name.removeprefix("model.").removesuffix(".weight")

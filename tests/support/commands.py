@@ -10,7 +10,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def runner(capsys: pytest.CaptureFixture[str]) -> Run:
-    """A function that takes the arguments of `minikv` and returns exit code, stdout and stderr."""
+    """Makes a function that runs `minikv` with its arguments and returns exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:

@@ -1,4 +1,4 @@
-"""Holds decode kernels against float64 attention over the dequantised cache, within twice XLA's error."""
+"""Checks decode kernels against float64 attention over the dequantised cache, within twice XLA's error."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CASES = {
 
 
 def random_case(rng: np.random.Generator, head_dims: list[int], metadata: list[str], most_packed: int) -> Case:
-    """A case of what a kernel takes, with at most about `most_packed` packed tokens."""
+    """A random case that a kernel supports, with at most about `most_packed` packed tokens."""
     head_dim = int(rng.choice(head_dims))
     group_size = int(rng.choice([g for g in (16, 32, 64, 128) if head_dim % g == 0]))
     k_bits, v_bits = (int(b) for b in rng.choice([2, 4], 2))
@@ -155,7 +155,7 @@ def options(package: Any, case: Case) -> dict[str, Any]:
 
 
 def check(package: Any, case: Case, seed: int) -> None:
-    """The error is within its bound, and a second run is bit-equal."""
+    """Checks that the error is within its bound and that a second run is bit-equal."""
     inputs, expected, bound = make(package, case, seed)
     arrays = jax.tree.map(jnp.asarray, inputs)
     settings = options(package, case) | {"config": case.config}

@@ -1,4 +1,4 @@
-"""The textbook attention, written apart from the library's."""
+"""Textbook attention, written independently of the library's."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Builds the layers that several test files look at, and holds them against the naive reference."""
+"""Builds layers for several test files, and compares them with the naive reference."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def poison(lengths: np.ndarray, *arrays: np.ndarray) -> None:
-    """NaN behind each row's length, in place."""
+    """Writes NaN behind each row's length, in place."""
     for x in arrays:
         x[np.arange(x.shape[1]) >= lengths[:, None]] = np.nan
 
@@ -50,13 +50,13 @@ def cache_of(method: Method, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "spec"))
 def compressed(k: jax.Array, v: jax.Array, kept: Kept, capacity: LayerCapacity, spec: LayerSpec) -> LayerCache:
-    """`compress` as a program, one for each method and set of shapes."""
+    """Runs `compress` as a program, one per method and set of shapes."""
     return compress(k, v, kept, capacity, spec)
 
 
 @jax.jit
 def with_garbage(layer: LayerCache) -> LayerCache:
-    """NaN in every slot beyond the lengths, and all ones in the unused code words."""
+    """Fills slots beyond the lengths with NaN, and unused code words with ones."""
 
     def spoil(leaf: jax.Array, valid: jax.Array, capacity: int) -> jax.Array:
         rows = valid * leaf.shape[2] // max(capacity, 1)
@@ -82,7 +82,7 @@ def naive_rows(method: Method, k: np.ndarray, v: np.ndarray, lengths: Sequence[i
 
 
 def naive_append(rows: Rows, k: np.ndarray, v: np.ndarray, counts: np.ndarray) -> None:
-    """The first counts[b] of k and v[B, T, K, H]."""
+    """Appends the first counts[b] tokens of k and v[B, T, K, H]."""
     for b, row in enumerate(rows):
         for h, head in enumerate(row):
             for t in range(counts[b]):

@@ -1,4 +1,4 @@
-"""A model that only projects: random queries, keys and values per token, and the attention of every layer as output."""
+"""A model that only projects: random queries, keys and values per token; its output is every layer's attention."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ VOCABULARY, H = 400, 32
 
 @dataclasses.dataclass(frozen=True)
 class Projections:
-    """Stands where a Llama does: looks a token's queries, keys and values up, and returns every layer's output."""
+    """Stands in for a Llama: looks up a token's queries, keys and values, and returns every layer's output."""
 
     config: ModelConfig
     q: np.ndarray  # [L, V, N, H]
@@ -34,7 +34,7 @@ class Projections:
 
 
 def projections(layers: int, heads: tuple[int, int]) -> Projections:
-    """Random ones; the deeper the layer, the sharper its attention."""
+    """Makes random projections; deeper layers have sharper attention."""
     N, K = heads
     config = ModelConfig(
         vocab_size=VOCABULARY,

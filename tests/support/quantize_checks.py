@@ -1,4 +1,4 @@
-"""Holds quantisation kernels bit for bit against the definition of the layout."""
+"""Checks quantisation kernels bit for bit against the definition of the layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def check_definition(
     kernel: Callable[..., Any], x: np.ndarray, bits: int, group_size: int, axis: str, metadata: str
 ) -> None:
-    """Bit for bit, and again in a second run."""
+    """Checks a kernel bit for bit, and a second run against the first."""
     expected = quantize(x, bits, group_size, axis, metadata)
     for _ in range(2):
         result = kernel(jnp.asarray(x), bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata)
@@ -39,7 +39,7 @@ def check_definition(
 
 
 def check_nan_stays_in_its_group(kernel: Callable[..., Any], axis: str) -> None:
-    """What lies beyond a cache's length may be NaN: it must not reach the groups before it."""
+    """Checks that NaN beyond a cache's length does not reach the groups before it."""
     x = inputs(np.random.default_rng(0), (1, 2, 128, 128), "bfloat16")
     expected = quantize(x[:, :, :64], 2, 16, axis, "float16")
     x[:, :, 64:] = np.nan

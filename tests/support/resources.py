@@ -1,4 +1,4 @@
-"""Memory maps and memory of the test processes: a process that compiles thousands of programs may run out of either."""
+"""Peak memory and memory maps of the test processes, which compile thousands of programs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-// Appends one token a row to the tail, in place, and packs the oldest block of a tail that has become full.
+// Appends one token per row to the tail, in place, and packs the oldest block of a tail that becomes full.
 //
-// Everything is decided on the device from the lengths: a first kernel writes the token and, where that fills the tail,
+// Everything is decided on the device from the lengths. A first kernel writes the token and, if that fills the tail,
 // quantises `block` tokens into the packed region; a second one, which needs the block read first, moves the rest of
 // the tail down and writes the new lengths over the old ones, of which the first kernel has left it a copy.
 #include <array>
@@ -28,7 +28,7 @@ struct AppendParams {
   int kv_heads, head_dim, packed_capacity, tail_capacity, sinks, block, group, k_bits, v_bits;
 };
 
-// A tail without a free slot takes nothing: its packed region is full too.
+// A tail without a free slot takes nothing, because its packed region is full too.
 __device__ __forceinline__ int added_tokens(const AppendParams& p, int batch, int tail_length) {
   return p.count[batch] > 0 && tail_length < p.tail_capacity ? 1 : 0;
 }
@@ -126,7 +126,7 @@ struct Side {
   ffi::AnyBuffer token, tail, words, scale, zero, scale_factor, zero_factor;
 };
 
-// What XLA hands the handler.
+// The handler's arguments.
 struct AppendArguments {
   Side keys, values;
   ffi::AnyBuffer count, packed_length, tail_length, packed_length_out, tail_length_out, old_lengths;
@@ -153,7 +153,7 @@ void check_in_place(Checker& check, const AppendArguments& a, ffi::RemainingArgs
                 "the lengths are not updated in place");
 }
 
-// Checks what the sizes are read from.
+// Checks the buffers that sizes are read from.
 void check_sizes(Checker& check, const AppendArguments& a) {
   check.rank("key tail", a.keys.tail, 4);
   check.rank("key words", a.keys.words, 4);

@@ -10,7 +10,7 @@ namespace minikv {
 constexpr int kReadThreads = 512;
 constexpr int kUnroll = 8;
 
-// Exclusive-or of all words, one partial result a block.
+// Exclusive-or of all words, one partial result per block.
 __global__ void __launch_bounds__(kReadThreads) read_kernel(const uint4* data, int64_t count, uint32_t* out) {
   uint32_t sum = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kReadThreads;

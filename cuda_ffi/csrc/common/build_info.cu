@@ -1,4 +1,4 @@
-// What the library was built from, for the check against the sources at load time.
+// Digest and architectures that the library was built from, checked against the sources at load time.
 #ifndef MINIKV_BUILD_INFO
 #define MINIKV_BUILD_INFO "unknown"
 #endif

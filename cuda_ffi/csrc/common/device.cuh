@@ -93,7 +93,7 @@ __device__ __forceinline__ uint32_t float8x2_to_half2_scaled(uint32_t x) {
   return (x & 0x80008000u) | ((x & 0x7F007F00u) >> 1);
 }
 
-// The same times `factor`, which carries the missing 2**8, through float32: a factor rounded to half would shift a
+// The same times `factor`, which carries the missing 2**8, in float32: a factor rounded to half would shift a whole
 // block.
 __device__ __forceinline__ uint32_t scaled_float8(uint32_t x, float factor) {
   const uint32_t pair = float8x2_to_half2_scaled(x);
@@ -109,17 +109,19 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Hides where a value comes from: what depends on it is then not computed early and held in registers meanwhile.
+// Hides where a value comes from, so that the compiler does not compute dependent values early and hold them in
+// registers.
 __device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
 
-// Index of the thread in its block, and threads of the block: read anew.
+// Index of the thread in its block, and number of threads in the block, read anew instead of held in registers.
 __device__ __forceinline__ int2 read_thread() {
   int2 x;
   asm volatile("mov.u32 %0, %%tid.x;\nmov.u32 %1, %%ntid.x;" : "=r"(x.x), "=r"(x.y));
   return x;
 }
 
-// a / b for a >= 0, b > 0 and a quotient below 2**22: an estimate, corrected. An integer division is a long chain.
+// a / b for a >= 0, b > 0 and a quotient below 2**22: an estimate, corrected, because an integer division is a long
+// chain.
 __device__ __forceinline__ int quick_divide(int a, int b) {
   float reciprocal;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(static_cast<float>(b)));
@@ -141,9 +143,9 @@ struct CodeSlot {
   static constexpr uint32_t kMinusOffset = kOffset | 0x80008000u;
 };
 
-// Where `Shares` warps take the slots of a word, how a warp turns it. Rotated left by 2 it has the first half of the
-// slots at bits 2 to 9, by 24 more the second. A whole word of 2 bits, as it is, has slots 1 to 4 there, and with the
-// bytes of each half swapped 5, 6, 7 and 0: one instruction instead of two.
+// How a warp rotates a word if `Shares` warps take its slots. Rotated left by 2, the first half of the slots is at bits
+// 2 to 9; by 24 more, the second half. A whole word of 2 bits has slots 1 to 4 there without rotation, and 5, 6, 7 and
+// 0 with the bytes of each half swapped: one instruction instead of two.
 template <int Bits, int Shares>
 struct SlotOrder {
   static constexpr bool kByBytes = Bits == 2 && Shares == 1;
@@ -226,8 +228,8 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// What these copies bring is read once a launch: it is marked as the first to leave the L2. The word is the policy that
-// `createpolicy.fractional.L2::evict_first` makes for every line.
+// Data of these copies are read once per launch, so they are marked as the first to leave the L2. The word is the
+// policy that `createpolicy.fractional.L2::evict_first` makes for every line.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
 __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
@@ -253,7 +255,7 @@ __device__ __forceinline__ void tensor_copy(uint32_t destination, const CUtensor
 }
 #endif
 
-// 16 bytes a lane; `valid` false writes zeros instead.
+// 16 bytes per lane; `valid` false writes zeros instead.
 __device__ __forceinline__ void async_copy_16(uint32_t destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
                : "memory");

@@ -1,4 +1,5 @@
-// What every handler does before it launches: check each buffer's dtype and shape, and say which one is wrong.
+// Checks that every handler runs before it launches: each buffer's dtype and shape, with an error that names the wrong
+// one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +25,7 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-// Collects the first fault; `error()` names the op and the value. Texts are put together for a fault alone: handlers
+// Collects the first fault; `error()` names the op and the value. Messages are built only for a fault, because handlers
 // run for every token.
 class Checker {
  public:
@@ -76,7 +77,7 @@ inline ffi::Error cuda_status(const char* op, cudaError_t status) {
   return ffi::Error::Internal(std::string(op) + ": " + cudaGetErrorString(status));
 }
 
-// What launches depend on, of the current device. Asked for once: handlers run for every token.
+// Properties of the current device that launches depend on. Queried once, because handlers run for every token.
 struct Device {
   int ordinal, multiprocessors, shared_bytes_per_block, major;
 };

@@ -11,8 +11,8 @@
 namespace minikv {
 
 constexpr const char* kOp = "decode_attention";
-// Counters of launches: a launch takes the next ones, so that two share some only if about a million lie between them
-// (those must not run at the same time). Every launch leaves its own at zero.
+// Counters of launches. A launch takes the next ones, so two launches share counters only if about a million lie
+// between them, and those must not run at the same time. Every launch leaves its counters at zero.
 constexpr uint32_t kCounters = 1 << 20;
 __device__ int counters[kCounters];
 
@@ -39,8 +39,8 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// What a tensor map is of: `rows` rows of `row_bytes`, read in boxes of `box_rows` rows that land as `SwizzledTile`
-// says; `all_spans` false reads one span of each row at a time.
+// Describes a tensor map: `rows` rows of `row_bytes`, read in boxes of `box_rows` rows into a `SwizzledTile`. With
+// `all_spans` false, a box is one span of each row.
 struct RowsOf {
   const void* base = nullptr;
   int64_t rows = 0;
@@ -70,8 +70,8 @@ bool encode_rows(CUtensorMap* map, const RowsOf& of) {
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// `encode_rows`, which takes the driver over 0.1 us, or what it made before: a map holds an address and sizes, nothing
-// of what lies there. A loop calls with the same buffers again and again.
+// Returns a cached map, or calls `encode_rows`, which takes the driver over 0.1 us. A map holds an address and sizes,
+// not contents, and a loop calls with the same buffers repeatedly.
 bool rows_map(CUtensorMap* map, const RowsOf& of) {
   struct Kept {
     RowsOf of;
@@ -130,8 +130,8 @@ DecodeInstance find_instance(int64_t head_dim, int v_bits, Metadata metadata, bo
   }
 }
 
-// Lets the kernel have all shared memory of a block on the current device. That holds for every thread's launches, so
-// all set the same; this one need not where its last launch was of the same kernel.
+// Allows the kernel all shared memory of a block on the current device. The setting applies to launches of all threads,
+// which set the same value; a thread skips it if its last launch was of the same kernel.
 void allow_all_shared_bytes(const void* kernel, const Device& device) {
   thread_local const void* last_kernel = nullptr;
   thread_local int last_device = -1;
@@ -156,7 +156,7 @@ int* take_counters(int device, uint32_t count) {
   return all + (first + count > kCounters ? 0 : first);
 }
 
-// What XLA hands the handler.
+// The handler's arguments.
 struct DecodeArguments {
   ffi::AnyBuffer q, k_words, k_scale, k_zero, v_words, v_scale, v_zero;
   ffi::AnyBuffer k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor;  // of float8 metadata
@@ -176,7 +176,7 @@ struct DecodeArguments {
   bool vector_metadata() const { return H() == 128 && group_size == 16 && metadata() != kFloat8; }
 };
 
-// Checks what the sizes are read from.
+// Checks the buffers that sizes are read from.
 void check_sizes(Checker& check, const DecodeArguments& a) {
   check.rank("q", a.q, 3);
   check.rank("k_words", a.k_words, 4);
@@ -229,7 +229,7 @@ void check_buffers(Checker& check, const DecodeArguments& a) {
   check.dtype("partial", a.partial, {ffi::F32});
 }
 
-// The kernel's parameters, but for what `plan_warps` and the launch add.
+// The kernel's parameters, except those that `plan_warps` and the launch set.
 DecodeParams make_params(const DecodeArguments& a, float scale, int stages) {
   DecodeParams p{};
   p.q = a.q.untyped_data();
@@ -270,7 +270,7 @@ int plan_warps(Checker& check, DecodeParams& p, const DecodeArguments& a, const 
       std::min(max_warps(H),
                (device.shared_bytes_per_block - static_cast<int>(sizeof(BlockWork))) / bytes_per_warp(p, instance, H));
   const int useful_warps = static_cast<int>(std::clamp<int64_t>((full_tiles + blocks - 1) / blocks, 2, max_warps(H)));
-  // Few tiles: warps that would find none take shares of the others'.
+  // If tiles are few, idle warps take shares of the others' tiles.
   const bool shared_tiles = requested_warps <= 0 && full_tiles > 0 && useful_warps * instance.shares <= fitting_warps;
   p.shares_log2 = shared_tiles ? integer_log2(instance.shares) : 0;
   const int warps = std::min(fitting_warps, requested_warps > 0 ? requested_warps : useful_warps << p.shares_log2);

@@ -1,4 +1,4 @@
-// Instances of the decode kernel for one head_dim and number of key bits. The build gives both, so that instances
+// Instances of the decode kernel for one head_dim and number of key bits, which the build defines so that instances
 // compile in parallel.
 #include "decode/kernel.cuh"
 

@@ -18,7 +18,7 @@
 
 namespace minikv {
 
-// The first lane's `x`, for a value that is the same in all lanes: the compiler then knows that it is.
+// The first lane's `x`. Tells the compiler that a value is the same in all lanes.
 template <typename T>
 __device__ __forceinline__ T uniform(T x) {
   return __shfl_sync(kAllLanes, x, 0);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   using Warp = DecodeWarp<H, KBits, VBits, kMetadata, kVectorMetadata>;
   using Layout = typename Warp::Layout;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const int shares_log2 = Warp::Map::kShares == 1 ? 0 : p.shares_log2;  // known where tiles are never shared
+  const int shares_log2 = Warp::Map::kShares == 1 ? 0 : p.shares_log2;  // constant if tiles are never shared
   const int warps = blockDim.x / kWarpSize - producers(H), teams = warps >> shares_log2;
   const int warp = uniform(static_cast<int>(threadIdx.x / kWarpSize)), lane = threadIdx.x % kWarpSize;
   const int team = warp >> shares_log2, share = warp - (team << shares_log2);
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   }
 #endif
   wait_for_launch_before();
-  const Lengths lengths(p, lane);  // asked for first: all else waits for them
-  // One lane a warp: initialisations by several lanes of a warp run one after the other.
+  const Lengths lengths(p, lane);  // read first: all else waits for them
+  // One lane per warp, because initialisations by several lanes of a warp run one after the other.
   if (warp < teams && lane == 0) {
     for (int i = warp * p.stages; i < (warp + 1) * p.stages; ++i) {
       barrier_init(full + 8 * i, kBulkCopies ? 1 : kWarpSize);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   if (threadIdx.x == 0) block = work;
   __syncthreads();  // the barriers exist
 
-  // Where the block joins its warps' results: in their rings, or beside them, where others of a team may still read.
+  // Where the block joins its warps' results: in their rings, or beside them if others of a team may still read.
   const int result_bytes = shares_log2 == 0 ? ring_bytes : ring_bytes / 2;
   uint8_t* results = shared + (shares_log2 == 0 ? 0 : teams * ring_bytes);
   if (producer) {
@@ -132,13 +132,13 @@ __global__ void __launch_bounds__((max_warps(H) + producers(H)) * kWarpSize, 1)
   clear_empty_rows<H>(p);
 }
 
-// What the host needs to launch one instance.
+// Host-side description of one instance, for its launch.
 struct DecodeInstance {
   const void* kernel;
-  int stage_bytes, shares;  // shares: warps of a team, where a tile is shared
+  int stage_bytes, shares;  // shares: warps of a team, if a tile is shared
 };
 
-// Null kernel where there is no such instance.
+// Null kernel if there is no such instance.
 template <int H, int KBits>
 DecodeInstance decode_instance(int v_bits, Metadata metadata, bool vector_metadata);
 

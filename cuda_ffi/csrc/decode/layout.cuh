@@ -1,4 +1,4 @@
-// Decode attention: what one instance of the kernel keeps in shared memory, and which tokens of a tile a lane holds.
+// Decode attention: shared-memory layout of a kernel instance, and the tokens of a tile that each lane holds.
 #pragma once
 
 #include "decode/work.cuh"
@@ -32,7 +32,7 @@ struct DecodeLayout {
                 "a partial output is staged in half a ring of two stages or more");
 
   // Output channels are taken in blocks; inside a block, lane row r owns a run of consecutive channels, so that one
-  // scale and zero a token serve the whole run.
+  // scale and zero per token serve the whole run.
   static constexpr int kBlockChannels = H == 96 ? 32 : (H < 128 ? H : 128);
   static constexpr int kBlocks = H / kBlockChannels;
   static constexpr int kRun = kBlockChannels / 8;
@@ -49,7 +49,7 @@ struct TokenMap {
   static constexpr int kValueWordTokens = 32 / VBits;  // tokens in a value word
   static constexpr int kValueWordsPerLane = VBits == 2 ? 2 : 4;
   static constexpr int kTiles = kHalves * kKeySlots;  // tensor-core row tiles: always 8, of 16 tokens
-  // Warps that can take one tile together, each a share of the slots of every word: two of them are the fewest.
+  // Warps that can share a tile, each with a share of the slots of every word: at least two.
   static constexpr int kShares = KBits == VBits ? 8 / KBits : 1;
 
   __device__ __forceinline__ static int key_word(int half, int row) {
@@ -66,7 +66,7 @@ struct TokenMap {
   }
 
   // Local token u (0..31) of a lane after the transposition: register and half-register that hold its probability.
-  // Where a tile is cut into `shares`, slots count from the share's first.
+  // If a tile is cut into `shares`, slots count from the share's first.
   __host__ __device__ static constexpr int p_register(int u, int shares) {
     if (KBits == 2) return 2 * (u % 8) + (u / 8) % 2;
     const int half = VBits == 4 ? u / 16 : (u / 8) % 2;

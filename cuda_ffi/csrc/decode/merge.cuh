@@ -1,7 +1,7 @@
 // Decode attention: joining the partial outputs of a row.
 //
-// Whichever block stores a row's last partial output joins them all, in the order of the list, so that equal launches
-// give equal bits. A counter says how many of the row's tiles have arrived.
+// The block that stores a row's last partial output joins them all, in the order of the list, so equal launches give
+// equal bits. A counter holds the number of the row's tiles that have arrived.
 #pragma once
 
 #include "decode/work.cuh"
@@ -38,7 +38,7 @@ struct SegmentParts {
 
   __device__ int count() const { return lead + between + trail; }
 
-  // Where part `i` lies; -1 where there were no tiles for it.
+  // Slot of part `i`; -1 if it had no tiles.
   __device__ int slot(int i) const {
     const bool first = i < lead, last = i >= lead + between;
     const int team = first ? first_team : last ? last_team : second_block + (i - lead) * teams_per_block;
@@ -86,7 +86,7 @@ struct QueryMerge {
     }
   }
 
-  // Takes up to 32 more partial outputs, one a lane, into the maximum and the denominator; their weights.
+  // Adds up to 32 more partial outputs, one per lane, to the maximum and the denominator; returns their weights.
   __device__ float rescale(float maximum, float own) {
     float next = fmaxf(maximum, highest);
     for (int d = 16; d; d >>= 1) next = fmaxf(next, __shfl_xor_sync(kAllLanes, next, d));
@@ -107,7 +107,7 @@ struct QueryMerge {
   }
 };
 
-// What a warp without tiles leaves for `join_warps`.
+// Result of a warp without tiles, for `join_warps`.
 template <int H>
 __device__ void clear_result(const DecodeParams& p, float* result, int lane) {
   const int queries = p.partial_queries();
@@ -150,14 +150,14 @@ __device__ void join_warps(const DecodeParams& p, const BlockWork& block, const 
   }
 }
 
-// Adds to a counter: what the block wrote before is seen by whom the sum tells of it, and the other way round.
+// Adds to a counter with acquire and release order: whoever reads the sum sees what was written before each addition.
 __device__ __forceinline__ int add_acquire_release(int* counter, int value) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
 
-// The rows that a block has tiles of: calls visit(index, row, begin), `begin` being the row's first tile in the list.
+// Calls visit(index, row, begin) for every row that a block has tiles of; `begin` is the row's first tile in the list.
 template <typename Visit>
 __device__ __forceinline__ void visit_rows(const DecodeParams& p, const BlockWork& block, const Visit& visit) {
   TileCursor row = block.at;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void visit_rows(const DecodeParams& p, const BlockWor
 }
 
 // After a block has stored its partial outputs: joins the rows that are complete now. Rows, then queries and 64
-// channels of them, are dealt to its warps. `complete`: shared memory, a byte a row.
+// channels of them, are dealt to its warps. `complete`: shared memory, a byte per row.
 template <int H>
 __device__ void merge_rows(const DecodeParams& p, const BlockWork& block, int teams_per_block, uint8_t* complete,
                            int warp, int lane) {
@@ -213,7 +213,7 @@ __device__ void merge_rows(const DecodeParams& p, const BlockWork& block, int te
   });
 }
 
-// Zeros for the batch entries without tokens, which are in nobody's list.
+// Writes zeros for batch entries without tokens, which are in no list.
 template <int H>
 __device__ void clear_empty_rows(const DecodeParams& p) {
   for (int b = blockIdx.x; b < p.batch; b += gridDim.x) {

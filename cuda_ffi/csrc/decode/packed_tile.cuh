@@ -5,7 +5,7 @@
 
 namespace minikv {
 
-// What a warp does with its share of a tile of 128 packed tokens, which `kShares` warps take together.
+// A warp's share of a tile of 128 packed tokens, which `kShares` warps take together.
 //
 // `share` numbers the warps of a team. `valid` tokens exist from the tile's first one, `first_token` of row `kv_row`,
 // on: that one at least, and no word by half. These are arguments, not members, and so stay in registers.
@@ -19,7 +19,7 @@ struct PackedTile {
   static constexpr int kTiles = Map::kTiles / kShares;  // row tiles of 16 tokens
 
   __device__ __forceinline__ static void take(Warp& warp, int share, int kv_row, int first_token, int valid) {
-    // Two loops' worth would not fit.
+    // Twice as many would not fit.
     if constexpr (Map::kShares > 1) forget(warp.lane), forget(warp.row), forget(warp.quad), forget(share);
     float s[kTiles][4], added[Map::kHalves][2];
     logits(warp, share, s, added, warp.wait_stage(), kv_row, first_token, valid);
@@ -105,7 +105,7 @@ struct PackedTile {
     for (int h = 0; h < Map::kHalves; ++h) {
       const int word = Map::key_word(h, warp.row);
       const bool exists = word * (32 / KBits) < valid;
-      // Metadata of what does not exist may be NaN: the first token's stand in.
+      // Metadata of missing tokens may be NaN, so the first token's are used instead.
       const int token = exists ? word * (32 / KBits) : 0;
       const float scale_factor = factor_of(warp, 0, kv_row, first_token + token);
       const float zero_factor = factor_of(warp, 1, kv_row, first_token + token);
@@ -172,15 +172,15 @@ struct PackedTile {
     }
   }
 
-  // Where a lane finds the metadata of two words' values: by `at` where metadata are vectors, else by the rest.
+  // Where a lane finds the metadata of two words' values: `at` if metadata are vectors, else the other fields.
   struct ValueMetadata {
     uint32_t at;         // the lane's row of the first two slots' matrices
     int first[2];        // each word's first token's, of the group of the lane's channels
     float factor[2][2];  // [scale, zero][word]
   };
 
-  // That of the lane's words number `2 * pair` and `2 * pair + 1`. Metadata of what does not exist may be NaN, and NaN
-  // times a probability of 0 is NaN: the tile's first word's stand in.
+  // That of the lane's words number `2 * pair` and `2 * pair + 1`. Metadata of missing tokens may be NaN, and NaN times
+  // a probability of 0 is NaN, so the tile's first word's are used instead.
   __device__ __forceinline__ static ValueMetadata value_metadata_of(const Warp& warp, int share, int block, int pair,
                                                                     int kv_row, int first_token, int valid) {
     constexpr int kTokens = Map::kValueWordTokens;

@@ -7,8 +7,8 @@
 
 namespace minikv {
 
-// A warp that keeps rings of a block full: those of teams `first_team`, `first_team` + producers(H), ... Lane `t`
-// follows the tiles of team `t`.
+// A warp that keeps the rings of teams `first_team`, `first_team` + producers(H), ... full. Lane `t` follows the tiles
+// of team `t`.
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
 struct DecodeProducer {
   using Layout = DecodeLayout<H, KBits, VBits, kMetadata, kVectorMetadata>;
@@ -53,8 +53,8 @@ struct DecodeProducer {
 #endif
   }
 
-  // Asks for the keys or the values of a packed tile, from token `first` of all rows; its row has room for `room`
-  // tokens from there, the tile's or, at the row's end, fewer.
+  // Requests the keys or the values of a packed tile, from token `first` of all rows. Its row has room for `room`
+  // tokens from there: the tile's or, at the row's end, fewer.
   template <bool kKeys>
   __device__ __forceinline__ void copy_packed(int first, int room, uint32_t stage, uint32_t barrier) const {
     using Words = std::conditional_t<kKeys, typename Layout::KeyWords, typename Layout::ValueWords>;
@@ -63,7 +63,7 @@ struct DecodeProducer {
     constexpr int kWordTokens = 32 / (kKeys ? KBits : VBits);
     const int all = p.batch * p.kv_heads * p.packed_capacity;
     const int meta_log2 = kKeys ? p.group_log2 : 4, meta_rows = kTileTokens >> meta_log2;
-    const int meta_bytes = (H >> p.group_log2) * Layout::kMetaBytes;  // of a token's values, where they are plain
+    const int meta_bytes = (H >> p.group_log2) * Layout::kMetaBytes;  // of a token's values, if they are plain
     const int copied = kMetaAsRows ? meta_rows * Meta::kRowBytes : room * meta_bytes;
 #if __CUDA_ARCH__ >= 900
     barrier_expect(barrier, Words::kBytes + 2 * copied);
@@ -94,7 +94,7 @@ struct DecodeProducer {
   }
 
   // The keys or the values of one tile of each team. Lane `t` knows team `t`'s: `first` as above; `room` as above of a
-  // packed tile, 0 of a tail tile, -1 where the team has none left.
+  // packed tile, 0 of a tail tile, -1 if the team has none left.
   template <bool kKeys>
   __device__ __forceinline__ void copy_tiles(int first, int room, bool one_by_one) {
 #pragma unroll 1
@@ -131,8 +131,8 @@ struct DecodeProducer {
                                     : at.kv_row * p.tail_capacity + tail_tile * kTailTokens;
       const int packed_room = at.packed() ? min(kTileTokens, p.packed_capacity - at.tile * kTileTokens) : 0;
       const int room = n < tiles ? packed_room : -1;
-      // A team has one copy on its way at a time: that keeps the memory busy, and more would make what is needed first
-      // wait among what is needed later. Where there is little to copy, all of it is asked for at once.
+      // A team has one copy in flight at a time: that keeps the memory busy, and more copies would delay those needed
+      // first. If there is little to copy, all of it is requested at once.
       copy_tiles<true>(first, room, n > 0 && most > 2);
       copy_tiles<false>(first, room, most > 2);
       if (n < tiles) at.advance(p, stride);

@@ -5,8 +5,8 @@
 
 namespace minikv {
 
-// A tile of 32 full-precision tokens, of which the first `valid` exist. The first warp of a team (`share` 0) takes it;
-// the others only hand its stages back.
+// A tile of 32 full-precision tokens, of which the first `valid` exist. The first warp of a team (`share` 0) processes
+// it; the others only hand its stages back.
 template <int H, int KBits, int VBits, Metadata kMetadata, bool kVectorMetadata>
 __device__ __forceinline__ void take_tail_tile(DecodeWarp<H, KBits, VBits, kMetadata, kVectorMetadata>& warp, int share,
                                                int valid) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void take_tail_tile(DecodeWarp<H, KBits, VBits, kMeta
   stage = shared_address(warp.wait_stage());
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    uint32_t keep[2];  // clears values of tokens that do not exist: they may be NaN
+    uint32_t keep[2];  // clears values of missing tokens, which may be NaN
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = 16 * t + 8 * i + 2 * warp.quad;

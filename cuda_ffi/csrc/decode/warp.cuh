@@ -1,5 +1,5 @@
-// Decode attention: a computing warp's state, with what its tiles of both kinds share: the ring of stages, the queries,
-// the softmax and the output. The products are in packed_tile.cuh and tail_tile.cuh.
+// Decode attention: a computing warp's state, which packed and tail tiles share: the ring of stages, the queries, the
+// softmax and the output. The products are in packed_tile.cuh and tail_tile.cuh.
 #pragma once
 
 #include "decode/layout.cuh"
@@ -15,8 +15,8 @@ struct DecodeWarp {
 
   const DecodeParams& p;
   uint8_t* ring;
-  uint32_t full, empty;  // barriers, one a stage
-  uint2* queries;        // the lane's query pairs, one a step; in shared memory to leave registers for the accumulators
+  uint32_t full, empty;  // barriers, one per stage
+  uint2* queries;  // the lane's query pairs, one per step; in shared memory to leave registers for the accumulators
   int lane, row, quad;
 
   int slot = 0;
@@ -37,7 +37,7 @@ struct DecodeWarp {
     return ring + slot * Layout::kStageBytes;
   }
 
-  // All lanes have read the current stage: hand it back to the producer.
+  // Hands the current stage, which all lanes have read, back to the producer.
   __device__ __forceinline__ void release_stage() {
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * slot);
@@ -55,7 +55,7 @@ struct DecodeWarp {
     const uint16_t* q =
         static_cast<const uint16_t*>(p.q) + (static_cast<int64_t>(at.kv_row) * p.group + (valid ? query : 0)) * H;
     const int first = at.packed() ? 4 * quad : 2 * quad, second = at.packed() ? first + 2 : first + 8;
-    uint2 pairs[kSteps];  // all loads first: one latency, not one a step
+    uint2 pairs[kSteps];  // all loads first: one latency, not one per step
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       pairs[s].x = *reinterpret_cast<const uint32_t*>(q + 16 * s + first);
@@ -110,7 +110,7 @@ struct DecodeWarp {
       probability[2 * t] = transpose_8x8(pack_half2(s[t][0], s[t][1]));
       probability[2 * t + 1] = transpose_8x8(pack_half2(s[t][2], s[t][3]));
     }
-    // Maxima seldom move.
+    // Maxima rarely move.
     if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) rescale_out(rescale);
   }
 

@@ -2,8 +2,8 @@
 //
 // Work is cut into tiles of equal bytes: 128 packed tokens, or 32 tokens of the tail. The tiles of all rows (a row is
 // one batch entry, KV head and block of 8 queries) form one list, split evenly over the teams of a grid that fills the
-// device once. A team is one computing warp, or, where tiles are few, several that each take a share of every tile. A
-// run of tiles of one kind in one row is a segment.
+// device once. A team is one computing warp or, if tiles are few, several that each take a share of every tile. A run
+// of tiles of one kind in one row is a segment.
 #pragma once
 
 #include "common/device.cuh"
@@ -64,7 +64,7 @@ struct TileCursor {
     tiles = packed_tiles + (tail_length + kTailTokens - 1) / kTailTokens;
   }
 
-  // Moves `count` tiles on, over as many rows as that takes.
+  // Advances by `count` tiles, across rows.
   __device__ void advance(const DecodeParams& p, int count) {
     tile += count;
     while (tile >= tiles && batch < p.batch) {
@@ -84,7 +84,7 @@ struct TileCursor {
   __device__ bool packed() const { return tile < packed_tiles; }
 };
 
-// Lengths of 32 batch entries, one a lane; zero past the last.
+// Lengths of 32 batch entries, one per lane; zero past the last.
 struct Lengths {
   int packed, tail;
 
@@ -146,8 +146,7 @@ struct Split {
   // floor(total * team / teams).
   __device__ __forceinline__ int first(int team) const { return each * team + quick_divide(rest * team, teams); }
 
-  // The team that tile `tile` belongs to: the last one whose first tile is not behind it. The estimate is off by one at
-  // most.
+  // The team of tile `tile`: the last one whose first tile is at or before it. The estimate is off by at most one.
   __device__ int team_of(int tile) const {
     const int team = min(static_cast<int>(__fdividef((tile + 1.0f) * teams, total)), teams - 1);
     return first(team) > tile ? team - 1 : first(team + 1) <= tile ? team + 1 : team;
@@ -167,14 +166,14 @@ struct BlockWork {
     at = locate(p, lengths, first, lane);
   }
 
-  // Whether all tiles lie in one segment: then the block joins its warps' results itself.
+  // Whether all tiles lie in one segment; the block then joins its warps' results itself.
   __device__ bool joined() const {
     return first < last && last <= first - at.tile + (at.packed() ? at.packed_tiles : at.tiles);
   }
 };
 
-// The tiles of one team of a block: a run of the list, or, where the block joins its warps' results anyway, every
-// so-many-th of the block's, so that the teams read neighbouring memory.
+// The tiles of one team of a block: a run of the list or, if the block joins its warps' results anyway, tiles dealt in
+// turn, so that the teams read neighbouring memory.
 struct TeamTiles {
   int first, count, stride;
 
@@ -187,8 +186,8 @@ struct TeamTiles {
   }
 };
 
-// Where the partial outputs of a team go, one for each of its warps: unique, because along the list of tiles each next
-// segment has a larger team or a larger number (a row has two segments, packed and tail).
+// Slots of a team's partial outputs, one per warp. They are unique, because along the list of tiles each next segment
+// has a larger team or a larger number (a row has two segments, packed and tail).
 __device__ __forceinline__ int first_slot(const DecodeParams& p, int team, int row, bool packed) {
   return (team + 2 * row + (packed ? 0 : 1)) << p.shares_log2;
 }

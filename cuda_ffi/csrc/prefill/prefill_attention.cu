@@ -1,4 +1,4 @@
-// Handlers of the two passes of prefill column sums: which kernel for which head dim and dtype.
+// Handlers of the two passes of prefill column sums, which select the kernel for a head dim and dtype.
 #include "common/ffi_checks.h"
 #include "prefill/prefill_attention.cuh"
 
@@ -6,7 +6,7 @@ namespace minikv {
 
 namespace {
 
-// The resident rows take 64 registers a lane at head dims of 128 and 256.
+// The resident rows take 64 registers per lane at head dims of 128 and 256.
 template <int HeadDim>
 struct Tuned : PrefillConfig<HeadDim, 2, 64> {};
 template <>

@@ -34,7 +34,7 @@ struct PrefillParams {
   float* row_log_sum_exp;  // [B, N, T]: written by pass 1, read by pass 2
   float* head_sums;        // [B, N, T]: written by pass 2
   int tokens, heads, kv_heads;
-  int window;        // at least `tokens` where there is none
+  int window;        // at least `tokens` if there is none
   float scale_log2;  // softmax scale over ln 2
 };
 
@@ -59,8 +59,8 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
   }
 }
 
-// A row's running sum in pass 1 is relative to a maximum that lags behind: it moves only when a sum outgrows it by
-// this much, so that the common step has neither a comparison per logit nor a rescaling.
+// A row's running sum in pass 1 is relative to a lagging maximum, which moves only when a sum outgrows it by this much.
+// The common step then needs neither a comparison per logit nor a rescaling.
 constexpr float kLargestSum = 0x1p60f;
 
 template <typename Config, typename T, bool Columns>
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks) prefill_ker
   pass.finish();
 }
 
-// Sums of the query heads of each KV head; one thread a key.
+// Sums over the query heads of each KV head; one thread per key.
 __global__ void group_sums_kernel(const float* head_sums, float* column_sums, int64_t keys, int tokens, int group) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= keys) return;

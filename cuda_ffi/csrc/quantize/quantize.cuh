@@ -20,8 +20,8 @@ constexpr float kLargestBFloat16 = 3.3895313892515355e38f;
 constexpr float kLargestFloat8 = 448.0f;
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
-// 1 / x, and 0 where x is 0 or its reciprocal could overflow. Rounded once, as everything here: the codes are defined
-// bit by bit.
+// 1 / x, and 0 if x is 0 or its reciprocal could overflow. Rounded once, like everything here, because the codes are
+// defined bit by bit.
 __device__ __forceinline__ float safe_reciprocal(float x) { return x >= kSmallestNormal ? __frcp_rn(x) : 0.0f; }
 
 // ---- Two and four values of the input's type.
@@ -62,7 +62,7 @@ __device__ __forceinline__ P shuffle_xor(P x, int lanes) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
 }
 
-// `condition ? a : b` of values: of objects the compiler may make an address, and with it a stack frame.
+// `condition ? a : b` on values. On objects the compiler may select an address, which needs a stack frame.
 __device__ __forceinline__ float2 select(bool condition, float2 a, float2 b) {
   return {condition ? a.x : b.x, condition ? a.y : b.y};
 }
@@ -112,8 +112,8 @@ struct alignas(4 * sizeof(M)) MetadataQuad {
   M m[4];
 };
 
-// Rounds four values to M in place. Float8 goes through a factor of its packing block: the block's largest magnitude
-// lands on the largest float8. All threads of the block call; `largest` is the team's, zero before.
+// Rounds four values to M in place. Float8 uses a factor per packing block, which maps the block's largest magnitude to
+// the largest float8. Called by all threads of the block; `largest` is the team's and starts at zero.
 template <typename M>
 __device__ __forceinline__ MetadataQuad<M> round_metadata(float (&x)[4], uint32_t* largest, float* factor, bool first) {
   MetadataQuad<M> stored;
@@ -135,7 +135,7 @@ __device__ __forceinline__ MetadataQuad<M> round_metadata(float (&x)[4], uint32_
 
 // ---- One slab.
 
-// Where a thread stands in its block, and what it reads and writes. Inactive threads fill up the last warp.
+// A thread's place in its block, and the memory it reads and writes. Inactive threads fill up the last warp.
 template <typename M>
 struct Slab {
   int quad, quads;      // of 4 channels
@@ -179,7 +179,7 @@ __device__ __forceinline__ void exchange_halves(P (&range)[kSlabTokens], int lan
 constexpr float kRoundingShift = 12582912.0f;
 constexpr uint32_t kRoundingShiftBits = 0x4B400000u;
 
-// Codes of 16 tokens x 4 channels into words; `zero(t, c)` and `reciprocal(t, c)` give what belongs to a value.
+// Packs codes of 16 tokens x 4 channels into words; `zero(t, c)` and `reciprocal(t, c)` are a value's metadata.
 template <int Bits, typename X, typename Zero, typename Reciprocal>
 __device__ __forceinline__ void pack_codes(const Quad<X> (&v)[kSlabTokens], uint32_t* words, int head_dim, Zero zero,
                                            Reciprocal reciprocal) {
@@ -203,7 +203,7 @@ __device__ __forceinline__ void pack_codes(const Quad<X> (&v)[kSlabTokens], uint
   }
 }
 
-// Quantises one slab; `load(t)` gives the thread's four channels of token t. All threads of the block call.
+// Quantises one slab; `load(t)` gives the thread's four channels of token t. Called by all threads of the block.
 template <int Bits, bool ByTokens, typename X, typename M, typename Load>
 __device__ __forceinline__ void quantize_slab(const Slab<M>& slab, QuantizeScratch& scratch, Load load) {
   constexpr float kStep = 1.0f / ((1 << Bits) - 1);
