@@ -7,10 +7,11 @@ import contextlib
 import errno
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from minikv_jax import files
+from minikv_jax import checks, files
 from minikv_jax.schemas import Schema, validate
 
 _ARRAYS = "arrays"
@@ -113,10 +114,29 @@ def load(directory: str | os.PathLike[str], description: Description, like: Any)
 @contextlib.contextmanager
 def naming_damage(path: pathlib.Path, kind: str) -> Iterator[None]:
     """Turns what Orbax raises for damaged files into one ValueError that names the path, in one line."""
+    before = sys.unraisablehook
+    if not isinstance(before, _LateReads):
+        sys.unraisablehook = _LateReads(before)
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a complete {kind}: {_cause(error)}") from None
+    except Exception as error:  # Orbax raises bare ones; what TensorStore said is their cause
+        raise ValueError(f"{path} is not a complete {kind}: {_cause(error.__cause__ or error)}") from None
+    sys.unraisablehook = before  # after a failure it stays: reads may still be under way
+
+
+class _LateReads:
+    """Drops the reports of reads that end after another one has failed, and gives others to the hook before it.
+
+    Orbax reads all arrays at once, and leaves the loop that the reads report to at the first failure.
+    """
+
+    def __init__(self, before: Callable[[sys.UnraisableHookArgs], Any]):
+        self._before = before
+
+    def __call__(self, report: sys.UnraisableHookArgs) -> None:
+        late = ("Event loop is closed", "Encountered error while reading array index")
+        if not str(report.exc_value).startswith(late):
+            self._before(report)
 
 
 @contextlib.contextmanager
@@ -128,9 +148,9 @@ def orbax_errors() -> Iterator[None]:
         raise OSError(errno.EIO, _cause(error)) from None
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """The first line of a message, which may have forty, shortened."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = checks.printable((str(error).strip().splitlines() or [type(error).__name__])[0])
     return line if len(line) <= _CAUSE_LENGTH else f"{line[:_CAUSE_LENGTH]}..."
 
 

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from minikv_jax import files
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.directory import check_links, member
 from minikv_jax.models.parameters import Skeleton, check_depth, raise_misfits, raise_nonfinite
 from minikv_jax.saved_arrays import naming_damage, orbax_errors
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Orbax is imported inside the functions: it takes about a second, and most runs neither save nor restore a model.
 
 _KIND = "minikv_jax checkpoint"
+_CONFIG = "config/metadata"  # as Orbax's JSON handler calls it
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
@@ -52,14 +54,13 @@ def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
 
 def restore_config(directory: str | os.PathLike[str]) -> ModelConfig:
     """The config that `save` wrote, without the parameters. Raises as `restore` does."""
-    import orbax.checkpoint as ocp
-
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist")
-    with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
-        stored = checkpointer.restore(directory, ocp.args.Composite(config=ocp.args.JsonRestore()))
-        return ModelConfig.from_dict(stored["config"])
+    path = member(directory, _CONFIG)
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a complete {_KIND}: {_CONFIG} is missing")
+    return ModelConfig.from_dict(files.read_json(path), path)
 
 
 def restore(
@@ -76,8 +77,12 @@ def restore(
 
     directory, resolved = pathlib.Path(directory).absolute(), resolve_dtype(dtype)
     config = restore_config(directory)
+    check_links(directory, ["**/*"])
     with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
-        stored = _flatten(checkpointer.metadata(directory).item_metadata["params"].tree)
+        described = checkpointer.metadata(directory).item_metadata.get("params")
+        if described is None:
+            raise ValueError("params/_METADATA is missing")
+        stored = _flatten(described.tree)
     check_depth(str(directory), config, stored)
     skeleton = Skeleton.of(config, resolved)
     _check_stored(directory, {path: tuple(leaf.shape) for path, leaf in stored.items()}, skeleton)

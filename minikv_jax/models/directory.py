@@ -32,4 +32,4 @@ def check_links(directory: pathlib.Path, patterns: list[str]) -> None:
     """Raises ValueError if a file with a name like one of `patterns` is a link that leaves the directory."""
     for pattern in patterns:
         for path in directory.glob(pattern):
-            member(directory, path.name)
+            member(directory, str(path.relative_to(directory)))
