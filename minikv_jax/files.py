@@ -135,7 +135,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
       OSError: it cannot be written, naming `path`.
     """
     if not _is_replaceable(pathlib.Path(path)):
-        pathlib.Path(path).write_bytes(content)
+        with open(path, "ab") as stream:  # after what was printed
+            stream.write(content)
         return
     with replacing(path) as part:
         part.write_bytes(content)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.full_disk import full_disk
 
 from minikv_jax import saved_arrays
 
@@ -118,6 +119,20 @@ def test_what_orbax_raises_is_one_line(tmp_path: pathlib.Path):
         load(saved, shapes(ARRAYS))
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096, 200_000])
+def test_a_full_disk_leaves_nothing_and_is_one_line(
+    tmp_path: pathlib.Path, size: int, capfd: pytest.CaptureFixture[str]
+):
+    """At every stage: the directory's own files, and the arrays."""
+    arrays = {"k": jax.random.bits(jax.random.key(0), (100_000,), "uint32")}
+    jax.block_until_ready(arrays)
+    with full_disk(size), pytest.raises(OSError, match=r"^[^\n]*$") as caught:
+        saved_arrays.save(tmp_path / "saved", arrays, {}, kind="cache")
+    assert str(caught.value).endswith(f": '{tmp_path / 'saved'}'")
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("outside", ["../other", "/dev/zero", "arrays/../../other"])

@@ -1,0 +1,98 @@
+"""Processes that write, and are killed at random moments of it.
+
+The processes are forked from one that has imported all that they need and started none of JAX's threads, so that a kill
+costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+from unittest import mock
+
+warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # in the process that forks
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+Target = Callable[..., None]  # of a connection and arguments: sends None when it begins, and then a report per piece
+
+
+@functools.cache
+def _compiled() -> str:
+    """A directory for compiled programs, which every process needs again."""
+    directory = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _start(target: Target, arguments: tuple[Any, ...]) -> tuple[ForkServerProcess, Connection]:
+    """Starts `target`, and returns when it begins."""
+    _CONTEXT.set_forkserver_preload(["support.writers"])
+    environment = {
+        "PYTHONPATH": os.pathsep.join(sys.path),  # by which the forking process finds what to import
+        "JAX_COMPILATION_CACHE_DIR": _compiled(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with mock.patch.dict(os.environ, environment):
+        forkserver.ensure_running()
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=target, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    ours.recv()
+    return process, ours
+
+
+def kill(target: Target, arguments: tuple[Any, ...], after: float) -> list[Any]:
+    """Runs `target` in a process of its own, kills it `after` seconds of work, and returns what it had reported."""
+    process, ours = _start(target, arguments)
+    reports = []
+    deadline = time.perf_counter() + after
+    while (left := deadline - time.perf_counter()) > 0 and ours.poll(left):
+        reports += _received(ours)
+    process.kill()
+    process.join()
+    while ours.poll() and (last := _received(ours)):
+        reports += last
+    ours.close()
+    return reports
+
+
+def _received(connection: Connection) -> list[Any]:
+    try:
+        return [connection.recv()]
+    except EOFError:
+        return []
+
+
+def duration(target: Target, arguments: tuple[Any, ...]) -> float:
+    """Seconds from the beginning of `target` to its first report."""
+    process, ours = _start(target, arguments)
+    began = time.perf_counter()
+    ours.recv()
+    took = time.perf_counter() - began
+    process.kill()
+    process.join()
+    ours.close()
+    return took
+
+
+def moments(count: int, longest: float, seed: int = 0) -> Iterator[float]:
+    """Random moments up to `longest` seconds, each in its own part of the time."""
+    generator = random.Random(seed)
+    for number in range(count):
+        yield longest * (number + generator.random()) / count
