@@ -53,6 +53,7 @@ from minikv_jax.cache.checkpoint import restore_cache as restore_cache, save_cac
 from minikv_jax.cache.state import KVCache as KVCache, LayerCache as LayerCache
 
 # ops
+from minikv_jax.arrays import debug_checks as debug_checks
 from minikv_jax.ops.append import append as append
 from minikv_jax.ops.decode_attention import decode_attention as decode_attention
 from minikv_jax.ops.extend_attention import extend_attention as extend_attention

@@ -12,16 +12,18 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def integer(name: str, value: object, least: int) -> int:
-    """`value`, which must be an integer of at least `least`.
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """`value`, which must be an integer of at least `least`, and of at most `most` if that is given.
 
     Raises:
       ValueError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name}={value!r}: expected an integer")
+        raise ValueError(f"{name}={shown(value)}: expected an integer")
     if value < least:
-        raise ValueError(f"{name}={value}: expected at least {least}")
+        raise ValueError(f"{name}={shown(value)}: expected at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={shown(value)}: expected at most {most}")
     return int(value)
 
 
@@ -43,7 +45,7 @@ def number(name: str, value: object) -> None:
       ValueError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise ValueError(f"{name}={value!r}: expected a number")
+        raise ValueError(f"{name}={shown(value)}: expected a number")
 
 
 def choice(name: str, value: object, choices: tuple) -> None:

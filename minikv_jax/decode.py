@@ -10,12 +10,38 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import KVCache, LayerCache
-from minikv_jax.models.decoder import Llama
+from minikv_jax.models.decoder import Llama, check_model
 from minikv_jax.ops.append import append
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights
 from minikv_jax.ops.evict import evict
 from minikv_jax.ops.extend_attention import extend_attention
+
+
+def check_same_model(model: Llama, cache: KVCache) -> None:
+    """Raises ValueError unless `cache` is a cache of `model`: its layers, heads and dtype."""
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"cache is a {type(cache).__name__}: expected a KVCache")
+    tail, config = cache.layers[0].tail.k, model.config
+    sizes = (len(cache.layers), tail.shape[1], tail.shape[3])
+    expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    if sizes != expected:
+        raise ValueError(f"cache has (layers, KV heads, head dim) {sizes}, the model {expected}")
+    if tail.dtype != model.dtype:
+        raise ValueError(f"cache has dtype {tail.dtype}, the model {jnp.dtype(model.dtype)}: expected the same")
+
+
+def _contract(function: str, model: Llama, cache: KVCache) -> Contract:
+    check_model(function, model)
+    check_same_model(model, cache)
+    return Contract(function, B=cache.length.shape[0])
+
+
+def _check_positions(contract: Contract, model: Llama, cache: KVCache, new: Array) -> None:
+    positions, seen = model.config.max_position_embeddings, cache.length
+    text = f"has seen {{seen}} tokens and gets {{new}}: the model has {positions} positions"
+    contract.holds(seen + new <= positions, text, seen=seen, new=new)
 
 
 def decode(
@@ -29,7 +55,16 @@ def decode(
 
     Returns:
       The final hidden states and the new cache.
+
+    Raises:
+      ValueError: a cache of another model or dtype, an array of another shape or dtype, or a value out of range: no
+        room, a token outside the vocabulary, a position beyond the model's. Under `jit` values are not known:
+        `debug_checks` looks at them.
     """
+    contract = _contract("decode", model, cache)
+    token = contract.integers("token", token, "B", 0, model.config.vocab_size - 1)
+    active = contract.integers("active", active, "B", 0, 1)
+    _check_positions(contract, model, cache, active)
     positions = cache.length[:, None]
     layers: list[LayerCache] = []
 
@@ -76,7 +111,14 @@ def extend(
 
     Returns:
       The final hidden states (garbage in the padding) and the new cache.
+
+    Raises:
+      ValueError: as `decode`, or a length that is not in `0..T`.
     """
+    contract = _contract("extend", model, cache)
+    ids = contract.integers("ids", ids, "B T", 0, model.config.vocab_size - 1)
+    lengths = contract.integers("lengths", lengths, "B", 0, ids.shape[1])
+    _check_positions(contract, model, cache, lengths)
     if cache.layers[0].eviction is not None:
         return _extend_by_steps(model, cache, ids, lengths, implementation)
     positions = cache.length[:, None] + jnp.arange(ids.shape[1])

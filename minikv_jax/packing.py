@@ -274,7 +274,13 @@ def encode(
 
 
 def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "... S H"]:
-    """`code * scale + zero`, computed in float32 and rounded to `dtype` once."""
+    """`code * scale + zero`, computed in float32 and rounded to `dtype` once.
+
+    Raises:
+      ValueError: `x` is no `QuantizedArray`.
+    """
+    if not isinstance(x, QuantizedArray):
+        raise ValueError(f"dequantize: x is a {type(x).__name__}: expected a QuantizedArray")
     codes = unpack(x.planes, x.packing.bits).astype(jnp.float32)
     scale = jnp.expand_dims(_restore(x.scale, x.scale_factor), x.packing.reduced)
     zero = jnp.expand_dims(_restore(x.zero, x.zero_factor), x.packing.reduced)

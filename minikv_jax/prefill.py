@@ -19,18 +19,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from minikv_jax import checks
+from minikv_jax.arrays import Contract, known
 from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
 from minikv_jax.cache.capacity import LayerCapacity, capacities, layer_capacity
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
-from minikv_jax.methods.base import LayerInputs, ScoredBudget
+from minikv_jax.methods import calls, contracts
+from minikv_jax.methods.base import MAX_TOKENS, LayerInputs, ScoredBudget
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import CHUNK_TOKENS, Llama
+from minikv_jax.models.decoder import CHUNK_TOKENS, Llama, check_model
 from minikv_jax.models.rotary import inverse_frequencies
 from minikv_jax.ops.compress import compress, start_eviction
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept, select
+from minikv_jax.ops.shapes import prompt_contract
 
 
 def layer_inputs(model: ModelConfig, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
@@ -60,7 +64,7 @@ def score(inputs: LayerInputs, method: Method) -> Float[Array, "B K T"]:
     batch, tokens, kv_heads, _ = inputs.k.shape
     if method.keeps_all and inputs.window is None:
         return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
-    return method.scorer.score(inputs._replace(sinks=method.sinks)).astype(jnp.float32)
+    return calls.score(method.scorer, inputs._replace(sinks=method.sinks)).astype(jnp.float32)
 
 
 def heavy_tokens(
@@ -117,9 +121,20 @@ def prefill(
 
     Returns:
       The final hidden state of each row's last token, and a cache with room for `max_new_tokens`.
+
+    Raises:
+      ValueError: a method that does not fit the model, an array of another shape or dtype, or a value out of range: a
+        token outside the vocabulary, a length that is not in `1..T`. Under `jit` values are not known: `debug_checks`
+        looks at them.
     """
-    batch, tokens = ids.shape
+    check_model("prefill", model)
+    contract = Contract("prefill")
+    ids = contract.integers("ids", ids, "B T", 0, model.config.vocab_size - 1)
+    lengths = contract.integers("lengths", lengths, "B", 1, ids.shape[1])
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 0, MAX_TOKENS)
     method = resolve(method)
+    contracts.check(method, model.config)
+    batch, tokens = ids.shape
     plan = _Plan(method, capacities(model.config, method, tokens, max_new_tokens), implementation)
     chunks = -(-batch // max(CHUNK_TOKENS // tokens, 1))
     if chunks == 1:
@@ -208,10 +223,11 @@ def prefill_layer(
       The attention output, zero in the padding, and a cache with room for `max_new_tokens`.
 
     Raises:
-      ValueError: shapes that disagree, or a budget rule that has to see the scores of all layers.
+      ValueError: an array of another shape or dtype, a length, layer or window out of range, a method whose components
+        break their contracts, or a budget rule that has to see the scores of all layers.
       NotImplementedError: a method that evicts during generation, which `decode` does.
     """
-    method = resolve(method)
+    inputs, method = _checked(inputs, num_layers), resolve(method)
     if method.evict_every is not None:
         raise NotImplementedError(
             f"evict_every={method.evict_every}: only this library's own models evict during generation"
@@ -220,14 +236,33 @@ def prefill_layer(
         raise ValueError(
             f"budget={type(method.budget).__name__} reads the scores of all layers: a single layer cannot be prefilled"
         )
+    _, tokens, heads, head_dim = inputs.q.shape
+    contracts.check_components(method, heads=heads, kv_heads=inputs.k.shape[2], head_dim=head_dim, layers=num_layers)
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 0, MAX_TOKENS)
     number, window = int(inputs.layer), inputs.window
     out, inputs = attend(inputs._replace(layer=jnp.int32(number)), method, implementation)
     heavy = layer_budgets(method, num_layers)[number]
-    capacity = layer_capacity(method, heavy, inputs.q.shape[1], max_new_tokens, window)
+    capacity = layer_capacity(method, heavy, tokens, max_new_tokens, window)
     spec = LayerSpec(method, window, number)
     scores = score(inputs, method)
     cache, _ = keep(inputs, scores, heavy.granted(inputs.lengths), capacity, spec, implementation)
     return out, cache
+
+
+def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
+    """A layer's arrays and numbers. Raises ValueError naming what is of another kind or out of range."""
+    if not isinstance(inputs, LayerInputs):
+        raise ValueError(f"prefill_layer: inputs is a {type(inputs).__name__}: expected a LayerInputs")
+    q, k, v, lengths = prompt_contract("prefill_layer", inputs.q, inputs.k, inputs.v, inputs.lengths)
+    frequencies = inputs.frequencies
+    if frequencies is not None:
+        frequencies = Contract("prefill_layer", F=q.shape[3] // 2).floating("frequencies", frequencies, "F", "float32")
+    checks.at_least(1, window=inputs.window)
+    layer: Any = inputs.layer
+    if isinstance(layer, jax.Array) and layer.ndim == 0 and known(layer) is not None:
+        layer = layer.item()
+    layer = checks.integer("layer", layer, 0, checks.integer("num_layers", num_layers, 1) - 1)
+    return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies)
 
 
 def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
@@ -236,10 +271,15 @@ def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | No
     Logits at and beyond a row's length mean nothing.
 
     Raises:
-      ValueError: T exceeds the model's positions.
+      ValueError: T exceeds the model's positions, an array of another shape or dtype, a token outside the vocabulary,
+        a length that is not in `0..T`.
     """
+    check_model("one_shot", model)
+    contract = Contract("one_shot")
+    ids = contract.integers("ids", ids, "B T", 0, model.config.vocab_size - 1)
     batch, tokens = ids.shape
     known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
+    known = contract.integers("lengths", known, "B", 0, tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from minikv_jax.cache.state import KVCache
+from minikv_jax.decode import check_same_model
 from minikv_jax.models.decoder import Llama
 
 
@@ -68,13 +68,6 @@ def check_cache(model: Llama, cache: KVCache, batch: int) -> None:
     """Raises ValueError if a cache is donated, or of another model, dtype or batch."""
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache) if isinstance(leaf, jax.Array)):
         raise ValueError("cache was donated to another call: use the one that it returned")
-    tail = cache.layers[0].tail.k
-    rows, kv_heads, _, dim = tail.shape
-    config, sizes = model.config, (len(cache.layers), kv_heads, dim)
-    expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-    if sizes != expected:
-        raise ValueError(f"cache has (layers, KV heads, head dim) {sizes}, the model {expected}")
-    if tail.dtype != model.dtype:
-        raise ValueError(f"cache has dtype {tail.dtype}, the model {jnp.dtype(model.dtype)}: expected the same")
-    if rows != batch:
+    check_same_model(model, cache)
+    if (rows := cache.length.shape[0]) != batch:
         raise ValueError(f"cache has {rows} rows, prompts {batch}: expected the same")

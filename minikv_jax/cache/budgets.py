@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.methods.base import ScoredBudget
+from minikv_jax.methods import calls
+from minikv_jax.methods.base import MAX_TOKENS, ScoredBudget
 from minikv_jax.methods.method import SHARE_UNITS, Amount, Method, Share, Tokens
 
 
@@ -23,16 +24,16 @@ def layer_budgets(method: Method, num_layers: int) -> tuple[Amount, ...]:
     if isinstance(method.budget, ScoredBudget):
         units = [int(min(mean * method.budget.cap, limit))] * num_layers
     else:
-        weights = method.budget.weights(num_layers)
-        ideal = [mean * num_layers * float(weight) / float(sum(weights)) for weight in weights]
+        weights = calls.layer_weights(method.budget, num_layers)
+        ideal = [mean * num_layers * weight / sum(weights) for weight in weights]
         units = _round_to_sum(_clamp_to_sum(ideal, limit), mean * num_layers)
     return tuple(Tokens(n) if isinstance(method.heavy, Tokens) else Share(n / SHARE_UNITS) for n in units)
 
 
-def _limit(method: Method) -> float | int:
+def _limit(method: Method) -> int:
     """The largest heavy budget a layer can use, in shares of 1/10000 or tokens."""
     if isinstance(method.heavy, Tokens):
-        return float("inf")
+        return MAX_TOKENS
     return SHARE_UNITS - (method.recent.units if isinstance(method.recent, Share) else 0)
 
 
@@ -70,7 +71,7 @@ def budgets_from_scores(
     others in proportion. Token counts are rounded down.
     """
     assert isinstance(method.budget, ScoredBudget)
-    weights = method.budget.weights(scores, lengths)  # [L, B]
+    weights = calls.scored_weights(method.budget, scores, lengths)
     weights = jnp.where((weights > 0) & jnp.isfinite(weights), weights, 0.0)  # scores may have been NaN
     mean, limit = (
         # Rows that go on evicting grow up to a count that exceeds their prompt.

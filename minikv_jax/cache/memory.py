@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.checks import integer
-from minikv_jax.methods import contracts
+from minikv_jax.methods import calls, contracts
 from minikv_jax.methods.base import Quantizer
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
@@ -121,7 +121,9 @@ def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int,
     """Bytes of one packing block's keys and values, of all heads of a row, from the shapes the quantizer returns."""
     block = jax.ShapeDtypeStruct((1, kv_heads, quantizer.block, head_dim), dtype)
     operands = quantizer.operand("keys", layer), quantizer.operand("values", layer)
-    stored = [jax.eval_shape(lambda x, operand=operand: quantizer.encode(x, operand), block) for operand in operands]
+    stored = [
+        jax.eval_shape(lambda x, operand=operand: calls.encode(quantizer, x, operand), block) for operand in operands
+    ]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
 
 

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.methods.base import Kind
+from minikv_jax import checks
+from minikv_jax.arrays import Contract
+from minikv_jax.methods import calls
+from minikv_jax.methods.base import MAX_TOKENS, Kind
 from minikv_jax.methods.method import Method
 from minikv_jax.packing import QuantizedArray, StoredArray
 
@@ -45,14 +48,16 @@ class LayerSpec:
     def encode(self, x: Float[Array, "B K S H"], kind: Kind) -> Packed:
         """Packs tokens in plain JAX; the method must have a quantizer."""
         assert self.method.quantizer is not None
-        stored = self.method.quantizer.encode(x, self.method.quantizer.operand(kind, self.layer))
+        stored = calls.encode(self.method.quantizer, x, self.method.quantizer.operand(kind, self.layer))
         return stored if isinstance(stored, QuantizedArray) else StoredArray(stored, x.shape[2])
 
     def decode(self, packed: Packed, kind: Kind, dtype: DTypeLike) -> Float[Array, "B K S H"]:
         """The tokens that `packed` stands for, rounded to `dtype` once."""
         assert self.method.quantizer is not None
         stored = packed.arrays if isinstance(packed, StoredArray) else packed
-        return self.method.quantizer.decode(stored, self.method.quantizer.operand(kind, self.layer)).astype(dtype)
+        shape = (*jax.tree.leaves(stored)[0].shape[:2], packed.num_tokens)
+        operand = self.method.quantizer.operand(kind, self.layer)
+        return calls.decode(self.method.quantizer, stored, operand, shape).astype(dtype)
 
     def to_basis(self, x: Float[Array, "*lead H"], kind: Kind) -> Float[Array, "*lead H"]:
         """Turns keys or queries ("keys"), or values ("values"), into the basis of the cache."""
@@ -66,7 +71,7 @@ class LayerSpec:
         quantizer = self.method.quantizer
         if quantizer is None:
             return x
-        rotation = quantizer.rotation(quantizer.operand(kind, self.layer), x.shape[-1])
+        rotation = calls.rotation(quantizer, quantizer.operand(kind, self.layer), x.shape[-1])
         if rotation is None:
             return x
         rotation = rotation.T if back else rotation
@@ -162,9 +167,13 @@ class LayerCache:
         k, v = self.packed.k.tokens(start, size), self.packed.v.tokens(start, size)
         return self.spec.decode(k, "keys", dtype), self.spec.decode(v, "values", dtype)
 
+    def free(self) -> Int[Array, "B"]:
+        """Slots of each row's tail that hold nothing."""
+        return self.tail.capacity - self.tail.length
+
     def room(self) -> Int[Array, "B"]:
         """Tokens that can still be appended to each row."""
-        method, free = self.method, self.tail.capacity - self.tail.length
+        method, free = self.method, self.free()
         if self.eviction is not None:
             assert method.evict_every is not None
             largest = self.eviction.budget(method) + method.evict_every
@@ -175,7 +184,8 @@ class LayerCache:
         return free - 1 + blocks * method.flush_block  # the token that fills the tail needs a block to go to
 
     def grow(self, tokens: int) -> LayerCache:
-        """The same layer with room for `tokens` more."""
+        """The same layer with room for `tokens` more, at most `MAX_TOKENS`."""
+        tokens = checks.integer("tokens", tokens, 0, MAX_TOKENS)
         if self.method.quantizer is None:
             tail = _pad_region(self.tail, _pad(self.tail.k, tokens), _pad(self.tail.v, tokens), tokens)
             eviction = self.eviction
@@ -225,8 +235,11 @@ class KVCache:
     def room(self) -> int:
         """Tokens that can still be appended to every row; no limit if rows are cut back.
 
-        Reads the lengths: not for use under `jit`.
+        Raises:
+          ValueError: under `jit`, where the lengths are not known; `LayerCache.room` runs there.
         """
+        if isinstance(self.length, jax.core.Tracer):
+            raise ValueError("KVCache.room reads the lengths, which jit does not know: take LayerCache.room")
         return min(int(layer.room().min()) for layer in self.layers)
 
     def grow(self, tokens: int) -> KVCache:
@@ -234,9 +247,17 @@ class KVCache:
         return dataclasses.replace(self, layers=tuple(layer.grow(tokens) for layer in self.layers))
 
     def select_rows(self, rows: Int[Array, "R"]) -> KVCache:
-        """The cache of rows `rows`, which may repeat or reorder them (beam search, forks of a shared prefix)."""
-        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self)
+        """The cache of rows `rows`, which may repeat or reorder them (beam search, forks of a shared prefix).
+
+        Under `jit`, where their numbers are not known, one out of range is clipped; `debug_checks` reports it.
+
+        Raises:
+          ValueError: no integers `[R]`, or a row that the cache does not have.
+        """
+        rows = Contract("select_rows").integers("rows", rows, "R", 0, self.length.shape[0] - 1)
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), self)
 
     def tile(self, times: int) -> KVCache:
         """Each row `times` times over: row `b` becomes rows `b * times .. (b + 1) * times - 1`."""
+        times = checks.integer("times", times, 1, MAX_TOKENS)
         return self.select_rows(jnp.repeat(jnp.arange(self.length.shape[0]), times))

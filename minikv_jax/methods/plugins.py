@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 
-from minikv_jax.methods.contracts import cause
+from minikv_jax.methods.calls import cause
 from minikv_jax.methods.registry import REGISTRIES
 
 

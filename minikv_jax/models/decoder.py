@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,14 @@ class Llama(nnx.Module):
             if self.lm_head is None:
                 return product("...d,vd->...v", hidden, self.embed_tokens.embedding[...])
             return product("...d,dv->...v", hidden, self.lm_head.kernel[...])
+
+
+def check_model(function: str, model: Any) -> None:
+    """Raises ValueError if there is no model's config in what `function` was given."""
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise ValueError(
+            f"{function}: model is a {type(model).__name__}: expected a Llama, the first of what load gives"
+        )
 
 
 def resolve_dtype(dtype: DTypeLike | None) -> jnp.dtype:

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.arrays import INT32_MAX
 from minikv_jax.cache.state import LayerCache, Region
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.ops.quantize import store
+from minikv_jax.ops.shapes import layer_contract
 
 
 def append(
@@ -24,17 +26,25 @@ def append(
 ) -> LayerCache:
     """Adds each row's first `lengths[b]` of `T` tokens to the tail and packs the tail whenever it is full.
 
-    There must be room (`KVCache.room`): under `jit` an overflow cannot be reported. The call then ends with the layer's
-    contents and lengths undefined.
+    There must be room (`LayerCache.room`). Under `jit`, where room is not known, a token that finds none is dropped and
+    the cache keeps its tokens; `debug_checks` reports it.
 
     Args:
-      k, v: keys (after RoPE) and values.
+      k, v: keys (after RoPE) and values, in the dtype of the cache.
       positions: the new tokens' positions, stored if the layer has a sliding window.
       implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
 
     Raises:
+      ValueError: an array of another shape or dtype than the cache's, a length or position out of range, more tokens
+        than there is room for.
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
+    contract, dtype = layer_contract("append", layer), layer.tail.k.dtype
+    k, v = (contract.floating(name, x, "B T K H", dtype) for name, x in (("k", k), ("v", v)))
+    lengths = contract.integers("lengths", lengths, "B", 0, k.shape[1])
+    positions = contract.integers("positions", positions, "B T", 0, INT32_MAX)
+    room = layer.free() if layer.eviction is not None else layer.room()
+    contract.holds(lengths <= room, "gets {tokens} tokens and has room for {room}", tokens=lengths, room=room)
     k, v = layer.spec.to_basis(k, "keys"), layer.spec.to_basis(v, "values")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     if layer.method.quantizer is None:
@@ -45,14 +55,14 @@ def append(
 
     def step(state: tuple[LayerCache, Array]) -> tuple[LayerCache, Array]:
         layer, done = state
-        count = jnp.minimum(lengths - done, layer.tail.capacity - layer.tail.length)
+        count = jnp.minimum(lengths - done, layer.free())
         layer = _write_tail(layer, k, v, positions, done, count)
         return _flush(layer, implementation), done + count
 
     def goes_on(state: tuple[LayerCache, Array]) -> Array:
         layer, done = state
-        # A tail is full here only if nothing of it can be packed: the rest has no room.
-        return jnp.any((done < lengths) & (layer.tail.length < layer.tail.capacity))
+        # A tail is full here only if nothing of it can be packed: the rest is dropped.
+        return jnp.any((done < lengths) & (layer.free() > 0))
 
     return lax.while_loop(goes_on, step, (layer, jnp.zeros_like(lengths)))[0]
 
@@ -60,8 +70,8 @@ def append(
 def _append_once(
     layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array, implementation: str | None
 ) -> LayerCache:
-    """Adds tokens that fit the tail."""
-    layer = _write_tail(layer, k, v, positions, jnp.zeros_like(lengths), lengths)
+    """Adds tokens that fit the tail; what does not is dropped."""
+    layer = _write_tail(layer, k, v, positions, jnp.zeros_like(lengths), jnp.minimum(lengths, layer.free()))
     return _flush(layer, implementation)
 
 
@@ -130,7 +140,9 @@ def _flush(layer: LayerCache, implementation: str | None) -> LayerCache:
     """Packs the oldest block of every tail that is full (MiniKV section 3.3, KIVI algorithm 1)."""
     if layer.packed.capacity < layer.method.flush_block:  # not quantised, or made for too few tokens to fill a tail
         return layer
-    full = layer.tail.length == layer.tail.capacity
+    # A tail stays full if its block finds no room: what is packed is never overwritten.
+    has_room = layer.packed.length + layer.method.flush_block <= layer.packed.capacity
+    full = (layer.free() == 0) & has_room
     # A loop of zero or one turns, not a `cond`: XLA updates a loop's carry in place.
     turns = jnp.any(full).astype(jnp.int32)
     return lax.fori_loop(0, turns, lambda _, layer: _pack_block(layer, full, implementation), layer)
@@ -150,14 +162,12 @@ def _pack_block(layer: LayerCache, full: Array, implementation: str | None) -> L
         oldest_positions = tail_positions[:, :, oldest].swapaxes(1, 2)
         packed_positions = packed_positions.at[rows, :, slots].set(oldest_positions, mode="drop")
         tail_positions = _shift(tail_positions, layer, full)
-    # Never beyond the capacity, whatever was appended: kernels would read on.
-    packed_length = jnp.minimum(packed.length + moved, packed.capacity)
     return dataclasses.replace(
         layer,
         packed=Region(
             packed.k.write(k, packed.length, full),
             packed.v.write(v, packed.length, full),
-            packed_length,
+            packed.length + moved,
             packed_positions,
         ),
         tail=Region(_shift(tail.k, layer, full), _shift(tail.v, layer, full), tail.length - moved, tail_positions),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.arrays import INT32_MAX, Contract
 from minikv_jax.cache.state import LayerCache
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
-from minikv_jax.ops.shapes import check_cache, softmax_scale
+from minikv_jax.ops.shapes import layer_contract, softmax_scale
 from minikv_jax.packing import MAX_BLOCK
 
 BLOCK = MAX_BLOCK  # cached tokens read at a time in plain JAX; a multiple of every packing block
@@ -40,12 +42,12 @@ def decode_attention(
       `[B, N, H]` in `q`'s dtype; zero for a row whose cache is empty.
 
     Raises:
-      ValueError: shapes that disagree.
+      ValueError: queries of another shape or dtype than the cache's, a position or scale out of range.
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
+    contract, q = _query_contract("decode_attention", q, layer)
+    positions = query_positions(contract, positions, layer, "B")
     batch, heads, head_dim = q.shape
-    check_cache(batch, heads, head_dim, layer)
-    positions = query_positions(positions, layer, q.shape[:1])
     quantizer = layer.method.quantizer
     sizes = {"batch": batch, "tokens": layer.packed.capacity + layer.tail.capacity, "heads": heads}
     sizes |= {"kv_heads": layer.tail.k.shape[1], "head_dim": head_dim, "bits": quantizer.k_bits if quantizer else 16}
@@ -54,15 +56,22 @@ def decode_attention(
     return layer.spec.from_basis(out, "values")
 
 
-def query_positions(positions: Array | None, layer: LayerCache, shape: tuple[int, ...]) -> Array:
+def _query_contract(function: str, q: Any, layer: LayerCache) -> tuple[Contract, Array]:
+    contract = layer_contract(function, layer)
+    q = contract.floating("q", q, "B N H", layer.tail.k.dtype)
+    contract.heads()
+    return contract, q
+
+
+def query_positions(contract: Contract, positions: Array | None, layer: LayerCache, legend: str) -> Array:
     """The queries' positions; zeros if none are given and none are needed."""
     if positions is not None:
-        return positions
+        return contract.integers("positions", positions, legend, 0, INT32_MAX)
     if layer.spec.window is not None:
         raise ValueError(
             f"positions=None: a layer with a sliding window ({layer.spec.window}) needs the queries' positions"
         )
-    return jnp.zeros(shape, jnp.int32)
+    return jnp.zeros([contract.sizes[letter] for letter in legend.split()], jnp.int32)
 
 
 def _xla(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
@@ -142,16 +151,15 @@ def decode_attention_weights(
     Weights are float32, summed over the `G` query heads of a KV head, and zero in empty slots.
 
     Raises:
-      ValueError: shapes that disagree, a quantised cache or one with a sliding window.
+      ValueError: queries of another shape or dtype than the cache's, a quantised cache or one with a sliding window.
       NotImplementedError: an `implementation` other than "xla".
     """
-    batch, heads, head_dim = q.shape
-    check_cache(batch, heads, head_dim, layer)
+    _, q = _query_contract("decode_attention_weights", q, layer)
     if layer.method.quantizer is not None or layer.spec.window is not None:
         raise ValueError(
             f"quantizer={layer.method.quantizer}, window={layer.spec.window}: weights are of full-precision tails only"
         )
-    arguments = (q, layer, softmax_scale(scale, head_dim))
+    arguments = (q, layer, softmax_scale(scale, q.shape[-1]))
     return dispatch.run("decode_attention_weights", implementation, {}, {"xla": _xla_weights}, *arguments)
 
 

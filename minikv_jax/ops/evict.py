@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache.state import Eviction, LayerCache, Region
+from minikv_jax.methods import calls
 from minikv_jax.methods.method import Method
 from minikv_jax.ops.select import rank
 
@@ -36,7 +37,7 @@ def evict(
     assert method.evict_every is not None
     if state.scores is not None and weights is not None:
         used = (jnp.arange(tail.capacity) < tail.length[:, None]) & (active > 0)[:, None]  # [B, C]
-        scores = jnp.where(used[:, None], method.scorer.update(state.scores, weights), state.scores)
+        scores = jnp.where(used[:, None], calls.update(method.scorer, state.scores, weights), state.scores)
         state = dataclasses.replace(state, scores=scores)
     full = tail.length >= state.budget(method) + method.evict_every
     # A loop of zero or one turns, not a `cond`: XLA updates a loop's carry in place.

@@ -10,7 +10,7 @@ from minikv_jax.ops import dispatch
 from minikv_jax.ops.decode_attention import attend_cache, query_positions
 from minikv_jax.ops.online_softmax import finish, merge
 from minikv_jax.ops.prefill_attention import causal_attention
-from minikv_jax.ops.shapes import check_cache, check_heads, check_lengths, softmax_scale
+from minikv_jax.ops.shapes import layer_contract, softmax_scale
 
 
 def extend_attention(
@@ -35,13 +35,15 @@ def extend_attention(
       `[B, T, N, H]` in `q`'s dtype, zero in the padding.
 
     Raises:
-      ValueError: shapes that disagree.
+      ValueError: an array of another shape or dtype than the cache's, a length or position out of range.
       NotImplementedError: an `implementation` other than "xla".
     """
-    check_heads(q.shape, k.shape, v.shape)
-    check_lengths(lengths, q.shape[0])
-    check_cache(q.shape[0], q.shape[2], q.shape[3], layer)
-    positions = query_positions(positions, layer, q.shape[:2])
+    contract, dtype = layer_contract("extend_attention", layer), layer.tail.k.dtype
+    q = contract.floating("q", q, "B T N H", dtype)
+    k, v = (contract.floating(name, x, "B T K H", dtype) for name, x in (("k", k), ("v", v)))
+    contract.heads()
+    lengths = contract.integers("lengths", lengths, "B", 0, q.shape[1])
+    positions = query_positions(contract, positions, layer, "B T")
     spec = layer.spec
     q, k, v = spec.to_basis(q, "keys"), spec.to_basis(k, "keys"), spec.to_basis(v, "values")
     arguments = (q, k, v, layer, lengths, positions, softmax_scale(scale, q.shape[-1]))

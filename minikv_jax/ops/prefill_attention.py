@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import checks
 from minikv_jax.ops import dispatch
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
-from minikv_jax.ops.shapes import check_heads, check_lengths, softmax_scale
+from minikv_jax.ops.shapes import prompt_contract, softmax_scale
 
 BLOCK = 256  # tokens of a block in plain JAX
 
@@ -50,11 +50,10 @@ def prefill_attention(
       The output in `q`'s dtype, zero in the padding, and the scores (zero in the padding) or None.
 
     Raises:
-      ValueError: shapes that disagree.
+      ValueError: an array of another shape or dtype, a length out of range, a scale or window that is not positive.
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
-    check_heads(q.shape, k.shape, v.shape)
-    check_lengths(lengths, q.shape[0])
+    q, k, v, lengths = prompt_contract("prefill_attention", q, k, v, lengths)
     checks.at_least(1, window=window)
     batch, tokens, heads, head_dim = q.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}

@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from minikv_jax import packing as packing_module
+from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import LayerSpec, Packed
 from minikv_jax.methods.base import Kind
 from minikv_jax.ops import dispatch, kernel_arrays
@@ -22,9 +23,12 @@ def quantize(x: Float[Array, "B K S H"], packing: Packing, *, implementation: st
       implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
 
     Raises:
-      ValueError: a size that does not fill whole groups and words.
+      ValueError: an array of another shape or dtype, or a size that does not fill whole groups and words.
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
+    if not isinstance(packing, Packing):
+        raise ValueError(f"quantize: packing is a {type(packing).__name__}: expected a Packing")
+    x = Contract("quantize").floating("x", x, "B K S H")
     packing.check(x.shape)
     batch, kv_heads, tokens, head_dim = x.shape
     sizes = {"batch": batch, "tokens": tokens, "kv_heads": kv_heads, "head_dim": head_dim, "bits": packing.bits}

@@ -1,37 +1,43 @@
-"""Shape checks that several attention ops share."""
+"""Contracts that several attention ops share."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from jaxtyping import Array
 
+from minikv_jax import checks
+from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import LayerCache
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
-    """The scale of the logits, `H ** -0.5` by default."""
-    return float(head_dim**-0.5) if scale is None else scale
+    """The scale of the logits, `H ** -0.5` by default. Raises ValueError unless it is positive and finite."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    checks.number("scale", scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}: expected a finite number above 0")
+    return float(scale)
 
 
-def check_heads(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
-    """Raises ValueError unless the shapes are `[B, T, N, H]` and twice `[B, T, K, H]`."""
-    if k != v:
-        raise ValueError(f"k has shape {k}, v {v}: expected the same")
-    if q[0] != k[0] or q[1] != k[1] or q[3] != k[3]:
-        raise ValueError(f"q has shape {q}, k {k}: batch, tokens and head dim must agree")
-    if q[2] % k[2]:
-        raise ValueError(f"{q[2]} query heads over {k[2]} KV heads: expected a multiple")
+def prompt_contract(function: str, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Array, Array, Array, Array]:
+    """The arrays of a prompt's attention: `[B, T, N, H]`, twice `[B, T, K, H]` and `[B]`.
+
+    Raises:
+      ValueError: one is of another shape or dtype, or a length is not in `0..T`.
+    """
+    contract = Contract(function)
+    q = contract.floating("q", q, "B T N H")
+    k, v = (contract.floating(name, x, "B T K H", q.dtype) for name, x in (("k", k), ("v", v)))
+    contract.heads()
+    return q, k, v, contract.integers("lengths", lengths, "B", 0, contract.sizes["T"])
 
 
-def check_lengths(lengths: Array, batch: int) -> None:
-    """Raises ValueError unless there is one length per row."""
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths has shape {lengths.shape}: expected ({batch},), one per row")
-
-
-def check_cache(batch: int, heads: int, head_dim: int, layer: LayerCache) -> None:
-    """Raises ValueError unless a layer's cache suits the queries."""
-    rows, kv_heads, _, dim = layer.tail.k.shape
-    if (rows, dim) != (batch, head_dim):
-        raise ValueError(f"q has batch {batch} and head dim {head_dim}, the cache {rows} and {dim}: expected the same")
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads over {kv_heads} KV heads in the cache: expected a multiple")
+def layer_contract(function: str, layer: Any) -> Contract:
+    """The contract of what is given with a layer's cache. Raises ValueError if it is none."""
+    if not isinstance(layer, LayerCache):
+        raise ValueError(f"{function}: layer is a {type(layer).__name__}: expected a LayerCache")
+    batch, kv_heads, _, head_dim = layer.tail.k.shape
+    return Contract(function, B=batch, K=kv_heads, H=head_dim)

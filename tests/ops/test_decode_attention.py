@@ -112,8 +112,14 @@ def test_wrong_input_is_named():
     q, zeros = jnp.zeros((2, 4, 16)), np.zeros((2, 5, 2, 16), np.float32)
     layer = cache_of(Method(), zeros, zeros, np.array([5, 2]))
     cases = [
-        (lambda: decode_attention(q[:1], layer), "batch 1 .* the cache 2"),
-        (lambda: decode_attention(q[:, :, :8], layer), "head dim 8, the cache 2 and 16"),
+        (
+            lambda: decode_attention(q[:1], layer),
+            r"decode_attention: q is float32\[1, 4, 16\]: expected float32 \[B, N, H\], B=2",
+        ),
+        (
+            lambda: decode_attention(q[:, :, :8], layer),
+            r"q is float32\[2, 4, 8\]: expected float32 \[B, N, H\], B=2, H=16",
+        ),
         (lambda: decode_attention(q[:, :3], layer), "3 query heads over 2 KV heads"),
         (lambda: decode_attention(q, layer, implementation="triton"), "implementation='triton'.*xla"),
         (lambda: decode_attention_weights(q[:, :3], layer), "3 query heads over 2 KV heads"),

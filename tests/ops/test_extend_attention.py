@@ -48,9 +48,15 @@ def test_wrong_input_is_named():
     zeros = np.zeros((2, 5, 2, 16), np.float32)
     layer = cache_of(Method(), zeros, zeros, np.array([5, 2]))
     cases = [
-        (lambda: extend_attention(q, k, k[:, :4], layer, lengths), r"\(2, 5, 2, 16\), v \(2, 4, 2, 16\)"),
-        (lambda: extend_attention(q, k, k, layer, lengths[:1]), r"lengths has shape \(1,\): expected \(2,\)"),
-        (lambda: extend_attention(q[:1], k[:1], k[:1], layer, lengths[:1]), "batch 1 .* the cache 2"),
+        (
+            lambda: extend_attention(q, k, k[:, :4], layer, lengths),
+            r"v is float32\[2, 4, 2, 16\]: expected float32 \[B, T, K, H\], B=2, T=5, K=2",
+        ),
+        (lambda: extend_attention(q, k, k, layer, lengths[:1]), r"lengths is int32\[1\]: expected integers \[B\], B=2"),
+        (
+            lambda: extend_attention(q[:1], k[:1], k[:1], layer, lengths[:1]),
+            r"q is float32\[1, 5, 4, 16\]: expected float32 \[B, T, N, H\], B=2, H=16",
+        ),
         (lambda: extend_attention(q, k, k, layer, lengths, implementation="triton"), "implementation='triton'.*xla"),
     ]
     for call, message in cases:

@@ -86,11 +86,14 @@ Q, KV, LENGTHS = jnp.zeros((2, 5, 4, 16)), jnp.zeros((2, 5, 2, 16)), jnp.array([
     [
         (
             lambda: prefill_attention(Q, KV, KV[:, :4], LENGTHS),
-            r"\(2, 5, 2, 16\), v \(2, 4, 2, 16\): expected the same",
+            r"v is float32\[2, 4, 2, 16\]: expected float32 \[B, T, K, H\], B=2, T=5, K=2, H=16",
         ),
-        (lambda: prefill_attention(Q, KV[:, :4], KV[:, :4], LENGTHS), r"\(2, 5, 4, 16\), k \(2, 4, 2, 16\)"),
+        (
+            lambda: prefill_attention(Q, KV[:, :4], KV[:, :4], LENGTHS),
+            r"k is float32\[2, 4, 2, 16\]: expected .* T=5, H=16",
+        ),
         (lambda: prefill_attention(Q[:, :, :3], KV, KV, LENGTHS), "3 query heads over 2 KV heads: expected a multiple"),
-        (lambda: prefill_attention(Q, KV, KV, LENGTHS[:1]), r"lengths has shape \(1,\): expected \(2,\)"),
+        (lambda: prefill_attention(Q, KV, KV, LENGTHS[:1]), r"lengths is int32\[1\]: expected integers \[B\], B=2"),
         (lambda: prefill_attention(Q, KV, KV, LENGTHS, window=0), "window=0: expected at least 1"),
         (lambda: prefill_attention(Q, KV, KV, LENGTHS, implementation="triton"), "implementation='triton'.*xla"),
     ],

@@ -1,0 +1,166 @@
+"""Calls of a method's components: each result is held against the component's contract, at the shapes it is used at.
+
+Components may be a user's own code. What it raises, and a result of another kind, is one ValueError that names the
+component, the line, what it got and what is expected.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import pathlib
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.methods.base import (
+    Budget,
+    Component,
+    FunctionBudget,
+    FunctionScorer,
+    LayerInputs,
+    Operand,
+    Quantizer,
+    ScoredBudget,
+    Scorer,
+)
+from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, SCORERS
+
+
+def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:
+    """A scorer's scores of a layer's prompt."""
+    batch, tokens, kv_heads, _ = inputs.k.shape
+    what = f"scorer {SCORERS.name_of(scorer)!r}"
+    code = scorer.function if isinstance(scorer, FunctionScorer) else scorer.score
+    out = _run(what, code, scorer.score, inputs)
+    return _expect(what, code, out, (batch, kv_heads, tokens), "[B, K, T]")
+
+
+def update(scorer: Scorer, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
+    """A scorer's scores after a decode step."""
+    what = f"scorer {SCORERS.name_of(scorer)!r}: update"
+    out = _run(what, scorer.update, scorer.update, scores, weights)
+    return _expect(what, scorer.update, out, scores.shape, "[B, K, C]")
+
+
+def layer_weights(budget: Budget, num_layers: int) -> tuple[float, ...]:
+    """A budget rule's weights of the layers, which are numbers wherever it is called from."""
+    what = f"budget {BUDGETS.name_of(budget)!r}"
+    code = budget.function if isinstance(budget, FunctionBudget) else budget.weights
+
+    def read() -> tuple[float, ...]:
+        with jax.ensure_compile_time_eval():  # a rule may use jax.numpy, also while a program is traced
+            return tuple(float(0.0 + weight) for weight in itertools.islice(budget.weights(num_layers), num_layers + 1))
+
+    weights = _run(f"{what}: {num_layers} layers", code, read)
+    valid = len(weights) == num_layers and all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    if not valid or not sum(weights) > 0:
+        shown = ", ".join(map(str, weights[:8])) + (", ..." if len(weights) > 8 else "")
+        raise ValueError(
+            f"{what} gives [{shown}] for {num_layers} layers{_place(code)}: expected {num_layers} weights, finite, not "
+            "negative, not all zero"
+        )
+    return weights
+
+
+def scored_weights(
+    budget: ScoredBudget, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]
+) -> Float[Array, "L B"]:
+    """A budget rule's weights of layers and rows, by the scores of all layers."""
+    what = f"budget {BUDGETS.name_of(budget)!r}"
+    out = _run(what, budget.weights, budget.weights, scores, lengths)
+    return _expect(what, budget.weights, out, (len(scores), *lengths.shape), "[L, B]")
+
+
+def encode(quantizer: Quantizer, x: Float[Array, "B K S H"], operand: Operand) -> Any:
+    """What a quantizer stores of keys or values."""
+    what = _quantizer(quantizer, operand)
+    stored = _run(what, quantizer.encode, quantizer.encode, x, operand, hint=_hint(quantizer))
+    batch, kv_heads, tokens, _ = x.shape
+    for path, leaf in jax.tree.leaves_with_path(stored) or [((), None)]:
+        shape = getattr(leaf, "shape", ())
+        rows = shape[2] if len(shape) > 2 else 0
+        if shape[:2] != (batch, kv_heads) or not rows or tokens % rows or quantizer.block % (tokens // rows):
+            found = f"{leaf.dtype}{list(shape)}" if hasattr(leaf, "dtype") else f"a {type(leaf).__name__}"
+            raise ValueError(
+                f"{what}: encode returns {found}{jax.tree_util.keystr(path)} for {list(x.shape)}"
+                f"{_place(quantizer.encode)}: expected arrays [B, K, S / r, ...] in which r divides the block of "
+                f"{quantizer.block} tokens"
+            )
+    return stored
+
+
+def decode(quantizer: Quantizer, stored: Any, operand: Operand, shape: tuple[int, ...]) -> Float[Array, "B K S H"]:
+    """The tokens that a quantizer reads; `shape` is theirs, or that of the leading axes."""
+    what = _quantizer(quantizer, operand)
+    out = _run(what, quantizer.decode, quantizer.decode, stored, operand, hint=_hint(quantizer))
+    full = (*shape, *getattr(out, "shape", ())[len(shape) :])
+    return _expect(f"{what}: decode", quantizer.decode, out, full, "[B, K, S, H]")
+
+
+def rotation(quantizer: Quantizer, operand: Operand, head_dim: int) -> Float[Array, "H H"] | None:
+    """A quantizer's rotation of keys or values, if it has one."""
+    what, code = f"{_quantizer(quantizer, operand)}: rotation", quantizer.rotation
+    out = _run(what, code, code, operand, head_dim)
+    return None if out is None else _expect(what, code, out, (head_dim, head_dim), "[H, H]")
+
+
+def _quantizer(quantizer: Quantizer, operand: Operand) -> str:
+    return f"quantizer {QUANTIZERS.name_of(quantizer)!r}: {operand.kind}"
+
+
+def _hint(quantizer: Quantizer) -> str:
+    return "" if quantizer.by_layer else "; operand.layer is None unless the class says by_layer = True"
+
+
+def _run(what: str, code: Callable, function: Callable, *given: Any, hint: str = "") -> Any:
+    """`function(*given)`, or one error that says where `code` fails."""
+    try:
+        return function(*given)
+    except Exception as error:  # whatever a user's code may raise
+        arrays = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(given) if hasattr(leaf, "dtype")]
+        hint = hint if "NoneType" in str(error) else ""
+        on = f" on {', '.join(arrays)}" if arrays else ""
+        raise ValueError(f"{what} fails{on}{cause(error, _file(code))}{hint}") from error
+
+
+def _expect(what: str, code: Callable, out: Any, shape: tuple[int, ...], legend: str) -> Array:
+    if not isinstance(out, jax.Array) and not hasattr(out, "dtype"):
+        raise ValueError(f"{what} returns a {type(out).__name__}{_place(code)}: expected an array {legend}")
+    if out.shape != shape or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(
+            f"{what} returns {out.dtype}{list(out.shape)}{_place(code)}: expected floating-point {list(shape)}, that "
+            f"is {legend}"
+        )
+    return out
+
+
+def _file(code: Callable) -> str:
+    """The file of a function, or of the class whose method it is; empty if none is known."""
+    component = getattr(code, "__self__", None)
+    members = vars(type(component)).values() if isinstance(component, Component) else (inspect.unwrap(code),)
+    files = (member.__code__.co_filename for member in members if inspect.isfunction(member))
+    return next((file for file in files if file != "<string>"), "")  # which dataclasses generate
+
+
+def _place(code: Callable) -> str:
+    """` (plugin.py, line 3)`: where a function is defined."""
+    function = inspect.unwrap(getattr(code, "__func__", code))
+    if not inspect.isfunction(function):
+        return ""
+    return f" ({pathlib.Path(function.__code__.co_filename).name}, line {function.__code__.co_firstlineno})"
+
+
+def cause(error: BaseException, file: str) -> str:
+    """` (line 3): TypeError: ...`: the innermost line of `file` on the way to the error, and the error's first line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    place = f" ({pathlib.Path(file).name}, line {lines[-1]})" if lines else ""
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return f"{place}: {kind}{(str(error).strip().splitlines() or ['no message'])[0][:300]}"
