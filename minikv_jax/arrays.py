@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-P, R = ParamSpec("P"), TypeVar("R")
+R = TypeVar("R")
 
 FLOATING = ("float32", "bfloat16", "float16")
 INT32_MAX = 2**31 - 1
@@ -24,7 +25,7 @@ INT32_MAX = 2**31 - 1
 _checks_values = jax.make_user_context(False)  # part of the keys of JAX's caches, unlike a global variable
 
 
-def debug_checks(function: Callable[P, R]) -> Callable[P, R]:
+def debug_checks(function: Callable[..., R]) -> Callable[..., R]:
     """Compiles `function`, as `jax.jit` does, with checks of values that only the run shows.
 
     For functions of your own that call `append`, `decode`, `extend`, `prefill` or `KVCache.select_rows`. A token that
@@ -38,7 +39,7 @@ def debug_checks(function: Callable[P, R]) -> Callable[P, R]:
             return checkify.checkify(function)(*args, **kwargs)
 
     @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def checked(*args: Any, **kwargs: Any) -> R:
         error, result = run(*args, **kwargs)
         if message := error.get():
             raise ValueError(message.removesuffix(" (`check` failed)"))
@@ -104,7 +105,7 @@ class Contract:
             checkify.check(jnp.all(condition), f"{self.function}: row {{row}} {text}", row=row, **numbers)
 
     def _check(self, name: str, x: Any, legend: str, accepted: str, dtype_is_accepted: bool) -> None:
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
             raise ValueError(f"{self.function}: {name} was donated to another call: use what that returned")
         letters, shape = legend.split(), getattr(x, "shape", ())
         sizes = {letter: size for letter, size in zip(letters, shape, strict=False) if size} | self.sizes
@@ -127,6 +128,6 @@ def _dtype_name(x: Any) -> str:
 
 def known(x: Any) -> np.ndarray | None:
     """The values of an array that is not traced and that this process holds; None of any other."""
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    if isinstance(x, Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
     return np.asarray(x)

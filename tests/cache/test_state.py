@@ -1,11 +1,15 @@
 """The cache as a value: rows taken, reordered and repeated, room and growth, and its bytes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.layers import assert_same, cache_of, naive_append, naive_rows, normal
 
+from minikv_jax.arrays import debug_checks
 from minikv_jax.cache.state import KVCache
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
@@ -75,6 +79,57 @@ def test_rows_can_be_selected_reordered_and_tiled(name: str):
     naive_append(rows, new_k, new_v, counts)
     layer = APPEND(picked.layers[0], new_k, new_v, counts, np.zeros((4, 30), np.int32))
     assert_same(layer, rows)
+
+
+def two_rows() -> KVCache:
+    k = np.random.default_rng(0).normal(size=(2, 50, K, H)).astype(np.float32)
+    return KVCache((cache_of(METHODS["minikv-sinks"], k, k, np.array([50, 20]), 9),), jnp.array([50, 20]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.array([0, 2]), r"rows\[1\] is 2: expected integers in 0..1"),
+        (np.array([-1]), r"rows\[0\] is -1: expected integers in 0..1"),
+        (np.array([1.0]), r"rows is float64\[1\]: expected integers \[R\]"),
+        (np.array([True, False]), r"rows is bool\[2\]: expected integers \[R\]"),
+        (np.array([[0]]), r"rows is int64\[1, 1\]: expected integers \[R\]"),
+        (np.array([], int), r"rows is int64\[0\]: expected integers \[R\], none of size 0"),
+        ([0], "rows is a list"),
+        (1, "rows is a int"),
+    ],
+)
+def test_rows_that_a_cache_does_not_have_are_named(rows: Any, message: str):
+    with pytest.raises(ValueError, match=f"^select_rows: {message}"):
+        two_rows().select_rows(rows)
+
+
+def test_under_jit_a_row_out_of_range_is_clipped_or_reported():
+    """Never NaN, which generation would take for scores."""
+    cache = two_rows()
+    clipped = jax.jit(KVCache.select_rows)(cache, jnp.array([-3, 7]))
+    jax.tree.map(np.testing.assert_array_equal, clipped, cache)
+    checked = debug_checks(KVCache.select_rows)
+    jax.tree.map(np.testing.assert_array_equal, checked(cache, jnp.array([0, 1])), cache)
+    with pytest.raises(ValueError, match=r"^select_rows: rows lies in 0..7: expected integers in 0..1$"):
+        checked(cache, jnp.array([0, 7]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: cache.tile(0), "times=0: expected at least 1"),
+        (lambda cache: cache.tile(2.0), "times=2.0: expected an integer"),
+        (lambda cache: cache.tile(10**12), "times=1000000000000: expected at most 16777216"),
+        (lambda cache: cache.grow(-1), "tokens=-1: expected at least 0"),
+        (lambda cache: cache.grow("8"), "tokens='8': expected an integer"),
+        (lambda cache: cache.layers[0].grow(10**11), "tokens=100000000000: expected at most 16777216"),
+        (lambda cache: jax.jit(KVCache.room)(cache), "KVCache.room reads the lengths, which jit does not know"),
+    ],
+)
+def test_sizes_out_of_range_are_named(call: Callable[[KVCache], object], message: str):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(two_rows())
 
 
 @pytest.mark.parametrize("name", METHODS)

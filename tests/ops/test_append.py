@@ -1,6 +1,7 @@
 """Append and flush, each step against the naive reference: rows that roll over, pause, or have no room."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from oracle import naive
 from support.layers import Rows, assert_close, assert_same, cache_of, naive_append, naive_rows, normal, with_garbage
 
+from minikv_jax.arrays import debug_checks
 from minikv_jax.cache.capacity import layer_capacity
 from minikv_jax.cache.state import LayerCache, LayerSpec
 from minikv_jax.methods.kivi import MinMax
@@ -143,17 +145,75 @@ def test_short_prompts_stay_in_full_precision(name: str):
     assert_attends(layer, rows, normal(rng, 3, N, H))
 
 
-def test_lengths_stay_within_the_capacity():
-    """An overflow is the caller's fault and loses tokens, but no kernel is told of tokens that are not there."""
-    method = METHODS["minikv-sinks"]
-    rng = np.random.default_rng(7)
-    k, v = (normal(rng, 2, 60, K, H) for _ in range(2))
-    layer = cache_of(method, k, v, np.array([60, 30]))
-    more = layer.packed.capacity + layer.tail.capacity
-    new = normal(rng, 2, more, K, H)
-    layer = APPEND(layer, new, new, np.full(2, more), np.zeros((2, more), np.int32))
-    assert (np.asarray(layer.packed.length) <= layer.packed.capacity).all()
+def full_layer(method: Method) -> LayerCache:
+    """Two ragged rows that have taken all the tokens that there is room for."""
+    k, v, new = (normal(np.random.default_rng(7), 2, 60, K, H) for _ in range(3))
+    layer = cache_of(method, k, v, np.array([60, 31]), 40)
+    room = np.asarray(layer.room())
+    layer = APPEND(layer, np.repeat(new, 3, axis=1), np.repeat(new, 3, axis=1), room, np.zeros((2, 180), np.int32))
+    assert (np.asarray(layer.room()) == 0).all()
+    return layer
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_token_without_room_is_dropped(name: str, tokens: int):
+    """What the cache holds stays bit for bit, one token at a time or many, however often they come."""
+    layer = before = full_layer(METHODS[name])
+    new = np.full((2, tokens, K, H), 9.0, np.float32)
+    for _ in range(3):
+        layer = APPEND(layer, new, new, np.array([tokens, tokens]), np.zeros((2, tokens), np.int32))
     assert (np.asarray(layer.tail.length) <= layer.tail.capacity).all()
+    assert (np.asarray(layer.tokens - before.tokens) <= 1).all()  # a slot of the tail that could not be packed
+    jax.tree.map(np.testing.assert_array_equal, layer.packed, before.packed)
+    for tail, old in ((layer.tail.k, before.tail.k), (layer.tail.v, before.tail.v)):
+        for b, length in enumerate(before.tail.length.tolist()):
+            np.testing.assert_array_equal(tail[b, :, :length], old[b, :, :length])
+
+
+@pytest.mark.parametrize("name", ["full", "kivi-sinks"])
+def test_an_overflow_is_reported_where_its_values_are_known(name: str):
+    """By the call itself, or under `jit` by `debug_checks`."""
+    layer, new = full_layer(METHODS[name]), np.zeros((2, 2, K, H), np.float32)
+    checked = debug_checks(append)
+    for lengths, row in (([0, 2], 1), ([1, 0], 0)):
+        arguments: Any = (layer, new, new, np.array(lengths), np.zeros((2, 2), np.int32))
+        for call in (append, checked):
+            with pytest.raises(ValueError, match=f"^append: row {row} gets {max(lengths)} tokens and has room for 0$"):
+                call(*arguments)
+    nothing = np.zeros(2, np.int32)
+    same = checked(layer, new, new, nothing, np.zeros((2, 2), np.int32))
+    jax.tree.map(np.testing.assert_array_equal, same, layer)
+
+
+WRONG = {
+    "heads first": (
+        {"k": np.zeros((2, K, 1, H), np.float32)},
+        r"k is float32\[2, 2, 1, 32\]: expected float32 \[B, T, K, H\]",
+    ),
+    "one KV head": ({"k": np.zeros((2, 1, 1, H), np.float32)}, r"k is float32\[2, 1, 1, 32\]: .* B=2, K=2, H=32"),
+    "another batch": ({"k": np.zeros((1, 1, K, H), np.float32)}, r"k is float32\[1, 1, 2, 32\]"),
+    "another dtype": ({"k": np.zeros((2, 1, K, H), np.float16)}, r"k is float16\[2, 1, 2, 32\]: expected float32"),
+    "values of two tokens": ({"v": np.zeros((2, 2, K, H), np.float32)}, r"v is float32\[2, 2, 2, 32\]: .* T=1"),
+    "no tokens": ({"k": np.zeros((2, 0, K, H), np.float32)}, ".*, none of size 0"),
+    "a list": ({"k": [[1.0]]}, "k is a list"),
+    "lengths of another batch": ({"lengths": np.ones(3, int)}, r"lengths is int64\[3\]: expected integers \[B\], B=2"),
+    "fractions": ({"lengths": np.ones(2)}, r"lengths is float64\[2\]: expected integers"),
+    "a negative length": ({"lengths": np.array([1, -1])}, r"lengths\[1\] is -1: expected integers in 0..1"),
+    "more than T": ({"lengths": np.array([2, 1])}, r"lengths\[0\] is 2: expected integers in 0..1"),
+    "positions per row": ({"positions": np.zeros(2, int)}, r"positions is int64\[2\]: expected integers \[B, T\]"),
+    "no layer": ({"layer": None}, "layer is a NoneType: expected a LayerCache"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named(case: str):
+    changes, message = WRONG[case]
+    k = np.zeros((2, 1, K, H), np.float32)
+    layer = cache_of(METHODS["minikv"], np.repeat(k, 9, axis=1), np.repeat(k, 9, axis=1), np.array([9, 2]), 9)
+    arguments: Any = {"layer": layer, "k": k, "v": k, "lengths": np.ones(2, int), "positions": np.zeros((2, 1), int)}
+    with pytest.raises(ValueError, match=f"^append: {message}"):
+        append(**arguments | changes)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -227,7 +227,7 @@ def test_variance_grants_counts_beyond_the_prompt():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"evict_every": 0}, "evict_every=0: expected at least 1"),
+        ({"evict_every": 0}, "evict_every=0: expected an integer in 1..16777216"),
         ({"evict_every": 0.5}, "evict_every=0.5: expected an integer"),
         ({"evict_every": 8, "quantizer": MinMax()}, "evict_every=8 with MinMax: only full-precision tokens"),
         ({"evict_every": 8, "heavy": 0.0, "recent": 1.0}, "evict_every=8 with recent=1.0: there is no budget"),
@@ -290,5 +290,5 @@ def test_a_scorer_of_ones_own_goes_on():
     np.testing.assert_array_equal(after.scores[:, :, 40:], scores[:, :, 40:])
     contracts.check(method, tiny_config())
     short = dataclasses.replace(method, scorer=Short())
-    with pytest.raises(ValueError, match=r"scorer 'Short': update returns float32\[3\]: expected .*\[B, K, C\]"):
+    with pytest.raises(ValueError, match=r"scorer 'Short': update returns float32\[3\] .*: expected .*\[B, K, C\]"):
         contracts.check(short, tiny_config())

@@ -21,6 +21,7 @@ class Projections:
     q: np.ndarray  # [L, V, N, H]
     k: np.ndarray  # [L, V, K, H]
     v: np.ndarray
+    dtype: str = "float32"
 
     def window(self, layer: int) -> int | None:
         return self.config.window(layer)
