@@ -1,4 +1,4 @@
-"""Draws docs/architecture.svg from the code: rooms in the layers of the import contract, and imports as arrows.
+"""Draws docs/architecture.svg from the code: packages in the layers of the import contract, and imports as arrows.
 
     python docs/draw_architecture.py [--check]
 
@@ -41,7 +41,7 @@ STYLE = """
 
 
 def layers() -> list[list[str]]:
-    """The rooms, top layer first."""
+    """The packages, top layer first."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]
@@ -49,31 +49,31 @@ def layers() -> list[list[str]]:
     return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
 
 
-def imports(rooms: list[str]) -> set[tuple[str, str]]:
-    """Which room imports which, without what follows from the others."""
+def imports(packages: list[str]) -> set[tuple[str, str]]:
+    """Imports between packages, without those that follow from others."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
-    for room in rooms:
-        graph.squash_module(f"{PACKAGE}.{room}")
-    direct = {room: graph.find_modules_directly_imported_by(f"{PACKAGE}.{room}") for room in rooms}
+    for package in packages:
+        graph.squash_module(f"{PACKAGE}.{package}")
+    direct = {package: graph.find_modules_directly_imported_by(f"{PACKAGE}.{package}") for package in packages}
     direct = {
-        room: {name.removeprefix(f"{PACKAGE}.") for name in names} & set(rooms) - {room}
-        for room, names in direct.items()
+        package: {name.removeprefix(f"{PACKAGE}.") for name in names} & set(packages) - {package}
+        for package, names in direct.items()
     }
 
-    def reached(room: str) -> set[str]:
-        return direct[room].union(*(reached(below) for below in direct[room]))
+    def reached(package: str) -> set[str]:
+        return direct[package].union(*(reached(below) for below in direct[package]))
 
     return {
-        (room, below)
-        for room in rooms
-        for below in direct[room]
-        if not any(below in reached(other) for other in direct[room] - {below})
+        (package, below)
+        for package in packages
+        for below in direct[package]
+        if not any(below in reached(other) for other in direct[package] - {below})
     }
 
 
-def files(room: str) -> str:
-    """The names of a room's files; empty for a room that is a file."""
-    folder = ROOT / PACKAGE / room
+def files(package: str) -> str:
+    """The names of a package's files; empty for a package that is a file."""
+    folder = ROOT / PACKAGE / package
     if not folder.is_dir():
         return ""
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
@@ -95,7 +95,7 @@ def wrap(text: str, width: float) -> list[str]:
 def draw() -> str:
     """The picture as SVG."""
     rows = layers()
-    rooms = [room for row in rows for room in row]
+    packages = [package for row in rows for package in row]
     boxes: dict[str, tuple[float, float, float, float]] = {}
     parts, top = [], float(MARGIN)
     for row in rows:
@@ -115,7 +115,7 @@ def draw() -> str:
                 parts.append(f'<text class="files" x="{left + 10:.1f}" y="{y:.1f}">{html.escape(line)}</text>')
         top += height + GAP
     anyones = {*rows[-1], *rows[-2]}
-    arrows = [arrow(boxes[upper], boxes[lower]) for upper, lower in sorted(imports(rooms)) if lower not in anyones]
+    arrows = [arrow(boxes[upper], boxes[lower]) for upper, lower in sorted(imports(packages)) if lower not in anyones]
     left, y, width, height = boxes["ops"]
     for name in KERNELS:
         x = boxes[name][0]
