@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -95,10 +96,18 @@ def read_number(text: str) -> float:
     return float(text)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names from a file for an error: escaped, each shortened, and not without end."""
+    short = [name if len(name) <= _MOST_REASON else f"{name[:_MOST_REASON]}..." for name in names[:_MOST_NAMES]]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return printable(", ".join(short)) + more
+
+
 def reason(error: BaseException) -> str:
     """What an exception of another library says, in one printable line that is not too long."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= _MOST_REASON else f"{text[:_MOST_REASON]}..."
 
 
-_MOST_REASON = 300
+_MOST_REASON = 300  # characters
+_MOST_NAMES = 100

@@ -5,9 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import logging
 import os
 import pathlib
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -120,23 +123,34 @@ def naming_damage(path: pathlib.Path, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax raises bare ones; what TensorStore said is their cause
+        _drop_late_reports()
         raise ValueError(f"{path} is not a complete {kind}: {_cause(error.__cause__ or error)}") from None
     sys.unraisablehook = before  # after a failure it stays: reads may still be under way
 
 
-class _LateReads:
-    """Drops the reports of reads that end after another one has failed, and gives others to the hook before it.
+# Orbax reads all arrays at once, and leaves the loop that the reads report to at the first failure. The others then say
+# on stderr what became of them, in up to forty lines each: as unraisable exceptions, log records and warnings.
+_LATE = re.compile("Event loop is closed|Encountered error while reading array|coroutine '_read_array|tensorstore_spec")
 
-    Orbax reads all arrays at once, and leaves the loop that the reads report to at the first failure.
-    """
+
+class _LateReads:
+    """Drops the reports of reads that end after another one has failed, and gives others to the hook before it."""
 
     def __init__(self, before: Callable[[sys.UnraisableHookArgs], Any]):
         self._before = before
 
     def __call__(self, report: sys.UnraisableHookArgs) -> None:
-        late = ("Event loop is closed", "Encountered error while reading array index")
-        if not str(report.exc_value).startswith(late):
+        if not _LATE.search(str(report.exc_value)):
             self._before(report)
+
+
+def _drop_late_reports() -> None:
+    warnings.filterwarnings("ignore", "coroutine '_read_array", RuntimeWarning)
+    logging.getLogger("asyncio").addFilter(_is_no_late_report)
+
+
+def _is_no_late_report(record: logging.LogRecord) -> bool:
+    return not _LATE.search(record.getMessage())
 
 
 @contextlib.contextmanager

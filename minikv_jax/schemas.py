@@ -20,6 +20,8 @@ _Model = TypeVar("_Model", bound=pydantic.BaseModel)
 # What a key accepts, by pydantic's type of the error; the values in braces are those of the error.
 _ACCEPTED = {
     "bool_type": "true or false",
+    "dataclass_exact_type": "an object",
+    "dataclass_type": "an object",
     "dict_type": "an object",
     "finite_number": "a finite number",
     "float_type": "a number",

@@ -78,6 +78,9 @@ def restore(
     directory, resolved = pathlib.Path(directory).absolute(), resolve_dtype(dtype)
     config = restore_config(directory)
     check_links(directory, ["**/*"])
+    for name in ("_CHECKPOINT_METADATA", "params/_METADATA"):  # Orbax would print what is wrong with them, and go on
+        if (directory / name).exists():
+            files.read_json(directory / name)
     with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
         described = checkpointer.metadata(directory).item_metadata.get("params")
         if described is None:
@@ -107,7 +110,8 @@ def _is_finite(array: jax.Array) -> jax.Array:
 def _checkpointer() -> orbax.checkpoint.Checkpointer:
     import orbax.checkpoint as ocp
 
-    handlers = {"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    json = ocp.JsonCheckpointHandler()  # never asked for "tokenizer", of which Orbax would warn without a handler
+    handlers = {"params": ocp.StandardCheckpointHandler(), "config": json, "tokenizer": json}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 

@@ -7,6 +7,8 @@ import pathlib
 
 from minikv_jax import checks
 
+_MOST_BYTES = 255  # of a file name, on every common file system
+
 
 def member(directory: pathlib.Path, name: str) -> pathlib.Path:
     """The path of a file of a checkpoint, there or not.
@@ -18,8 +20,10 @@ def member(directory: pathlib.Path, name: str) -> pathlib.Path:
       ValueError: the name, or a link, leaves the directory.
     """
     parts = pathlib.PurePath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.parts:
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise ValueError(f"{directory}: file name {checks.shown(name)} is not accepted: it leaves the directory")
+    if "\0" in name or any(len(part.encode("utf-8", "replace")) > _MOST_BYTES for part in parts.parts):
+        raise ValueError(f"{directory}: {checks.shown(name)} is not a file name")
     path, root = directory / name, directory.resolve()
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     target = pathlib.Path(os.path.realpath(path))

@@ -101,7 +101,7 @@ class GGUFFile:
         kinds = {tensor.kind for tensor in self.tensors.values()}
         if unreadable := {kind for kind in kinds if not _can_dequantize(kind)}:
             names = [f"{name} ({at.kind.name})" for name, at in self.tensors.items() if at.kind in unreadable]
-            raise ValueError(f"{self.path}: these tensors cannot be dequantised: {checks.printable(', '.join(names))}")
+            raise ValueError(f"{self.path}: these tensors cannot be dequantised: {checks.listed(names)}")
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` of a tensor (of its only row for a vector), dequantised to float32."""

@@ -53,7 +53,7 @@ def load_safetensors(
     slices = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
     types = {name: tensor.get_dtype() for name, tensor in slices.items()}
     if refused := sorted(f"{name} ({kind})" for name, kind in types.items() if kind not in FLOAT_TYPES):
-        raise ValueError(f"{directory}: tensors of a type that is not plain floating point: {', '.join(refused)}")
+        raise ValueError(f"{directory}: tensors of a type that is not plain floating point: {checks.listed(refused)}")
     source = TensorSource(
         origin=str(directory),
         shapes={name: tuple(tensor.get_shape()) for name, tensor in slices.items()},
@@ -174,14 +174,14 @@ def _open_shards(directory: pathlib.Path) -> list[safe_open]:
         return [_open_shard(single)]
     weight_map = schemas.validate(_Index, read_json(index), source=index).weight_map
     paths = {name: member(directory, name) for name in sorted(set(weight_map.values()))}
-    if missing := [checks.printable(name) for name, path in paths.items() if not path.is_file()]:
-        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
+    if missing := [name for name, path in paths.items() if not path.is_file()]:
+        raise FileNotFoundError(f"{index} names files that are not there: {checks.listed(missing)}")
     handles = {name: _open_shard(path) for name, path in paths.items()}
     listed = set(weight_map.items())
     stored = {(tensor, name) for name, handle in handles.items() for tensor in handle.keys()}  # noqa: SIM118
     if listed != stored:
-        wrong = sorted(checks.printable(f"{tensor} in {name}") for tensor, name in listed ^ stored)
-        raise ValueError(f"{index} disagrees with its files about: {', '.join(wrong)}")
+        wrong = sorted(f"{tensor} in {name}" for tensor, name in listed ^ stored)
+        raise ValueError(f"{index} disagrees with its files about: {checks.listed(wrong)}")
     return list(handles.values())
 
 

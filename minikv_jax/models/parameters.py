@@ -24,7 +24,6 @@ from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import JOINED, Llama, joined_widths
 
 _BLOCK_ELEMENTS = 1 << 22  # values converted at a time: 16 MB of float32
-_MOST_NAMES = 100  # in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,14 +171,8 @@ def _match(name: str, rules: Iterable[Rule]) -> tuple[Rule | None, str | None]:
 def raise_misfits(origin: str, *, unknown: list[str], unfilled: list[str], misshapen: list[str]) -> None:
     """Raises one ValueError that lists everything that keeps a checkpoint from being the model of its config."""
     parts = (("unknown tensors", unknown), ("parameters without a tensor", unfilled), ("wrong shapes", misshapen))
-    if misfits := [f"{title}: {_listed(items)}" for title, items in parts if items]:
+    if misfits := [f"{title}: {checks.listed(items)}" for title, items in parts if items]:
         raise ValueError(f"{origin} does not fit its config. {'; '.join(misfits)}")
-
-
-def _listed(names: list[str]) -> str:
-    """Names of a file for an error: escaped, and not without end."""
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return checks.printable(", ".join(names[:_MOST_NAMES])) + more
 
 
 def check_depth(origin: str, config: ModelConfig, paths: Iterable[str]) -> None:
@@ -200,7 +193,7 @@ def raise_nonfinite(origin: str, names: list[str]) -> None:
     """Raises ValueError naming tensors that hold NaN or infinite values."""
     if names:
         raise ValueError(
-            f"{origin} has NaN or infinite values in {_listed(names)}: "
+            f"{origin} has NaN or infinite values in {checks.listed(names)}: "
             "load(..., allow_nonfinite=True) or --allow-nonfinite goes on nevertheless"
         )
 

@@ -57,17 +57,22 @@ def largest(directory: pathlib.Path) -> pathlib.Path:
     return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def damage_directories(directory: pathlib.Path) -> None:
+    """Cuts the files that say where the arrays are."""
+    for path in (directory / "params" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:300])
+
+
 DAMAGES: dict[str, Callable[[pathlib.Path], object]] = {
     "no manifest": lambda at: (at / "params" / "manifest.ocdbt").unlink(),
     "manifest": lambda at: (at / "params" / "manifest.ocdbt").write_bytes(b"x"),
     "no metadata": lambda at: (at / "params" / "_METADATA").unlink(),
-    "metadata": lambda at: (at / "params" / "_METADATA").write_bytes(b"x"),
-    "deep metadata": lambda at: (at / "params" / "_METADATA").write_text("[" * 100_000),
     "other metadata": lambda at: (at / "params" / "_METADATA").write_text("{}"),
     "no arrays": lambda at: shutil.rmtree(at / "params"),
     "no data": lambda at: largest(at).unlink(),
     "truncated data": lambda at: largest(at).write_bytes(largest(at).read_bytes()[:1000]),
     "other data": lambda at: largest(at).write_bytes(bytes(largest(at).stat().st_size)),
+    "directory": lambda at: damage_directories(at),
     "no config": lambda at: (at / "config" / "metadata").unlink(),
 }
 
@@ -90,21 +95,29 @@ def test_damaged_orbax_is_named_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        ("x", r"config/metadata is not valid JSON"),
-        ("[" * 100_000, r"config/metadata is not valid JSON"),
-        ("[]", r"config/metadata holds a JSON list"),
-        ('{"vocab_size": 3}', r"config/metadata lacks hidden_size, "),
+        ("config/metadata", "x", "is not valid JSON"),
+        ("config/metadata", "[" * 100_000, "is not valid JSON"),
+        ("config/metadata", "[]", "holds a JSON list"),
+        ("config/metadata", '{"vocab_size": 3}', "lacks hidden_size, "),
+        ("params/_METADATA", "x", "is not valid JSON"),
+        ("params/_METADATA", "[" * 100_000, "is not valid JSON"),
+        ("_CHECKPOINT_METADATA", "\x1b[2J", "is not valid JSON"),
     ],
 )
-def test_a_damaged_config_is_named(saved: pathlib.Path, tmp_path: pathlib.Path, text: str, message: str):
+def test_a_damaged_json_file_is_named(
+    saved: pathlib.Path, tmp_path: pathlib.Path, name: str, text: str, message: str, capfd: pytest.CaptureFixture[str]
+):
     directory = tmp_path / "damaged"
     shutil.copytree(saved, directory)
-    (directory / "config" / "metadata").write_text(text)
-    for read in (checkpoint.restore_config, checkpoint.restore):
-        with pytest.raises(ValueError, match=message):
-            read(directory)
+    (directory / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        checkpoint.restore(directory)
+    if name.startswith("config"):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            checkpoint.restore_config(directory)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_link_out_of_a_checkpoint_is_refused(saved: pathlib.Path, tmp_path: pathlib.Path):

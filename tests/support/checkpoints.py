@@ -126,8 +126,9 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     for key, value in (metadata or {}).items():
-        large = type(value) is int and value >= 1 << 31
-        value_type = gguf.GGUFValueType.UINT64 if large else gguf.GGUFValueType.get_type(value)
+        value_type = gguf.GGUFValueType.get_type(value)
+        if isinstance(value, int | float) and abs(value) >= 1 << 31:  # it would be of 32 bits
+            value_type = gguf.GGUFValueType.INT64 if isinstance(value, int) else gguf.GGUFValueType.FLOAT64
         writer.add_key_value(key, value, value_type)
     for name, tensor in tensors.items():
         for letter, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
