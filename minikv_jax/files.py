@@ -16,6 +16,8 @@ from typing import Any
 
 import filelock
 
+from minikv_jax import checks
+
 # What zipfile raises while it reads an archive that is cut short, damaged, encrypted, or packed in an unknown way.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 _PATIENCE_SECONDS = 10.0  # to write a file takes far less
@@ -111,7 +113,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {checks.shown(twice)} is there twice")
     return values
 
 

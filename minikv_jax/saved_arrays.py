@@ -18,7 +18,6 @@ from minikv_jax import checks, files
 from minikv_jax.schemas import Schema, validate
 
 _ARRAYS = "arrays"
-_CAUSE_LENGTH = 200
 
 
 class Description(Schema):
@@ -60,7 +59,7 @@ def save(directory: str | os.PathLike[str], arrays: Any, description: Mapping[st
         part.mkdir()
         with orbax_errors(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(part / _ARRAYS, _numbered(arrays))
-        names = sorted(str(file.relative_to(part)) for file in part.rglob("*") if file.is_file())
+        names = _names(part)
         sums = dict(zip(names, _sha256s([part / name for name in names]), strict=True))
         files.write_json(_description_path(part, kind), {**description, "files": sums})
     return path
@@ -124,7 +123,7 @@ def naming_damage(path: pathlib.Path, kind: str) -> Iterator[None]:
         yield
     except Exception as error:  # Orbax raises bare ones; what TensorStore said is their cause
         _drop_late_reports()
-        raise ValueError(f"{path} is not a complete {kind}: {_cause(error.__cause__ or error)}") from None
+        raise ValueError(f"{path} is not a complete {kind}: {checks.reason(error.__cause__ or error)}") from None
     sys.unraisablehook = before  # after a failure it stays: reads may still be under way
 
 
@@ -159,26 +158,26 @@ def orbax_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # TensorStore's are of several kinds
-        raise OSError(errno.EIO, _cause(error)) from None
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of a message, which may have forty, shortened."""
-    line = checks.printable((str(error).strip().splitlines() or [type(error).__name__])[0])
-    return line if len(line) <= _CAUSE_LENGTH else f"{line[:_CAUSE_LENGTH]}..."
+        raise OSError(errno.EIO, checks.reason(error)) from None
 
 
 def _check_files(directory: pathlib.Path, sums: Mapping[str, str]) -> None:
-    """Raises ValueError naming the first file that is missing, outside the directory, or not as it was written."""
-    outside = [name for name in sums if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts]
-    if outside:
-        raise ValueError(f"{directory}: the file {outside[0]!r} is outside the directory")
+    """Raises ValueError naming the first file that is missing, was not saved, or is not as it was saved."""
+    there = _names(directory)
+    if missing := [name for name in sums if name not in there]:
+        raise ValueError(f"{directory}: the file {checks.shown(missing[0])} is missing: the arrays are not complete")
+    if more := [name for name in there if name not in sums]:
+        raise ValueError(f"{directory}: the file {checks.shown(more[0])} is not one that was saved")
     paths = [directory / name for name in sums]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise ValueError(f"{missing[0]} is missing: the arrays are not complete")
     for path, expected, now in zip(paths, sums.values(), _sha256s(paths), strict=True):
         if now != expected:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was saved with it")
+
+
+def _names(directory: pathlib.Path) -> list[str]:
+    """The files of the arrays, by their paths within the directory."""
+    files = (path for path in (directory / _ARRAYS).rglob("*") if path.is_file())
+    return sorted(path.relative_to(directory).as_posix() for path in files)
 
 
 def _sha256s(paths: list[pathlib.Path]) -> list[str]:

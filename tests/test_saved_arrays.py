@@ -1,5 +1,6 @@
 """Arrays on disk: what comes back, and what is refused."""
 
+import hashlib
 import json
 import pathlib
 
@@ -96,7 +97,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: pathlib.Path, capfd: p
                 load(saved, shapes(ARRAYS))
             assert str(path) in str(caught.value)
         path.unlink()
-        with pytest.raises(ValueError, match=f"{path} is missing"):
+        with pytest.raises(ValueError, match=f"saved: the file '{path.relative_to(saved)}' is missing"):
             load(saved, shapes(ARRAYS))
         path.write_bytes(content)
     load(saved, shapes(ARRAYS))
@@ -114,7 +115,8 @@ def test_what_orbax_raises_is_one_line(tmp_path: pathlib.Path):
     for path in (saved / "arrays").rglob("*"):
         if path.is_file():
             path.write_bytes(b"x")
-    change_description(saved, files={})
+    sums = json.loads((saved / "cache.json").read_text())["files"]
+    change_description(saved, files=dict.fromkeys(sums, hashlib.sha256(b"x").hexdigest()))
     with pytest.raises(ValueError, match=r"^\S*arrays is not a complete Orbax checkpoint: [^\n]{,300}$") as caught:
         load(saved, shapes(ARRAYS))
     assert caught.value.__cause__ is None
@@ -139,5 +141,8 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(
 def test_only_files_of_the_directory_are_read(tmp_path: pathlib.Path, outside: str):
     saved = saved_arrays.save(tmp_path / "saved", ARRAYS, {}, kind="cache")
     change_description(saved, files={outside: "0"})
-    with pytest.raises(ValueError, match=f"saved: the file '{outside}' is outside the directory"):
+    with pytest.raises(ValueError, match=f"saved: the file '{outside}' is missing"):
+        load(saved, shapes(ARRAYS))
+    change_description(saved, files={})
+    with pytest.raises(ValueError, match="saved: the file 'arrays/_CHECKPOINT_METADATA' is not one that was saved"):
         load(saved, shapes(ARRAYS))

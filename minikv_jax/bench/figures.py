@@ -169,7 +169,7 @@ class _Measured(Schema, extra="ignore"):
     batch: _Count
     prompt_len: _Count
     max_new_tokens: _Count
-    compile_s: dict[str, float]
+    compile_s: dict[str, Annotated[float, Field(ge=0)]]
     prefill_s: _Positive
     decode_ms: _Positive
     decode_tokens_per_s: _Positive

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from typing import IO
 
-from minikv_jax import files
+from minikv_jax import checks, files
 from minikv_jax.models import hub
 
 
@@ -39,13 +39,14 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
         with files.replacing(directory, patience=-1) as part:
             if not directory.is_dir():  # while this one waited, another process may have made it
                 part.mkdir()
-                if not _collect(snapshot, part):
-                    raise FileNotFoundError(f"the data set {name!r} on the hub has none of {listed}")
+                _collect(snapshot, part)
+                if not any(part.iterdir()):
+                    raise FileNotFoundError(f"the data set {name!r} on the hub has none of {listed}: see {snapshot}")
     return directory
 
 
-def _collect(snapshot: pathlib.Path, directory: pathlib.Path) -> int:
-    """Puts the JSON and JSON Lines files of a download into one directory; returns how many files it read."""
+def _collect(snapshot: pathlib.Path, directory: pathlib.Path) -> None:
+    """Puts the JSON and JSON Lines files of a download into one directory."""
     paths = [path for path in sorted(snapshot.rglob("*")) if path.suffix in (".json", ".jsonl", ".zip", ".parquet")]
     for path in paths:
         if path.suffix == ".zip":
@@ -55,7 +56,6 @@ def _collect(snapshot: pathlib.Path, directory: pathlib.Path) -> int:
         else:
             with path.open("rb") as stream:
                 _copy(stream, directory / path.name)
-    return len(paths)
 
 
 def _copy(stream: IO[bytes], path: pathlib.Path) -> None:
@@ -73,7 +73,7 @@ def _unpack(path: pathlib.Path, directory: pathlib.Path) -> None:
                     with archive.open(member) as packed:
                         _copy(packed, directory / pathlib.PurePath(member).name)
     except files.DAMAGED_ZIP as error:
-        raise ValueError(f"{path} is not a zip archive: {error}") from error
+        raise ValueError(f"{path} is not a zip archive: {checks.reason(error)}") from error
 
 
 def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
@@ -83,8 +83,9 @@ def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
     except ImportError as error:
         raise ValueError(f"{path} is Parquet, which needs pyarrow: pip install minikv_jax[evaluation]") from error
     try:
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in parquet.read_table(path).to_pylist()]
+        table = parquet.read_table(path, page_checksum_verification=True)
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in table.to_pylist()]
     except (ArrowException, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a Parquet file of texts and numbers: {error}") from error
+        raise ValueError(f"{path} is not a Parquet file of texts and numbers: {checks.reason(error)}") from error
     with (directory / f"{path.name.split('-')[0].removesuffix('.parquet')}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(lines)

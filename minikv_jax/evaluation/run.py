@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minikv_jax import __version__
+from minikv_jax import __version__, checks
 from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
 from minikv_jax.evaluation.task import Case, Task
@@ -63,7 +63,7 @@ class Evaluator:
         cases = tuple(task.cases(tokenizer, model.config.max_position_embeddings))
         for name, count in collections.Counter(case.name for case in cases).items():
             if count > 1:  # rows are told apart by it
-                raise ValueError(f"{count} cases have the name {name!r}: expected one of each name")
+                raise ValueError(f"{count} cases have the name {checks.shown(name)}: expected one of each name")
         room = max(case.new_tokens for case in cases)
         for case in cases:
             check_case(model.config, case, room)

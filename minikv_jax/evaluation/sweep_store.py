@@ -14,13 +14,14 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from minikv_jax import files
+from minikv_jax import checks, files
+from minikv_jax.methods.records import Amount
 from minikv_jax.schemas import Schema, validate
 
 _HEADER, _ROWS = "sweep.json", "rows.jsonl"
 
 _Number = float | None
-_Bytes = Annotated[int, Field(ge=0)]
+_Bytes = Annotated[int, Field(ge=0, lt=1 << 60)]
 
 Rows = dict[tuple[str, str], dict[str, Any]]  # by case and point
 
@@ -82,8 +83,8 @@ class _Row(Schema):
     full_cache_bytes: _Bytes
     text: str = ""
     score: _Number = None
-    heavy: int | float
-    recent: int | float
+    heavy: Amount
+    recent: Amount
 
 
 class Store(NamedTuple):
@@ -153,6 +154,10 @@ def opened(
             yield Store(kept, notes, append)
 
 
+def _named(case: str, point: str) -> str:
+    return f"case {checks.shown(case)} of point {checks.shown(point)}"
+
+
 def _count(rows: int) -> str:
     """How many rows are, in words; empty if there are none."""
     return f"{rows} {'row' if rows == 1 else 'rows'}" if rows else ""
@@ -181,8 +186,8 @@ def _read(directory: pathlib.Path, cases: Collection[str] | None) -> tuple[_Head
         one = validate(_Row, row, source=source)
         key = (one.case, one.point)
         if one.point not in known.points or (cases is not None and one.case not in cases):
-            raise ValueError(f"{source}: case {one.case!r} of point {one.point!r} is not of this sweep")
+            raise ValueError(f"{source}: {_named(*key)} is not of this sweep")
         if key in rows:
-            raise ValueError(f"{source}: case {one.case!r} of point {one.point!r} is there twice")
+            raise ValueError(f"{source}: {_named(*key)} is there twice")
         rows[key] = {name: value for name, value in row.items() if name not in ("case", "point")}
     return known, rows, torn

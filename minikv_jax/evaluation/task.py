@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 import pydantic
 
 from minikv_jax import files, schemas
-from minikv_jax.checks import read_integer, read_number
+from minikv_jax.checks import read_integer, read_number, shown
 from minikv_jax.files import read_text as read_text
 from minikv_jax.models.chat import first_turn
 
@@ -195,7 +195,7 @@ def read_templates(path: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     for name in names:
         if "{context}" not in templates[name]:
-            raise ValueError(f"{path}: {name} is {templates[name][:80]!r}; accepted: a text with {{context}}")
+            raise ValueError(f"{path}: {name} is {shown(templates[name])}; accepted: a text with {{context}}")
     return templates
 
 

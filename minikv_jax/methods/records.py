@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from minikv_jax.methods.method import Method
-from minikv_jax.methods.registry import from_dict
+from minikv_jax.methods.registry import from_dict, to_dict
 from minikv_jax.schemas import Schema
 
 Setting = bool | int | float | str
@@ -41,8 +41,13 @@ class MethodRecord(Schema):
 
 
 def to_method(record: MethodRecord, source: str | os.PathLike[str]) -> Method:
-    """The method of a record. Raises ValueError naming `source` and what is unknown or out of range."""
+    """The method of a record. Raises ValueError naming `source` and what is unknown, missing or out of range."""
+    values = record.model_dump()
     try:
-        return from_dict(record.model_dump())
+        method = from_dict(values)
     except ValueError as error:
         raise ValueError(f"{os.fspath(source)}: method: {error}") from error
+    for part, settings in to_dict(method).items():  # a default in place of what was saved would be another method
+        if isinstance(settings, dict) and (missing := [name for name in settings if name not in values[part]]):
+            raise ValueError(f"{os.fspath(source)}: method.{part} lacks {', '.join(missing)}")
+    return method

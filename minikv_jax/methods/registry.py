@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from minikv_jax.checks import shown
 from minikv_jax.methods.base import Budget, Component, NoScores, Quantizer, ScoredBudget, Scorer, Uniform, settings
 from minikv_jax.methods.method import Method, Share, Tail, to_budget, to_scorer
 
@@ -23,7 +24,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            raise ValueError(f"{self.kind}={name!r}: expected one of {', '.join(sorted(self._entries))}")
+            raise ValueError(f"{self.kind}={shown(name)}: expected one of {', '.join(sorted(self._entries))}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -81,7 +82,7 @@ def make(component: type[T], values: Mapping[str, Any]) -> T:
     known = settings(component)  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
-            raise ValueError(f"unknown setting {name!r}: expected one of {', '.join(known) or 'none'}")
+            raise ValueError(f"unknown setting {shown(name)}: expected one of {', '.join(known) or 'none'}")
     try:
         return component(**values)
     except TypeError as error:

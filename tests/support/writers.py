@@ -59,7 +59,8 @@ def calibration() -> calibrated.Calibration:
 
     def operand() -> calibrated.OperandCalibration:
         ranges = calibrated.Ranges(*generator.random((2, 2, 2, 16)).astype(np.float32))
-        return calibrated.OperandCalibration(ranges, generator.random((2, 16, 16)).astype(np.float32))
+        rotation: Any = generator.random((2, 16, 16)).astype(np.float32)  # what is restored is NumPy's, too
+        return calibrated.OperandCalibration(ranges, rotation)
 
     keys, values = operand(), operand()
     narrow = calibrated.Ranges(values.ranges.low[..., :1], values.ranges.high[..., :1])
