@@ -11,7 +11,7 @@ import itertools
 import math
 import pathlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from minikv_jax.methods.base import (
     Scorer,
 )
 from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, SCORERS
+from minikv_jax.models.config import ModelConfig
 
 
 def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:
@@ -77,12 +78,24 @@ def scored_weights(
     return _expect(what, budget.weights, out, (len(scores), *lengths.shape), "[L, B]")
 
 
+def check_model(quantizer: Quantizer, model: ModelConfig) -> None:
+    """Raises ValueError, or an error of the file that it reads, if a quantizer cannot serve a model."""
+    try:
+        quantizer.check(model)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        what = f"quantizer {QUANTIZERS.name_of(quantizer)!r}: check"
+        raise ValueError(f"{what} fails{cause(error, _file(quantizer.check))}") from error
+
+
 def encode(quantizer: Quantizer, x: Float[Array, "B K S H"], operand: Operand) -> Any:
     """What a quantizer stores of keys or values."""
     what = _quantizer(quantizer, operand)
     stored = _run(what, quantizer.encode, quantizer.encode, x, operand, hint=_hint(quantizer))
     batch, kv_heads, tokens, _ = x.shape
-    for path, leaf in jax.tree.leaves_with_path(stored) or [((), None)]:
+    leaves = [] if isinstance(stored, Iterator) else jax.tree.leaves_with_path(stored)
+    for path, leaf in leaves or [((), stored)]:
         shape = getattr(leaf, "shape", ())
         rows = shape[2] if len(shape) > 2 else 0
         if shape[:2] != (batch, kv_heads) or not rows or tokens % rows or quantizer.block % (tokens // rows):
@@ -163,4 +176,8 @@ def cause(error: BaseException, file: str) -> str:
         lines.append(error.lineno)
     place = f" ({pathlib.Path(file).name}, line {lines[-1]})" if lines else ""
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return f"{place}: {kind}{(str(error).strip().splitlines() or ['no message'])[0][:300]}"
+    try:
+        text = str(error).strip()
+    except Exception:  # a user's exception may fail to say what it is
+        text = ""
+    return f"{place}: {kind}{(text.splitlines() or ['no message'])[0][:300]}"

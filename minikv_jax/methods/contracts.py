@@ -33,7 +33,7 @@ def check(method: Method, model: ModelConfig) -> None:
             f"evict_every={method.evict_every}: a layer with a sliding window ({windows.pop()}) evicts by it"
         )
     if method.quantizer is not None:
-        method.quantizer.check(model)
+        calls.check_model(method.quantizer, model)
     check_components(
         method,
         heads=model.num_attention_heads,

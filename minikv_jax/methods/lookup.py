@@ -12,7 +12,7 @@ from minikv_jax.methods import calibrated
 from minikv_jax.methods.base import Component, settings
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import AMOUNT, Amount, Method, to_amount
-from minikv_jax.methods.registry import COMPONENTS, METHODS, plain_settings
+from minikv_jax.methods.registry import COMPONENTS, METHODS, make, plain_settings
 
 _PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named by themselves
 
@@ -108,7 +108,8 @@ class _Draft(NamedTuple):
 def _unchanged(component: Component | None) -> _Draft:
     if component is None:
         return _Draft(lambda: None, {})
-    return _Draft(lambda **values: dataclasses.replace(component, **values), plain_settings(component))  # pyright: ignore
+    values = plain_settings(component)
+    return _Draft(lambda **changed: make(type(component), changed) if changed != values else component, values.copy())
 
 
 def _replaced(part: str, old: Component | None, name: str) -> _Draft:

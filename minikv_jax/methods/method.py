@@ -209,12 +209,14 @@ class Method:
         if not isinstance(quantizer, Quantizer):
             raise ValueError(f"quantizer={quantizer!r}: expected a Quantizer or None")
         kind = type(quantizer).__name__
-        if MAX_BLOCK % checks.integer(f"{kind}.block", quantizer.block, 1):
-            raise ValueError(f"{kind}.block={quantizer.block}: expected a divisor of {MAX_BLOCK}")
-        if self.tail.length % quantizer.block:
-            raise ValueError(
-                f"tail.length={self.tail.length}: expected a multiple of {kind}'s packing block {quantizer.block}"
-            )
+        try:
+            block = quantizer.block
+        except Exception as error:  # whatever a user's property may raise
+            raise ValueError(f"{kind}.block fails: {type(error).__name__}: {error}") from error
+        if MAX_BLOCK % checks.integer(f"{kind}.block", block, 1):
+            raise ValueError(f"{kind}.block={block}: expected a divisor of {MAX_BLOCK}")
+        if self.tail.length % block:
+            raise ValueError(f"tail.length={self.tail.length}: expected a multiple of {kind}'s packing block {block}")
 
     def _check_eviction(self) -> None:
         every = f"evict_every={self.evict_every}"

@@ -32,10 +32,12 @@ def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's file may raise
+    except BaseException as error:  # whatever a user's file may raise, and Ctrl-C
         del sys.modules[spec.name]
         for registry, entries in zip(REGISTRIES, before, strict=True):
             registry.restore(entries)
+        if not isinstance(error, Exception | SystemExit):
+            raise
         raise ValueError(f"plugin {os.fspath(path)}{cause(error, str(file))}") from error
     new = {
         registry.kind: names

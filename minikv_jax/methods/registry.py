@@ -35,7 +35,7 @@ class Registry(Generic[T]):
 
     def add(self, name: str, entry: T) -> None:
         """Registers `entry`; a name of the user's own may be taken again, one of the library's may not."""
-        if not isinstance(name, str) or not name or set(name) & set(":,=. \n"):
+        if not isinstance(name, str) or not name or set(name) & set(":,=. ") or not name.isprintable():
             raise ValueError(f"{self.kind}={name!r}: expected a name without spaces, ':', ',', '.' and '='")
         if name in self._built_in:
             raise ValueError(f"{self.kind}={name!r} is the library's own: choose another name")
@@ -78,14 +78,16 @@ class Components(Registry[type[Component] | Component]):
 
 
 def make(component: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of a component class. Raises ValueError for wrong settings or an abstract class."""
+    """An instance of a component class. Raises ValueError for wrong settings, or if the class cannot be made."""
     known = settings(component)  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
             raise ValueError(f"unknown setting {shown(name)}: expected one of {', '.join(known) or 'none'}")
     try:
         return component(**values)
-    except TypeError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # an abstract class, or whatever a user's __post_init__ may raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
