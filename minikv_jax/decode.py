@@ -15,6 +15,7 @@ from minikv_jax.cache.state import KVCache, LayerCache
 from minikv_jax.models.decoder import Llama, check_model
 from minikv_jax.ops.append import append
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights
+from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.ops.evict import evict
 from minikv_jax.ops.extend_attention import extend_attention
 
@@ -32,7 +33,8 @@ def check_same_model(model: Llama, cache: KVCache) -> None:
         raise ValueError(f"cache has dtype {tail.dtype}, the model {jnp.dtype(model.dtype)}: expected the same")
 
 
-def _contract(function: str, model: Llama, cache: KVCache) -> Contract:
+def _contract(function: str, model: Llama, cache: KVCache, implementation: str | None) -> Contract:
+    check_implementation(implementation)
     check_model(function, model)
     check_same_model(model, cache)
     return Contract(function, B=cache.length.shape[0])
@@ -61,7 +63,7 @@ def decode(
         room, a token outside the vocabulary, a position beyond the model's. Under `jit` values are not known:
         `debug_checks` looks at them.
     """
-    contract = _contract("decode", model, cache)
+    contract = _contract("decode", model, cache, implementation)
     token = contract.integers("token", token, "B", 0, model.config.vocab_size - 1)
     active = contract.integers("active", active, "B", 0, 1)
     _check_positions(contract, model, cache, active)
@@ -115,7 +117,7 @@ def extend(
     Raises:
       ValueError: as `decode`, or a length that is not in `0..T`.
     """
-    contract = _contract("extend", model, cache)
+    contract = _contract("extend", model, cache, implementation)
     ids = contract.integers("ids", ids, "B T", 0, model.config.vocab_size - 1)
     lengths = contract.integers("lengths", lengths, "B", 0, ids.shape[1])
     _check_positions(contract, model, cache, lengths)

@@ -32,6 +32,7 @@ from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama, check_model
 from minikv_jax.models.rotary import inverse_frequencies
 from minikv_jax.ops.compress import compress, start_eviction
+from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept, select
 from minikv_jax.ops.shapes import prompt_contract
@@ -127,6 +128,7 @@ def prefill(
         token outside the vocabulary, a length that is not in `1..T`. Under `jit` values are not known: `debug_checks`
         looks at them.
     """
+    check_implementation(implementation)
     check_model("prefill", model)
     contract = Contract("prefill")
     ids = contract.integers("ids", ids, "B T", 0, model.config.vocab_size - 1)

@@ -23,7 +23,7 @@ class Sampling:
     """
 
     temperature: float = setting(default=0.0, at_least=0)
-    top_k: int | None = setting(default=None, kind=int, at_least=1)
+    top_k: int | None = setting(default=None, kind=int, at_least=1, at_most=2**31 - 1)
     top_p: float | None = setting(default=None, kind=float, above=0, at_most=1)
     min_p: float | None = setting(default=None, kind=float, above=0, at_most=1)
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from jaxtyping import Array
 
-from minikv_jax import checks
 from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import LayerCache
+from minikv_jax.fields import Accepts
+
+_SCALE = Accepts(float, above=0)
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
     """The scale of the logits, `H ** -0.5` by default. Raises ValueError unless it is positive and finite."""
     if scale is None:
         return float(head_dim**-0.5)
-    checks.number("scale", scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale}: expected a finite number above 0")
-    return float(scale)
+    return _SCALE.value("scale", scale)
 
 
 def prompt_contract(function: str, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Array, Array, Array, Array]:

@@ -206,11 +206,11 @@ def test_which_kernels_a_quantizer_claims():
     [
         (lambda: TurboQuant(metadata_dtype="float8_e4m3fn"), "metadata_dtype='float8_e4m3fn': .* float16, bfloat16"),
         (lambda: TurboQuant(k_bits=8), "k_bits=8: expected one of 1, 2, 3, 4"),
-        (lambda: TurboQuant(seed=1.0), "seed=1.0: expected int"),  # pyright: ignore[reportArgumentType]
+        (lambda: TurboQuant(seed=1.0), "seed=1.0: expected an integer"),  # pyright: ignore[reportArgumentType]
         (lambda: FP8(format="e3m4"), "format='e3m4': expected one of e4m3, e5m2"),
         (lambda: FP8(k_bits=4), "k_bits=4: expected one of 8"),
         (lambda: NVFP4(v_bits=2), "v_bits=2: expected one of 4"),
-        (lambda: HQQ(iterations=-1), "iterations=-1: expected at least 0"),
+        (lambda: HQQ(iterations=-1), "iterations=-1: expected an integer in 0..1000"),
     ],
 )
 def test_a_setting_that_a_quantizer_cannot_have_is_named(make: Any, message: str):
