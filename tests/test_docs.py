@@ -44,7 +44,9 @@ def test_a_method_of_ones_own(model_directory: pathlib.Path, capsys: pytest.Capt
 
 
 def test_a_family_of_ones_own():
-    assert run_page("add-a-model-family.md")["FAMILY"].qkv_bias
+    family = run_page("add-a-model-family.md")["FAMILY"]
+    assert family.qk_norm
+    assert family.fields.model_fields["max_position_embeddings"].default == 32768
 
 
 def test_a_task_of_ones_own():
