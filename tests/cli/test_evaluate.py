@@ -179,7 +179,7 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
         ([*CASES, "{scratch}/good.jsonl", "--plugin", "{scratch}/none.py"], "none.py does not exist"),
         (
             [*CASES, "{scratch}/good.jsonl", "--plugin", "{scratch}/flat.py", "--method", "flat"],
-            "scorer 'flat' returns float32[2, 96]: expected floating-point [2, 2, 96], that is [B, K, T]",
+            "scorer 'flat' returns float32[2, 96] (flat.py, line 4): expected floating-point [2, 2, 96]",
         ),
         (["evaluate", "nosuch"], "invalid choice: 'nosuch'"),
         ([*BOOK, "--method", "full", "--context", "2000"], "context=2000 + continuation=120 exceed"),

@@ -110,14 +110,14 @@ def test_expected_attention_needs_the_rotation():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SnapKV(observation_window=0), "observation_window=0: expected at least 1"),
+        (lambda: SnapKV(observation_window=0), "observation_window=0: expected an integer in 1..65536"),
         (lambda: SnapKV(pooling="median"), "pooling='median': expected one of max, mean"),
         (lambda: SnapKV(pooling_kernel=4), "pooling_kernel=4: expected an odd number"),
-        (lambda: Twin(long_window=0), "long_window=0: expected at least 1"),
-        (lambda: Twin(observation_window=1.5), "observation_window=1.5: expected int"),  # pyright: ignore[reportArgumentType]
-        (lambda: LagKV(lag=0), "lag=0: expected at least 1"),
-        (lambda: ExpectedAttention(future=0), "future=0: expected at least 1"),
-        (lambda: ExpectedAttention(epsilon="0.1"), "epsilon='0.1': expected float"),  # pyright: ignore[reportArgumentType]
+        (lambda: Twin(long_window=0), "long_window=0: expected an integer"),
+        (lambda: Twin(observation_window=1.5), "observation_window=1.5: expected an integer"),  # pyright: ignore[reportArgumentType]
+        (lambda: LagKV(lag=0), "lag=0: expected an integer"),
+        (lambda: ExpectedAttention(future=0), "future=0: expected an integer"),
+        (lambda: ExpectedAttention(epsilon="0.1"), "epsilon='0.1': expected a finite number"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_scorer(make, message: str):
