@@ -12,6 +12,7 @@ from cuda_ffi.library import LIBRARY, architecture_of, source_digest
 
 # FFI target -> exported symbol, for every handler in the library.
 HANDLERS = {
+    "minikv_all_reduce": "MinikvAllReduce",
     "minikv_append": "MinikvAppend",
     "minikv_column_sums": "MinikvColumnSums",
     "minikv_decode_attention": "MinikvDecodeAttention",

@@ -61,6 +61,10 @@ from minikv_jax.ops.prefill_attention import prefill_attention as prefill_attent
 from minikv_jax.ops.quantize import quantize as quantize
 from minikv_jax.packing import Packing as Packing, QuantizedArray as QuantizedArray, dequantize as dequantize
 
+# devices
+from minikv_jax.meshes import make_mesh as make_mesh, place_cache as place_cache
+from minikv_jax.models.partition import shard_model as shard_model
+
 # models
 from minikv_jax.models.config import ModelConfig as ModelConfig
 from minikv_jax.models.decoder import Llama as Llama

@@ -6,13 +6,16 @@ Each function takes a cache value and returns a new one, and can stand inside `j
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import KVCache, LayerCache
-from minikv_jax.models.decoder import Llama, check_model
+from minikv_jax.models.decoder import Llama, Reduce, check_model, sum_over_devices
+from minikv_jax.ops.all_reduce import all_reduce
 from minikv_jax.ops.append import append
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights
 from minikv_jax.ops.dispatch import check_implementation
@@ -75,8 +78,15 @@ def decode(
         layers.append(new)
         return out
 
-    hidden = model.forward(token[:, None], positions, attend)
+    hidden = model.forward(token[:, None], positions, attend, _reduce(model, implementation))
     return hidden[:, 0], KVCache(tuple(layers), cache.length + active)
+
+
+def _reduce(model: Llama, implementation: str | None) -> Reduce:
+    """How the devices' parts of a token are summed."""
+    if model.mesh is None:
+        return sum_over_devices
+    return functools.partial(all_reduce, mesh=model.mesh, implementation=implementation)
 
 
 def decode_layer(

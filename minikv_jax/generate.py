@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from minikv_jax import meshes
 from minikv_jax.cache.state import KVCache
 from minikv_jax.checks import integer
 from minikv_jax.methods import contracts
@@ -23,7 +24,7 @@ from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.programs import GenerateResult, Inputs, Programs, Settings, State, compile_programs, run
-from minikv_jax.prompts import bucket_length, check_cache, check_positions, pad_prompts
+from minikv_jax.prompts import bucket_length, check_cache, check_devices, check_positions, check_rows, pad_prompts
 from minikv_jax.sampling import Sampling
 
 DEFAULT_METHOD = "minikv"
@@ -88,7 +89,8 @@ def generate(
         log_probabilities=log_probabilities,
     )
     graphdef, params = nnx.split(model)
-    return run(graphdef, request.settings, request.method, params, *request.inputs)
+    with meshes.use(model.mesh):
+        return run(graphdef, request.settings, request.method, params, *request.inputs)
 
 
 def stream(
@@ -107,16 +109,21 @@ def stream(
     chunk = integer("chunk", chunk, 1)
     settings, method, inputs = _request(model, prompts, **arguments)
     graphdef, params = nnx.split(model)
-    programs = compile_programs(graphdef, settings, method, params, inputs)
+    with meshes.use(model.mesh):
+        programs = compile_programs(graphdef, settings, method, params, inputs)
+
+    def result(state: State) -> GenerateResult:
+        with meshes.use(model.mesh):
+            return state.result()
 
     def steps() -> Iterator[GenerateResult]:
         state: State = programs.prefill(params, *inputs)
-        yield state.result()
+        yield result(state)
         for last in range(chunk, settings.max_new_tokens + chunk, chunk):
             if not bool(jnp.any(state.active)):
                 return
             state = programs.decode(params, state, np.int32(min(last, settings.max_new_tokens)))
-            yield state.result()
+            yield result(state)
 
     return steps()
 
@@ -148,8 +155,11 @@ def compile_ahead(
     check_positions(model, integer("prompt_tokens", prompt_tokens, 1), settings.max_new_tokens)
     graphdef, params = nnx.split(model)
     tokens = bucket_length(prompt_tokens, model.config.max_position_embeddings)
-    ids, lengths = jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return compile_programs(graphdef, settings, method, params, Inputs(None, ids, lengths, jax.random.key(0)))
+    check_rows(batch, model.mesh)
+    rows = None if model.mesh is None else meshes.sharding(model.mesh, meshes.DATA)
+    ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((batch, tokens), (batch,)))
+    with meshes.use(model.mesh):
+        return compile_programs(graphdef, settings, method, params, Inputs(None, ids, lengths, jax.random.key(0)))
 
 
 class _Request(NamedTuple):
@@ -181,23 +191,34 @@ def _request(
         raise ValueError(f"key={key!r}: expected a PRNG key, such as jax.random.key(0)")
     key = jax.random.key(0) if key is None else key
     ids, lengths = pad_prompts(prompts, model.config.vocab_size, model.config.max_position_embeddings)
+    check_rows(len(lengths), model.mesh)
+    check_devices(model, None)
     if cache is None:
         method = resolve(DEFAULT_METHOD if method is None else method)
         contracts.check(method, model.config)
         check_positions(model, int(lengths.max()), settings.max_new_tokens)
-        return _Request(settings, method, Inputs(None, ids, lengths, key))
+        return _Request(settings, method, _placed(model, Inputs(None, ids, lengths, key)))
     if method is not None:
         raise ValueError("both method and cache are given: a cache goes on with its own method")
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}: expected an earlier result's cache")
     check_cache(model, cache, len(lengths))
-    seen = np.asarray(cache.length)
+    check_devices(model, cache)
+    seen = meshes.to_host(cache.length)
     longest = int((seen + lengths).argmax())
     check_positions(model, int(lengths[longest]), settings.max_new_tokens, int(seen[longest]))
     missing = ids.shape[1] + settings.max_new_tokens - cache.room()
     if missing > 0:
         cache = cache.grow(bucket_length(missing))
-    return _Request(settings, None, Inputs(cache, ids, lengths, key))
+    return _Request(settings, None, _placed(model, Inputs(cache, ids, lengths, key)))
+
+
+def _placed(model: Llama, inputs: Inputs) -> Inputs:
+    """The inputs on the model's mesh, if there is one; the cache is there."""
+    if model.mesh is None:
+        return inputs
+    rows = meshes.place((inputs.ids, inputs.lengths), model.mesh, meshes.DATA)
+    return Inputs(inputs.cache, *rows, meshes.place(inputs.key, model.mesh))
 
 
 def _settings(

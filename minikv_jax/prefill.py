@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from minikv_jax import checks
+from minikv_jax import checks, meshes
 from minikv_jax.arrays import Contract, known
 from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
 from minikv_jax.cache.capacity import LayerCapacity, capacities, layer_capacity
@@ -86,9 +86,14 @@ def keep(
     implementation: str | None = None,
 ) -> tuple[LayerCache, Kept]:
     """Step 4: a layer's cache under a budget of `heavy` top-scored tokens, and which tokens it holds."""
-    kept = select(scores, inputs.lengths, heavy, spec.method, capacity.kept, spec.window)
-    eviction = start_eviction(scores, kept, inputs.lengths, heavy, spec.method, capacity)
-    return compress(inputs.k, inputs.v, kept, capacity, spec, eviction, implementation), kept
+
+    def choose(k: Array, v: Array, scores: Array, lengths: Array, heavy: Array) -> tuple[LayerCache, Kept]:
+        kept = select(scores, lengths, heavy, spec.method, capacity.kept, spec.window)
+        eviction = start_eviction(scores, kept, lengths, heavy, spec.method, capacity)
+        return compress(k, v, kept, capacity, spec, eviction, implementation), kept
+
+    arguments = (inputs.k, inputs.v, scores, inputs.lengths, heavy)
+    return meshes.call_split(choose, arguments, (2, 2, 1, None, None))
 
 
 class _Plan(NamedTuple):
@@ -138,21 +143,25 @@ def prefill(
     contracts.check(method, model.config)
     batch, tokens = ids.shape
     plan = _Plan(method, capacities(model.config, method, tokens, max_new_tokens), implementation)
-    chunks = -(-batch // max(CHUNK_TOKENS // tokens, 1))
-    if chunks == 1:
+    devices = meshes.size(meshes.DATA)
+    own_rows = batch // devices  # on each device, or group of devices
+    chunks = -(-own_rows // max(CHUNK_TOKENS // tokens, 1))
+    if chunks <= 1:
         return _prefill_rows(model, ids, lengths, plan)
-    rows = -(-batch // chunks)
+    rows = -(-own_rows // chunks)
 
     def chunk(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         hidden, cache = carry
         # The last chunk is moved back to end with the batch; the rows that it repeats come out the same.
-        start = jnp.minimum(i * rows, batch - rows)
-        chunk_ids, chunk_lengths = (lax.dynamic_slice_in_dim(x, start, rows) for x in (ids, lengths))
+        start = jnp.minimum(i * rows, own_rows - rows)
+        chunk_ids, chunk_lengths = (_read_rows(x, start, rows) for x in (ids, lengths))
         new, cache = _prefill_rows(model, chunk_ids, chunk_lengths, plan, _Rows(cache, start))
         return _write_rows(hidden, new, start), KVCache(cache.layers, lengths)
 
-    shapes = jax.eval_shape(lambda ids, lengths: _prefill_rows(model, ids, lengths, plan), ids[:rows], lengths[:rows])
-    zeros = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), shapes)
+    some = devices * rows
+    shapes = jax.eval_shape(lambda ids, lengths: _prefill_rows(model, ids, lengths, plan), ids[:some], lengths[:some])
+    hidden, cache = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), shapes)
+    zeros = meshes.constrain(hidden, meshes.DATA), meshes.constrain(cache, *meshes.AXES)
     return lax.fori_loop(0, chunks, chunk, zeros)
 
 
@@ -195,13 +204,31 @@ def _prefill_rows(
 
 
 def _write_rows(x: Any, rows: Any, start: Array) -> Any:
-    """Pytrees of arrays with leading batch axes: `x` with `rows` from `start` on."""
-    return jax.tree.map(lambda x, rows: lax.dynamic_update_slice_in_dim(x, rows, start, axis=0), x, rows)
+    """Pytrees of arrays with leading batch axes: `x` with `rows` from `start` on, on each device."""
+
+    def write(x: Array, rows: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(_by_device(x), _by_device(rows), start, axis=1).reshape(x.shape)
+
+    return jax.tree.map(write, x, rows)
+
+
+def _read_rows(x: Num[Array, "B ..."], start: Array, rows: int) -> Num[Array, "R ..."]:
+    """`rows` rows of each device's, from `start` on."""
+    return lax.dynamic_slice_in_dim(_by_device(x), start, rows, axis=1).reshape(-1, *x.shape[1:])
+
+
+def _by_device(x: Num[Array, "B ..."]) -> Num[Array, "D R ..."]:
+    """The rows of each device on an axis of their own."""
+    return x.reshape(meshes.size(meshes.DATA), -1, *x.shape[1:])
 
 
 def last_valid(hidden: Float[Array, "B T *D"], lengths: Int[Array, "B"]) -> Float[Array, "B *D"]:
     """The hidden state of each row's last valid token."""
-    return hidden[jnp.arange(hidden.shape[0]), lengths - 1]
+
+    def last(hidden: Array, lengths: Array) -> Array:
+        return hidden[jnp.arange(hidden.shape[0]), lengths - 1]
+
+    return meshes.call_split(last, (hidden, lengths), (None, None), meshes.heads_at(None))
 
 
 def prefill_layer(

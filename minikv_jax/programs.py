@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from minikv_jax import meshes
 from minikv_jax.cache.state import KVCache
 from minikv_jax.decode import decode, extend
 from minikv_jax.methods.method import Method
@@ -78,8 +79,20 @@ class State(NamedTuple):
     cache: KVCache
 
     def result(self) -> GenerateResult:
-        """What has been generated so far."""
-        return GenerateResult(self.tokens, self.lengths, self.cache, self.finite, self.log_probabilities)
+        """What has been generated so far, the tokens on every device."""
+        shown = self.tokens, self.lengths, self.finite, self.log_probabilities
+        tokens, lengths, finite, log_probabilities = meshes.constrain(shown)
+        return GenerateResult(tokens, lengths, self.cache, finite, log_probabilities)
+
+    def placed(self) -> State:
+        """The state with its rows and heads on the devices that they stay on."""
+        whole, cache = {"step", "key"}, meshes.constrain(self.cache, *meshes.AXES)
+        others = {
+            name: meshes.constrain(value, *() if name in whole else (meshes.DATA,))
+            for name, value in self._asdict().items()
+            if name != "cache"
+        }
+        return State(**others, cache=cache)
 
 
 class Programs(NamedTuple):
@@ -112,7 +125,10 @@ def compile_programs(graphdef: Any, settings: Settings, method: Method | None, p
     begin = time.perf_counter()
     first = start.lower(graphdef, settings, method, params, *inputs).compile()
     middle = time.perf_counter()
-    state = jax.eval_shape(functools.partial(start, graphdef, settings, method), params, *inputs)
+    shapes = jax.eval_shape(functools.partial(start, graphdef, settings, method), params, *inputs)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, first.output_shardings
+    )
     rest = decode_until.lower(graphdef, settings, params, state, np.int32(0)).compile()
     compile_s = {"prefill": middle - begin, "decode": time.perf_counter() - middle}
     return Programs(first, rest, state, compile_s)
@@ -162,7 +178,7 @@ def _begin(model: Llama, settings: Settings, method: Method | None, inputs: Inpu
         finite=jnp.ones(batch, bool),
         key=key,
         cache=cache,
-    )
+    ).placed()
 
 
 def _loop(model: Llama, settings: Settings, state: State, last: Array | int) -> State:
@@ -192,6 +208,6 @@ def _loop(model: Llama, settings: Settings, state: State, last: Array | int) -> 
             finite=state.finite & (jnp.isfinite(state.logits).all(axis=-1) | ~state.active),
             key=key,
             cache=cache,
-        )
+        ).placed()
 
     return lax.while_loop(lambda state: (state.step < last) & jnp.any(state.active), body, state)

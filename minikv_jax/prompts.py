@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
+from minikv_jax import meshes
 from minikv_jax.cache.state import KVCache
 from minikv_jax.decode import check_same_model
 from minikv_jax.models.decoder import Llama
@@ -62,6 +64,26 @@ def check_positions(model: Llama, prompt_tokens: int, new_tokens: int, seen: int
         raise ValueError(
             f"{before}{prompt_tokens} prompt tokens + {new_tokens} new ones exceed the model's {positions} positions"
         )
+
+
+def check_rows(batch: int, mesh: Mesh | None) -> None:
+    """Raises ValueError unless a batch divides by the mesh's axis "data"."""
+    rows = 1 if mesh is None else mesh.shape[meshes.DATA]
+    if batch % rows:
+        raise ValueError(f"{batch} rows on a mesh with data={rows}: expected a multiple")
+
+
+def check_devices(model: Llama, cache: KVCache | None) -> None:
+    """Raises ValueError unless the model and the cache are on one mesh, or both on one device."""
+    if model.mesh is None and meshes.ambient() is not None:
+        raise ValueError("a mesh is set, but the model is on one device: load(..., mesh=mesh), or shard_model")
+    if cache is None:
+        return
+    used = next(leaf.sharding.device_set for leaf in jax.tree.leaves(cache))
+    if model.mesh is not None and used != set(model.mesh.devices.flat):
+        raise ValueError(f"cache is on {len(used)} devices, the model on {model.mesh.size}: place_cache(cache, mesh)")
+    if model.mesh is None and len(used) > 1:
+        raise ValueError(f"cache is on {len(used)} devices, the model on one: shard_model(model, mesh)")
 
 
 def check_cache(model: Llama, cache: KVCache, batch: int) -> None:

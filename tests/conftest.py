@@ -15,6 +15,8 @@ from minikv_jax.methods.registry import REGISTRIES
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
 
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips, rather than leaves out, what needs a GPU: the summary then counts it."""

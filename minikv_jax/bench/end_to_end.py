@@ -7,6 +7,7 @@ decode are timed apart and their memory is known before they run.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import statistics
 import time
@@ -16,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from minikv_jax import meshes
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.generate import compile_ahead
+from minikv_jax.meshes import AXES, DATA, MODEL
 from minikv_jax.methods import lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.plugins import load_plugin
@@ -27,6 +31,7 @@ from minikv_jax.models import hub
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.huggingface import config_from_hf
+from minikv_jax.models.partition import shard_model
 from minikv_jax.programs import State
 from minikv_jax.prompts import bucket_length
 
@@ -47,6 +52,7 @@ class Case:
       batch, prompt_len, max_new_tokens: rows, prompt tokens per row, generated tokens per row.
       steps: decode steps to time, in the middle of the generation and at its end. None times all of them.
       plugins: Python files with methods.
+      mesh: sizes of a mesh's axes (`meshes.parse`); None for one device.
     """
 
     shape: str | None = None
@@ -59,6 +65,7 @@ class Case:
     dtype: str = "bfloat16"
     implementation: str | None = None
     plugins: tuple[str, ...] = ()
+    mesh: str | None = None
 
     def config(self) -> ModelConfig:
         """The model's config. With random weights, its positions are raised to what the run needs.
@@ -100,11 +107,20 @@ class Case:
             )
         return method
 
+    def devices(self) -> Mesh | None:
+        """The mesh of the run. Raises ValueError if this machine has too few devices."""
+        return None if self.mesh is None else meshes.make_mesh(meshes.parse(self.mesh))
+
+    def shards(self, *axes: str) -> int:
+        """Parts that the axes of the mesh cut an array into."""
+        sizes = {} if self.mesh is None else meshes.parse(self.mesh)
+        return math.prod(sizes.get(axis, 1) for axis in axes)
+
     def load(self) -> Llama:
-        """Loads the model onto the device."""
+        """Loads the model onto the device, or onto the mesh."""
         if self.model is None:
-            return random_model(self.config(), self.dtype)
-        return hub.load(self.model, dtype=self.dtype)[0]
+            return random_model(self.config(), self.dtype, self.devices())
+        return hub.load(self.model, dtype=self.dtype, mesh=self.devices())[0]
 
 
 def shape_config(shape: str) -> ModelConfig:
@@ -118,26 +134,33 @@ def shape_config(shape: str) -> ModelConfig:
     return config_from_hf(shape)
 
 
-def skeleton(config: ModelConfig, dtype: str) -> Llama:
+def skeleton(config: ModelConfig, dtype: str, mesh: Mesh | None = None) -> Llama:
     """The model with shapes in place of its weights."""
-    return nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return model if mesh is None else shard_model(model, mesh)
 
 
-def random_model(config: ModelConfig, dtype: str) -> Llama:
-    """Makes a model with random weights on the device, one array at a time; norms scale by one."""
-    graph, state = nnx.split(skeleton(config, dtype))
-    draw = jax.jit(
-        lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnames=("shape", "dtype")
-    )
+def random_model(config: ModelConfig, dtype: str, mesh: Mesh | None = None) -> Llama:
+    """Makes a model with random weights on the device or mesh, one array at a time; norms scale by one."""
+    graph, state = nnx.split(skeleton(config, dtype, mesh))
     leaves = nnx.to_flat_state(state)
     filled: dict[Any, Any] = {}
     # The largest first, so that the memory for drawing never decides the peak.
     for number, (path, leaf) in enumerate(sorted(leaves, key=lambda pair: -pair[1].size)):
         key = jax.random.fold_in(jax.random.key(0), number)
-        ones = leaf.ndim == 1
-        array = jnp.ones(leaf.shape, leaf.dtype) if ones else draw(key, shape=leaf.shape, dtype=leaf.dtype)
-        filled[path] = leaf.replace(array.block_until_ready())
+        filled[path] = leaf.replace(_random_array(key, leaf.get_value()).block_until_ready())
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _random_array(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Random values of a shape, drawn where they are to lie; a norm's are ones."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        if len(like.shape) == 1:
+            return jnp.ones(like.shape, like.dtype)
+        return 0.02 * jax.random.normal(key, like.shape, like.dtype)
+
+    return jax.jit(draw, out_shardings=like.sharding)(key)
 
 
 class Programs:
@@ -156,7 +179,7 @@ class Programs:
         """Compiles the programs, perhaps with another `config` than the case's own."""
         method, config = case.resolve_method(), config or case.config()
         programs = compile_ahead(
-            skeleton(config, case.dtype),
+            skeleton(config, case.dtype, case.devices()),
             case.batch,
             case.prompt_len,
             method=method,
@@ -213,15 +236,18 @@ def measure(case: Case) -> dict[str, Any]:
     """
     programs = Programs(case)
     params = nnx.state(case.load())
+    weights = memory.weight_bytes(case.config(), case.dtype)
     prefill = _time_prefill(programs, params, case)
     decode, state = {}, prefill.state
     for name, (first, steps) in case.stretches().items():
         state, seconds = _time_stretch(programs, params, state, prefill.lengths, first, steps)
+        cache_bytes = bytes_read(state.cache, prefill.lengths, range(first + 1, first + steps + 1))
         decode[name] = {
             "first_step": first,
             "steps": steps,
             "ms_per_step": 1e3 * seconds / steps,
-            "cache_bytes_read": bytes_read(state.cache, prefill.lengths, range(first + 1, first + steps + 1)),
+            "cache_bytes_read": cache_bytes,
+            "device_bytes_read": round(weights / case.shards(MODEL) + cache_bytes / case.shards(*AXES)),
         }
     ms = next(iter(decode.values()))["ms_per_step"]
     return {
@@ -231,7 +257,7 @@ def measure(case: Case) -> dict[str, Any]:
         "decode": decode,
         "decode_ms": ms,
         "decode_tokens_per_s": 1e3 * case.batch / ms,
-        "weight_bytes": memory.weight_bytes(case.config(), case.dtype),
+        "weight_bytes": weights,
         "cache_bytes": state.cache.nbytes,
         "predicted_bytes": programs.needed_bytes,
         "peak_bytes": peak_bytes(),
@@ -250,16 +276,18 @@ class _Prefill(NamedTuple):
 def _time_prefill(programs: Programs, params: Any, case: Case) -> _Prefill:
     """Times the prefill, and the prefill with one decode step."""
     ids = jax.random.randint(jax.random.key(1), (case.batch, programs.tokens), 0, case.config().vocab_size, jnp.int32)
-    lengths = jnp.full((case.batch,), case.prompt_len, jnp.int32)
+    lengths, key = jnp.full((case.batch,), case.prompt_len, jnp.int32), jax.random.key(0)
+    if (mesh := case.devices()) is not None:
+        (ids, lengths), key = meshes.place((ids, lengths), mesh, DATA), meshes.place(key, mesh)
     state, prompt, prefill_s, first_s = None, None, [], []
     while len(prefill_s) < 2 or (len(prefill_s) <= _MAX_RUNS and sum(prefill_s[1:]) < _MIN_TIMED_SECONDS):
         del state  # two caches would not fit if one fills the device
         begin = time.perf_counter()
-        state = jax.block_until_ready(programs.prefill(params, None, ids, lengths, jax.random.key(0)))
+        state = jax.block_until_ready(programs.prefill(params, None, ids, lengths, key))
         prefill_s.append(time.perf_counter() - begin)
         prompt = CacheLengths.of(state.cache)
         begin = time.perf_counter()
-        state = jax.block_until_ready(programs.decode(params, state, jnp.int32(1)))
+        state = jax.block_until_ready(programs.decode(params, state, np.int32(1)))
         first_s.append(prefill_s[-1] + time.perf_counter() - begin)
         if prefill_s[0] > _SLOW_PREFILL_SECONDS:
             break
@@ -280,24 +308,33 @@ def _time_stretch(
     while len(times) < _MAX_RUNS and sum(times) < _MIN_TIMED_SECONDS:
         state = jax.block_until_ready(_at_step(state, prompt, first))
         begin = time.perf_counter()
-        state = jax.block_until_ready(programs.decode(params, state, jnp.int32(first + steps)))
+        state = jax.block_until_ready(programs.decode(params, state, np.int32(first + steps)))
         times.append(time.perf_counter() - begin)
     return state, statistics.median(times)
 
 
 def _at_step(state: State, prompt: CacheLengths, step: int) -> State:
     """Returns the state with the lengths that it has `step` steps after the prompt."""
-    lengths = jax.tree.map(jnp.asarray, prompt.after(step, state.cache))
+    lengths = prompt.after(step, state.cache)
     layers = (
         dataclasses.replace(
             layer,
-            packed=dataclasses.replace(layer.packed, length=packed),
-            tail=dataclasses.replace(layer.tail, length=tail),
+            packed=dataclasses.replace(layer.packed, length=_in_place_of(layer.packed.length, packed)),
+            tail=dataclasses.replace(layer.tail, length=_in_place_of(layer.tail.length, tail)),
         )
         for layer, packed, tail in zip(state.cache.layers, lengths.packed, lengths.tail, strict=True)
     )
-    cache = KVCache(tuple(layers), lengths.seen)
-    return state._replace(step=jnp.int32(step), lengths=jnp.full_like(state.lengths, step), cache=cache)
+    cache = KVCache(tuple(layers), _in_place_of(state.cache.length, lengths.seen))
+    return state._replace(
+        step=_in_place_of(state.step, np.int32(step)),
+        lengths=_in_place_of(state.lengths, np.full(state.lengths.shape, step, np.int32)),
+        cache=cache,
+    )
+
+
+def _in_place_of(array: jax.Array, values: np.ndarray | np.generic) -> jax.Array:
+    """Other values on the same devices."""
+    return jax.device_put(np.asarray(values, array.dtype), array.sharding)
 
 
 def bytes_read(cache: KVCache, prompt: CacheLengths, steps: range) -> int:

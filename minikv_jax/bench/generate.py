@@ -121,11 +121,11 @@ class Bench:
         except (TaskError, NotImplementedError) as error:
             return row | {"error": str(error)}
         for stretch in row["decode"].values():
-            stretch |= self._floor(row["weight_bytes"] + stretch["cache_bytes_read"], stretch["ms_per_step"])
+            stretch |= self._floor(stretch["device_bytes_read"], stretch["ms_per_step"])
         return row | {"times_floor": next(iter(row["decode"].values()))["times_floor"]}
 
     def _floor(self, bytes_read: int, ms: float) -> dict[str, float | None]:
-        """The floor of a decode step, and the ratio of its time to the floor."""
+        """The floor of a decode step, from the bytes that each device reads, and the ratio of its time to the floor."""
         rate = self.report["read_bytes_per_s"]
         if rate is None:
             return {"floor_ms": None, "times_floor": None}
@@ -147,7 +147,9 @@ class Bench:
 
 def line(row: dict[str, Any]) -> str:
     """A row as one line of text."""
-    text = f"{row['method']:12} batch {row['batch']:4} prompt {row['prompt_len']:7,} + {row['max_new_tokens']:5,}: "
+    devices = f" on {row['mesh']}" if "mesh" in row else ""
+    sizes = f"batch {row['batch']:4} prompt {row['prompt_len']:7,} + {row['max_new_tokens']:5,}"
+    text = f"{row['method']:12}{devices} {sizes}: "
     if "error" in row:
         return text + row["error"]
     floor = "" if row["times_floor"] is None else f" ({row['times_floor']:.2f}x floor)"

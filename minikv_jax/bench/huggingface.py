@@ -65,15 +65,24 @@ def measure(case: Case) -> dict[str, Any]:
     again, more = seconds(prompt, 1 + steps)
     ms = 1e3 * (statistics.median(more) - statistics.median(one)) / steps
     read = sum(_full_bytes(case, prompt + step) for step in range(1, steps + 1)) // steps
+    weights = memory.weight_bytes(case.config(), case.dtype)
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "compile_s": {"first_calls": cold - min(first) + again - min(more)},
         "prefill_s": statistics.median(first),
         "time_to_first_token_s": statistics.median(first),
-        "decode": {name: {"first_step": start, "steps": steps, "ms_per_step": ms, "cache_bytes_read": read}},
+        "decode": {
+            name: {
+                "first_step": start,
+                "steps": steps,
+                "ms_per_step": ms,
+                "cache_bytes_read": read,
+                "device_bytes_read": weights + read,
+            }
+        },
         "decode_ms": ms,
         "decode_tokens_per_s": 1e3 * case.batch / ms,
-        "weight_bytes": memory.weight_bytes(case.config(), case.dtype),
+        "weight_bytes": weights,
         "cache_bytes": _full_bytes(case, case.prompt_len + case.max_new_tokens),
         "predicted_bytes": None,
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,

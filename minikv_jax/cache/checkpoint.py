@@ -7,9 +7,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from minikv_jax import saved_arrays
+from minikv_jax import meshes, saved_arrays
 from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Region, empty_region
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.records import Count, MethodRecord, Size, to_method
@@ -41,11 +42,14 @@ class CacheRecord(saved_arrays.Description):
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
-    """Writes `cache` into the new directory `path`.
+    """Writes `cache`, on one device or on several of this process, into the new directory `path`.
 
     Raises:
       FileExistsError: something is at `path` already.
+      NotImplementedError: there are several processes.
     """
+    if jax.process_count() > 1:
+        raise NotImplementedError(f"{jax.process_count()} processes: a cache is saved by a run of one")
     tail = cache.layers[0].tail
     batch, kv_heads, _, head_dim = tail.k.shape
     description = {
@@ -67,8 +71,12 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
     saved_arrays.save(path, cache, description, kind=_KIND)
 
 
-def restore_cache(path: str | os.PathLike[str], model: ModelConfig) -> KVCache:
+def restore_cache(path: str | os.PathLike[str], model: ModelConfig, mesh: Mesh | None = None) -> KVCache:
     """Reads what `save_cache` wrote, for a model of the same shape.
+
+    Args:
+      mesh: devices to split the cache over, whatever it was on; the mesh of `jax.set_mesh` by default, else JAX's
+        default device.
 
     Raises:
       FileNotFoundError: `path` holds no cache.
@@ -80,7 +88,9 @@ def restore_cache(path: str | os.PathLike[str], model: ModelConfig) -> KVCache:
     _check_model(source, record, model)
     method = to_method(record.method, source)
     _check_capacities(source, record, method)
-    return saved_arrays.load(path, record, jax.eval_shape(lambda: _blank(record, method)))
+    shapes = jax.eval_shape(lambda: _blank(record, method))
+    mesh = meshes.ambient() if mesh is None else mesh
+    return saved_arrays.load(path, record, shapes if mesh is None else meshes.placed_shapes(shapes, mesh))
 
 
 def _check_model(source: str, record: CacheRecord, model: ModelConfig) -> None:

@@ -33,6 +33,7 @@ class MemoryReport:
       full_bytes: the same tokens, all of them, in the model's dtype: what an uncompressed cache holds.
       layers: tokens per layer (`kept` of the prompt; capacities of the packed region and of the tail).
       layer_bytes: everything allocated, per layer.
+      row_bytes: of the `index_bytes`, those of arrays without an axis of heads.
     """
 
     packed_bytes: int
@@ -41,10 +42,15 @@ class MemoryReport:
     full_bytes: int
     layers: tuple[LayerCapacity, ...]
     layer_bytes: tuple[int, ...]
+    row_bytes: int
 
     @property
     def bytes(self) -> int:
         return self.packed_bytes + self.tail_bytes + self.index_bytes
+
+    def device_bytes(self, data: int, model: int) -> int:
+        """Bytes on each device of a mesh with `data` parts of the rows and `model` parts of the heads."""
+        return (self.bytes - self.row_bytes) // (data * model) + self.row_bytes // data
 
     def step_saved(self, weight_bytes: int) -> float:
         """How many times fewer bytes a decode step reads than with a full cache: what compression can gain at most.
@@ -99,6 +105,7 @@ def report(
         full_bytes=batch * heads * len(layers) * 2 * (prompt_length + max_new_tokens) * dim * size,
         layers=layers,
         layer_bytes=tuple(map(sum, zip(packed, tail, index, strict=True))),
+        row_bytes=4 * batch * (1 + len(layers) * (2 if method.evict_every is None else 4)),
     )
 
 

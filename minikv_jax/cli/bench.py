@@ -93,6 +93,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     shared.add_dtype(parser, "bfloat16")
     shared.add_implementation(parser)
     parser.add_argument(
+        "--mesh", action="append", metavar="AXIS=N[,AXIS=N]", help="devices, such as data=2,model=4; 1: one; repeatable"
+    )
+    parser.add_argument(
         "--compile-ahead",
         type=shared.positive,
         metavar="N",
@@ -132,7 +135,8 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
     prompts = [1] if arguments.find == "prompt" else arguments.prompt_len or [_PROMPT_LEN]
     batches = [1] if arguments.find == "batch" else arguments.batch or [_BATCH]
     news = arguments.max_new_tokens or [_MAX_NEW_TOKENS]
-    for method, new, prompt_len, batch in itertools.product(arguments.method or _METHODS, news, prompts, batches):
+    sizes = itertools.product(arguments.method or _METHODS, news, prompts, batches, arguments.mesh or ["1"])
+    for method, new, prompt_len, batch, mesh in sizes:
         yield Case(
             shape=arguments.shape,
             model=arguments.model,
@@ -144,6 +148,7 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
             dtype=arguments.dtype,
             implementation=arguments.implementation,
             plugins=tuple(map(str, arguments.plugin)),
+            mesh=None if mesh == "1" else mesh,
         )
 
 

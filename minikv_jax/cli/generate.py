@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from minikv_jax import meshes
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.checks import at_least
-from minikv_jax.cli import output, prompt, shared
+from minikv_jax.cli import devices, output, prompt, shared
 from minikv_jax.generate import stream
 from minikv_jax.methods.method import Method
 from minikv_jax.models import chat
@@ -34,6 +35,8 @@ _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "transformers")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompt, the method, sampling and output."""
     shared.add_run(parser)
+    devices.add_mesh(parser)
+    devices.add_processes(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     prompt.add_sources(source)
     source.add_argument("--chat", action="store_true", help="a conversation, with one message per line of stdin")
@@ -53,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the text and the report of one prompt, or holds a conversation."""
+    devices.join(arguments)
+    with devices.ending_together(arguments):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     method = shared.read_method(arguments)
     sampling = Sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p
@@ -61,8 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     at_least(1, max_new_tokens=arguments.max_new_tokens)
     if arguments.chat and arguments.json:
         raise ValueError("--json holds one result: not with --chat")
+    if arguments.chat and arguments.coordinator:
+        raise ValueError("--chat reads the terminal of one process: not with --coordinator")
     text_or_ids = None if arguments.chat else prompt.read(arguments)
-    model, tokenizer = shared.load_model(arguments, [method])
+    mesh = devices.read_mesh(arguments)
+    if mesh is not None and (rows := mesh.shape[meshes.DATA]) > 1:
+        print(f"minikv: one prompt on a mesh with data={rows}: it is run {rows} times", file=sys.stderr)
+    model, tokenizer = shared.load_model(arguments, [method], mesh)
     session = Session(
         model=model,
         tokenizer=tokenizer,
@@ -129,9 +143,10 @@ class Session:
           cache: holds the conversation so far. It is donated.
         """
         begin = time.perf_counter()
+        rows = 1 if self.model.mesh is None else self.model.mesh.shape[meshes.DATA]
         results = stream(
             self.model,
-            [ids],
+            [ids] * rows,
             method=self.method if cache is None else None,
             cache=cache,
             max_new_tokens=self.max_new_tokens,
@@ -149,7 +164,7 @@ class Session:
             text = self._show(tokens, text)
         print(flush=True)
         return Reply(
-            len(ids), tokens, text, result.cache, Seconds(compilation, prefill, decoding), result.finite.item()
+            len(ids), tokens, text, result.cache, Seconds(compilation, prefill, decoding), bool(result.finite[0])
         )
 
     def _show(self, tokens: list[int], shown: str) -> str:
@@ -183,7 +198,7 @@ def _chat(session: Session) -> int:
             reply = session.reply(chat.first_turn(session.tokenizer, line))
         else:
             reply = session.reply(chat.next_turn(session.tokenizer, line, reply.tokens[-1]), turn, reply.cache)
-        kept = reply.cache.kept_tokens
+        kept = meshes.to_host(reply.cache.kept_tokens)
         tokens = output.span([int(kept.min()), int(kept.max())])
         print(
             f"[{tokens} of {int(reply.cache.length[0])} tokens kept per layer, {reply.cache.nbytes:,} bytes]",
@@ -222,6 +237,7 @@ def _report(arguments: argparse.Namespace, session: Session, reply: Reply) -> di
         session.method,
         prompt_length=bucket_length(reply.prompt_tokens, config.max_position_embeddings),
         max_new_tokens=session.max_new_tokens,
+        batch=cache.length.shape[0],
         dtype=dtype,
     ).full_bytes
     return {
@@ -240,7 +256,8 @@ def _report(arguments: argparse.Namespace, session: Session, reply: Reply) -> di
             "packed_bytes": cache.packed_bytes,
             "full_bytes": full_bytes,
             "ratio": cache.nbytes / full_bytes,
-            "per_layer": cache.kept_tokens[:, 0].tolist(),
+            "devices": 1 if session.model.mesh is None else session.model.mesh.size,
+            "per_layer": meshes.to_host(cache.kept_tokens)[:, 0].tolist(),
         },
         "timing": {
             "compile_s": seconds.compilation,

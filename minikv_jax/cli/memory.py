@@ -6,11 +6,14 @@ import argparse
 import pathlib
 from typing import Any
 
+from minikv_jax import meshes
 from minikv_jax.cache import memory
-from minikv_jax.cli import output, shared
+from minikv_jax.cli import devices, output, shared
 from minikv_jax.methods.method import Method
 from minikv_jax.models import hub
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.huggingface import config_from_hf
+from minikv_jax.models.partition import device_part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_max_new_tokens(parser, 128, "--new")
     parser.add_argument("--batch", type=shared.integer, default=1, metavar="B", help="rows; default: %(default)s")
     shared.add_dtype(parser, "bfloat16")
+    devices.add_mesh(parser)
     shared.add_json(parser)
     shared.add_verbose(parser)
 
@@ -46,9 +50,23 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )
     weights = memory.weight_bytes(model, arguments.dtype)
-    output.print_rows(_rows(arguments, report, weights))
-    output.write_json(arguments.json, _values(arguments, method, report, weights))
+    device = None if arguments.mesh is None else _on_each_device(arguments, model, report)
+    output.print_rows(_rows(arguments, report, weights) | ({} if device is None else _device_rows(device)))
+    output.write_json(arguments.json, _values(arguments, method, report, weights) | {"device": device})
     return 0
+
+
+def _on_each_device(arguments: argparse.Namespace, model: ModelConfig, report: memory.MemoryReport) -> dict[str, int]:
+    """Devices of --mesh, and what each holds."""
+    data, shards = (arguments.mesh.get(axis, 1) for axis in meshes.AXES)
+    if arguments.batch % data:
+        raise ValueError(f"--batch {arguments.batch} on a mesh with data={data}: expected a multiple")
+    weights = memory.weight_bytes(device_part(model, shards), arguments.dtype)
+    return {"count": data * shards, "bytes": report.device_bytes(data, shards), "weight_bytes": weights}
+
+
+def _device_rows(device: dict[str, int]) -> dict[str, str]:
+    return {"each of the devices": f"{device['bytes']:,} bytes of cache, {device['weight_bytes']:,} of weights"}
 
 
 def _rows(arguments: argparse.Namespace, report: memory.MemoryReport, weights: int) -> dict[str, str]:

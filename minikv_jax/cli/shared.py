@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from minikv_jax.checks import read_integer, read_number
 from minikv_jax.cli.output import status
@@ -20,6 +21,7 @@ from minikv_jax.methods.plugins import load_plugin
 from minikv_jax.models import hub
 from minikv_jax.models.config import DTYPES
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.partition import check_mesh
 from minikv_jax.ops import dispatch
 
 if TYPE_CHECKING:
@@ -239,23 +241,27 @@ def read_methods(arguments: argparse.Namespace) -> dict[str, SizedMethod]:
 
 
 def load_model(
-    arguments: argparse.Namespace, methods: Iterable[Method] = ()
+    arguments: argparse.Namespace, methods: Iterable[Method] = (), mesh: Mesh | None = None
 ) -> tuple[Llama, PreTrainedTokenizerBase | None]:
     """The model of `add_run`'s options, and its tokenizer if it has one.
 
     Args:
       methods: checked against the model's config before its weights are loaded.
+      mesh: devices to split the model over; checked likewise.
     """
     dispatch.check_implementation(arguments.implementation)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "compiled"))
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with status(f"loading {arguments.model}"):
-        if methods := list(methods):
+        methods = list(methods)
+        if methods or mesh is not None:
             config = hub.load_config(arguments.model)
             for method in methods:
                 contracts.check(method, config)
-        return hub.load(arguments.model, dtype=dtype, allow_nonfinite=arguments.allow_nonfinite)
+            if mesh is not None:
+                check_mesh(config, mesh)
+        return hub.load(arguments.model, dtype=dtype, mesh=mesh, allow_nonfinite=arguments.allow_nonfinite)
 
 
 def need_matplotlib(advice: str = "") -> None:

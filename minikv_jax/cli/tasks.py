@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from minikv_jax.checks import at_least
-from minikv_jax.cli import shared
+from minikv_jax.cli import devices, shared
 from minikv_jax.evaluation import data
 from minikv_jax.evaluation.run import Evaluator
 from minikv_jax.evaluation.task import Task
 from minikv_jax.evaluation.tasks import TASKS
+from minikv_jax.prompts import check_rows
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -22,6 +23,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
     for name, task in TASKS.items():
         subparser = subparsers.add_parser(name, help=task.summary, description=task.__doc__)
         shared.add_run(subparser)
+        devices.add_mesh(subparser)
         shared.add_methods(subparser)
         subparser.add_argument(
             "--batch", type=shared.integer, default=1, metavar="B", help="cases at a time; default: %(default)s"
@@ -48,8 +50,10 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) 
 def make_evaluator(arguments: argparse.Namespace) -> Evaluator:
     """The task's cases and the loaded model. All options are checked before the model is loaded."""
     at_least(1, batch=arguments.batch)
+    mesh = devices.read_mesh(arguments)
+    check_rows(arguments.batch, mesh)
     task = _make_task(arguments)
-    return Evaluator.create(*shared.load_model(arguments), task, arguments.implementation)
+    return Evaluator.create(*shared.load_model(arguments, mesh=mesh), task, arguments.implementation)
 
 
 def _make_task(arguments: argparse.Namespace) -> Task:

@@ -193,6 +193,8 @@ class Operand(NamedTuple):
 class Quantizer(Component, abc.ABC):
     """Stores keys and values in few bits. Subclasses give at least `encode` and `decode`.
 
+    On a device mesh, `encode` and `decode` are given each device's own rows and KV heads (`meshes.own_heads`).
+
     Attributes:
       choices: what `k_bits` and `v_bits` may be.
       by_layer: whether it reads `Operand.layer`. If not, layers of equal shapes share a program.

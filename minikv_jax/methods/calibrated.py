@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minikv_jax import packing, saved_arrays
+from minikv_jax.meshes import own_heads
 from minikv_jax.methods.base import Operand
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method
@@ -120,7 +121,8 @@ class Calibrated(CalibratedRotation):
 
     def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
         rule = self.packing(operand.kind)
-        return packing.encode(x, *clipped(packing.grouped(x, rule), self.learned(operand).ranges, rule), rule)
+        ranges = jax.tree.map(lambda of_heads: own_heads(of_heads, 0), self.learned(operand).ranges)
+        return packing.encode(x, *clipped(packing.grouped(x, rule), ranges, rule), rule)
 
 
 def model_sizes(model: ModelConfig) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from minikv_jax import files
@@ -17,6 +18,7 @@ from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
 from minikv_jax.models.directory import check_links, member
 from minikv_jax.models.parameters import Skeleton, check_depth, raise_misfits, raise_nonfinite
+from minikv_jax.models.partition import check_mesh, placement
 from minikv_jax.saved_arrays import naming_damage, orbax_errors
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _KIND = "minikv_jax checkpoint"
 _CONFIG = "config/metadata"  # as Orbax's JSON handler calls it
+_COLUMNS = {"joined_columns": "by KV head"}  # `decoder.Joined`
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
@@ -40,7 +43,7 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
     flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     arguments = ocp.args.Composite(
         params=ocp.args.StandardSave(_nest(flat)),
-        config=ocp.args.JsonSave(model.config.to_dict()),
+        config=ocp.args.JsonSave(model.config.to_dict() | _COLUMNS),
     )
     with files.replacing(directory, patience=0, new=True) as part, orbax_errors(), _checkpointer() as checkpointer:
         checkpointer.save(part, arguments)
@@ -60,13 +63,23 @@ def restore_config(directory: str | os.PathLike[str]) -> ModelConfig:
     path = member(directory, _CONFIG)
     if not path.is_file():
         raise ValueError(f"{directory} is not a complete {_KIND}: {_CONFIG} is missing")
-    return ModelConfig.from_dict(files.read_json(path), path)
+    config = files.read_json(path)
+    if config.pop("joined_columns", None) != _COLUMNS["joined_columns"]:
+        raise ValueError(
+            f"{directory} was saved by an earlier version, which ordered the columns of joined projections otherwise: "
+            "load the original checkpoint and save it again"
+        )
+    return ModelConfig.from_dict(config, path)
 
 
 def restore(
-    directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> Llama:
-    """Reads a model that `save` wrote, cast to `dtype`, onto JAX's default device.
+    """Reads a model that `save` wrote, cast to `dtype`, onto `mesh` (whatever mesh it was on) or the default device.
 
     Raises:
       FileNotFoundError: `directory` does not exist.
@@ -77,6 +90,7 @@ def restore(
 
     directory, resolved = pathlib.Path(directory).absolute(), resolve_dtype(dtype)
     config = restore_config(directory)
+    mesh = None if mesh is None else check_mesh(config, mesh)
     check_links(directory, ["**/*"])
     for name in ("_CHECKPOINT_METADATA", "params/_METADATA"):  # Orbax would print what is wrong with them, and go on
         if (directory / name).exists():
@@ -89,9 +103,9 @@ def restore(
     check_depth(str(directory), config, stored)
     skeleton = Skeleton.of(config, resolved)
     _check_stored(directory, {path: tuple(leaf.shape) for path, leaf in stored.items()}, skeleton)
-    device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
     targets = {
-        path: jax.ShapeDtypeStruct(leaf.shape, resolved, sharding=device) for path, leaf in skeleton.parameters.items()
+        path: jax.ShapeDtypeStruct(leaf.shape, resolved, sharding=placement(path, config, mesh))
+        for path, leaf in skeleton.parameters.items()
     }
     with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
         item = ocp.args.StandardRestore(_nest(targets))
@@ -99,7 +113,7 @@ def restore(
     parameters = _flatten(arrays)
     if not allow_nonfinite:
         raise_nonfinite(str(directory), [path for path, array in parameters.items() if not _is_finite(array)])
-    return skeleton.fill(parameters)
+    return skeleton.fill(parameters, mesh)
 
 
 @jax.jit

@@ -7,21 +7,28 @@ share one body. Shape letters are those of docs/architecture.md.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from minikv_jax import meshes
+from minikv_jax.meshes import DATA, MODEL, constrain
 from minikv_jax.models.config import DTYPES, ModelConfig
 from minikv_jax.models.rotary import rotary_tables, rotate
 
 # attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k come normalised and rotated.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# Sums what each device of a mesh has of a projection by rows; called inside `jax.shard_map`.
+Reduce = Callable[[jax.Array], jax.Array]
 
 # Tokens that an MLP, or a prefill, runs at a time: enough to keep a matmul busy, and few enough that the MLP's three
 # arrays of `intermediate_size` take about the memory that attention takes for as many tokens.
@@ -39,12 +46,35 @@ _ACTIVATIONS = {
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def joined_widths(config: ModelConfig, module: str) -> dict[str, int]:
-    """The columns of a joined projection that belong to each of its parts, in order."""
-    q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    wide = config.intermediate_size
-    columns = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": wide, "up_proj": wide}
-    return {name: columns[name] for name in JOINED[module]}
+class Joined(NamedTuple):
+    """The columns of a joined projection: `groups` times [columns of the first part | of the second | ...].
+
+    A group is a KV head with its query heads, or the MLP's columns that lie on the same device as one: devices that
+    share the heads of a model need no column of one another.
+
+    Attributes:
+      widths: columns in a group of each part, in the order of `JOINED`.
+    """
+
+    groups: int
+    widths: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        return self.groups * sum(self.widths)
+
+    def grouped(self, x: Float[Array, "B T C"]) -> Float[Array, "B T groups width"]:
+        """The projection's result by group."""
+        return constrain(x.reshape(*x.shape[:-1], self.groups, -1), DATA, None, MODEL)
+
+
+def joined(config: ModelConfig, module: str) -> Joined:
+    """The layout of a joined projection."""
+    h, kv_heads, wide = config.head_dim, config.num_key_value_heads, config.intermediate_size
+    if module == "qkv_proj":
+        return Joined(kv_heads, (config.num_attention_heads // kv_heads * h, h, h))
+    groups = math.gcd(kv_heads, wide)
+    return Joined(groups, (wide // groups, wide // groups))
 
 
 def _linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
@@ -54,6 +84,33 @@ def _linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
 def _precision(dtype: DTypeLike) -> lax.Precision | None:
     """Keeps float32 exact: a GPU would by default round a matmul's float32 factors to TF32, which has 10 bits."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def sum_over_devices(x: jax.Array) -> jax.Array:
+    """The sum of every device's `x`, by XLA's own collective."""
+    return lax.psum(x, MODEL)
+
+
+def _matmul(x: Float[Array, "B T F"], kernel: Float[Array, "F D"], precision: Any) -> Float[Array, "B T D"]:
+    """`x @ kernel`, as a matmul for a single row too.
+
+    On a GPU, XLA makes of one row times a matrix of fewer than 10^7 numbers a product that it writes out and then sums.
+    """
+    rows = x.shape[0] * x.shape[1]
+    if rows > 1 or kernel.size >= 10**7 or jax.default_backend() != "gpu":
+        return jnp.matmul(x, kernel, precision=precision)
+    twice = lax.optimization_barrier(jnp.concatenate([x, x], axis=1))
+    return jnp.matmul(twice, kernel, precision=precision)[:, :1]
+
+
+def _project_by_rows(linear: nnx.Linear, x: Float[Array, "B T F"], reduce: Reduce) -> Float[Array, "B T D"]:
+    """`linear(x)`, of which each device of a mesh computes its own rows' part."""
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _matmul(x, kernel, linear.precision)
+
+    out = constrain(meshes.sum_of_products(x, linear.kernel[...], product, reduce), DATA)
+    return out if linear.bias is None else out + linear.bias[...]
 
 
 class RMSNorm(nnx.Module):
@@ -76,11 +133,12 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = _linear(dtype, rngs)
         d, h, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.qkv_proj = linear(d, sum(joined_widths(config, "qkv_proj").values()), use_bias=bias)
+        self.joined = joined(config, "qkv_proj")
+        self.qkv_proj = linear(d, self.joined.columns, use_bias=bias)
         self.o_proj = linear(config.num_attention_heads * h, d, use_bias=config.attention_bias)
         self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.heads = config.num_attention_heads, config.num_key_value_heads, h
+        self.group, self.head_dim = config.num_attention_heads // config.num_key_value_heads, h
 
     def __call__(
         self,
@@ -88,16 +146,19 @@ class Attention(nnx.Module):
         cos: Float[Array, "B T H2"],
         sin: Float[Array, "B T H2"],
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        reduce: Reduce = sum_over_devices,
     ) -> Float[Array, "B T D"]:
-        query_heads, kv_heads, head_dim = self.heads
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], -1, head_dim)  # [B, T, N + 2K, H]
-        qk, v = jnp.split(qkv, (query_heads + kv_heads,), axis=2)
+        group, head_dim = self.group, self.head_dim
+        batch, tokens, _ = x.shape
+        qkv = self.joined.grouped(self.qkv_proj(x)).reshape(batch, tokens, -1, group + 2, head_dim)
+        qk, v = qkv[:, :, :, : group + 1], qkv[:, :, :, -1]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = jnp.split(qk, (query_heads,), axis=2)
-            qk = jnp.concatenate([self.q_norm(q), self.k_norm(k)], axis=2)
-        q, k = jnp.split(rotate(qk, cos, sin), (query_heads,), axis=2)  # turned together: one kernel less per layer
+            qk = jnp.concatenate([self.q_norm(qk[:, :, :, :group]), self.k_norm(qk[:, :, :, group:])], axis=3)
+        # Turned together: one kernel less per layer.
+        qk = rotate(qk.reshape(batch, tokens, -1, head_dim), cos, sin).reshape(qk.shape)
+        q, k = qk[:, :, :, :group].reshape(batch, tokens, -1, head_dim), qk[:, :, :, group]
         out = attend(q, k, v)  # [B, T, N, H]
-        return self.o_proj(out.reshape(*x.shape[:2], -1))  # [B, T, D]
+        return _project_by_rows(self.o_proj, out.reshape(batch, tokens, -1), reduce)
 
 
 class MLP(nnx.Module):
@@ -105,13 +166,14 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = functools.partial(_linear(dtype, rngs), use_bias=config.mlp_bias)
-        self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size)
+        self.joined = joined(config, "gate_up_proj")
+        self.gate_up_proj = linear(config.hidden_size, self.joined.columns)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
         self.activation = _ACTIVATIONS[config.hidden_act]
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # [B, T, F] each
-        return self.down_proj(self.activation(gate) * up)
+    def __call__(self, x: Float[Array, "B T D"], reduce: Reduce = sum_over_devices) -> Float[Array, "B T D"]:
+        gate, up = jnp.split(self.joined.grouped(self.gate_up_proj(x)), 2, axis=-1)  # [B, T, groups, F / groups] each
+        return _project_by_rows(self.down_proj, (self.activation(gate) * up).reshape(*x.shape[:-1], -1), reduce)
 
 
 class Layer(nnx.Module):
@@ -129,27 +191,28 @@ class Layer(nnx.Module):
         cos: Float[Array, "B T H2"],
         sin: Float[Array, "B T H2"],
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        reduce: Reduce = sum_over_devices,
     ) -> Float[Array, "B T D"]:
         with jax.named_scope("attention"):
-            x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, reduce)
         with jax.named_scope("mlp"):
-            return _by_chunks(lambda x: x + self.mlp(self.post_attention_layernorm(x)), x)
+            return _by_chunks(lambda x: x + self.mlp(self.post_attention_layernorm(x), reduce), x)
 
 
 def _by_chunks(function: Callable[[jax.Array], jax.Array], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Applies `function`, which treats tokens separately, to at most `CHUNK_TOKENS` tokens at a time, in place."""
-    tokens = x.shape[1]
-    size = min(max(CHUNK_TOKENS // x.shape[0], 1), tokens)
+    tokens, rows = x.shape[1], max(x.shape[0] // meshes.size(DATA), 1)  # on each device
+    chunk = min(max(CHUNK_TOKENS // rows, 1), tokens)
 
     def put(x: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
         part = function(lax.dynamic_slice_in_dim(x, start, size, axis=1))
         return lax.dynamic_update_slice_in_dim(x, part, start, axis=1)
 
-    if size == tokens:
+    if chunk == tokens:
         return function(x)
-    chunks, rest = divmod(tokens, size)
-    x = lax.fori_loop(0, chunks, lambda i, x: put(x, i * size, size), x)
-    return put(x, chunks * size, rest) if rest else x
+    chunks, rest = divmod(tokens, chunk)
+    x = lax.fori_loop(0, chunks, lambda i, x: put(x, i * chunk, chunk), x)
+    return put(x, chunks * chunk, rest) if rest else x
 
 
 class Llama(nnx.Module):
@@ -163,6 +226,7 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = resolve_dtype(dtype)
+        self.mesh: Mesh | None = None  # where the parameters are, if on several devices (`models/partition.py`)
         build = functools.partial(Layer, config, dtype=self.dtype, rngs=rngs)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs
@@ -182,13 +246,19 @@ class Llama(nnx.Module):
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The input of the first layer. An id outside the vocabulary embeds to NaN."""
         with jax.named_scope("embed"):
-            return jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill")
+            return constrain(jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill"), DATA)
 
-    def forward(self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend) -> Float[Array, "B T D"]:
+    def forward(
+        self,
+        ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend,
+        reduce: Reduce = sum_over_devices,
+    ) -> Float[Array, "B T D"]:
         """Runs all layers and the final norm.
 
         `attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]` is called once per layer, in order,
-        with q and k already normalised and rotated to `positions`.
+        with q and k already normalised and rotated to `positions`. On a mesh, `reduce` ends attention and the MLP.
         Raises ValueError if T exceeds the model's positions.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
@@ -199,7 +269,7 @@ class Llama(nnx.Module):
         x = self.embed(ids)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                x = layer(x, cos, sin, functools.partial(attend, index))
+                x = layer(x, cos, sin, functools.partial(attend, index), reduce)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
@@ -207,8 +277,12 @@ class Llama(nnx.Module):
         product = functools.partial(jnp.einsum, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
         with jax.named_scope("logits"):
             if self.lm_head is None:
-                return product("...d,vd->...v", hidden, self.embed_tokens.embedding[...])
-            return product("...d,dv->...v", hidden, self.lm_head.kernel[...])
+                logits = product("...d,vd->...v", hidden, self.embed_tokens.embedding[...])
+            else:
+                logits = product("...d,dv->...v", hidden, self.lm_head.kernel[...])
+            if self.config.vocab_size % meshes.size(MODEL) == 0:
+                logits = constrain(logits, DATA, *[None] * (logits.ndim - 2), MODEL)  # gather these, not the weights
+            return constrain(logits, DATA)
 
 
 def check_model(function: str, model: Any) -> None:

@@ -6,6 +6,7 @@ import os
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from pydantic import Field
 
@@ -15,7 +16,8 @@ from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.decoder import Llama, resolve_dtype
 from minikv_jax.models.family import Family
 from minikv_jax.models.gguf_file import GGUFFile
-from minikv_jax.models.parameters import Rule, TensorSource, read_parameters
+from minikv_jax.models.parameters import read_parameters
+from minikv_jax.models.tensors import Rule, TensorSource
 
 ARCHITECTURES = tuple(dict.fromkeys(f.gguf_architecture for f in families.FAMILIES.values() if f.gguf_architecture))
 
@@ -88,9 +90,15 @@ class _StopTokens(schemas.Schema, extra="ignore"):
 
 
 def load_gguf(
-    file: GGUFFile | str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
+    file: GGUFFile | str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> Llama:
     """Loads a GGUF file of a supported architecture, dequantised to `dtype`, config included.
+
+    Parameters go to `mesh`, or to JAX's default device.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -106,7 +114,7 @@ def load_gguf(
         read_rows=file.read_rows,
         rules=INTERLEAVED_RULES + RULES if config.family.gguf_interleaved else RULES,
     )
-    return read_parameters(config, source, resolve_dtype(dtype), allow_nonfinite=allow_nonfinite)
+    return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:

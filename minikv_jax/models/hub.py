@@ -11,14 +11,15 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from minikv_jax import files
+from minikv_jax import files, meshes
 from minikv_jax.models import checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama, resolve_dtype
@@ -45,7 +46,11 @@ SOURCES = (
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[Llama, PreTrainedTokenizerBase | None]:
     """Loads a model and its tokenizer (None if the source has none).
 
@@ -53,27 +58,33 @@ def load(
       source: a Hugging Face directory, a `.gguf` file, a directory written by `save`, a hub id, or `DEMO_MODEL`, which
         is downloaded once and cached.
       dtype: float32, bfloat16 or float16.
+      mesh: devices to split the model over, with axes "data" (rows of a batch) and "model" (heads, MLP columns,
+        vocabulary), one of them or both; the mesh of `jax.set_mesh` by default, else JAX's default device. Each process
+        reads only what its devices hold.
       allow_nonfinite: load weights with NaN or infinite values, which are refused by default.
 
     Raises:
-      ValueError: an unknown source, an unsupported model, a corrupt file or weights that are not finite.
+      ValueError: an unknown source, an unsupported model, a corrupt file, weights that are not finite, or a mesh over
+        which the model cannot be split.
       FileNotFoundError: a missing file.
       ConnectionError: a download failed.
     """
     resolve_dtype(dtype)
     path = _locate(source, _HUB_PATTERNS)
+    how: dict[str, Any] = {"dtype": dtype, "allow_nonfinite": allow_nonfinite}
+    how["mesh"] = meshes.ambient() if mesh is None else mesh
     # Config and tokenizer come first: what is wrong with them is said before the weights are read.
     if path.is_file():
         file = GGUFFile(path)
         config_from_gguf(file)
         tokenizer = tokenizer_from_gguf(file)
-        return load_gguf(file, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer
+        return load_gguf(file, **how), tokenizer
     _config(path)
     if checkpoint.is_checkpoint(path):
         tokenizer = tokenizer_from_hf(member(path, "tokenizer"))
-        return checkpoint.restore(path, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer
+        return checkpoint.restore(path, **how), tokenizer
     tokenizer = tokenizer_from_hf(path)
-    return load_safetensors(path, dtype=dtype, allow_nonfinite=allow_nonfinite), tokenizer
+    return load_safetensors(path, **how), tokenizer
 
 
 def load_config(source: str | os.PathLike[str]) -> ModelConfig:

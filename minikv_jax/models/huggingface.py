@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +20,8 @@ from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.decoder import Llama, resolve_dtype
 from minikv_jax.models.directory import member
 from minikv_jax.models.family import Fields, RopeFields
-from minikv_jax.models.parameters import Rule, TensorSource, read_parameters
+from minikv_jax.models.parameters import read_parameters
+from minikv_jax.models.tensors import Rule, TensorSource
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -36,11 +38,15 @@ RULES = (
 
 
 def load_safetensors(
-    directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, allow_nonfinite: bool = False
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> Llama:
     """Loads a Hugging Face model directory: config.json and model.safetensors, single or sharded with its index.
 
-    Parameters are cast to `dtype` (float32, bfloat16 or float16) and placed on JAX's default device.
+    Parameters are cast to `dtype` (float32, bfloat16 or float16) and placed on `mesh`, or on JAX's default device.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -60,7 +66,7 @@ def load_safetensors(
         read_rows=lambda name, start, stop: slices[name][start:stop],
         rules=RULES,
     )
-    return read_parameters(config, source, resolve_dtype(dtype), allow_nonfinite=allow_nonfinite)
+    return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
 
 
 def config_from_hf(source: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConfig:

@@ -2,62 +2,29 @@
 
 Every format has a table of rules that maps its tensor names to parameters (`huggingface.RULES`, `gguf.RULES`). The
 parameters' shapes come from `nnx.eval_shape`, so nothing is allocated before names and shapes are known to fit. The
-parameters then go to the device one by one, in the model's dtype: beside the memory-mapped checkpoint the host holds
-one parameter at a time.
+parameters then go to the devices one by one, in the model's dtype: each device's part is read on its own, and beside
+the memory-mapped checkpoint the host holds one part at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from minikv_jax import checks
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import JOINED, Llama, joined_widths
-
-_BLOCK_ELEMENTS = 1 << 22  # values converted at a time: 16 MB of float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Maps the tensors whose names match `pattern` in full to the parameter at `path`.
-
-    Attributes:
-      pattern: a regular expression.
-      path: the parameter, with the groups of the match filled in. It may name a part of a joined projection
-        (`decoder.JOINED`) as if it were a parameter. All formats store matrices `[out, in]`: a path that ends in
-        "kernel" is transposed. None: the tensor is not needed.
-      heads: the config field with the number of heads whose channels are interleaved (`Family.gguf_interleaved`).
-    """
-
-    pattern: str
-    path: str | None
-    heads: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSource:
-    """The named tensors of a checkpoint.
-
-    Attributes:
-      origin: the file or directory, for errors.
-      shapes: of every tensor.
-      read_rows: `read_rows(name, start, stop)` slices the first axis.
-      rules: the first one that matches a name is used.
-    """
-
-    origin: str
-    shapes: Mapping[str, tuple[int, ...]]
-    read_rows: Callable[[str, int, int], np.ndarray]
-    rules: tuple[Rule, ...]
+from minikv_jax.models.decoder import JOINED, Llama, joined
+from minikv_jax.models.partition import check_mesh, placement
+from minikv_jax.models.tensors import Bounds, Rule, TensorReader, TensorSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +42,12 @@ class Skeleton:
         graph, state = nnx.split(model)
         return cls(graph, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)})
 
-    def fill(self, arrays: Mapping[str, jax.Array]) -> Llama:
-        """The model with `arrays` in the places of the shapes."""
+    def fill(self, arrays: Mapping[str, jax.Array], mesh: Mesh | None = None) -> Llama:
+        """The model with `arrays`, which lie on `mesh`, in the places of the shapes."""
         flat: dict[Any, Any] = {_path(name): leaf.replace(arrays[name]) for name, leaf in self.parameters.items()}
-        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+        model = nnx.merge(self.graph, nnx.from_flat_state(flat))
+        model.mesh = mesh
+        return model
 
 
 class _OneKey:
@@ -96,41 +65,85 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 
 def read_parameters(
-    config: ModelConfig, source: TensorSource, dtype: np.dtype, *, allow_nonfinite: bool = False
+    config: ModelConfig,
+    source: TensorSource,
+    dtype: np.dtype,
+    *,
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> Llama:
-    """Makes a model of `config` with the tensors of `source`.
+    """Makes a model of `config` with the tensors of `source`, split over `mesh` if there is one.
 
     Raises:
       ValueError: tensors are missing, unknown, of the wrong shape, or not finite in `dtype` unless that is allowed, all
         of them in one message; or the file repeats a tied embedding with other values.
     """
+    mesh = None if mesh is None else check_mesh(config, mesh)
     check_depth(source.origin, config, [_match(name, source.rules)[1] or "" for name in source.shapes])
     skeleton = Skeleton.of(config, dtype)
     parts = {path: _parts(config, path, leaf.shape) for path, leaf in skeleton.parameters.items()}
     plan, repeats = _plan(config, source, {name: shape for part in parts.values() for name, shape in part.items()})
     arrays: dict[str, jax.Array] = {}
-    nonfinite: list[str] = []
-    for path, part in parts.items():
-        hosts = [
-            _to_parameter(_read(source, plan[name][0], dtype, nonfinite), plan[name][1], name, config) for name in part
-        ]
-        host = hosts[0] if len(hosts) == 1 else np.concatenate(hosts, axis=-1)
-        arrays[path] = jnp.array(host).block_until_ready()  # a copy, done before the host buffer is dropped
+    reader = TensorReader(source, config, dtype, set())
+    for path, leaf in skeleton.parameters.items():
+        tensors = {name: plan[name] for name in parts[path]}
+        arrays[path] = _place(path, leaf.shape, reader, tensors, mesh)
     if not allow_nonfinite:
-        raise_nonfinite(source.origin, nonfinite)
+        raise_nonfinite(source.origin, reader.nonfinite)
     for name in repeats:
-        if not jnp.array_equal(_read(source, name, dtype, []), arrays["embed_tokens.embedding"], equal_nan=True):
+        if not jnp.array_equal(reader.whole(name), arrays["embed_tokens.embedding"], equal_nan=True):
             raise ValueError(f"{source.origin}: tie_word_embeddings is true, but {name} differs from the embedding")
-    return skeleton.fill(arrays)
+    return skeleton.fill(arrays, mesh)
+
+
+def _place(
+    path: str, shape: tuple[int, ...], reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], mesh: Mesh | None
+) -> jax.Array:
+    """A parameter on its devices, each of which is given the part that it holds."""
+    parts: dict[Bounds, np.ndarray] = {}  # devices that hold the same part share it
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(at.indices(size)[:2] for at, size in zip(index, shape, strict=True))
+        if bounds not in parts:
+            parts[bounds] = _read_part(reader, tensors, bounds)
+        return parts[bounds]
+
+    return jax.make_array_from_callback(shape, placement(path, reader.config, mesh), part).block_until_ready()
+
+
+def _read_part(reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], bounds: Bounds) -> np.ndarray:
+    """A block of a parameter; the columns of several tensors are joined group by group (`decoder.Joined`)."""
+    if len(tensors) == 1:
+        ((path, (name, rule)),) = tensors.items()
+        return reader.block(name, rule, path, bounds)
+    *rows, (start, stop) = bounds
+    module = _joined_module(next(iter(tensors)))
+    layout = joined(reader.config, module)
+    width = layout.columns // layout.groups
+    first, last = start // width, stop // width
+    blocks = []
+    for (path, (name, rule)), columns in zip(tensors.items(), layout.widths, strict=True):
+        block = reader.block(name, rule, path, (*rows, (first * columns, last * columns)))
+        blocks.append(block.reshape(*block.shape[:-1], -1, columns))
+    grouped = np.concatenate(blocks, axis=-1)
+    return grouped.reshape(*grouped.shape[:-2], -1)
+
+
+def _joined_module(path: str) -> str:
+    """The joined projection that a part belongs to."""
+    return next(module for module, parts in JOINED.items() if path.split(".")[-2] in parts)
 
 
 def _parts(config: ModelConfig, path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what fills a parameter: the parameter itself, or in order the blocks of columns it joins."""
+    """Names and shapes of what fills a parameter: the parameter itself, or in order the projections it joins."""
     *parents, module, kind = path.split(".")
     if module not in JOINED:
         return {path: shape}
-    widths = joined_widths(config, module)
-    return {".".join((*parents, name, kind)): (*shape[:-1], width) for name, width in widths.items()}
+    layout = joined(config, module)
+    return {
+        ".".join((*parents, name, kind)): (*shape[:-1], layout.groups * width)
+        for name, width in zip(JOINED[module], layout.widths, strict=True)
+    }
 
 
 def _plan(
@@ -189,52 +202,10 @@ def check_depth(origin: str, config: ModelConfig, paths: Iterable[str]) -> None:
         )
 
 
-def raise_nonfinite(origin: str, names: list[str]) -> None:
+def raise_nonfinite(origin: str, names: Iterable[str]) -> None:
     """Raises ValueError naming tensors that hold NaN or infinite values."""
-    if names:
+    if names := sorted(names):
         raise ValueError(
             f"{origin} has NaN or infinite values in {checks.listed(names)}: "
             "load(..., allow_nonfinite=True) or --allow-nonfinite goes on nevertheless"
         )
-
-
-def _read(source: TensorSource, name: str, dtype: np.dtype, nonfinite: list[str]) -> np.ndarray:
-    """A tensor in `dtype`, converted block by block so that only one copy of it exists.
-
-    Its name is added to `nonfinite` if it holds NaN or infinite values, be it from the conversion.
-    """
-    shape = source.shapes[name]
-    out = np.empty(shape, dtype)
-    finite = True
-    step = max(1, _BLOCK_ELEMENTS // max(1, out[:1].size))
-    for start in range(0, shape[0], step):
-        block = out[start : start + step]
-        with np.errstate(over="ignore", invalid="ignore"):
-            block[...] = source.read_rows(name, start, min(start + step, shape[0]))
-        finite = finite and _is_finite(block)
-    if not finite:
-        nonfinite.append(name)
-    return out
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous array of floats holds no NaN and no infinity.
-
-    An infinity's bits, as an integer, are above those of every finite number of its sign, and a NaN's above them. The
-    largest integers take a fraction of the time of `isfinite`, and of NumPy's float arithmetic in 16 bits.
-    """
-    infinity = np.array(np.inf, array.dtype)
-    return all(
-        array.view(kind).max(initial=0) < sign.view(kind)
-        for kind, sign in ((f"i{array.itemsize}", infinity), (f"u{array.itemsize}", -infinity))
-    )
-
-
-def _to_parameter(array: np.ndarray, rule: Rule, path: str, config: ModelConfig) -> np.ndarray:
-    """The tensor in the layout of its parameter."""
-    if rule.heads is not None:
-        # Channel i of a head's first half lies next to channel i of its second half.
-        heads = getattr(config, rule.heads)
-        pairs = array.reshape(heads, config.head_dim // 2, 2, *array.shape[1:])
-        array = pairs.swapaxes(1, 2).reshape(array.shape)
-    return array.T if path.endswith("kernel") else array

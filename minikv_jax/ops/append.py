@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.arrays import INT32_MAX
 from minikv_jax.cache.state import LayerCache, Region
+from minikv_jax.meshes import call_split, specs
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.ops.quantize import store
 from minikv_jax.ops.shapes import layer_contract
@@ -47,11 +48,22 @@ def append(
     contract.holds(lengths <= room, "gets {tokens} tokens and has room for {room}", tokens=lengths, room=room)
     k, v = layer.spec.to_basis(k, "keys"), layer.spec.to_basis(v, "values")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+    arguments = (layer, k, v, lengths, positions)
+    return call_split(
+        functools.partial(_append, implementation=implementation), arguments, (1, 1, 1, None, None), specs(layer, 1)
+    )
+
+
+def _append(
+    layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array, implementation: str | None
+) -> LayerCache:
     if layer.method.quantizer is None:
         return _append_once(layer, k, v, lengths, positions, implementation)
     if k.shape[2] == 1:
         sizes = {"batch": k.shape[0], "kv_heads": k.shape[1], "head_dim": k.shape[3]}
-        return dispatch.run("append", implementation, sizes, _IMPLEMENTATIONS, layer, k, v, lengths, positions)
+        arguments = (layer, k, v, lengths, positions)
+        heads = (1, 1, 1, None, None)
+        return dispatch.run("append", implementation, sizes, _IMPLEMENTATIONS, *arguments, heads=heads)
 
     def step(state: tuple[LayerCache, Array]) -> tuple[LayerCache, Array]:
         layer, done = state

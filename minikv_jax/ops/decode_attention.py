@@ -52,7 +52,8 @@ def decode_attention(
     sizes = {"batch": batch, "tokens": layer.packed.capacity + layer.tail.capacity, "heads": heads}
     sizes |= {"kv_heads": layer.tail.k.shape[1], "head_dim": head_dim, "bits": quantizer.k_bits if quantizer else 16}
     arguments = (layer.spec.to_basis(q, "keys"), layer, positions, softmax_scale(scale, head_dim))
-    out = dispatch.run("decode_attention", implementation, sizes, _IMPLEMENTATIONS, *arguments)
+    heads = (1, 1, None)
+    out = dispatch.run("decode_attention", implementation, sizes, _IMPLEMENTATIONS, *arguments, heads=heads)
     return layer.spec.from_basis(out, "values")
 
 
@@ -160,7 +161,8 @@ def decode_attention_weights(
             f"quantizer={layer.method.quantizer}, window={layer.spec.window}: weights are of full-precision tails only"
         )
     arguments = (q, layer, softmax_scale(scale, q.shape[-1]))
-    return dispatch.run("decode_attention_weights", implementation, {}, {"xla": _xla_weights}, *arguments)
+    implementations = {"xla": _xla_weights}
+    return dispatch.run("decode_attention_weights", implementation, {}, implementations, *arguments, heads=(1, 1))
 
 
 def _xla_weights(q: Array, layer: LayerCache, scale: float) -> tuple[Array, Array]:

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from minikv_jax import meshes
+
 IMPLEMENTATIONS = ("xla", "pallas", "cuda")
 _KERNELS_FIRST = ("cuda", "pallas", "xla")
 _TIMING_TOLERANCE = 1.05  # times of one kernel in two runs differ by as much; within it, _KERNELS_FIRST decides
@@ -41,6 +43,8 @@ def run(
     sizes: Mapping[str, int],
     implementations: Mapping[str, Callable[..., Result]],
     *arguments: Any,
+    heads: tuple[int | None, ...],
+    outputs: Any = None,
 ) -> Result:
     """Runs an op as asked, or by the fastest implementation that supports the case.
 
@@ -49,6 +53,7 @@ def run(
       implementation: one by name, which then runs or raises; None tries `order(op, sizes)` one after the other.
       sizes: tells the recorded measurements apart.
       implementations: functions of `arguments` by name.
+      heads, outputs: where the heads are, for meshes (`meshes.call_split`).
 
     Raises:
       ValueError: an unknown implementation.
@@ -58,13 +63,13 @@ def run(
     if implementation is not None:
         if implementation not in implementations:
             raise NotImplementedError(f"{op}: no {implementation!r} kernel; implementation='xla' runs everywhere")
-        return implementations[implementation](*arguments)
+        return meshes.call_split(implementations[implementation], arguments, heads, outputs)
     reasons = []
-    for name in order(op, sizes):
+    for name in order(op, _on_one_device(sizes)):
         if name not in implementations:
             continue
         try:
-            result = implementations[name](*arguments)
+            result = meshes.call_split(implementations[name], arguments, heads, outputs)
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
             _log.info("%s %s: not %s: %s", op, dict(sizes), name, error)
@@ -72,6 +77,12 @@ def run(
         _log.info("%s %s: %s", op, dict(sizes), name)
         return result
     raise NotImplementedError(f"{op}: no implementation supports the case: {'; '.join(reasons)}")
+
+
+def _on_one_device(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of each device's part."""
+    parts = {"batch": meshes.DATA, "heads": meshes.MODEL, "kv_heads": meshes.MODEL}
+    return {name: size // meshes.size(parts[name]) if name in parts else size for name, size in sizes.items()}
 
 
 def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache.state import Eviction, LayerCache, Region
+from minikv_jax.meshes import call_split, specs
 from minikv_jax.methods import calls
 from minikv_jax.methods.method import Method
 from minikv_jax.ops.select import rank
@@ -33,6 +34,10 @@ def evict(
         kept by score.
       active: 1 for the rows that took part in the step.
     """
+    return call_split(_evict, (layer, state, weights, active), (1, 1, 1, None), specs(layer, 1))
+
+
+def _evict(layer: LayerCache, state: Eviction, weights: Array | None, active: Array) -> LayerCache:
     method, tail = layer.method, layer.tail
     assert method.evict_every is not None
     if state.scores is not None and weights is not None:

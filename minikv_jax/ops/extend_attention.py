@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache.state import LayerCache
+from minikv_jax.meshes import heads_at
 from minikv_jax.ops import dispatch
 from minikv_jax.ops.decode_attention import attend_cache, query_positions
 from minikv_jax.ops.online_softmax import finish, merge
@@ -47,7 +48,10 @@ def extend_attention(
     spec = layer.spec
     q, k, v = spec.to_basis(q, "keys"), spec.to_basis(k, "keys"), spec.to_basis(v, "values")
     arguments = (q, k, v, layer, lengths, positions, softmax_scale(scale, q.shape[-1]))
-    out = dispatch.run("extend_attention", implementation, {}, {"xla": _xla}, *arguments)
+    heads = (2, 2, 2, 1, None, None)
+    out = dispatch.run(
+        "extend_attention", implementation, {}, {"xla": _xla}, *arguments, heads=heads, outputs=heads_at(2)
+    )
     return spec.from_basis(out, "values")
 
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import checks
+from minikv_jax.meshes import heads_at
 from minikv_jax.ops import dispatch
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
 from minikv_jax.ops.shapes import prompt_contract, softmax_scale
@@ -58,7 +59,15 @@ def prefill_attention(
     batch, tokens, heads, head_dim = q.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
     arguments = (q, k, v, lengths, softmax_scale(scale, head_dim), window, with_scores)
-    return dispatch.run("prefill_attention", implementation, sizes, _IMPLEMENTATIONS, *arguments)
+    return dispatch.run(
+        "prefill_attention",
+        implementation,
+        sizes,
+        _IMPLEMENTATIONS,
+        *arguments,
+        heads=(2, 2, 2, None),
+        outputs=(heads_at(2), heads_at(1)),
+    )
 
 
 def _xla(q: Array, k: Array, v: Array, lengths: Array, scale: float, window: int | None, with_scores: bool) -> Scored:

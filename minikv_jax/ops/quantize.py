@@ -32,7 +32,7 @@ def quantize(x: Float[Array, "B K S H"], packing: Packing, *, implementation: st
     packing.check(x.shape)
     batch, kv_heads, tokens, head_dim = x.shape
     sizes = {"batch": batch, "tokens": tokens, "kv_heads": kv_heads, "head_dim": head_dim, "bits": packing.bits}
-    return dispatch.run("quantize", implementation, sizes, _IMPLEMENTATIONS, x, packing)
+    return dispatch.run("quantize", implementation, sizes, _IMPLEMENTATIONS, x, packing, heads=(1,))
 
 
 def store(x: Float[Array, "B K S H"], kind: Kind, spec: LayerSpec, implementation: str | None = None) -> Packed:

@@ -7,7 +7,6 @@ import pytest
 from support.checkpoints import assert_holds, interleave_heads, parameter, random_tensors, write_gguf
 from support.tiny import tiny_config
 
-from minikv_jax.models import parameters
 from minikv_jax.models.config import RopeScaling
 from minikv_jax.models.gguf import config_from_gguf, load_gguf
 from minikv_jax.models.gguf_file import GGUFFile
@@ -29,7 +28,7 @@ GGUF_KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_
 
 @pytest.mark.parametrize("name", GGUF_KINDS)
 def test_gguf_quant_types(tmp_path: pathlib.Path, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parameters, "_BLOCK_ELEMENTS", 1 << 12)  # several blocks of rows per tensor
+    monkeypatch.setattr("minikv_jax.models.tensors._BLOCK_ELEMENTS", 1 << 12)  # several blocks of rows per tensor
     kind = gguf.GGMLQuantizationType[name]
     config = tiny_config(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1, vocab_size=40)
     rng = np.random.default_rng(0)

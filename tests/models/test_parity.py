@@ -126,8 +126,10 @@ def test_projections(pair: tuple[Any, Llama]):
     theirs, ours = pair
     mine, other = hidden_input()
     attention = theirs.model.layers[1].self_attn
+    kv_heads = ours.config.num_key_value_heads
     apart = [getattr(attention, name)(other) for name in ("q_proj", "k_proj", "v_proj")]
-    assert_close(ours.layers[1].self_attn.qkv_proj(mine), torch.cat(apart, dim=-1), 32)
+    by_head = torch.cat([x.unflatten(-1, (kv_heads, -1)) for x in apart], dim=-1).flatten(-2)
+    assert_close(ours.layers[1].self_attn.qkv_proj(mine), by_head, 32)
 
 
 def test_query_and_key_norms(pair: tuple[Any, Llama]):

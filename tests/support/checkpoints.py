@@ -1,6 +1,7 @@
 """Writes tiny checkpoints, independently of the library's readers, and checks models read from them."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -150,15 +151,25 @@ def write_gguf(
 def parameter(model: Llama, path: str) -> np.ndarray:
     """A parameter by its path, or the columns of a joined one that belong to the named projection."""
     flat = {".".join(map(str, at)): leaf[...] for at, leaf in nnx.to_flat_state(nnx.state(model))}
-    for joined, names in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
-        *at, module, kind = path.split(".")
-        if module in names:
-            whole, index = np.asarray(flat[".".join((*at, joined, kind))]), names.index(module)
-            config = model.config
-            q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-            ends = (q, q + kv) if joined == "qkv_proj" else (config.intermediate_size,)
-            return np.split(whole, ends, axis=-1)[index]
-    return np.asarray(flat[path])
+    *at, module, kind = path.split(".")
+    config, h = model.config, model.config.head_dim
+    kv_heads = config.num_key_value_heads
+    group = config.num_attention_heads // kv_heads * h
+    groups = math.gcd(kv_heads, config.intermediate_size)
+    half = config.intermediate_size // groups
+    places = {  # joined parameter, groups, first and last column in each group
+        "q_proj": ("qkv_proj", kv_heads, 0, group),
+        "k_proj": ("qkv_proj", kv_heads, group, group + h),
+        "v_proj": ("qkv_proj", kv_heads, group + h, group + 2 * h),
+        "gate_proj": ("gate_up_proj", groups, 0, half),
+        "up_proj": ("gate_up_proj", groups, half, 2 * half),
+    }
+    if module not in places:
+        return np.asarray(flat[path])
+    joined, count, first, last = places[module]
+    whole = np.asarray(flat[".".join((*at, joined, kind))])
+    grouped = np.stack(np.split(whole, count, axis=-1), axis=-2)
+    return grouped[..., first:last].reshape(*whole.shape[:-1], -1)
 
 
 def assert_holds(model: Llama, tensors: Tensors) -> None:

@@ -1,0 +1,107 @@
+"""Which part of a model each device of a mesh holds: whole heads, the MLP's columns, the vocabulary.
+
+As in Megatron-LM (arXiv 1909.08053): a layer's first projections are split by columns and its last by rows, so that a
+device needs of the others only the sums that end attention and the MLP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from minikv_jax import meshes
+from minikv_jax.meshes import MODEL
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.decoder import JOINED, Llama, joined
+
+_COLUMNS = re.compile(rf".*\.({'|'.join(JOINED)})\.kernel|lm_head\.kernel")
+_ROWS = re.compile(r".*\.(o_proj|down_proj)\.kernel")
+_BIASES = re.compile(rf".*\.({'|'.join(JOINED)})\.bias")
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
+    """The mesh with the axes that this library uses (`meshes.automatic`).
+
+    Raises:
+      ValueError: the model does not divide by its axis "model".
+    """
+    mesh = meshes.automatic(mesh)
+    device_part(config, mesh.shape[MODEL])
+    return mesh
+
+
+def device_part(config: ModelConfig, shards: int) -> ModelConfig:
+    """The shape of what one device holds of a model that is split over `shards` along "model".
+
+    Raises:
+      ValueError: it cannot be split so.
+    """
+    units = {
+        "num_key_value_heads": config.num_key_value_heads,
+        "num_attention_heads": config.num_key_value_heads,
+        "intermediate_size": joined(config, "gate_up_proj").groups,
+    }
+    for name, count in units.items():
+        if count % shards:
+            raise ValueError(
+                f"mesh axis model={shards}: {name}={getattr(config, name)} cannot be split into {shards} equal parts "
+                "of whole KV heads; use a divisor of the KV heads, and the axis data for the other devices"
+            )
+    sizes = {name: getattr(config, name) // shards for name in units}
+    sizes["vocab_size"] = config.vocab_size // vocabulary_parts(config, shards)
+    return dataclasses.replace(config, **sizes, eos_token_ids=())
+
+
+def vocabulary_parts(config: ModelConfig, shards: int) -> int:
+    """Parts that the vocabulary is split into: one on each device, or one in all if it does not divide."""
+    return 1 if config.vocab_size % shards else shards
+
+
+def spec(path: str, config: ModelConfig, shards: int) -> P:
+    """How the parameter at a dotted path is split over `shards` along "model"."""
+    if vocabulary_parts(config, shards) == 1 and path in ("lm_head.kernel", "embed_tokens.embedding"):
+        return P()
+    if _COLUMNS.fullmatch(path):
+        return P(None, MODEL)
+    if _ROWS.fullmatch(path):
+        return P(MODEL, None)
+    if _BIASES.fullmatch(path):
+        return P(MODEL)
+    # A table that only looks tokens up is whole on every device: a lookup then waits for nobody.
+    return P(MODEL, None) if path == "embed_tokens.embedding" and config.tie_word_embeddings else P()
+
+
+def placement(path: str, config: ModelConfig, mesh: Mesh | None) -> jax.sharding.Sharding:
+    """Where the parameter at a dotted path lies: on the mesh, or on JAX's default device."""
+    if mesh is None:
+        return SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    return NamedSharding(mesh, spec(path, config, mesh.shape[MODEL]))
+
+
+def shard_model(model: Llama, mesh: Mesh) -> Llama:
+    """The model, or one of shapes, with its parameters split over a mesh; `generate` then runs on it.
+
+    Raises:
+      ValueError: a mesh that does not suit the model (`check_mesh`).
+    """
+    mesh = check_mesh(model.config, mesh)
+    graph, state = nnx.split(model)
+
+    def put(path: tuple, leaf: Any) -> Any:
+        where = placement(".".join(map(str, path)), model.config, mesh)
+        value = leaf.get_value()
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
+        return leaf.replace(jax.device_put(value, where))
+
+    flat: dict[Any, Any] = {path: put(path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    placed = nnx.merge(graph, nnx.from_flat_state(flat))
+    placed.mesh = mesh
+    return placed
