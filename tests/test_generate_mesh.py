@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -165,8 +166,8 @@ def test_prompts_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch):
     on = shard_model(model(), mesh_of("data=2,model=4"))
     expected = generate(model(), prompts(), method="h2o", max_new_tokens=4)
     jax.clear_caches()
-    for name in ("minikv_jax.prefill.CHUNK_TOKENS", "minikv_jax.models.decoder.CHUNK_TOKENS"):
-        monkeypatch.setattr(name, 96 * 3)
+    for module in ("minikv_jax.prefill", "minikv_jax.models.decoder"):
+        monkeypatch.setattr(sys.modules[module], "CHUNK_TOKENS", 96 * 3)
     result = generate(on, prompts(), method="h2o", max_new_tokens=4)
     np.testing.assert_array_equal(result.tokens, expected.tokens)
     jax.clear_caches()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from minikv_jax import meshes
+from minikv_jax.bench.random_models import random_model, shape_config, skeleton
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.generate import compile_ahead
@@ -30,12 +30,9 @@ from minikv_jax.methods.plugins import load_plugin
 from minikv_jax.models import hub
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
-from minikv_jax.models.huggingface import config_from_hf
-from minikv_jax.models.partition import shard_model
 from minikv_jax.programs import State
 from minikv_jax.prompts import bucket_length
 
-SHAPES = pathlib.Path(__file__).parent / "shapes"
 _MAX_RUNS = 3
 _MIN_TIMED_SECONDS = 1.0  # no run is repeated after this many seconds of measurement
 _SLOW_PREFILL_SECONDS = 5.0  # a prefill whose first run takes longer is not repeated
@@ -121,46 +118,6 @@ class Case:
         if self.model is None:
             return random_model(self.config(), self.dtype, self.devices())
         return hub.load(self.model, dtype=self.dtype, mesh=self.devices())[0]
-
-
-def shape_config(shape: str) -> ModelConfig:
-    """The config of a named shape, of a config.json or of its directory."""
-    named = SHAPES / f"{shape}.json"
-    if named.is_file():
-        return config_from_hf(named)
-    if not pathlib.Path(shape).exists():
-        names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
-        raise ValueError(f"shape {shape!r}: expected one of {names}, a config.json or a directory that holds one")
-    return config_from_hf(shape)
-
-
-def skeleton(config: ModelConfig, dtype: str, mesh: Mesh | None = None) -> Llama:
-    """The model with shapes in place of its weights."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return model if mesh is None else shard_model(model, mesh)
-
-
-def random_model(config: ModelConfig, dtype: str, mesh: Mesh | None = None) -> Llama:
-    """Makes a model with random weights on the device or mesh, one array at a time; norms scale by one."""
-    graph, state = nnx.split(skeleton(config, dtype, mesh))
-    leaves = nnx.to_flat_state(state)
-    filled: dict[Any, Any] = {}
-    # The largest first, so that the memory for drawing never decides the peak.
-    for number, (path, leaf) in enumerate(sorted(leaves, key=lambda pair: -pair[1].size)):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        filled[path] = leaf.replace(_random_array(key, leaf.get_value()).block_until_ready())
-    return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
-def _random_array(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Random values of a shape, drawn where they are to lie; a norm's are ones."""
-
-    def draw(key: jax.Array) -> jax.Array:
-        if len(like.shape) == 1:
-            return jnp.ones(like.shape, like.dtype)
-        return 0.02 * jax.random.normal(key, like.shape, like.dtype)
-
-    return jax.jit(draw, out_shardings=like.sharding)(key)
 
 
 class Programs:

@@ -12,7 +12,8 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from minikv_jax.bench.end_to_end import SHAPES, Case
+from minikv_jax.bench.end_to_end import Case
+from minikv_jax.bench.random_models import SHAPES
 from minikv_jax.cache import memory
 from minikv_jax.methods import lookup
 
@@ -66,20 +67,14 @@ def measure(case: Case) -> dict[str, Any]:
     ms = 1e3 * (statistics.median(more) - statistics.median(one)) / steps
     read = sum(_full_bytes(case, prompt + step) for step in range(1, steps + 1)) // steps
     weights = memory.weight_bytes(case.config(), case.dtype)
+    stretch = {"first_step": start, "steps": steps, "ms_per_step": ms, "cache_bytes_read": read}
+    stretch["device_bytes_read"] = weights + read
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "compile_s": {"first_calls": cold - min(first) + again - min(more)},
         "prefill_s": statistics.median(first),
         "time_to_first_token_s": statistics.median(first),
-        "decode": {
-            name: {
-                "first_step": start,
-                "steps": steps,
-                "ms_per_step": ms,
-                "cache_bytes_read": read,
-                "device_bytes_read": weights + read,
-            }
-        },
+        "decode": {name: stretch},
         "decode_ms": ms,
         "decode_tokens_per_s": 1e3 * case.batch / ms,
         "weight_bytes": weights,

@@ -10,7 +10,7 @@ from flax import nnx
 from support.bench import bench_case
 from support.tiny import tiny_model
 
-from minikv_jax.bench import end_to_end
+from minikv_jax.bench import end_to_end, random_models
 from minikv_jax.bench.end_to_end import CacheLengths, Case
 from minikv_jax.cache import memory
 from minikv_jax.generate import generate, stream
@@ -69,7 +69,7 @@ def test_bytes_read_are_those_of_the_valid_tokens():
 
 def test_random_model_has_the_config_and_no_constant_weight(shape: str):
     config = bench_case(shape).config()
-    model = end_to_end.random_model(config, "bfloat16")
+    model = random_models.random_model(config, "bfloat16")
     assert model.config == config
     for leaf in jax.tree.leaves(nnx.state(model)):
         assert leaf.dtype == "bfloat16"
@@ -78,8 +78,8 @@ def test_random_model_has_the_config_and_no_constant_weight(shape: str):
 
 @pytest.mark.parametrize("name", ["llama2-7b", "llama-3.1-8b"])
 def test_named_shapes_have_the_published_number_of_parameters(name: str):
-    config = end_to_end.shape_config(name)
-    leaves = jax.tree.leaves(nnx.state(end_to_end.skeleton(config, "bfloat16")))
+    config = random_models.shape_config(name)
+    leaves = jax.tree.leaves(nnx.state(random_models.skeleton(config, "bfloat16")))
     assert sum(leaf.size for leaf in leaves) == {"llama2-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248}[name]
 
 
@@ -87,7 +87,7 @@ def test_named_shapes_have_the_published_number_of_parameters(name: str):
 @pytest.mark.parametrize("method", ["full", "minikv"])
 def test_performance_page_shows_the_formula(name: str, method: str):
     page = (pathlib.Path(__file__).parents[2] / "docs" / "performance.md").read_text()
-    config = end_to_end.shape_config(name)
+    config = random_models.shape_config(name)
     weights = memory.weight_bytes(config) + 2 * config.vocab_size * config.hidden_size  # and the embedding table
 
     def cache(prompt: int) -> int:

@@ -14,6 +14,7 @@ from support.tiny import tiny_config, tiny_model
 from minikv_jax import meshes
 from minikv_jax.models import hub, parameters
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.gguf import load_gguf
 from minikv_jax.models.partition import check_mesh, device_part, shard_model
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96}
@@ -75,9 +76,8 @@ def test_loading_reads_each_devices_part_from_gguf(tmp_path: pathlib.Path):
     """Whose heads of queries and keys are interleaved."""
     config = tiny_config(**SIZES | {"hidden_size": 64, "intermediate_size": 128})
     write_gguf(tmp_path / "m.gguf", config, random_tensors(config))
-    mesh = meshes.make_mesh({"model": 2})
-    model, _ = hub.load(tmp_path / "m.gguf", mesh=mesh)
-    assert_equal(model, hub.load(tmp_path / "m.gguf")[0])
+    model = load_gguf(tmp_path / "m.gguf", mesh=meshes.make_mesh({"model": 2}))
+    assert_equal(model, load_gguf(tmp_path / "m.gguf"))
 
 
 def test_a_saved_model_is_restored_onto_another_mesh(tmp_path: pathlib.Path):
