@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 DATA, MODEL = "data", "model"
@@ -122,8 +123,16 @@ def place_cache(cache: Result, mesh: Mesh) -> Result:
     return jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), cache, placed_shapes(cache, mesh))
 
 
-def placed_shapes(cache: Result, mesh: Mesh) -> Result:
-    """Shapes of a cache with their places on a mesh. Raises as `place_cache` does."""
+def default_device() -> SingleDeviceSharding:
+    """The placement on JAX's default device."""
+    return SingleDeviceSharding(jnp.zeros(()).devices().pop())
+
+
+def placed_shapes(cache: Result, mesh: Mesh | None) -> Result:
+    """Shapes of a cache with their places on a mesh, or on the default device. Raises as `place_cache` does."""
+    if mesh is None:
+        one = default_device()
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), cache)
     mesh = automatic(mesh)
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:

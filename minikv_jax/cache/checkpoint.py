@@ -90,7 +90,7 @@ def restore_cache(path: str | os.PathLike[str], model: ModelConfig, mesh: Mesh |
     _check_capacities(source, record, method)
     shapes = jax.eval_shape(lambda: _blank(record, method))
     mesh = meshes.ambient() if mesh is None else mesh
-    return saved_arrays.load(path, record, shapes if mesh is None else meshes.placed_shapes(shapes, mesh))
+    return saved_arrays.load(path, record, meshes.placed_shapes(shapes, mesh))
 
 
 def _check_model(source: str, record: CacheRecord, model: ModelConfig) -> None:

@@ -11,9 +11,8 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minikv_jax import meshes
@@ -81,7 +80,7 @@ def spec(path: str, config: ModelConfig, shards: int) -> P:
 def placement(path: str, config: ModelConfig, mesh: Mesh | None) -> jax.sharding.Sharding:
     """Where the parameter at a dotted path lies: on the mesh, or on JAX's default device."""
     if mesh is None:
-        return SingleDeviceSharding(jnp.zeros(()).devices().pop())
+        return meshes.default_device()
     return NamedSharding(mesh, spec(path, config, mesh.shape[MODEL]))
 
 
