@@ -63,13 +63,15 @@ def restore_config(directory: str | os.PathLike[str]) -> ModelConfig:
     path = member(directory, _CONFIG)
     if not path.is_file():
         raise ValueError(f"{directory} is not a complete {_KIND}: {_CONFIG} is missing")
-    config = files.read_json(path)
-    if config.pop("joined_columns", None) != _COLUMNS["joined_columns"]:
+    fields = files.read_json(path)
+    columns = {name: fields.pop(name, None) for name in _COLUMNS}
+    config = ModelConfig.from_dict(fields, path)
+    if columns != _COLUMNS:
         raise ValueError(
             f"{directory} was saved by an earlier version, which ordered the columns of joined projections otherwise: "
             "load the original checkpoint and save it again"
         )
-    return ModelConfig.from_dict(config, path)
+    return config
 
 
 def restore(
