@@ -88,7 +88,7 @@ def test_damaged_orbax_is_named_in_one_line(
     with pytest.raises(ValueError, match="damaged is not a complete minikv_jax checkpoint: ") as error:
         checkpoint.restore(directory)
     assert str(error.value).isprintable()
-    assert len(str(error.value)) < 400
+    assert len(str(error.value).replace(str(directory), "")) < 350
     del error
     gc.collect()
     assert capfd.readouterr().err == ""
