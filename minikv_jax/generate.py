@@ -217,8 +217,8 @@ def _placed(model: Llama, inputs: Inputs) -> Inputs:
     """The inputs on the model's mesh, if there is one; the cache is there."""
     if model.mesh is None:
         return inputs
-    rows = meshes.place((inputs.ids, inputs.lengths), model.mesh, meshes.DATA)
-    return Inputs(inputs.cache, *rows, meshes.place(inputs.key, model.mesh))
+    ids, lengths = meshes.place((inputs.ids, inputs.lengths), model.mesh, meshes.DATA)
+    return Inputs(inputs.cache, ids, lengths, meshes.place(inputs.key, model.mesh))
 
 
 def _settings(

@@ -106,7 +106,7 @@ def place(x: Any, mesh: Mesh, *axes: str | None) -> Any:
     """Arrays of the host, the same in every process, on a mesh; leading axes as for `constrain`."""
 
     def put(leaf: Any) -> jax.Array:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding(mesh, *axes[: host.ndim]), lambda index: host[index])

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -158,6 +159,7 @@ def test_sampling_streaming_and_going_on():
         generate(of, more, cache=cache, **how) for of, cache in ((model(), expected.cache), (on, last.cache))
     )
     np.testing.assert_array_equal(again.tokens, second.tokens)
+    assert again.log_probabilities is not None and second.log_probabilities is not None
     np.testing.assert_allclose(again.log_probabilities, second.log_probabilities, atol=ONE_CODE)
 
 
@@ -180,7 +182,7 @@ def test_a_cache_moves_between_meshes(tmp_path: pathlib.Path):
     on, elsewhere = shard_model(model(), mesh_of("data=2,model=4")), shard_model(model(), mesh_of("data=4,model=2"))
     cache = generate(on, prompts(), method="minikv", **how).cache
     save_cache(cache, tmp_path / "cache")
-    rows = np.array([1, 1, 0, 7, 6, 5, 4, 2])
+    rows = jnp.array([1, 1, 0, 7, 6, 5, 4, 2])
     assert elsewhere.mesh is not None
     moved = meshes.place_cache(cache.select_rows(rows), elsewhere.mesh)
     restored = restore_cache(tmp_path / "cache", config, elsewhere.mesh).select_rows(rows)

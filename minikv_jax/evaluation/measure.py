@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from minikv_jax import meshes
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.evaluation.task import Case
@@ -118,7 +119,8 @@ def measure_each(
         contracts.check(method, model.config)
     batch = _batch(model.config, cases, new_tokens)
     sums = any(method.scorer.needs_column_sums for method in methods.values())
-    hidden, layers = prefill_layers(model, batch.ids, batch.lengths, sums, implementation)
+    with meshes.use(model.mesh):
+        hidden, layers = prefill_layers(model, batch.ids, batch.lengths, sums, implementation)
     full = lookup.get("full")
     sizes = {"prompt_length": batch.ids.shape[1], "max_new_tokens": new_tokens}
     bytes_of = functools.partial(memory.report, model.config, **sizes, dtype=model.dtype.name)
@@ -126,10 +128,11 @@ def measure_each(
 
     def run(method: Method, *, answer: bool) -> _Run:
         capacities = shared_capacities(model.config, method, **sizes)
-        cache, _, scored = compress_layers(model.config, method, layers, batch.lengths, capacities, implementation)
-        decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
-        forced = decode(batch.known) if batch.known.any() else None
-        answered = decode(np.zeros_like(batch.known)) if answer and batch.to_generate.any() else None
+        with meshes.use(model.mesh):
+            cache, _, scored = compress_layers(model.config, method, layers, batch.lengths, capacities, implementation)
+            decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
+            forced = decode(batch.known) if batch.known.any() else None
+            answered = decode(np.zeros_like(batch.known)) if answer and batch.to_generate.any() else None
         return _Run(bytes_of(method).bytes, scored, forced, answered)
 
     # One method at a time: a run's logits are large, and only those of the full cache are needed again.

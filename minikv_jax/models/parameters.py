@@ -102,7 +102,8 @@ def _place(
     """A parameter on its devices, each of which is given the part that it holds."""
     parts: dict[Bounds, np.ndarray] = {}  # devices that hold the same part share it
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         bounds = tuple(at.indices(size)[:2] for at, size in zip(index, shape, strict=True))
         if bounds not in parts:
             parts[bounds] = _read_part(reader, tensors, bounds)
