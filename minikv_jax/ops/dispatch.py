@@ -43,7 +43,7 @@ def run(
     sizes: Mapping[str, int],
     implementations: Mapping[str, Callable[..., Result]],
     *arguments: Any,
-    heads: tuple[int | None, ...],
+    heads: tuple[int | None, ...] = (),
     outputs: Any = None,
 ) -> Result:
     """Runs an op as asked, or by the fastest implementation that supports the case.

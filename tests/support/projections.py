@@ -22,11 +22,14 @@ class Projections:
     k: np.ndarray  # [L, V, K, H]
     v: np.ndarray
     dtype: str = "float32"
+    mesh: None = None
 
     def window(self, layer: int) -> int | None:
         return self.config.window(layer)
 
-    def forward(self, ids: jax.Array, positions: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
+    def forward(
+        self, ids: jax.Array, positions: jax.Array, attend: Callable[..., jax.Array], *reduce: object
+    ) -> jax.Array:
         outs = [
             attend(layer, *(jnp.asarray(table[layer])[ids] for table in (self.q, self.k, self.v)))
             for layer in range(self.config.num_hidden_layers)
