@@ -34,6 +34,7 @@ def test_these_pages_have_python():
         "add-a-model-family.md",
         "add-a-task.md",
         "memory.md",
+        "scale.md",
     ]
 
 
@@ -55,6 +56,11 @@ def test_a_task_of_ones_own():
     assert (case.name, case.max_new_tokens) == ("France", 8)
     assert byte_tokenizer().decode(list(case.continuation)) == "Paris"
     assert (task.score(case, "It is Paris."), task.score(case, "It is Rome.")) == (1.0, 0.0)
+
+
+def test_a_mesh(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    run_page("scale.md", model_directory)
+    assert capsys.readouterr().out == "PartitionSpec('data', 'model')\n"
 
 
 def test_the_bytes_of_a_cache(capsys: pytest.CaptureFixture[str]):
