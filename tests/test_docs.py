@@ -60,7 +60,7 @@ def test_a_task_of_ones_own():
 
 def test_a_mesh(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     run_page("scale.md", model_directory)
-    assert capsys.readouterr().out == "PartitionSpec('data', 'model')\n"
+    assert capsys.readouterr().out.startswith("(1, 2, ")
 
 
 def test_the_bytes_of_a_cache(capsys: pytest.CaptureFixture[str]):
