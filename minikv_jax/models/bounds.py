@@ -1,6 +1,6 @@
-"""Kinds and bounds of a model's settings: far beyond any model, yet so that nothing overflows or takes forever.
+"""Types and limits of a model's settings, wide enough for any model and narrow enough to prevent overflow.
 
-Schemas and dataclasses use them, so that a value outside is refused by name before anything is read or allocated.
+Schemas and dataclasses use them, so a value outside the limits is refused by name before anything is read or allocated.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RopeFactor = Annotated[float, Field(ge=1e-6, le=1e6)]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
-# A list in JSON, a tuple in Python.
+# Lists in JSON, tuples in Python.
 Tokens = Annotated[tuple[Token, ...], Strict(False)]
 LayerTypes = Annotated[tuple[LayerType, ...], Strict(False)]
 RopeFactors = Annotated[tuple[RopeFactor, ...], Strict(False)]
 
-# Arithmetic of other architectures, accepted only where it changes nothing.
+# Settings of other architectures, accepted only if they change nothing.
 One = Annotated[float | None, Field(ge=1, le=1)]
 Off = Literal[False] | None

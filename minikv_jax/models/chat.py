@@ -1,4 +1,4 @@
-"""Chat templates as token ids: the first turn of a conversation, and the tokens that each further turn adds."""
+"""Encodes chat turns as token ids: the first turn of a conversation, and what each later turn adds."""
 
 from __future__ import annotations
 
@@ -15,28 +15,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPLY = "<<the assistant's reply>>"
-_MOST_SECONDS = 2.0  # of a template, which takes milliseconds
+_MOST_SECONDS = 2.0  # a template normally takes milliseconds
 
 
 def first_turn(tokenizer: PreTrainedTokenizerBase, message: str, reply: str = "") -> list[int]:
-    """Token ids of a conversation that opens with `message` and waits for the reply, or for the rest of `reply`.
+    """Encodes the first user message of a conversation, ready for the model's reply.
+
+    Args:
+      tokenizer: a tokenizer with a chat template.
+      message: the user's message.
+      reply: the beginning of the reply, which the model continues.
+
+    Returns:
+      Token ids.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or one that fails.
+      ValueError: the tokenizer has no chat template, or the template fails.
     """
     return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": message}]) + reply)
 
 
 def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int) -> list[int]:
-    """Token ids that follow a reply: its end, `message`, and the opening of the next reply.
+    """Encodes what follows a reply: its end, the next user message, and the opening of the next reply.
 
     Args:
-      tokenizer: with a chat template.
+      tokenizer: a tokenizer with a chat template.
       message: the user's next message.
-      last_token: the newest token in the cache; if the reply's end token was drawn already, it is not repeated.
+      last_token: the newest token in the cache. If it is the end of the reply, that token is not repeated.
+
+    Returns:
+      Token ids.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or one that fails or drops earlier replies.
+      ValueError: the tokenizer has no chat template, or the template fails or drops earlier replies.
     """
     turns = [("user", "?"), ("assistant", _REPLY), ("user", message)]
     text = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
@@ -50,10 +61,10 @@ def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The conversation as the template writes it.
+    """Renders a conversation with the tokenizer's chat template.
 
-    A template is a program that came with the model. transformers runs it in jinja2's sandbox. Whatever it raises there
-    is one error here, and so is a loop that does not end.
+    A template is a program that comes with the model. transformers runs it in jinja2's sandbox. Any exception there, or
+    an endless loop, becomes one ValueError here.
     """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: pass plain text")
@@ -75,11 +86,11 @@ def _failure(tokenizer: PreTrainedTokenizerBase, reason: str) -> ValueError:
 
 @contextlib.contextmanager
 def _deadline() -> Iterator[None]:
-    """Raises TimeoutError in a template's code that runs for too long, in this thread."""
+    """Raises TimeoutError in this thread if a template runs for too long."""
     end, before = time.monotonic() + _MOST_SECONDS, sys.gettrace()
 
     def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename != "<template>":  # jinja2's name for compiled text
+        if frame.f_code.co_filename != "<template>":  # jinja2's name for a compiled template
             return None
         if time.monotonic() > end:
             raise TimeoutError(f"it takes more than {_MOST_SECONDS:g} s")
@@ -94,6 +105,6 @@ def _deadline() -> Iterator[None]:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
-        return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
+        return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes the special tokens
     except (TypeError, UnicodeError) as error:  # lone surrogates
         raise _failure(tokenizer, f"its text cannot be encoded: {checks.reason(error)}") from error

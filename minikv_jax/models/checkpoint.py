@@ -1,4 +1,4 @@
-"""A model on disk as an Orbax checkpoint: parameters by their dotted paths, and the config as JSON."""
+"""Saves and restores a model as an Orbax checkpoint: parameters by dotted path, and the config as JSON."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ from minikv_jax.saved_arrays import naming_damage, orbax_errors
 if TYPE_CHECKING:
     import orbax.checkpoint
 
-# Orbax is imported inside the functions: it takes about a second, and most runs neither save nor restore a model.
+# Functions import Orbax themselves, because that takes about a second and most runs neither save nor restore.
 
 _KIND = "minikv_jax checkpoint"
-_CONFIG = "config/metadata"  # as Orbax's JSON handler calls it
-_COLUMNS = {"joined_columns": "by KV head"}  # `decoder.Joined`
+_CONFIG = "config/metadata"  # the file name that Orbax's JSON handler uses
+_COLUMNS = {"joined_columns": "by KV head"}  # the layout of `decoder.Joined`
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
-    """Writes parameters and config into a new directory that `restore` reads.
+    """Writes a model's parameters and config to a new directory for `restore`.
+
+    Args:
+      model: the model to save.
+      directory: a path that does not exist yet.
 
     Raises:
       FileExistsError: `directory` already exists.
-      OSError: it cannot be written. Nothing is left of it then.
+      OSError: `directory` cannot be written. Nothing is left behind.
     """
     import orbax.checkpoint as ocp
 
@@ -50,13 +54,13 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
 
 
 def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Whether a directory looks like one that `save` wrote."""
+    """Tells whether a directory looks like one written by `save`."""
     path = pathlib.Path(directory)
     return (path / "_CHECKPOINT_METADATA").is_file() or (path / "params" / "_METADATA").is_file()
 
 
 def restore_config(directory: str | os.PathLike[str]) -> ModelConfig:
-    """The config that `save` wrote, without the parameters. Raises as `restore` does."""
+    """Reads the config of a checkpoint without its parameters. Raises the same errors as `restore`."""
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist")
@@ -81,12 +85,22 @@ def restore(
     mesh: Mesh | None = None,
     allow_nonfinite: bool = False,
 ) -> Llama:
-    """Reads a model that `save` wrote, cast to `dtype`, onto `mesh` (whatever mesh it was on) or the default device.
+    """Restores a model written by `save`, cast to `dtype` and placed on `mesh`.
+
+    Args:
+      directory: the directory written by `save`.
+      dtype: float32, bfloat16 or float16.
+      mesh: devices to split the model over; any mesh will do, whichever the model was saved from. None: JAX's default
+        device.
+      allow_nonfinite: accept parameters with NaN or infinite values.
+
+    Returns:
+      The model.
 
     Raises:
       FileNotFoundError: `directory` does not exist.
-      ValueError: it is not a complete checkpoint, or its parameters do not fit its config or, unless allowed, are not
-        finite in `dtype` (all of them in one message).
+      ValueError: the checkpoint is incomplete, or parameters do not fit the config or, unless allowed, are not finite
+        in `dtype`. One message lists them all.
     """
     import orbax.checkpoint as ocp
 
@@ -94,7 +108,7 @@ def restore(
     config = restore_config(directory)
     mesh = None if mesh is None else check_mesh(config, mesh)
     check_links(directory, ["**/*"])
-    for name in ("_CHECKPOINT_METADATA", "params/_METADATA"):  # Orbax would print what is wrong with them, and go on
+    for name in ("_CHECKPOINT_METADATA", "params/_METADATA"):  # Orbax would print an error and go on
         if (directory / name).exists():
             files.read_json(directory / name)
     with _checkpointer() as checkpointer, naming_damage(directory, _KIND):
@@ -126,13 +140,13 @@ def _is_finite(array: jax.Array) -> jax.Array:
 def _checkpointer() -> orbax.checkpoint.Checkpointer:
     import orbax.checkpoint as ocp
 
-    json = ocp.JsonCheckpointHandler()  # never asked for "tokenizer", of which Orbax would warn without a handler
+    json = ocp.JsonCheckpointHandler()  # also for "tokenizer": without a handler, Orbax would warn about it
     handlers = {"params": ocp.StandardCheckpointHandler(), "config": json, "tokenizer": json}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
 def _check_stored(directory: pathlib.Path, stored: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> None:
-    """Raises ValueError listing all stored parameters that are not those of the config."""
+    """Raises ValueError listing all stored parameters that do not match the config."""
     parameters = skeleton.parameters
     raise_misfits(
         str(directory),
@@ -147,7 +161,7 @@ def _check_stored(directory: pathlib.Path, stored: Mapping[str, tuple[int, ...]]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one level of dotted paths."""
+    """Flattens a nested dict to one level with dotted paths as keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -155,7 +169,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_flatten`."""
+    """Nests a flat dict again; the inverse of `_flatten`."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split(".")

@@ -1,4 +1,4 @@
-"""The shape of a model as a validated value. Readers of files make it: `huggingface`, `gguf`, `checkpoint`."""
+"""`ModelConfig`: the validated shape of a model, read from files by `huggingface`, `gguf` and `checkpoint`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ from minikv_jax import schemas
 from minikv_jax.models import bounds, families
 from minikv_jax.models.family import Family
 
-DTYPES = ("float32", "bfloat16", "float16")  # of parameters and activations
+DTYPES = ("float32", "bfloat16", "float16")  # accepted for parameters and activations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How the rotary frequencies differ from the plain `theta ** (-2i / H)`.
+    """Scaling of the rotary frequencies `theta ** (-2i / H)` for longer contexts.
 
-    "linear" divides all of them by `factor`. "llama3" divides the slow ones by `factor`, keeps the fast ones and blends
-    between (Llama 3.1). "factors" divides frequency `i` by `factors[i]`, which is how a GGUF file stores "llama3".
+    Attributes:
+      rope_type: "linear" divides all frequencies by `factor`. "llama3" divides the slow ones by `factor`, keeps the
+        fast ones and blends in between (Llama 3.1, arXiv 2407.21783). "factors" divides frequency `i` by `factors[i]`,
+        which is how a GGUF file stores "llama3".
+      factor: the divisor of "linear" and "llama3".
+      low_freq_factor: "llama3" scales fully what turns fewer times than this over the original context.
+      high_freq_factor: "llama3" leaves unchanged what turns more often than this.
+      original_max_position_embeddings: the original context of "llama3", in tokens.
+      factors: `H / 2` divisors of "factors", empty otherwise.
+
+    Raises:
+      ValueError: a value is not accepted. The message names the first such field.
     """
 
     rope_type: Literal["linear", "llama3", "factors"]
@@ -42,10 +52,31 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a model, under the field names of a Hugging Face config.json.
+    """The shape of a model, with the field names of a Hugging Face config.json.
 
-    `model_type` names the family, a file in `minikv_jax/models/families`. `layer_types` says for each layer whether the
-    sliding window holds; None means in every layer, if the model has a window.
+    Attributes:
+      model_type: the model family, a file in `minikv_jax/models/families`.
+      vocab_size: vocabulary entries, `V`.
+      hidden_size: channels of the residual stream, `D`.
+      intermediate_size: hidden channels of the MLP.
+      num_hidden_layers: layers, `L`.
+      num_attention_heads: query heads, `N`, a multiple of `K`.
+      num_key_value_heads: KV heads, `K`.
+      head_dim: channels per head, `H`, an even number.
+      hidden_act: activation of the MLP: "silu", "gelu", "gelu_pytorch_tanh" or "relu".
+      max_position_embeddings: the longest context, in tokens.
+      rms_norm_eps: epsilon of the norms.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: their scaling, if any.
+      attention_bias: biases in the q, k, v and o projections.
+      mlp_bias: biases in the MLP.
+      tie_word_embeddings: the embedding also serves as the output projection.
+      sliding_window: keys that a query sees, itself included; None for all of them.
+      layer_types: "full_attention" or "sliding_attention" for each layer. None: `sliding_window` applies to all layers.
+      eos_token_ids: tokens that end a text.
+
+    Raises:
+      ValueError: a value is not accepted. The message names the first such field.
     """
 
     model_type: str = "llama"
@@ -70,7 +101,7 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """What sets the model's family apart."""
+        """The model family, which describes its architecture and its files."""
         return families.get(self.model_type)
 
     @property
@@ -84,7 +115,7 @@ class ModelConfig:
         return self.family.qk_norm
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of one layer, or None if the layer sees everything."""
+        """The sliding window of a layer in tokens; None if the layer sees all keys."""
         if self.layer_types is not None and self.layer_types[layer] == "full_attention":
             return None
         return self.sliding_window
@@ -106,14 +137,22 @@ class ModelConfig:
         _check_windows(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON values; `from_dict` reads them back."""
+        """Converts the config to JSON values for `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str | os.PathLike[str] = "the config") -> ModelConfig:
-        """Reads what `to_dict` wrote.
+        """Makes a config from the values written by `to_dict`.
 
-        Raises ValueError naming `source` and the first field that is unknown, missing or not accepted.
+        Args:
+          values: the fields by name.
+          source: what error messages call the origin of the values, such as a path.
+
+        Returns:
+          The config.
+
+        Raises:
+          ValueError: a field is unknown, missing or not accepted. The message names `source` and the first such field.
         """
         values = dict(values)
         if isinstance(scaling := values.get("rope_scaling"), Mapping):
@@ -126,7 +165,7 @@ class ModelConfig:
 
 
 def _check_fields(value: ModelConfig | RopeScaling) -> None:
-    """Holds every field against its annotation, and keeps Python's numbers in place of NumPy's."""
+    """Checks every field against its annotation, and replaces NumPy's numbers by Python's."""
     values = {name: field.item() if isinstance(field, np.generic) else field for name, field in vars(value).items()}
     fields = schemas.validate(schemas.of(type(value)), values, source=type(value).__name__)
     for name, field in fields:
@@ -134,7 +173,7 @@ def _check_fields(value: ModelConfig | RopeScaling) -> None:
 
 
 def _check_scaling(config: ModelConfig) -> None:
-    """Raises ValueError if the rope scaling has another number of factors than its type and the head size need."""
+    """Raises ValueError if the number of rope factors does not match the scaling type and the head size."""
     if config.rope_scaling is None:
         return
     needed = config.head_dim // 2 if config.rope_scaling.rope_type == "factors" else 0
@@ -146,7 +185,7 @@ def _check_scaling(config: ModelConfig) -> None:
 
 
 def _check_windows(config: ModelConfig) -> None:
-    """Raises ValueError if the window and the layers that should use it disagree."""
+    """Raises ValueError if `sliding_window` and `layer_types` contradict each other."""
     if config.layer_types is None:
         return
     if len(config.layer_types) != config.num_hidden_layers:

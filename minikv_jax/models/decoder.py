@@ -1,7 +1,7 @@
-"""The decoder in Flax NNX: Llama, Mistral, Qwen2 and Qwen3 differ in config only.
+"""The decoder of all model families in Flax NNX: Llama, Mistral, Qwen2 and Qwen3 differ only in their config.
 
-The model owns no cache and knows no attention op: attention is a callback, so that prefill, decode and one-shot runs
-share one body. Shape letters are those of docs/architecture.md.
+The model has no cache and calls no attention op. Attention is a callback, so prefill, decode and one-shot runs share
+the model's code. Shape letters are those of docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from minikv_jax.meshes import DATA, MODEL, constrain
 from minikv_jax.models.config import DTYPES, ModelConfig
 from minikv_jax.models.rotary import rotary_tables, rotate
 
-# attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k come normalised and rotated.
+# attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k are normalised and rotated.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Sums what each device of a mesh has of a projection by rows; called inside `jax.shard_map`.
+# Sums the devices' partial results of a projection that is split by rows; called inside `jax.shard_map`.
 Reduce = Callable[[jax.Array], jax.Array]
 
-# Tokens that an MLP, or a prefill, runs at a time: enough to keep a matmul busy, and few enough that the MLP's three
-# arrays of `intermediate_size` take about the memory that attention takes for as many tokens.
+# Tokens per chunk of the MLP and of a prefill: enough to keep a matmul busy, and few enough that the MLP's three arrays
+# of `intermediate_size` take about as much memory as attention does.
 CHUNK_TOKENS = 1 << 14
 
 _ACTIVATIONS = {
@@ -42,18 +42,19 @@ _ACTIVATIONS = {
 }
 
 
-# Projections of the same input are one matmul: a decode step then waits for fewer kernels, each of which reads longer.
+# Projections of the same input are one matmul, so that a decode step runs fewer and longer kernels.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Joined(NamedTuple):
-    """The columns of a joined projection: `groups` times [columns of the first part | of the second | ...].
+    """Column layout of a joined projection: `groups` times [columns of the first part | of the second | ...].
 
-    A group is a KV head with its query heads, or the MLP's columns that lie on the same device as one: devices that
-    share the heads of a model need no column of one another.
+    A group is a KV head with its query heads, or the MLP columns on the same device as that head. Each device can then
+    hold whole groups and needs no columns of the others.
 
     Attributes:
-      widths: columns in a group of each part, in the order of `JOINED`.
+      groups: number of groups.
+      widths: columns of each part within a group, in the order of `JOINED`.
     """
 
     groups: int
@@ -64,12 +65,12 @@ class Joined(NamedTuple):
         return self.groups * sum(self.widths)
 
     def grouped(self, x: Float[Array, "B T C"]) -> Float[Array, "B T groups width"]:
-        """The projection's result by group."""
+        """Reshapes the projection's result to its groups."""
         return constrain(x.reshape(*x.shape[:-1], self.groups, -1), DATA, None, MODEL)
 
 
 def joined(config: ModelConfig, module: str) -> Joined:
-    """The layout of a joined projection."""
+    """Returns the column layout of a joined projection, a key of `JOINED`."""
     h, kv_heads, wide = config.head_dim, config.num_key_value_heads, config.intermediate_size
     if module == "qkv_proj":
         return Joined(kv_heads, (config.num_attention_heads // kv_heads * h, h, h))
@@ -82,19 +83,19 @@ def _linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
 
 
 def _precision(dtype: DTypeLike) -> lax.Precision | None:
-    """Keeps float32 exact: a GPU would by default round a matmul's float32 factors to TF32, which has 10 bits."""
+    """The matmul precision that keeps float32 exact; a GPU's default is TF32, with 10 bits of mantissa."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def sum_over_devices(x: jax.Array) -> jax.Array:
-    """The sum of every device's `x`, by XLA's own collective."""
+    """Sums `x` over the devices of the axis "model" with XLA's collective."""
     return lax.psum(x, MODEL)
 
 
 def _matmul(x: Float[Array, "B T F"], kernel: Float[Array, "F D"], precision: Any) -> Float[Array, "B T D"]:
-    """`x @ kernel`, as a matmul for a single row too.
+    """Computes `x @ kernel` as a matmul, even for a single row.
 
-    On a GPU, XLA makes of one row times a matrix of fewer than 10^7 numbers a product that it writes out and then sums.
+    For one row and a matrix of fewer than 10^7 numbers, XLA on a GPU would write out all products and sum them later.
     """
     rows = x.shape[0] * x.shape[1]
     if rows > 1 or kernel.size >= 10**7 or jax.default_backend() != "gpu":
@@ -104,7 +105,7 @@ def _matmul(x: Float[Array, "B T F"], kernel: Float[Array, "F D"], precision: An
 
 
 def _project_by_rows(linear: nnx.Linear, x: Float[Array, "B T F"], reduce: Reduce) -> Float[Array, "B T D"]:
-    """`linear(x)`, of which each device of a mesh computes its own rows' part."""
+    """Computes `linear(x)` with the rows of its kernel split over the devices of a mesh."""
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _matmul(x, kernel, linear.precision)
@@ -114,7 +115,7 @@ def _project_by_rows(linear: nnx.Linear, x: Float[Array, "B T F"], reduce: Reduc
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last axis, reduced in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalisation over the last axis, reduced in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, features: int, epsilon: float, *, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((features,), dtype))
@@ -128,7 +129,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention around the caller's `attend`."""
+    """Grouped-query self-attention (arXiv 2305.13245): projections, norms and rotation around a callback `attend`."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = _linear(dtype, rngs)
@@ -154,7 +155,7 @@ class Attention(nnx.Module):
         qk, v = qkv[:, :, :, : group + 1], qkv[:, :, :, -1]
         if self.q_norm is not None and self.k_norm is not None:
             qk = jnp.concatenate([self.q_norm(qk[:, :, :, :group]), self.k_norm(qk[:, :, :, group:])], axis=3)
-        # Turned together: one kernel less per layer.
+        # Queries and keys are rotated together, which saves a kernel per layer.
         qk = rotate(qk.reshape(batch, tokens, -1, head_dim), cos, sin).reshape(qk.shape)
         q, k = qk[:, :, :, :group].reshape(batch, tokens, -1, head_dim), qk[:, :, :, group]
         out = attend(q, k, v)  # [B, T, N, H]
@@ -162,7 +163,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward block: `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
+    """Gated feed-forward block: `down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = functools.partial(_linear(dtype, rngs), use_bias=config.mlp_bias)
@@ -177,7 +178,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer: attention and MLP, each added to its input."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -200,7 +201,7 @@ class Layer(nnx.Module):
 
 
 def _by_chunks(function: Callable[[jax.Array], jax.Array], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Applies `function`, which treats tokens separately, to at most `CHUNK_TOKENS` tokens at a time, in place."""
+    """Applies a function of single tokens to at most `CHUNK_TOKENS` tokens at a time, in place."""
     tokens, rows = x.shape[1], max(x.shape[0] // meshes.size(DATA), 1)  # on each device
     chunk = min(max(CHUNK_TOKENS // rows, 1), tokens)
 
@@ -216,17 +217,30 @@ def _by_chunks(function: Callable[[jax.Array], jax.Array], x: Float[Array, "B T 
 
 
 class Llama(nnx.Module):
-    """A Llama-like decoder. Parameters and activations have `dtype`; norms, rotary and logits are computed in float32.
+    """Decoder-only transformer of the Llama kind (Llama 2, arXiv 2307.09288) in Flax NNX, for all model families.
 
-    Linear kernels are stored `[in, out]` and embeddings `[V, D]`, so that no matmul needs a transposed copy. Layers are
-    separate modules, not one stacked array: per-layer caches then update in place (docs/memory.md).
-    Raises ValueError for a dtype other than float32, bfloat16 and float16.
+    Norms, rotary embeddings and logits are computed in float32. Linear kernels are stored `[in, out]` and embeddings
+    `[V, D]`, so that no matmul needs a transposed copy. Layers are separate modules, not one stacked array, so that
+    per-layer caches update in place (docs/memory.md). `load` makes a model from a checkpoint.
+
+    Args:
+      config: the model's shape.
+      dtype: dtype of parameters and activations: float32, bfloat16 or float16.
+      rngs: source of the random initial parameters.
+
+    Attributes:
+      config: the model's shape.
+      dtype: dtype of parameters and activations.
+      mesh: the devices that the parameters are split over (`shard_model`); None for a single device.
+
+    Raises:
+      ValueError: `dtype` is not accepted.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = resolve_dtype(dtype)
-        self.mesh: Mesh | None = None  # where the parameters are, if on several devices (`models/partition.py`)
+        self.mesh: Mesh | None = None  # of the parameters, if on several devices (`models/partition.py`)
         build = functools.partial(Layer, config, dtype=self.dtype, rngs=rngs)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs
@@ -240,11 +254,11 @@ class Llama(nnx.Module):
         )
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None if it sees all."""
+        """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None if it sees all keys."""
         return self.config.window(layer)
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The input of the first layer. An id outside the vocabulary embeds to NaN."""
+        """Embeds token ids `[B, T]` as the first layer's input `[B, T, D]`. Ids outside the vocabulary become NaN."""
         with jax.named_scope("embed"):
             return constrain(jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill"), DATA)
 
@@ -257,9 +271,18 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Runs all layers and the final norm.
 
-        `attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]` is called once per layer, in order,
-        with q and k already normalised and rotated to `positions`. On a mesh, `reduce` ends attention and the MLP.
-        Raises ValueError if T exceeds the model's positions.
+        Args:
+          ids: token ids, int32 `[B, T]`.
+          positions: their positions, from 0, int32 `[B, T]`.
+          attend: `attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]`, called once per layer
+            in order. q and k are already normalised and rotated to `positions`.
+          reduce: sums the partial results of attention and MLP over the devices of a mesh.
+
+        Returns:
+          Hidden states `[B, T, D]` in the model's dtype.
+
+        Raises:
+          ValueError: `T` exceeds `max_position_embeddings`.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -273,7 +296,7 @@ class Llama(nnx.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
-        """Scores of every vocabulary entry as the next token after `hidden` (from `forward`), in float32."""
+        """Computes next-token logits, float32 `[..., V]`, from hidden states `[..., D]` of `forward`."""
         product = functools.partial(jnp.einsum, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
         with jax.named_scope("logits"):
             if self.lm_head is None:
@@ -281,12 +304,14 @@ class Llama(nnx.Module):
             else:
                 logits = product("...d,dv->...v", hidden, self.lm_head.kernel[...])
             if self.config.vocab_size % meshes.size(MODEL) == 0:
-                logits = constrain(logits, DATA, *[None] * (logits.ndim - 2), MODEL)  # gather these, not the weights
+                logits = constrain(
+                    logits, DATA, *[None] * (logits.ndim - 2), MODEL
+                )  # devices exchange logits, not weights
             return constrain(logits, DATA)
 
 
 def check_model(function: str, model: Any) -> None:
-    """Raises ValueError if there is no model's config in what `function` was given."""
+    """Raises ValueError, naming `function`, if its argument `model` is not a model."""
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise ValueError(
             f"{function}: model is a {type(model).__name__}: expected a Llama, the first of what load gives"
@@ -294,9 +319,9 @@ def check_model(function: str, model: Any) -> None:
 
 
 def resolve_dtype(dtype: DTypeLike | None) -> jnp.dtype:
-    """Turns a name or type into a model's dtype. Raises ValueError naming the accepted ones."""
+    """Converts a name or type to a model's dtype. Raises ValueError naming the accepted dtypes."""
     try:
-        resolved = jnp.dtype("none" if dtype is None else dtype)  # None would be float64
+        resolved = jnp.dtype("none" if dtype is None else dtype)  # NumPy reads None as float64
     except TypeError as error:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}") from error
     if resolved.name not in DTYPES:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory, none of which may lie outside it."""
+"""Finds the files of a checkpoint directory and refuses links and names that lead out of it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import pathlib
 
 from minikv_jax import checks
 
-_MOST_BYTES = 255  # of a file name, on every common file system
+_MOST_BYTES = 255  # longest file name on common file systems
 
 
 def member(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of a file of a checkpoint, there or not.
+    """Returns the path of a checkpoint's file, whether or not it exists.
 
-    Links may only lead to other files of the directory, or to the blobs that a snapshot in the Hugging Face hub's cache
-    consists of.
+    Links may lead only to other files of the directory or, in the cache of the Hugging Face hub, to its blobs.
+
+    Args:
+      directory: the checkpoint's directory.
+      name: the file's name, relative to `directory`.
 
     Raises:
-      ValueError: the name, or a link, leaves the directory.
+      ValueError: the name or a link leaves the directory, or the name is not a file name.
     """
     parts = pathlib.PurePath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
@@ -33,7 +36,7 @@ def member(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def check_links(directory: pathlib.Path, patterns: list[str]) -> None:
-    """Raises ValueError if a file with a name like one of `patterns` is a link that leaves the directory."""
+    """Raises ValueError if a file matching one of the glob `patterns` is a link that leaves the directory."""
     for pattern in patterns:
         for path in directory.glob(pattern):
             member(directory, str(path.relative_to(directory)))

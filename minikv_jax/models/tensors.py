@@ -1,4 +1,4 @@
-"""Reads the tensors of a checkpoint as parameters of the model: block by block, in the model's dtype and layout."""
+"""Reads checkpoint tensors block by block in the dtype and layout of the model's parameters."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _BLOCK_ELEMENTS = 1 << 22  # values converted at a time: 16 MB of float32
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Maps the tensors whose names match `pattern` in full to the parameter at `path`.
+    """A rule that maps tensor names to a parameter.
 
     Attributes:
-      pattern: a regular expression.
-      path: the parameter, with the groups of the match filled in. It may name a part of a joined projection
-        (`decoder.JOINED`) as if it were a parameter. All formats store matrices `[out, in]`: a path that ends in
-        "kernel" is transposed. None: the tensor is not needed.
-      heads: the config field with the number of heads whose channels are interleaved (`Family.gguf_interleaved`).
+      pattern: a regular expression that must match the whole name.
+      path: the parameter's dotted path, with the groups of the match filled in. It may name a part of a joined
+        projection (`decoder.JOINED`) as if it were a parameter. A path that ends in "kernel" is transposed, because all
+        formats store matrices `[out, in]`. None: the tensor is not needed.
+      heads: the config field with the number of heads, if their channels are interleaved (`Family.gguf_interleaved`).
     """
 
     pattern: str
@@ -37,10 +37,10 @@ class TensorSource:
     """The named tensors of a checkpoint.
 
     Attributes:
-      origin: the file or directory, for errors.
-      shapes: of every tensor.
-      read_rows: `read_rows(name, start, stop)` slices the first axis.
-      rules: the first one that matches a name is used.
+      origin: the file or directory, for error messages.
+      shapes: every tensor's shape by name.
+      read_rows: `read_rows(name, start, stop)` reads a slice of the first axis.
+      rules: the first rule that matches a name applies.
     """
 
     origin: str
@@ -50,10 +50,13 @@ class TensorSource:
 
 
 class TensorReader(NamedTuple):
-    """Reads tensors in `dtype`.
+    """Reads the tensors of a source, converted to `dtype`.
 
     Attributes:
-      nonfinite: names of the tensors in which NaN or infinite values were found, be it from the conversion.
+      source: the tensors.
+      config: the model's shape.
+      dtype: dtype of the blocks.
+      nonfinite: names of the tensors with NaN or infinite values after the conversion.
     """
 
     source: TensorSource
@@ -62,10 +65,13 @@ class TensorReader(NamedTuple):
     nonfinite: set[str]
 
     def block(self, name: str, rule: Rule, path: str, bounds: Bounds) -> np.ndarray:
-        """A block of the parameter at `path`, which is filled by the tensor `name`.
+        """Reads a block of the parameter at `path` from the tensor `name`.
 
         Args:
-          bounds: on the parameter's axes; they lie between heads if the rule tells heads apart.
+          name: the tensor.
+          rule: the rule that maps `name` to `path`.
+          path: the parameter.
+          bounds: start and end on each of the parameter's axes. They do not split heads if the rule has `heads`.
         """
         transposed = path.endswith("kernel")  # files store matrices [out, in]
         array = self._read(name, bounds[::-1] if transposed else bounds)
@@ -76,11 +82,11 @@ class TensorReader(NamedTuple):
         return array.T if transposed else array
 
     def whole(self, name: str) -> np.ndarray:
-        """All of a tensor."""
+        """Reads a whole tensor."""
         return self._read(name, tuple((0, size) for size in self.source.shapes[name]))
 
     def _read(self, name: str, bounds: Bounds) -> np.ndarray:
-        """A block of a tensor, converted a few rows at a time so that only one copy of it exists."""
+        """Reads a block of a tensor a few rows at a time, so that only one copy of it exists."""
         (first, last), *others = bounds
         columns = tuple(slice(*at) for at in others)
         out = np.empty([stop - start for start, stop in bounds], self.dtype)
@@ -97,10 +103,10 @@ class TensorReader(NamedTuple):
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous array of floats holds no NaN and no infinity.
+    """Tells whether a contiguous array of floats has no NaN and no infinity.
 
-    An infinity's bits, as an integer, are above those of every finite number of its sign, and a NaN's above them. The
-    largest integers take a fraction of the time of `isfinite`, and of NumPy's float arithmetic in 16 bits.
+    Read as integers, the bits of an infinity exceed those of every finite number of its sign, and the bits of a NaN
+    exceed those of the infinity. A maximum over integers takes a fraction of the time of `isfinite`.
     """
     infinity = np.array(np.inf, array.dtype)
     return all(

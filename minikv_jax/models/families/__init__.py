@@ -1,4 +1,4 @@
-"""The model families by name. Every file in this package defines one as `FAMILY`; a new family is a new file."""
+"""Registry of model families. Every file in this package defines one as `FAMILY`; a new family is a new file."""
 
 import importlib
 import pkgutil
@@ -9,7 +9,7 @@ from minikv_jax.models.family import Family
 
 
 def discover() -> dict[str, Family]:
-    """Imports every file of this package; returns its families by `model_type`."""
+    """Imports every file of this package and returns the families by `model_type`."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     return {module.FAMILY.model_type: module.FAMILY for module in modules}
 
@@ -18,6 +18,6 @@ FAMILIES = discover()
 
 
 def get(model_type: Any) -> Family:
-    """The family of a Hugging Face `model_type`. Raises ValueError naming the known ones."""
+    """Returns the family of a Hugging Face `model_type`. Raises ValueError naming the known ones."""
     checks.choice("model_type", model_type, tuple(FAMILIES))
     return FAMILIES[model_type]

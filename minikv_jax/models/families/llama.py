@@ -4,7 +4,7 @@ from minikv_jax.models import bounds, family
 
 
 class Fields(family.Fields):
-    """What a config.json may hold beside the fields of all families."""
+    """Fields of a config.json in addition to those of all families."""
 
     max_position_embeddings: bounds.Positions = 2048
     attention_bias: bool | None = False

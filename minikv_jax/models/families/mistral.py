@@ -1,17 +1,17 @@
-"""Mistral 7B and its successors (arXiv 2310.06825): Llama with, if the config has one, a window in every layer."""
+"""Mistral 7B and its successors (arXiv 2310.06825): Llama with an optional sliding window in every layer."""
 
 from minikv_jax.models import bounds, family
 
 
 class Fields(family.Fields):
-    """What a config.json may hold beside the fields of all families."""
+    """Fields of a config.json in addition to those of all families."""
 
     max_position_embeddings: bounds.Positions = 131072
     sliding_window: bounds.Positions | None = 4096
 
 
 def windows(fields: Fields) -> family.Windows:
-    """The window holds in every layer; `sliding_window: null` turns it off."""
+    """Returns the window, which applies to every layer; `sliding_window: null` turns it off."""
     return fields.sliding_window, None
 
 

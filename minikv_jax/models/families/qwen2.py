@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (arXiv 2407.10671): biases in q, k and v, and windows that a config switches on."""
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671): biases in q, k and v, and optional sliding windows."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from minikv_jax.models import bounds, family
 
 
 class Fields(family.Fields):
-    """What a config.json may hold beside the fields of all families."""
+    """Fields of a config.json in addition to those of all families."""
 
     max_position_embeddings: bounds.Positions = 32768
     use_sliding_window: bool | None = False
@@ -18,10 +18,10 @@ class Fields(family.Fields):
 
 
 def windows(fields: Fields) -> family.Windows:
-    """Reads windows that are off unless `use_sliding_window` is true.
+    """Returns the window and its layers, or none unless `use_sliding_window` is true.
 
-    They hold in the layers that `layer_types` names, or else from layer `max_window_layers` on.
-    Raises ValueError for layer types that need a window when there is none.
+    The window applies to the layers named by `layer_types`, or else to those from `max_window_layers` on.
+    Raises ValueError if layer types need a window and there is none.
     """
     window, types = fields.sliding_window, fields.layer_types
     if not fields.use_sliding_window or window is None:

@@ -1,11 +1,11 @@
-"""Qwen3 (arXiv 2505.09388): norms of queries and keys in place of Qwen2's biases, and a head size of its own."""
+"""Qwen3 (arXiv 2505.09388): Qwen2 with query and key norms instead of biases, and an independent head size."""
 
 from minikv_jax.models import bounds, family
 from minikv_jax.models.families import qwen2
 
 
 class Fields(qwen2.Fields):
-    """What a config.json may hold beside Qwen2's fields."""
+    """Fields of a config.json in addition to those of Qwen2."""
 
     head_dim: bounds.Width | None = 128
     attention_bias: bool | None = False
