@@ -13,7 +13,7 @@ from jax import Array, lax
 from support.tiny import random_ids, tiny_model
 from transformers import PreTrainedTokenizerBase
 
-from minikv_jax import layerwise
+from minikv_jax import layerwise, meshes
 from minikv_jax.cache.capacity import capacities
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec, Region, empty_region
 from minikv_jax.decode import decode
@@ -21,6 +21,7 @@ from minikv_jax.methods import lookup
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.partition import shard_model
 from minikv_jax.ops import dispatch
 from minikv_jax.ops.decode_attention import decode_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
@@ -149,10 +150,15 @@ def test_kernels_asked_for_by_name_need_their_gpu(name: str):
         decode_attention(q[:, 0], layer, implementation=name)
 
 
-def test_generation_by_pallas_kernels_lowers_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("mesh", [None, {"model": 2}])
+def test_generation_by_pallas_kernels_lowers_without_a_gpu(
+    mesh: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
+):
     """Prefill, packing, append with its flush in a loop, and decode: one program, each op by its kernel."""
     monkeypatch.setattr(hopper, "why_unavailable", lambda: None)
     model = tiny_model(dtype="bfloat16", head_dim=64, num_hidden_layers=1, max_position_embeddings=512)
+    if mesh is not None:
+        model = shard_model(model, meshes.make_mesh(mesh))
 
     def run(ids: Array) -> Array:
         hidden, cache = prefill(model, ids, jnp.array([300]), "minikv", 150, "pallas")
@@ -163,7 +169,8 @@ def test_generation_by_pallas_kernels_lowers_without_a_gpu(monkeypatch: pytest.M
 
         return lax.fori_loop(0, 150, step, (hidden, cache))[0]
 
-    lowered = jax.jit(run).trace(random_ids((1, 300))).lower(lowering_platforms=("cuda",))
+    with meshes.use(model.mesh):
+        lowered = jax.jit(run).trace(random_ids((1, 300))).lower(lowering_platforms=("cuda",))
     # Attention and column sums; keys and values packed, after the prompt and in the loop; decode.
     assert lowered.as_text().count("@mosaic_gpu") == 2 + 2 * 2 + 1
 
