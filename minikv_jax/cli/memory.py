@@ -74,11 +74,13 @@ def _rows(arguments: argparse.Namespace, report: memory.MemoryReport, weights: i
     full_share = report.full_bytes / (weights + report.full_bytes)
     kept = output.span([layer.kept for layer in report.layers])
     return {
-        "packed": f"{report.packed_bytes:,} bytes ({report.packed_saved:.1%} below full)",
+        "packed": f"{report.packed_bytes:,} bytes",
         "full-precision tail": f"{report.tail_bytes:,} bytes",
         "lengths, positions": f"{report.index_bytes:,} bytes",
-        "allocated in all": f"{report.bytes:,} bytes ({report.saved:.1%} below full)",
+        "allocated in all": f"{report.bytes:,} bytes for {arguments.prompt_len:,} prompt tokens and "
+        f"{arguments.max_new_tokens:,} new ones",
         "full cache": f"{report.full_bytes:,} bytes ({arguments.dtype})",
+        "saved": f"{max(report.full_bytes - report.bytes, 0):,} bytes ({max(report.saved, 0):.1%})",
         "kept per layer": f"{kept} of {arguments.prompt_len:,} tokens",
         "bytes per layer": output.span(report.layer_bytes),
         "a decode step reads": f"{weights:,} bytes of weights; the cache is {cache_share:.0%} of its bytes, "

@@ -30,7 +30,7 @@ def test_memory_prints_the_report(run: Run, model_directory: pathlib.Path, tmp_p
     )
     for value in (expected.packed_bytes, expected.tail_bytes, expected.bytes, expected.full_bytes):
         assert f"{value:,} bytes" in text
-    assert f"{expected.saved:.1%} below full" in text
+    assert f"{expected.full_bytes - expected.bytes:,} bytes ({expected.saved:.1%})" in text
     assert json.loads(out.read_text())["bytes"] == expected.bytes
     weights = memory.weight_bytes(hub.load_config(model_directory), "float32")
     assert f"{weights:,} bytes of weights" in text
