@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, Field, Strict
 
 MOST_WIDTH = 1 << 20
 Layers = Annotated[int, Field(ge=1, le=1 << 12)]
@@ -27,6 +27,13 @@ Tokens = Annotated[tuple[Token, ...], Strict(False)]
 LayerTypes = Annotated[tuple[LayerType, ...], Strict(False)]
 RopeFactors = Annotated[tuple[RopeFactor, ...], Strict(False)]
 
+
+def _is_one(value: float | None) -> float | None:
+    if value not in (None, 1):
+        raise ValueError("1, which changes nothing: other values are not computed")
+    return value
+
+
 # Settings of other architectures, accepted only if they change nothing.
-One = Annotated[float | None, Field(ge=1, le=1)]
+One = Annotated[float | None, AfterValidator(_is_one)]
 Off = Literal[False] | None

@@ -144,7 +144,7 @@ def campaign(sources: pathlib.Path, scratch: pathlib.Path, name: str, count: int
             failures.append(f"{name} {number}, {done}: {time.perf_counter() - begin:.1f} s")
         shutil.rmtree(directory)
     print(f"{name}: {dict(counts)}")
-    assert failures == []
+    assert not failures, "\n".join(failures)
     return counts
 
 

@@ -131,7 +131,20 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
         (hf(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "needs low_freq_factor, high_freq_factor"),
         (hf(rope_scaling={"type": "linear", "factor": 0.0}), "rope_scaling.factor is 0.0; accepted: at least 1e-06"),
         (hf(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "rope_parameters: unknown keys 'full_attention'"),
-        (hf(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; accepted: at least 1"),
+        (hf(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; accepted: 1, which changes nothing"),
+        (hf(logits_scaling=8.0), "logits_scaling is 8.0; accepted: 1, which changes nothing"),
+        (hf(residual_multiplier=float("nan")), "residual_multiplier is nan; accepted: a finite number"),
+        (hf(embedding_multiplier="2"), "embedding_multiplier is '2'; accepted: a number"),
+        (hf(attention_multiplier=0.5), "attention_multiplier is 0.5; accepted: 0.288"),
+        (hf(query_pre_attn_scalar=256), "query_pre_attn_scalar is 256.0; accepted: 12, which head_dim=12 gives"),
+        (hf(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0; accepted: null"),
+        (hf(no_rope_layers=[1, 1, 0]), r"no_rope_layers\[2\] is 0; accepted: 1"),
+        (hf(use_qk_norm=True), "use_qk_norm is True; accepted: False"),
+        (hf(rope_scaling={"rope_type": "default", "mrope_section": [2]}), "rope_scaling: unknown keys 'mrope_section'"),
+        (
+            hf(rope_parameters={"rope_theta": 5.0}, rope_scaling={"type": "linear", "factor": 2}),
+            "accepted: one of them",
+        ),
         (hf(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}; accepted: null"),
         (hf(num_key_value_heads=3), "num_attention_heads=4.*num_key_value_heads=3"),
         (hf(head_dim=7), "head_dim=7 must be even"),
@@ -164,6 +177,22 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
 def test_what_is_not_supported_is_named(raw: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config_from_hf(raw)
+
+
+def test_arithmetic_that_changes_nothing_is_accepted():
+    neutral = {
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1,
+        "attention_multiplier": 12**-0.5,
+        "query_pre_attn_scalar": 12,
+        "final_logit_softcapping": None,
+        "no_rope_layers": [1, 1, 1],
+        "use_qk_norm": False,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "factor": None},
+        "use_cache": True,
+        "anything": {"else": 1},
+    }
+    assert config_from_hf(hf(**neutral)) == config_from_hf(hf())
 
 
 def test_unreadable_files_are_named(tmp_path):
