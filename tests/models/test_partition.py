@@ -1,7 +1,11 @@
 """Models split over a mesh: what each device holds, and what loading reads for it."""
 
 import dataclasses
+import json
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -109,3 +113,23 @@ def test_a_process_reads_no_more_than_its_devices_hold(tmp_path: pathlib.Path, m
         assert sum(size for at, size in read if at == name) == tensor.nbytes  # once in all, whatever the devices
     most = max(size for _, size in read)
     assert most <= max(tensor.nbytes for name, tensor in tensors.items() if "embed" in name)
+
+
+@pytest.mark.slow
+def test_loading_holds_one_tensor_beside_the_model(tmp_path: pathlib.Path):
+    """Of a checkpoint in three files, on eight devices of one process."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 5,
+        "vocab_size": 16384,
+    }
+    config = tiny_config(**sizes, num_attention_heads=16, num_key_value_heads=8, head_dim=64)
+    write_hf(tmp_path / "m", config, random_tensors(config), shards=3)
+    script = pathlib.Path(__file__).parents[1] / "support" / "load_peak.py"
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, str(script), str(tmp_path / "m"), "model=8"]
+    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, check=True)
+    memory = json.loads(done.stdout)
+    assert memory["kept"] > 4 * memory["largest"]
+    assert memory["over"] <= memory["largest"] + (32 << 20)  # and what Python and JAX allocate for the work
