@@ -1,6 +1,6 @@
-"""KV-cache compression for JAX: MiniKV's 2-bit, layer-discriminative cache and its neighbours, compiled as one.
+"""KV-cache compression for JAX: MiniKV's 2-bit, layer-discriminative cache and related methods.
 
-`__init__.pyi` lists the public names. Each is imported on first use, so that importing the package imports no JAX.
+`__init__.pyi` lists the public names. Each is imported on first use, so importing the package does not import JAX.
 """
 
 import ast
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def _public_names() -> dict[str, tuple[str, str]]:
-    """Module and attribute of every public name, as the stub imports it."""
+    """Reads the module and the attribute behind every public name from the stub."""
     stub = ast.parse(pathlib.Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     return {
         alias.asname or alias.name: (statement.module or "", alias.name)
@@ -28,14 +28,14 @@ _PUBLIC = _public_names()
 
 
 class _Package(types.ModuleType):
-    """A package whose public names are never hidden by submodules, as `generate` by `generate.py`."""
+    """A package whose public names win over submodules of the same name, such as `generate` over `generate.py`."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _PUBLIC:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module, attribute = _PUBLIC[name]
         package = importlib.import_module(module)
-        # A public name may be a module, which its package need not have imported.
+        # A public name may be a module that its package has not imported yet.
         value = (
             getattr(package, attribute)
             if hasattr(package, attribute)
@@ -45,7 +45,7 @@ class _Package(types.ModuleType):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # After the import of a submodule, Python sets it as an attribute of its package.
+        # After importing a submodule, Python sets it as an attribute of its package.
         is_submodule = isinstance(value, types.ModuleType) and value.__name__ == f"{__name__}.{name}"
         if not (is_submodule and name in _PUBLIC):
             super().__setattr__(name, value)

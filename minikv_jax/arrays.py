@@ -1,6 +1,7 @@
-"""Contracts of array arguments: shapes and dtypes, checked when traced, and ranges, checked if the values are known.
+"""Contracts for array arguments: shapes, dtypes and ranges of values.
 
-Under `jit` values are not known, and a check of them would cost time: only a function made by `debug_checks` has them.
+Shapes and dtypes are checked when a function is traced. Ranges are checked if the values are known. Under `jit` they
+are not, and checking them during the run would cost time, so only functions made by `debug_checks` do it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ _checks_values = jax.make_user_context(False)  # part of the keys of JAX's cache
 
 
 def debug_checks(function: Callable[..., R]) -> Callable[..., R]:
-    """Compiles `function`, as `jax.jit` does, with checks of values that only the run shows.
+    """Compiles `function` as `jax.jit` does, and adds checks of values that are only known during the run.
 
-    For functions of your own that call `append`, `decode`, `extend`, `prefill` or `KVCache.select_rows`. A token that
-    finds no room in the cache, or a row, token id or length out of range, raises ValueError after the run. Without
-    these checks such a token is dropped, and an index is clipped. The checks cost time: use them to find a mistake.
+    Use it to debug your own functions that call `append`, `decode`, `extend`, `prefill` or `KVCache.select_rows`. The
+    checks cost time. Without them, a token without room in the cache is dropped and an index out of range is clipped.
+
+    Args:
+      function: takes and returns pytrees of arrays; all arguments are traced.
+
+    Returns:
+      A function with the same arguments and results. It raises ValueError after a run in which a token had no room, or
+      a row, token id, position or length was out of range.
     """
 
     @jax.jit
@@ -49,25 +56,27 @@ def debug_checks(function: Callable[..., R]) -> Callable[..., R]:
 
 
 class Contract:
-    """What a function expects of its arrays. A letter of a legend, as in "B T K H", is one size in all of them.
+    """Checks the arrays that a function is given, also against each other.
+
+    A legend such as "B T K H" names the axes of an array. A letter stands for the same size in all arrays.
 
     Args:
-      function: its name, which errors begin with.
-      sizes: those that are known, by letter.
+      function: name of the function; error messages begin with it.
+      sizes: sizes that are known beforehand, by letter.
     """
 
     def __init__(self, function: str, **sizes: int):
         self.function, self.sizes = function, sizes
 
     def floating(self, name: str, x: Any, legend: str, dtype: DTypeLike | None = None) -> Array:
-        """`x`. Raises ValueError unless it has the shape of the legend and `dtype`, or one of `FLOATING`."""
+        """Returns `x`. Raises ValueError unless it has the legend's shape and `dtype` (default: any of `FLOATING`)."""
         accepted = FLOATING if dtype is None else (jnp.dtype(dtype).name,)
         text = "float32, bfloat16 or float16" if dtype is None else accepted[0]
         self._check(name, x, legend, text, _dtype_name(x) in accepted)
         return jnp.asarray(x)
 
     def integers(self, name: str, x: Any, legend: str, at_least: int, at_most: int) -> Array:
-        """`x` as int32. Raises ValueError unless it holds integers in the range, in the shape of the legend."""
+        """Returns `x` as int32. Raises ValueError unless it has the legend's shape and holds integers in the range."""
         self._check(name, x, legend, "integers", _dtype_name(x).startswith(("int", "uint")))
         values = known(x)
         if values is not None:
@@ -84,15 +93,18 @@ class Contract:
         return jnp.asarray(x).astype(jnp.int32)
 
     def heads(self) -> None:
-        """Raises ValueError unless the query heads `N` are a multiple of the KV heads `K`."""
+        """Raises ValueError unless the number of query heads `N` is a multiple of the number of KV heads `K`."""
         if self.sizes["N"] % self.sizes["K"]:
             given = f"{self.sizes['N']} query heads over {self.sizes['K']} KV heads"
             raise ValueError(f"{self.function}: {given}: expected a multiple")
 
     def holds(self, condition: Any, text: str, **values: Any) -> None:
-        """Raises ValueError with `text`, which names `values` in braces, unless `condition` holds for every row.
+        """Raises ValueError unless `condition` holds for every row. Under `jit`, only `debug_checks` checks it.
 
-        Under `jit` only if `debug_checks` asks for it.
+        Args:
+          condition: bool `[B]`.
+          text: the error message; names of `values` in braces are replaced by the row's values.
+          values: arrays `[B]`, by name.
         """
         if (rows := known(condition)) is not None:
             if not rows.all():
@@ -119,7 +131,7 @@ class Contract:
 
 
 def _dtype_name(x: Any) -> str:
-    """The dtype that an array has inside JAX; empty for what is no array."""
+    """Returns the dtype that an array has inside JAX; an empty string if `x` is not an array."""
     if not isinstance(x, jax.Array | np.ndarray):
         return ""
     name = str(x.dtype)
@@ -127,7 +139,7 @@ def _dtype_name(x: Any) -> str:
 
 
 def known(x: Any) -> np.ndarray | None:
-    """The values of an array that is not traced and that this process holds; None of any other."""
+    """Returns the values of an array, or None if it is traced or not entirely in this process."""
     if isinstance(x, Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
     return np.asarray(x)

@@ -1,10 +1,10 @@
-"""Learns a `Calibration` with Optax: how much of its range each group uses, and in which basis the cache is held.
+"""Learns a `Calibration` with Optax: clipping ranges of the groups, and a rotation of the keys and the values.
 
-Layers are learnt one by one, on what a method's cache holds of some prompts. A layer's loss is the error of its
-attention output, for the tokens that follow the prompts, against that over the same tokens in full precision: it sees
-what an error of a key or value costs, and needs no pass through the model. The forward pass is the method's own
-quantisation; gradients go straight through the rounding (Bengio et al. 2013), and reach zeros and steps as in LSQ
-(Esser et al. 2020). Rotations are Cayley transforms of skew-symmetric matrices.
+Layers are learned one by one, from what a method's cache holds of a few prompts. A layer's loss is the error of its
+attention output for the tokens that follow the prompts, compared with attention over the same tokens in full precision.
+So the loss measures what an error in a key or value costs, and needs no pass through the model. The forward pass uses
+the method's own quantisation. Gradients pass straight through the rounding (Bengio et al. 2013) and reach zero points
+and steps as in LSQ (Esser et al. 2020). Rotations are Cayley transforms of skew-symmetric matrices.
 """
 
 from __future__ import annotations
@@ -41,7 +41,14 @@ _STARTING_POINTS = (MinMax, Hadamard)  # quantizers that a calibrated one equals
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to learn. `learn` names what is learnt, of `LEARNABLE`; `rate` is Adam's, falling to 0 along a cosine."""
+    """Settings of a calibration.
+
+    Attributes:
+      learn: parts to learn: "ranges", "rotation" or both.
+      steps: steps of the optimiser per layer, one text each.
+      rate: Adam's learning rate, between 0 and 1; it falls to 0 along a cosine.
+      seed: seed of the order in which texts are drawn.
+    """
 
     learn: tuple[str, ...] = ("rotation",)
     steps: int = 100
@@ -57,9 +64,12 @@ class Settings:
 
 
 class Learnt(NamedTuple):
-    """A calibration, and each layer's loss: squared error of the attention output, relative to its size.
+    """A calibration and its losses: squared error of a layer's attention output, relative to the size of the output.
 
-    `before` and `after [L]` are means over all prompts, `curve [steps]` is the mean over layers, of one prompt a step.
+    Attributes:
+      calibration: the ranges and rotations.
+      before, after: `[L]`, mean loss over all texts, before and after learning.
+      curve: `[steps]`, mean loss over layers, on the text of each step.
     """
 
     calibration: Calibration
@@ -75,15 +85,21 @@ def calibrate(
     settings: Settings = Settings(),
     done: Callable[[int], None] = lambda layers: None,
 ) -> Learnt:
-    """Learns how to store what `method` keeps.
+    """Learns ranges and rotations for a method's cache.
 
     Args:
-      texts: a prompt and the tokens after it, ids, each text of the same lengths.
-      method: quantises by `MinMax` or `Hadamard`, whose basis is then where rotations start.
-      done: is told how many layers are done.
+      model: the model whose keys and values are stored.
+      texts: pairs of a prompt and the tokens that follow it, as token ids; the lengths are the same in all texts.
+      method: quantises with `MinMax` or `Hadamard`; rotations start from the quantizer's own basis.
+      settings: what to learn, and for how long.
+      done: called after each layer with the number of finished layers.
+
+    Returns:
+      The calibration, and the losses before, during and after learning.
 
     Raises:
-      ValueError: a method that does not fit the model, or packs nothing of such prompts; texts of different lengths.
+      ValueError: a method that does not fit the model, or that packs nothing of such prompts; no text; texts of
+        different lengths.
     """
     quantizer = check_method(model.config, method)
     if len({(len(prompt), len(after)) for prompt, after in texts}) != 1:
@@ -102,7 +118,7 @@ def calibrate(
 
 
 def check_method(model: ModelConfig, method: Method) -> MinMax:
-    """The method's quantizer. Raises ValueError if it cannot be calibrated, or the method does not fit the model."""
+    """Returns the method's quantizer. Raises ValueError if that cannot be calibrated or does not fit the model."""
     quantizer = method.quantizer
     if not isinstance(quantizer, MinMax) or type(quantizer) not in _STARTING_POINTS:
         expected = " or ".join(kind.__name__ for kind in _STARTING_POINTS)
@@ -112,17 +128,20 @@ def check_method(model: ModelConfig, method: Method) -> MinMax:
 
 
 class _Samples(NamedTuple):
-    """One layer's cache of `W` texts, and what is asked of it: `M` slots of kept tokens, then `Q` tokens, which ask."""
+    """One layer's keys and values of `W` texts, and the queries that read them.
+
+    The first `M` slots hold kept prompt tokens. The last `Q` slots hold the tokens after the prompt, which ask.
+    """
 
     q: Float[Array, "W Q N H"]
     k: Float[Array, "W K S H"]  # S = M + Q
     v: Float[Array, "W K S H"]
-    positions: Int[Array, "W K S"]  # beyond all others where a slot is empty
-    packed: Int[Array, "W"]  # slots that are quantised, after the sinks
+    positions: Int[Array, "W K S"]  # larger than all others if a slot is empty
+    packed: Int[Array, "W"]  # number of quantised slots, which follow the sinks
 
 
 def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]], method: Method) -> list[_Samples]:
-    """Each layer's samples, as NumPy arrays."""
+    """Collects each layer's samples as NumPy arrays."""
     by_text = []
     for prompt, after in texts:
         ids, length = np.array([[*prompt, *after]], np.int32), np.array([len(prompt)], np.int32)
@@ -148,7 +167,7 @@ def _sample(
     *,
     prompt: int,
 ) -> _Samples:
-    """One text's sample, of a run of all its tokens, the first `prompt` of which were compressed."""
+    """Makes one text's sample from a run over all of its tokens, the first `prompt` of which were compressed."""
     tokens, kv_heads = k.shape[1:3]
     after = jnp.broadcast_to(jnp.arange(prompt, tokens), (1, kv_heads, tokens - prompt))
     source = jnp.concatenate([jnp.minimum(kept, prompt - 1), after], axis=-1)
@@ -161,7 +180,7 @@ def _sample(
 def _learn_layer(
     samples: _Samples, key: Array, *, quantizer: MinMax, sinks: int, settings: Settings, window: int | None
 ) -> tuple[Calibration, Array, Array, Array]:
-    """A layer's calibration; its mean loss before and after; the loss of every step."""
+    """Learns a layer's calibration. Returns it with the mean loss before and after, and the loss of every step."""
     texts, _, _, dim = samples.q.shape
     bases = _basis("keys", quantizer, dim), _basis("values", quantizer, dim)
     start = _nothing_learnt(samples.k.shape[1], dim, quantizer.group_size)
@@ -185,13 +204,13 @@ def _learn_layer(
 
 
 def _basis(kind: Kind, quantizer: MinMax, dim: int) -> Float[Array, "H H"]:
-    """Where a rotation starts: the basis of the method's own quantizer."""
+    """Basis from which a rotation starts: that of the method's own quantizer."""
     rotation = quantizer.rotation(Operand(kind), dim)
     return jnp.eye(dim) if rotation is None else rotation
 
 
 def _nothing_learnt(heads: int, dim: int, group_size: int) -> Calibration:
-    """What changes while learning, all zero: the ranges' logarithms, and a matrix that makes the rotation."""
+    """Starting values of the free parameters, all zero: logarithms of the ranges, and matrices behind the rotations."""
 
     def operand(columns: int) -> OperandCalibration:
         return OperandCalibration(Ranges(*jnp.zeros((2, heads, columns))), jnp.zeros((dim, dim)))
@@ -200,7 +219,7 @@ def _nothing_learnt(heads: int, dim: int, group_size: int) -> Calibration:
 
 
 def _calibration(free: Calibration, bases: tuple[Array, Array], learn: tuple[str, ...]) -> Calibration:
-    """What `free` stands for; what is not in `learn` gets no gradient and stays as it starts."""
+    """Turns free parameters into a calibration. Parameters that are not in `learn` get no gradient."""
 
     def operand(free: OperandCalibration, basis: Array) -> OperandCalibration:
         ranges = free.ranges if "ranges" in learn else lax.stop_gradient(free.ranges)
@@ -218,7 +237,7 @@ def _calibration(free: Calibration, bases: tuple[Array, Array], learn: tuple[str
 def _loss(
     calibration: Calibration, sample: _Samples, quantizer: MinMax, sinks: int, window: int | None
 ) -> Float[Array, ""]:
-    """Squared error of one text's attention output over its stored tokens, relative to the size of the output."""
+    """Squared error of one text's attention over its stored tokens, relative to the size of the exact output."""
     exact = _attend(sample, sample.k, sample.v, window)
     k = _stored(sample.k, sample.packed, calibration.keys, quantizer.packing("keys"), sinks)
     v = _stored(sample.v, sample.packed, calibration.values, quantizer.packing("values"), sinks)
@@ -226,7 +245,7 @@ def _loss(
 
 
 def _attend(sample: _Samples, k: Float[Array, "K S H"], v: Float[Array, "K S H"], window: int | None) -> Array:
-    """Attention output `[K, G, Q, H]` of the queries, which stand in the last slots."""
+    """Attention output `[K, G, Q, H]` of the queries, whose tokens are in the last slots."""
     queries, heads, dim = sample.q.shape
     q = sample.q.reshape(queries, k.shape[0], heads // k.shape[0], dim)
     asking, positions = sample.positions[:, -queries:, None], sample.positions[:, None]  # [K, Q, 1] and [K, 1, S]
@@ -241,7 +260,7 @@ def _attend(sample: _Samples, k: Float[Array, "K S H"], v: Float[Array, "K S H"]
 def _stored(
     x: Float[Array, "K S H"], packed: Int[Array, ""], learnt: OperandCalibration, rule: Packing, sinks: int
 ) -> Float[Array, "K S H"]:
-    """The tokens as the cache gives them back: those that are packed with their errors, the others exact."""
+    """Tokens as they are read back from the cache: packed ones with their error, others exact."""
     slots = jnp.arange(x.shape[1])
     size = (x.shape[1] - sinks) // rule.block * rule.block
     turned = jnp.matmul(x[None, :, sinks : sinks + size], learnt.rotation, precision="highest")
@@ -251,7 +270,7 @@ def _stored(
 
 
 def _rounded(x: Float[Array, "1 K S H"], ranges: Ranges, rule: Packing) -> Float[Array, "1 K S H"]:
-    """What is read back of `x`, exactly; as if it had not been rounded, for gradients."""
+    """Quantises `x` and reads it back. Gradients are those of the values before rounding."""
     groups = packing.grouped(x, rule)
     low, step = clipped(groups, ranges, rule)
     exact = packing.dequantize(packing.encode(*lax.stop_gradient((x, low, step)), rule))

@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules share: one clear error, before any work."""
+"""Argument checks that several modules share: one clear error, before any work starts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """`value`, which must be an integer of at least `least`, and of at most `most` if that is given.
+    """Returns `value` as a Python int.
 
     Raises:
-      ValueError: it is not.
+      ValueError: not an integer, less than `least`, or more than `most`.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(f"{name}={shown(value)}: expected an integer")
@@ -29,10 +29,10 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
 
 
 def at_least(least: int, **values: object) -> None:
-    """Looks whether every value is None or an integer of at least `least`.
+    """Checks that every value is None or an integer of at least `least`.
 
     Raises:
-      ValueError: one is not, naming it.
+      ValueError: a value that is neither, with its name.
     """
     for name, value in values.items():
         if value is not None:
@@ -40,32 +40,32 @@ def at_least(least: int, **values: object) -> None:
 
 
 def number(name: str, value: object) -> None:
-    """Looks whether `value` is a number.
+    """Checks that `value` is a number.
 
     Raises:
-      ValueError: it is not.
+      ValueError: not a number. Booleans are none.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise ValueError(f"{name}={shown(value)}: expected a number")
 
 
 def choice(name: str, value: object, choices: tuple) -> None:
-    """Looks whether `value` is one of `choices`.
+    """Checks that `value` is one of `choices`.
 
     Raises:
-      ValueError: it is not.
+      ValueError: another value.
     """
-    if value not in choices or isinstance(value, bool | float):  # which equal integers
+    if value not in choices or isinstance(value, bool | float):  # True equals 1, and 2.0 equals 2
         raise ValueError(f"{name}={shown(value)}: expected one of {', '.join(map(str, choices))}")
 
 
 def printable(text: str) -> str:
-    """`text` with escapes in place of control and other invisible characters, which names from a file may hold."""
+    """Escapes control and other invisible characters, which names from a file may hold."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def shown(value: object) -> str:
-    """A value as `repr` shows it, so that control characters are escaped, and shortened."""
+    """Shortens a value's `repr`, in which control characters are escaped."""
     return _SHORT.repr(value)
 
 
@@ -75,10 +75,10 @@ _SHORT.maxlevel = 3
 
 
 def read_integer(text: str) -> int:
-    """An integer in ASCII digits; Python's `int` also takes other scripts, spaces and underscores.
+    """Reads an integer in ASCII digits. Python's `int` also accepts other scripts, spaces and underscores.
 
     Raises:
-      ValueError: it is not.
+      ValueError: not such an integer.
     """
     if not _INTEGER.fullmatch(text):
         raise ValueError(f"{shown(text)}: expected an integer")
@@ -86,10 +86,10 @@ def read_integer(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """A finite number in ASCII digits.
+    """Reads a finite number in ASCII digits.
 
     Raises:
-      ValueError: it is not.
+      ValueError: not such a number.
     """
     if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
         raise ValueError(f"{shown(text)}: expected a finite number")
@@ -97,14 +97,14 @@ def read_number(text: str) -> float:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names from a file for an error: escaped, each shortened, and not without end."""
+    """Joins names from a file for an error message: escaped, shortened, and at most `_MOST_NAMES` of them."""
     short = [name if len(name) <= _MOST_REASON else f"{name[:_MOST_REASON]}..." for name in names[:_MOST_NAMES]]
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return printable(", ".join(short)) + more
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of another library says, in one printable line that is not too long."""
+    """Turns the message of another library's exception into one printable line of limited length."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= _MOST_REASON else f"{text[:_MOST_REASON]}..."
 

@@ -1,7 +1,8 @@
-"""Decode: one token, or several, go through a model and its cache: append, attend, evict.
+"""Decode and extend: run one new token per row, or several, through a model and its cache.
 
-Each function takes a cache value and returns a new one, and can stand inside `jax.jit`. The model projects and rotates
-(`Llama.forward`); what attention reads and what is kept is decided here.
+Each layer appends the tokens, attends and evicts. The functions take a cache value and return a new one, and work
+inside `jax.jit`. The model projects and rotates (`Llama.forward`); this module decides what attention reads and which
+tokens stay.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from minikv_jax.ops.extend_attention import extend_attention
 
 
 def check_same_model(model: Llama, cache: KVCache) -> None:
-    """Raises ValueError unless `cache` is a cache of `model`: its layers, heads and dtype."""
+    """Raises ValueError unless `cache` has the layers, heads and dtype of `model`."""
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}: expected a KVCache")
     tail, config = cache.layers[0].tail.k, model.config
@@ -56,15 +57,25 @@ def decode(
     active: Int[Array, "B"],
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """One decode step: appends each active row's token (`active[b]` is 1 or 0), attends over the cache, then evicts.
+    """Runs one decode step: appends a token to each active row, attends over the cache, then evicts.
+
+    Full tails are packed on the way (MiniKV section 3.3), and packed tokens are read as they are stored (section 3.4).
+
+    Args:
+      model: the model that the cache was made for.
+      cache: returned by `prefill`, `decode` or `extend`. To update it in place, donate it to your `jax.jit`.
+      token: one token id per row, in `0..V-1`.
+      active: 1 for rows that take part, 0 for rows whose cache stays as it is.
+      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest one recorded for this GPU that
+        supports the inputs.
 
     Returns:
-      The final hidden states and the new cache.
+      The final hidden states in the model's dtype (`model.logits` turns them into logits), and the new cache.
 
     Raises:
-      ValueError: a cache of another model or dtype, an array of another shape or dtype, or a value out of range: no
-        room, a token outside the vocabulary, a position beyond the model's. Under `jit` values are not known:
-        `debug_checks` looks at them.
+      ValueError: a cache of another model or dtype, an array of another shape or dtype, a row without room, a token
+        outside the vocabulary, a position beyond the model's. Under `jit`, values are checked only by `debug_checks`.
+      NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
     contract = _contract("decode", model, cache, implementation)
     token = contract.integers("token", token, "B", 0, model.config.vocab_size - 1)
@@ -83,7 +94,7 @@ def decode(
 
 
 def _reduce(model: Llama, implementation: str | None) -> Reduce:
-    """How the devices' parts of a token are summed."""
+    """Selects the sum over devices that ends attention and the MLP of a split model."""
     if model.mesh is None:
         return sum_over_devices
     return functools.partial(all_reduce, mesh=model.mesh, implementation=implementation)
@@ -98,7 +109,7 @@ def decode_layer(
     positions: Int[Array, "B 1"],
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
-    """One layer's part in a decode step: its attention output, and its cache with the new token."""
+    """Runs one layer's part of a decode step. Returns its attention output, and its cache with the new token."""
     new = append(layer, k, v, active, positions, implementation)
     state = new.eviction
     if state is not None and state.scores is not None:
@@ -115,17 +126,26 @@ def extend(
     lengths: Int[Array, "B"],
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Appends each row's first `lengths[b]` of `T` tokens: a further turn of a chat, or a teacher-forced continuation.
+    """Runs several new tokens per row: the next turn of a chat, or a teacher-forced continuation.
 
-    The new tokens see the cache as it is stored and one another in full precision; then they enter the tail, and full
-    tails are packed. Without quantisation this equals running the whole sequence at once. A method that evicts during
-    generation takes them one by one instead, each a decode step.
+    The new tokens see the cache as it is stored, and each other in full precision. Then they enter the tail, and full
+    tails are packed (MiniKV section 3.3). Without quantisation the result equals a run of the whole sequence at once.
+    A method with `evict_every` takes the tokens one by one, each as a decode step.
+
+    Args:
+      model: the model that the cache was made for.
+      cache: returned by `prefill`, `decode` or `extend`. To update it in place, donate it to your `jax.jit`.
+      ids: token ids in `0..V-1`, right-padded.
+      lengths: new tokens per row, in `0..T`.
+      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest one recorded for this GPU that
+        supports the inputs.
 
     Returns:
-      The final hidden states (garbage in the padding) and the new cache.
+      The final hidden states in the model's dtype, undefined in the padding, and the new cache.
 
     Raises:
       ValueError: as `decode`, or a length that is not in `0..T`.
+      NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
     contract = _contract("extend", model, cache, implementation)
     ids = contract.integers("ids", ids, "B T", 0, model.config.vocab_size - 1)

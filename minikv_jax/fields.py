@@ -1,4 +1,4 @@
-"""Fields of frozen dataclasses that say what they accept: the settings of methods, their components and sampling."""
+"""Dataclass fields with checked values: the settings of methods, of their components and of sampling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ _KINDS = {bool: "true or false", float: "a finite number", int: "an integer", st
 
 @dataclasses.dataclass(frozen=True)
 class Accepts:
-    """The values that a field takes: of `kind`, within limits or one of `choices`; None too if it is `optional`."""
+    """The values that a field accepts.
+
+    Attributes:
+      kind: bool, float, int or str.
+      at_least, above, at_most: limits of a number; None for no limit.
+      choices: accepted values; empty if all within the limits are accepted.
+      optional: whether None is accepted.
+    """
 
     kind: type
     at_least: float | None = None
@@ -36,10 +43,10 @@ class Accepts:
         return " ".join([_KINDS[self.kind], " and ".join(limits)]).rstrip() + (" or none" if self.optional else "")
 
     def value(self, name: str, value: Any) -> Any:
-        """`value` as Python's own type: equal settings are of equal types, and numpy's are not Python's.
+        """Converts `value` to Python's own type, so that equal settings have equal types.
 
         Raises:
-          ValueError: it is not accepted. NaN and infinity never are.
+          ValueError: a value that is not accepted. NaN and infinity never are.
         """
         if self.optional and value is None:
             return None
@@ -70,28 +77,42 @@ def setting(
     at_most: float | None = None,
     choices: tuple[Any, ...] = (),
 ) -> Any:
-    """A field with the values that it accepts.
+    """Declares a setting of a component and the values that it accepts.
+
+    Use it for a field of a `Scorer`, `Budget`, `ScoredBudget` or `Quantizer`:
+    `lag: int = minikv_jax.setting(default=128, at_least=1)`. Limits include the value, except `above`.
 
     Args:
-      default: none if the field is required; None if that is accepted too.
-      kind: bool, float, int or str; by default that of the default.
+      default: value of the setting if none is given. Components need one; a default of None also accepts None.
+      kind: bool, float, int or str; by default the type of `default`. Needed if that is None or missing.
+      at_least: smallest accepted number.
+      above: accepted numbers are larger than this.
+      at_most: largest accepted number.
+      choices: the accepted values; by default all within the limits.
+
+    Returns:
+      A dataclass field.
+
+    Raises:
+      ValueError: raised when an instance is made with a value that is not accepted; the text names the setting, the
+        value and what is accepted. NaN and infinity are never accepted.
     """
     accepted = Accepts(kind or type(default), at_least, above, at_most, choices, optional=default is None)
     return dataclasses.field(default=default, metadata={_ACCEPTS: accepted})
 
 
 def accepts(field: dataclasses.Field[Any]) -> Accepts | None:
-    """What a field takes: without `setting`, anything of its default's type. None if the default is no setting's."""
+    """Looks up what a field accepts: without `setting`, any value of its default's type. None if it is no setting."""
     if _ACCEPTS in field.metadata:
         return field.metadata[_ACCEPTS]
     return Accepts(type(field.default)) if type(field.default) in _KINDS else None
 
 
 def check(instance: Any) -> None:
-    """Holds the fields of a frozen dataclass's instance against what they accept, and makes them Python's own types.
+    """Checks the fields of a frozen dataclass's instance, and converts their values to Python's own types.
 
     Raises:
-      ValueError: a value that its field does not accept, naming both.
+      ValueError: a value that its field does not accept; the text names both.
     """
     for field in dataclasses.fields(instance):
         if (accepted := accepts(field)) is not None:

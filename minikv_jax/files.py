@@ -1,4 +1,4 @@
-"""Text and JSON on disk: read with errors that name the file and the line, and written all at once or not at all."""
+"""Reads and writes text and JSON files: errors name the file and the line, and a write is all or nothing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import filelock
 
 from minikv_jax import checks
 
-# What zipfile raises while it reads an archive that is cut short, damaged, encrypted, or packed in an unknown way.
+# Raised by zipfile for an archive that is cut short, damaged, encrypted, or compressed in an unknown way.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
-_PATIENCE_SECONDS = 10.0  # to write a file takes far less
+_PATIENCE_SECONDS = 10.0  # writing a file takes far less
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -35,11 +35,11 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the JSON object in a file.
+    """Reads a file that holds a JSON object.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is not valid JSON, or not an object, naming the file.
+      ValueError: it is not valid JSON, or not an object; the text names the file.
     """
     value = _parsed(str(path), read_text(path))
     if not isinstance(value, dict):
@@ -48,7 +48,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_json_list(path: pathlib.Path) -> list[Any]:
-    """Reads the JSON list in a file. Raises as `read_json` does."""
+    """Reads a file that holds a JSON list. Raises the errors of `read_json`."""
     value = _parsed(str(path), read_text(path))
     if not isinstance(value, list):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected a list")
@@ -56,14 +56,18 @@ def read_json_list(path: pathlib.Path) -> list[Any]:
 
 
 def read_jsonl(path: pathlib.Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Reads a JSON Lines file: line number and object of the first `limit` lines that are not blank, one by one.
+    """Reads a JSON Lines file line by line: yields line numbers and objects, skipping blank lines.
+
+    Args:
+      path: the file.
+      limit: objects to read; all by default.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a line is not a JSON object, or the file has no lines, naming the file and the line.
+      ValueError: a line is not a JSON object, or the file has no lines; the text names the file and the line.
     """
     count = 0
-    with path.open("rb") as stream:  # only "\n" ends a line: a line separator of Unicode may stand inside a string
+    with path.open("rb") as stream:  # only "\n" ends a line: a string may contain Unicode's line separators
         for number, line in enumerate(stream, 1):
             if count == limit:
                 return
@@ -75,7 +79,7 @@ def read_jsonl(path: pathlib.Path, limit: int | None = None) -> Iterator[tuple[i
 
 
 def read_log(path: pathlib.Path) -> tuple[list[tuple[int, dict[str, Any]]], bytes]:
-    """Reads what `appending` wrote: line numbers and objects, and what a killed process left of a last line."""
+    """Reads a file of `appending`: line numbers and objects, and the torn last line that a killed process left."""
     *lines, torn = path.read_bytes().split(b"\n")
     return [(number, _parsed_line(f"{path}, line {number}", line)) for number, line in enumerate(lines, 1)], torn
 
@@ -122,23 +126,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any], indent: int = 1) -> None:
-    """Writes a JSON file as `write_bytes` does. Raises ValueError for NaN or infinity, which JSON cannot hold."""
+    """Writes a JSON file, all or nothing. Raises ValueError for NaN or infinity, which JSON cannot hold."""
     write_text(path, json.dumps(values, indent=indent, allow_nan=False) + "\n")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a UTF-8 file as `write_bytes` does."""
+    """Writes a UTF-8 file, all or nothing."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file: whatever happens, `path` holds all of `content` or what it held before.
+    """Writes a file, all or nothing: whatever happens, `path` holds either `content` or its previous content.
+
+    Devices, pipes and this process's own output cannot be replaced: `content` is appended to them.
 
     Raises:
-      OSError: it cannot be written, naming `path`.
+      OSError: the file cannot be written; the error names `path`.
     """
     if not _is_replaceable(pathlib.Path(path)):
-        with open(path, "ab") as stream:  # after what was printed
+        with open(path, "ab") as stream:  # follows what was printed
             stream.write(content)
         return
     with replacing(path) as part:
@@ -149,17 +155,18 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def replacing(
     path: str | os.PathLike[str], patience: float = _PATIENCE_SECONDS, *, new: bool = False
 ) -> Iterator[pathlib.Path]:
-    """Gives a path beside `path`. The file or directory made there becomes `path` when the block ends, in one step.
+    """Yields a scratch path. What the block makes there, a file or directory, replaces `path` in one step at its end.
 
-    A block that makes nothing leaves `path` as it is, and so does one that raises, or a process that is killed: what it
-    left beside `path` is removed when `path` is written again. A directory cannot replace one that holds anything.
+    If the block makes nothing, raises or is killed, `path` stays as it is. Leftovers of a killed process are removed
+    when `path` is written again. A directory cannot replace one that is not empty.
 
     Args:
+      path: the file or directory to write.
       patience: seconds to wait for another process that writes `path`; -1 waits as long as it takes.
       new: whether `path` must not exist.
 
     Raises:
-      FileExistsError: it does.
+      FileExistsError: `new`, and `path` exists.
       BlockingIOError: another process is writing `path`.
       OSError: the disk is full, for instance; the error names `path`.
     """
@@ -188,9 +195,9 @@ def locked(path: str | os.PathLike[str], patience: float = 0.0, *, file: pathlib
     """Lets one process at a time into the block.
 
     Args:
-      path: what is written in the block.
-      patience: seconds to wait for the others; -1 waits as long as it takes.
-      file: the lock, by default a file beside `path`. Its parents are made.
+      path: the file or directory that the block writes; errors name it.
+      patience: seconds to wait for other processes; -1 waits as long as it takes.
+      file: the lock file, by default one beside `path`. Missing parent directories are made.
 
     Raises:
       BlockingIOError: another process is still in its block.
@@ -205,16 +212,16 @@ def locked(path: str | os.PathLike[str], patience: float = 0.0, *, file: pathlib
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # still held: who waits for it sees that it is gone, and makes another
+        file.unlink(missing_ok=True)  # still held: a waiting process sees that it is gone, and makes another
         lock.release()
 
 
 @contextlib.contextmanager
 def appending(path: pathlib.Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Gives a function that appends a JSON object as a line, which is on the disk when it returns.
+    """Yields a function that appends a JSON object as a line. The line is on disk when the function returns.
 
-    A line that cannot be written, on a full disk, leaves nothing of it. A killed process may leave a last line without
-    its end, which `read_log` tells apart.
+    If a line cannot be written, nothing of it stays in the file. A killed process may leave a torn last line, which
+    `read_log` returns separately.
     """
     with path.open("ab", buffering=0) as stream:
 
@@ -235,7 +242,7 @@ def appending(path: pathlib.Path) -> Iterator[Callable[[Mapping[str, Any]], None
 
 @contextlib.contextmanager
 def _naming(path: pathlib.Path) -> Iterator[None]:
-    """Lets an error of the operating system name `path`, and not what is beside it."""
+    """Makes errors of the operating system name `path` instead of the scratch file beside it."""
     try:
         yield
     except OSError as error:
@@ -245,7 +252,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 
 def _is_replaceable(path: pathlib.Path) -> bool:
-    """Whether a file can be put in the place of `path`: not of a device, a pipe, or where this process prints to."""
+    """Whether a file can replace `path`: it is no device, no pipe and not this process's own output."""
     if not path.exists():
         return True
     for descriptor in (1, 2):
@@ -256,19 +263,19 @@ def _is_replaceable(path: pathlib.Path) -> bool:
 
 
 def _beside(path: pathlib.Path, suffix: str) -> pathlib.Path:
-    """A hidden path beside `path`, whose name is short enough however long that of `path` is."""
+    """Returns a hidden path beside `path`, with a name of limited length."""
     return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}.{suffix}")
 
 
 def _remove(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)  # what is still being written goes the next time
+        shutil.rmtree(path, ignore_errors=True)  # files that are still being written are removed next time
     else:
         path.unlink(missing_ok=True)
 
 
 def _sync(path: pathlib.Path) -> None:
-    """Waits until a file, or a directory with all that it holds, is on the disk."""
+    """Waits until a file, or a directory with everything in it, is on disk."""
     for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
         _sync_one(each)
 

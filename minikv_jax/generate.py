@@ -1,7 +1,7 @@
 """Text generation: one jit-compiled program per shape runs prefill, compression and the whole decode loop.
 
-`generate` is that program. `stream` cuts it into two, prefill and a chunk of decode steps, so that a terminal can show
-text as it comes; `compile_ahead` compiles these two from shapes. All run the same steps and draw the same tokens.
+`generate` is that program. `stream` splits it into two, prefill and a chunk of decode steps, so that a terminal can
+show text as it comes. `compile_ahead` compiles these two from shapes. All run the same steps and draw the same tokens.
 """
 
 from __future__ import annotations
@@ -56,25 +56,30 @@ def generate(
     implementation: str | None = None,
     log_probabilities: bool = False,
 ) -> GenerateResult:
-    """Generates from prompts of any lengths with a compressed cache.
+    """Generates tokens from prompts of any lengths, with a compressed cache.
 
     Args:
+      model: the model, from `load` for example. On a mesh, prompts must be a multiple of its axis "data".
       prompts: token ids, one sequence per row; rows may differ in length. Lengths are padded up to a bucket
         (`bucket_length`), so that a new length rarely compiles; the result does not depend on it.
       method: how new prompts are compressed: a `Method`, or a name (`minikv methods` lists them); "minikv" by default.
-      cache: an earlier result's, which the prompts are appended to; its own method goes on. It is donated: use the
-        returned one afterwards.
-      max_new_tokens: a row ends earlier after an end-of-sequence token.
-      sampling: greedy by default.
+      cache: cache of an earlier result, to which the prompts are appended; it keeps its own method. It is donated: use
+        the returned cache afterwards.
+      max_new_tokens: most tokens to generate per row; an end-of-sequence token ends a row earlier.
+      sampling: how tokens are drawn; greedily by default.
       key: PRNG key for sampling; needed if `sampling.temperature > 0`.
-      eos_token_ids: defaults to the model's; an empty sequence never stops.
-      implementation: of the ops: "xla", "pallas" or "cuda"; None takes the fastest recorded ones.
-      log_probabilities: also return those of the drawn tokens.
+      eos_token_ids: ids that end a row; by default the model's. An empty sequence never stops.
+      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU.
+      log_probabilities: whether to return the log-probability of every drawn token.
+
+    Returns:
+      The generated tokens and their number per row, the cache to continue from, and whether all logits were finite.
 
     Raises:
       ValueError: an empty prompt, a token id outside the vocabulary, more tokens than the model has positions, a method
-        that does not fit the model, both a method and a cache, a cache of another model, dtype or batch or that was
+        that does not fit the model, both a method and a cache, a cache of another model, dtype or batch or one that was
         donated, an argument of another type.
+      NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
     request = _request(
         model,
@@ -100,11 +105,24 @@ def stream(
     chunk: int = 16,
     **arguments: Unpack[Arguments],
 ) -> Iterator[GenerateResult]:
-    """`generate` in steps: yields after the prefill (no tokens yet) and then after every `chunk` tokens.
+    """Generates in steps: yields a result after the prefill and then after every `chunk` tokens.
 
-    Each result holds all that has been generated so far. Its cache is donated to the next step: only the last one's
-    may be kept. Arguments and errors are those of `generate`. Errors are raised, and the programs compiled, before the
-    iterator is returned: what the iterator then takes is prefill and decoding.
+    Draws the same tokens as `generate`. Arguments are checked and the programs compiled before the iterator is
+    returned; the iterator itself only runs prefill and decoding.
+
+    Args:
+      model: as for `generate`.
+      prompts: token ids, one sequence per row, as for `generate`.
+      chunk: tokens per step, at least 1.
+      arguments: the other keyword arguments of `generate`.
+
+    Returns:
+      An iterator over results, each with everything generated so far; the first one has no tokens. The cache of a
+      result is donated to the next step, so only the last result's cache can be kept.
+
+    Raises:
+      ValueError: as `generate`, or a `chunk` below 1.
+      NotImplementedError: as `generate`.
     """
     chunk = integer("chunk", chunk, 1)
     settings, method, inputs = _request(model, prompts, **arguments)
@@ -140,13 +158,22 @@ def compile_ahead(
     implementation: str | None = None,
     log_probabilities: bool = False,
 ) -> Programs:
-    """Compiles the programs of `stream` for a batch of prompts of `prompt_tokens` (padded to their bucket).
+    """Compiles the programs of `stream` from shapes, without prompts and, if you like, without weights.
 
     Args:
-      model: a model, or one of shapes: `nnx.eval_shape(lambda: Llama(...))`.
+      model: a model, or its shapes only: `nnx.eval_shape(lambda: Llama(...))`.
+      batch: rows.
+      prompt_tokens: length of the longest prompt in tokens; it is padded to its bucket.
+      method: a `Method` or a name.
+      max_new_tokens: most tokens to generate per row.
+      sampling, eos_token_ids, implementation, log_probabilities: as for `generate`.
+
+    Returns:
+      The compiled programs, the shapes of the state between them, and the seconds that each took to compile.
 
     Raises:
-      ValueError: as `generate`.
+      ValueError: as `generate`, or a `batch` or `prompt_tokens` below 1.
+      NotImplementedError: as `generate`.
     """
     settings = _settings(model, max_new_tokens, sampling, eos_token_ids, implementation, log_probabilities)
     method = resolve(method)
@@ -163,7 +190,7 @@ def compile_ahead(
 
 
 class _Request(NamedTuple):
-    """What `generate` was asked for, checked. `method` is None if there is a cache to go on from."""
+    """A checked request to generate. `method` is None if there is a cache to continue from."""
 
     settings: Settings
     method: Method | None
@@ -183,7 +210,7 @@ def _request(
     implementation: str | None = None,
     log_probabilities: bool = False,
 ) -> _Request:
-    """Padded ids, lengths, and the method or the cache with enough room: all that can be wrong is reported here."""
+    """Checks the arguments of `generate`, pads the prompts, and gives a cache enough room."""
     settings = _settings(model, max_new_tokens, sampling, eos_token_ids, implementation, log_probabilities)
     if sampling.temperature > 0 and key is None:
         raise ValueError("key=None: sampling with a temperature needs a PRNG key")
@@ -214,7 +241,7 @@ def _request(
 
 
 def _placed(model: Llama, inputs: Inputs) -> Inputs:
-    """The inputs on the model's mesh, if there is one; the cache is there."""
+    """Places the inputs on the model's mesh, if there is one. The cache is there already."""
     if model.mesh is None:
         return inputs
     ids, lengths = meshes.place((inputs.ids, inputs.lengths), model.mesh, meshes.DATA)

@@ -1,8 +1,8 @@
 """Prefill and decode layer by layer, with one compiled program per layer.
 
-`generate` compiles one program for all layers, which runs fastest and compiles longest. An evaluation runs many methods
-for a few tokens each. Here layers of equal shapes share a program, so compile time does not grow with depth. Embedding,
-final norm and logits run op by op.
+`generate` compiles one program for all layers, which runs fastest but takes longest to compile. An evaluation runs many
+methods for a few tokens each. Here layers of equal shapes share a program, so compile time does not grow with depth.
+Embedding, final norm and logits run op by op.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
 
 
 class PromptLayer(NamedTuple):
-    """One layer's queries, keys and values of a prompt (after RoPE), which any method can compress."""
+    """One layer's queries, keys and values of a prompt after RoPE. Any method can compress them."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
@@ -42,8 +42,9 @@ class Compressed(NamedTuple):
     """A prompt compressed by a method.
 
     Attributes:
-      kept: the tokens held, per layer.
-      scored: whether every score of a row is a number; a NaN counts as the lowest.
+      cache: the compressed cache.
+      kept: the kept tokens of each layer.
+      scored: per row, whether all scores are numbers. NaN counts as the lowest score.
     """
 
     cache: KVCache
@@ -58,7 +59,7 @@ def prefill_layers(
     column_sums: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "B D"], list[PromptLayer]]:
-    """Runs a prompt; returns the hidden state of each row's last token, and every layer's `PromptLayer`."""
+    """Runs a prompt. Returns the hidden state of each row's last token, and every layer's `PromptLayer`."""
     ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
     x, layers = model.embed(ids), []
     for number, layer in enumerate(model.layers):
@@ -95,9 +96,9 @@ def _prefill_layer(
 def shared_capacities(
     model: ModelConfig, method: Method, prompt_length: int, max_new_tokens: int
 ) -> tuple[LayerCapacity, ...]:
-    """Capacities for shared programs: layers that differ only in their budgets all get the largest one.
+    """Capacities for shared programs: layers that differ only in their budgets all get the largest capacity.
 
-    Only unused room grows; the cache holds the same tokens.
+    The cache holds the same tokens; only unused room grows.
     """
     own = capacities(model, method, prompt_length, max_new_tokens)
     windows = [model.window(number) for number in range(len(own))]
@@ -116,9 +117,15 @@ def compress_layers(
     layer_capacities: Sequence[LayerCapacity],
     implementation: str | None,
 ) -> Compressed:
-    """Compresses the prompt that `prefill_layers` ran.
+    """Compresses a prompt that `prefill_layers` has run.
 
-    `layer_capacities` are those of `capacities` or larger ones (`shared_capacities`).
+    Args:
+      model: the model's config.
+      method: decides what to keep and how to store it.
+      layers: returned by `prefill_layers`.
+      lengths: valid tokens per row.
+      layer_capacities: returned by `capacities` or, for shared programs, `shared_capacities`.
+      implementation: of the ops; None for the fastest recorded one.
     """
     lengths = jnp.asarray(lengths)
     by_layer = method.quantizer is not None and method.quantizer.by_layer
@@ -142,7 +149,7 @@ def compress_layers(
 def _score_layer(
     layer: PromptLayer, number: Int[Array, ""], lengths: Int[Array, "B"], *, model: ModelConfig, spec: LayerSpec
 ) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
-    """Scores of a layer's tokens, and per row whether all of them are numbers."""
+    """Scores a layer's tokens. Also returns, per row, whether all scores are numbers."""
     frequencies = jnp.asarray(inverse_frequencies(model))
     inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies)
     scores = score(inputs, spec.method)
@@ -172,7 +179,7 @@ def decode_step(
     active: Int[Array, "B"],
     implementation: str | None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """Decodes one token per row as `decode.decode` does, layer by layer. The cache is donated."""
+    """Decodes one token per row layer by layer, with the results of `decode.decode`. The cache is donated."""
     positions = cache.length[:, None]
     x, layers = model.embed(token[:, None]), []
     for layer, old in zip(model.layers, cache.layers, strict=True):

@@ -1,8 +1,8 @@
-"""Device meshes: rows of a batch lie along the axis "data", heads along "model".
+"""Device meshes: rows of a batch are split over the axis "data", heads over "model".
 
-KV heads, their query heads, the MLP's columns and the vocabulary are split over "model". Code that computes says which
-of its axes are which (`constrain`, `call_split`), and XLA's partitioner does the rest. Without a mesh all of it
-does nothing.
+KV heads, their query heads, the MLP's columns and the vocabulary are split over "model". Computing code names the axes
+of its arrays (`constrain`, `call_split`), and XLA's partitioner does the rest. Without a mesh these functions do
+nothing.
 
 The mesh in effect is JAX's own (`jax.set_mesh`).
 """
@@ -27,13 +27,17 @@ Result = TypeVar("Result")
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """A mesh over the first devices of all processes.
+    """Makes a device mesh over the first devices of all processes.
 
     Args:
-      axes: sizes of "data" and "model"; an axis that is left out has size 1.
+      axes: sizes of "data" (rows) and "model" (heads); an axis that is left out has size 1.
+
+    Returns:
+      A mesh of both axes, for `load`, `shard_model`, `place_cache` and `restore_cache`.
 
     Raises:
-      ValueError: another axis, a size below 1, or more devices than there are.
+      ValueError: another axis, a size below 1, more devices than there are, or, with several processes, fewer devices
+        than all of them.
     """
     if unknown := [name for name in axes if name not in AXES]:
         raise ValueError(f"mesh axis {unknown[0]!r}: expected {' or '.join(AXES)}")
@@ -52,7 +56,7 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
 
 
 def parse(text: str) -> dict[str, int]:
-    """Sizes by axis of a text such as "data=2,model=4". Raises ValueError for any other."""
+    """Reads sizes by axis from a text such as "data=2,model=4". Raises ValueError for any other text."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"(\w+)=([0-9]{1,6})", part.strip())
@@ -63,7 +67,7 @@ def parse(text: str) -> dict[str, int]:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The same devices with axes that XLA's partitioner handles: "data" and "model", one of them or both.
+    """Converts a mesh of "data", "model" or both to one that has both axes, handled by XLA's partitioner.
 
     Raises:
       ValueError: another axis, or devices of several platforms.
@@ -79,7 +83,7 @@ def automatic(mesh: Mesh) -> Mesh:
 
 
 def ambient() -> Mesh | None:
-    """The mesh of `jax.set_mesh`, if one is set and has axes. Not for use under `jit`."""
+    """Returns the mesh of `jax.set_mesh`, or None if none is set. Not for use under `jit`."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
 
@@ -90,12 +94,12 @@ def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def size(axis: str) -> int:
-    """Shards along an axis of the mesh in effect; 1 without one."""
+    """Number of shards along an axis of the mesh in effect; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def constrain(x: Any, *axes: str | None) -> Any:
-    """Arrays whose leading axes lie along these mesh axes (None: on every device); other axes are not split."""
+    """Splits the leading axes of arrays over these mesh axes (None: not split). Other axes are not split."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or MODEL in mesh.manual_axes:
         return x
@@ -103,7 +107,7 @@ def constrain(x: Any, *axes: str | None) -> Any:
 
 
 def place(x: Any, mesh: Mesh, *axes: str | None) -> Any:
-    """Arrays of the host, the same in every process, on a mesh; leading axes as for `constrain`."""
+    """Puts host arrays, equal in every process, on a mesh. Leading axes are split as by `constrain`."""
 
     def put(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -115,21 +119,28 @@ def place(x: Any, mesh: Mesh, *axes: str | None) -> Any:
 
 
 def place_cache(cache: Result, mesh: Mesh) -> Result:
-    """A cache made on other devices, moved to a mesh: rows along its axis "data", KV heads along "model".
+    """Moves a cache to a mesh: rows are split over the axis "data", KV heads over "model".
+
+    Args:
+      cache: a `KVCache` on any devices.
+      mesh: a mesh with the axes "data" and "model", or one of them (`make_mesh`).
+
+    Returns:
+      The cache with the same values on the mesh.
 
     Raises:
-      ValueError: rows or KV heads that do not divide by the axes, or other axes.
+      ValueError: rows or KV heads that are no multiple of their axis, or other axes.
     """
     return jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), cache, placed_shapes(cache, mesh))
 
 
 def default_device() -> SingleDeviceSharding:
-    """The placement on JAX's default device."""
+    """Placement on JAX's default device."""
     return SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
 
 def placed_shapes(cache: Result, mesh: Mesh | None) -> Result:
-    """Shapes of a cache with their places on a mesh, or on the default device. Raises as `place_cache` does."""
+    """Shapes of a cache, placed on a mesh or on the default device. Raises the errors of `place_cache`."""
     if mesh is None:
         one = default_device()
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), cache)
@@ -148,7 +159,7 @@ def placed_shapes(cache: Result, mesh: Mesh | None) -> Result:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """An array's values, wherever its parts are."""
+    """Copies an array to the host, wherever its parts are."""
     if not x.is_fully_addressable and not x.is_fully_replicated:
         from jax.experimental import multihost_utils
 
@@ -157,30 +168,31 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The placement of an array whose leading axes lie along these mesh axes."""
+    """Placement of an array whose leading axes are split over these mesh axes."""
     return NamedSharding(mesh, P(*axes))
 
 
 def heads_at(axis: int | None) -> P:
-    """The spec of an array with rows on axis 0 and heads on another one."""
+    """Partition spec of an array with rows on axis 0 and heads on `axis` (None: without heads)."""
     return P(DATA) if axis is None else P(DATA, *[None] * (axis - 1), MODEL)
 
 
 def specs(tree: Any, axis: int | None) -> Any:
-    """Specs of a pytree of arrays with heads on `axis`, if they have as many axes."""
+    """Partition specs of a pytree whose arrays have heads on `axis`, unless they have too few axes for that."""
     return jax.tree.map(lambda leaf: heads_at(axis if axis is not None and leaf.ndim > axis else None), tree)
 
 
 def call_split(
     function: Callable[..., Result], arguments: tuple[Any, ...], heads: tuple[int | None, ...], outputs: Any = None
 ) -> Result:
-    """Calls a function that treats rows and KV heads separately on each device's own.
+    """Calls a function on each device's own rows and heads. The function must treat rows and KV heads independently.
 
-    XLA's partitioner cannot look into a kernel, and moves whole caches for a gather or a sort of one.
+    XLA's partitioner cannot look into a kernel, and it moves a whole cache to gather from it or sort it.
 
     Args:
-      arguments: pytrees of arrays, rows on axis 0; those that `heads` does not reach hold no arrays.
-      heads: the axis of the heads in each argument (in its arrays that have as many axes); None if it has none.
+      function: the function to call.
+      arguments: pytrees of arrays with rows on axis 0. Arguments beyond `heads` hold no arrays.
+      heads: for each argument, the axis of the heads (in arrays that have as many axes); None if it has no heads.
       outputs: specs of the results, a prefix of their tree (`heads_at`, `specs`). By default heads are on axis 1.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -198,12 +210,12 @@ def call_split(
 
 
 def sum_of_products(x: Any, kernel: Any, product: Callable[[Any, Any], Any], reduce: Callable[[Any], Any]) -> Any:
-    """`product(x, kernel)` if every device has the columns of `x` and the rows of `kernel` that belong to its heads.
+    """Multiplies `x` by `kernel`, of which every device has its own columns and rows, and sums over the devices.
 
     Args:
       x: `[B, T, F]`.
       kernel: `[F, D]`.
-      product: of a device's own parts.
+      product: multiplies a device's own parts.
       reduce: sums the devices' products.
     """
     if size(MODEL) == 1:
@@ -217,7 +229,7 @@ def sum_of_products(x: Any, kernel: Any, product: Callable[[Any, Any], Any], red
 
 
 def own_heads(x: Any, axis: int) -> Any:
-    """The part of an array of all KV heads that belongs to the device's own, inside `call_split`."""
+    """Cuts an array of all KV heads down to the device's own heads, inside `call_split`."""
     if MODEL not in jax.sharding.get_abstract_mesh().manual_axes:
         return x
     count = x.shape[axis] // size(MODEL)
