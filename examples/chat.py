@@ -1,4 +1,4 @@
-"""A conversation: each turn is appended to the compressed cache of the earlier ones, and nothing runs twice."""
+"""Holds a conversation: each turn is appended to the compressed cache of the earlier ones, so nothing runs twice."""
 
 import argparse
 

@@ -1,7 +1,7 @@
-"""A compressed cache in a Flax model of your own: a small Linen decoder with its own attention.
+"""Uses a compressed cache in your own Flax model, a small Linen decoder with its own attention.
 
-The attention calls three functions, and the cache is a value that goes in and comes out:
-- `prefill_layer` for the prompt: causal attention, and what the method keeps of the keys and values;
+The attention calls three functions. Each takes a cache or returns one:
+- `prefill_layer` for the prompt: computes causal attention, and compresses the keys and values;
 - `append`, then `decode_attention`, for each new token.
 """
 
@@ -16,7 +16,7 @@ import minikv_jax
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. Without a cache `x` is a prompt, with one it is the next token of each row."""
+    """Grouped-query attention over a prompt or, given a cache, for the next token of each row."""
 
     method: minikv_jax.Method
     layer: int
@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, lengths, cache=None):
-        """X [B, T, D], lengths [B] -> the layer's output [B, T, D] and its new cache."""
+        """Maps x [B, T, D] and lengths [B] to the layer's output [B, T, D] and its new cache."""
         q = nn.DenseGeneral((self.heads, self.head_dim), name="q")(x)
         k = nn.DenseGeneral((self.kv_heads, self.head_dim), name="k")(x)
         v = nn.DenseGeneral((self.kv_heads, self.head_dim), name="v")(x)
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned positions, two layers."""
+    """Decoder with learned positions and two layers."""
 
     method: minikv_jax.Method
     vocabulary: int = 256
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids, lengths, caches=None):
-        """Ids [B, T] -> logits [B, T, V] and the layers' caches. `lengths` counts what each row held before, if any."""
+        """Maps ids [B, T] to logits [B, T, V] and new caches; `lengths` [B] counts prompt or cached tokens."""
         first = jnp.zeros_like(lengths) if caches is None else lengths
         positions = first[:, None] + jnp.arange(ids.shape[1])
         embed = nn.Embed(self.vocabulary, self.width, name="tokens")
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
 
 
 def generate(model: Decoder, params, ids, lengths, steps: int):
-    """Greedy tokens [B, steps] and the caches, in one compiled program."""
+    """Generates greedy tokens [B, steps] in one compiled program, and returns them with the caches."""
 
     def step(state, _):
         token, lengths, caches = state

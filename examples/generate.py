@@ -1,4 +1,4 @@
-"""Generates from Python, in ten lines: `python examples/generate.py --model smollm2-135m-instruct`."""
+"""Generates text from Python in ten lines: `python examples/generate.py --model smollm2-135m-instruct`."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""How much of a model's behaviour survives a compressed cache: tasks, measurements and sweeps (docs/evaluation.md)."""
+"""Measures how a compressed cache changes a model: tasks, measurements and sweeps (docs/evaluation.md)."""
 
 from minikv_jax.evaluation.fit import SizedMethod as SizedMethod
 from minikv_jax.evaluation.measure import Measurement as Measurement

@@ -1,7 +1,7 @@
-"""Locates a benchmark's files, in a local directory or in a data set on the Hugging Face hub.
+"""Locates a benchmark's files in a local directory or in a data set on the Hugging Face hub.
 
-A downloaded data set becomes a directory in the official formats: archives are unpacked, and Parquet becomes JSON Lines
-(with pyarrow, `pip install minikv_jax[evaluation]`).
+A downloaded data set becomes a directory in the official formats: archives are unpacked, and Parquet becomes JSON
+Lines, which needs pyarrow (`pip install minikv_jax[evaluation]`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from minikv_jax.models import hub
 
 
 def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
-    """Returns the directory `source` or, if it does not exist, that of the hub data set of this name, downloaded once.
+    """Returns a benchmark's directory, downloading the hub data set `source` if there is no such directory.
 
     Args:
-      patterns: the files to download.
+      source: a directory, or the name of a data set on the hub (`OWNER/NAME`), which is downloaded once.
+      patterns: glob patterns of the files to download.
 
     Raises:
-      FileNotFoundError: neither a directory nor a possible name, or a data set without such files.
-      ConnectionError: a download that fails. ValueError: a file that cannot be read.
+      FileNotFoundError: `source` is neither a directory nor a possible name, or the data set has no such files.
+      ConnectionError: the download failed.
+      ValueError: a file cannot be read.
     """
     name = source.as_posix()
     if source.is_dir():
@@ -37,7 +39,7 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
     directory = hub.cache_directory() / "datasets" / f"{name.replace('/', '--')}@{snapshot.name[:12]}"
     if not directory.is_dir():
         with files.replacing(directory, patience=-1) as part:
-            if not directory.is_dir():  # while this one waited, another process may have made it
+            if not directory.is_dir():  # another process may have made it in the meantime
                 part.mkdir()
                 _collect(snapshot, part)
                 if not any(part.iterdir()):
@@ -46,7 +48,7 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
 
 
 def _collect(snapshot: pathlib.Path, directory: pathlib.Path) -> None:
-    """Puts the JSON and JSON Lines files of a download into one directory."""
+    """Collects the JSON and JSON Lines files of a download in one directory."""
     paths = [path for path in sorted(snapshot.rglob("*")) if path.suffix in (".json", ".jsonl", ".zip", ".parquet")]
     for path in paths:
         if path.suffix == ".zip":
@@ -77,7 +79,7 @@ def _unpack(path: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Appends the rows of a Parquet file, as `test-00000-of-00001.parquet`, to JSON Lines, as `test.jsonl`."""
+    """Appends the rows of a Parquet file (`test-00000-of-00001.parquet`) to a JSON Lines file (`test.jsonl`)."""
     try:
         from pyarrow import ArrowException, parquet  # optional
     except ImportError as error:

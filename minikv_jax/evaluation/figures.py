@@ -1,4 +1,4 @@
-"""Pictures of sweeps and of single caches, as PNG bytes (matplotlib: `pip install minikv_jax[evaluation]`)."""
+"""Draws sweeps and inspected caches as PNG bytes, with matplotlib (`pip install minikv_jax[evaluation]`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _BYTE_SHARE_TICKS = (3.125, 6.25, 12.5, 25, 50, 100)  # per cent
 
-# Metrics that can be a Pareto figure's quality: label, and whether more is better.
+# Quality metrics of the Pareto figure: label, and whether more is better.
 _QUALITIES = {
     "kl_to_full": ("KL to full, nats/token", False),
     "exact_match": ("exact match", True),
@@ -29,16 +29,18 @@ _QUALITIES = {
 
 
 def pareto(points: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
-    """Quality against stored bytes, a panel per quality that differs between points; the frontier is a grey line.
+    """Draws quality against allocated bytes, with one panel per quality that differs between points.
 
-    If the methods outnumber the colours, those on a frontier are coloured, then the first ones; the others are grey.
+    A grey line marks the frontier. If there are more methods than colours, methods on a frontier are coloured first and
+    the remaining ones are grey.
 
     Args:
-      points: of `Sweep.results`. A method's points are one series.
+      points: the points of `Sweep.results` by label. The points of a method form one series.
+      title: the beginning of the figure's title.
     """
     qualities = [key for key in _QUALITIES if any(key in point["means"] for point in points.values())]
     if "score" in qualities and "exact_match" in qualities:
-        qualities.remove("exact_match")  # the score says the same, and less strictly
+        qualities.remove("exact_match")  # the score measures the same less strictly
     differing = [key for key in qualities if len({point["means"].get(key) for point in points.values()}) > 1]
     qualities = differing or qualities[:1]
     series: dict[str, list[Mapping[str, Any]]] = {}
@@ -68,7 +70,7 @@ def _spot(mean: Mapping[str, Any], quality: str) -> _Spot:
 
 
 def _frontier(spots: Mapping[str, list[_Spot]], more_is_better: bool) -> list[tuple[float, float, str]]:
-    """The points that no other one beats in both bytes and quality, with their methods."""
+    """Finds the points that no other one beats in both bytes and quality, with their methods."""
     frontier: list[tuple[float, float, str]] = []
     named = [(x, y, name) for name, values in spots.items() for x, y in values]
     for x, y, name in sorted(named, key=lambda spot: (spot[0], -spot[1] if more_is_better else spot[1])):
@@ -78,7 +80,7 @@ def _frontier(spots: Mapping[str, list[_Spot]], more_is_better: bool) -> list[tu
 
 
 def styles(names: list[str], leading: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Keyword arguments of `Axes.plot` for each method's points."""
+    """Returns each method's keyword arguments for `Axes.plot`; `leading` methods are coloured first."""
     coloured = names
     if len(names) > len(COLOURS):
         first = sorted(names, key=lambda name: name not in leading)[: len(COLOURS) - 1]
@@ -132,17 +134,17 @@ def _pareto_panel(
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between `low` and `high`; if the powers are many, only the powers."""
+    """Ticks at 1, 2 and 5 times the powers of ten between `low` and `high`, or only at the powers if they are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if len(powers) <= 4 else (1,)
     return [tick for power in powers for digit in digits if low <= (tick := digit * 10.0**power) <= high]
 
 
-_MAP_COLUMNS = 512  # each has at least a pixel of a README's width
+_MAP_COLUMNS = 512  # at least one pixel each at a README's width
 
 
 def kept_map(inspection: Inspection, title: str) -> bytes:
-    """Prompt tokens that each layer and KV head kept; for a long prompt, the share kept of each run of tokens."""
+    """Draws the prompt tokens kept by each layer and KV head, or their share in runs of tokens of a long prompt."""
     kept = inspection.kept
     tokens = kept.shape[-1]
     size = -(-tokens // _MAP_COLUMNS)
@@ -159,7 +161,7 @@ def kept_map(inspection: Inspection, title: str) -> bytes:
 
 
 def error_map(inspection: Inspection, title: str) -> bytes:
-    """Quantisation error per layer, KV head and channel, of keys and of values, relative to the head's own RMS."""
+    """Draws the quantisation error of keys and values per layer, KV head and channel, relative to the head's RMS."""
     figure, axes = panels(2, 4.2)
     maps = []
     for error, rms in ((inspection.key_error, inspection.key_rms), (inspection.value_error, inspection.value_rms)):
@@ -176,7 +178,7 @@ def error_map(inspection: Inspection, title: str) -> bytes:
 
 
 def budgets(inspections: Mapping[str, Inspection]) -> bytes:
-    """Tokens that each layer holds, a panel per method."""
+    """Draws the tokens held by each layer, with one panel per method."""
     columns = min(len(inspections), 3)
     rows = -(-len(inspections) // columns)
     figure = new_figure(1.2 + 2.2 * rows)
@@ -206,7 +208,7 @@ def budgets(inspections: Mapping[str, Inspection]) -> bytes:
 
 
 def layer_errors(inspections: Mapping[str, Inspection]) -> bytes:
-    """Quantisation error per layer, of keys and of values, a line per method that quantises."""
+    """Draws the quantisation error of keys and values per layer, with one line per method that quantises."""
     sections = {
         "keys": {name: inspection.layer_key_error for name, inspection in inspections.items()},
         "values": {name: inspection.layer_value_error for name, inspection in inspections.items()},
@@ -215,7 +217,7 @@ def layer_errors(inspections: Mapping[str, Inspection]) -> bytes:
 
 
 def attention_kept(inspections: Mapping[str, Inspection]) -> bytes:
-    """Fraction of the next tokens' attention to the prompt that falls on kept tokens, per layer."""
+    """Draws the fraction of the next tokens' attention to the prompt that falls on kept tokens, per layer."""
     kept = {name: inspection.attention_kept for name, inspection in inspections.items()}
     sections = {
         "mean of the heads": {name: share.mean(axis=1) for name, share in kept.items()},
@@ -227,7 +229,7 @@ def attention_kept(inspections: Mapping[str, Inspection]) -> bytes:
 def _layer_lines(
     sections: Mapping[str, Mapping[str, np.ndarray | None]], title: str, label: str, limit: float | None
 ) -> bytes:
-    """Shares per layer in per cent. A method without them has no line, and the others keep their colours."""
+    """Draws shares per layer in per cent. Methods without values have no line, and others keep their colours."""
     figure = new_figure(3.6)
     axes = figure.subplots(1, len(sections), sharey=True)
     for axis, (heading, series) in zip(axes, sections.items(), strict=True):
@@ -239,7 +241,7 @@ def _layer_lines(
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
                 linewidth=1,
-                markersize=max(7 - index, 3),  # hollow, and of different sizes: lines may coincide
+                markersize=max(7 - index, 3),  # hollow and of different sizes, because lines may coincide
                 markerfacecolor="none",
                 label=name,
             )
@@ -261,7 +263,7 @@ def _legend(figure: Figure, axis: Axes) -> None:
 
 
 def _head_rows(axis: Axes, values: np.ndarray, limit: float, right: int | None = None) -> AxesImage:
-    """Draws `values [L, K, X]`, a row per KV head and layers from the top; columns span 0 to `right`, or to `X`."""
+    """Draws `values [L, K, X]` as an image with a row per KV head, first layer on top; columns span 0 to `right`."""
     layers, heads, columns = values.shape
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("layer" if heads == 1 else f"layer (of {heads} KV heads, a row each)", fontsize=10)

@@ -13,19 +13,33 @@ from minikv_jax.models.config import ModelConfig
 
 
 class SizedMethod(NamedTuple):
-    """A method and the share of the full cache's bytes that it is fitted to, if any."""
+    """A method and, optionally, the share of the full cache's bytes to fit it to.
+
+    Attributes:
+      method: the method.
+      byte_share: fraction of the full cache's bytes; None leaves the method unchanged.
+    """
 
     method: Method
     byte_share: float | None = None
 
     def fit(self, model: ModelConfig, *, prompt_length: int, max_new_tokens: int, dtype: str) -> Method:
-        """Returns the method for a padded prompt length: unchanged, or with the largest budget within the byte share.
+        """Returns the method with the largest budget that fits the byte share.
 
-        Bytes are everything that is allocated. `heavy` grows, and `recent` in proportion if both are shares of the
-        prompt; if `heavy` is 0, `recent` grows. Nothing else changes.
+        Bytes are everything that is allocated. `heavy` changes, and `recent` in proportion if both are shares of the
+        prompt. If `heavy` is 0, `recent` changes.
+
+        Args:
+          model: the model's shape.
+          prompt_length: padded prompt length, in tokens.
+          max_new_tokens: tokens that the cache has room for after the prompt.
+          dtype: the model's dtype.
+
+        Returns:
+          The fitted method, or the same one if there is no byte share.
 
         Raises:
-          ValueError: a method without a budget, or one whose smallest budget exceeds the byte share.
+          ValueError: the method has no budget, or its smallest budget exceeds the byte share.
         """
         if self.byte_share is None:
             return self.method
@@ -53,14 +67,14 @@ class SizedMethod(NamedTuple):
 
 
 def _budgets(method: Method, prompt_length: int) -> range:
-    """All budgets that `_with_budget` takes, in tokens or in units of a share."""
+    """All budgets that `_with_budget` accepts, in tokens or in units of a share."""
     if isinstance(method.heavy or method.recent, Tokens):
         return range(1, prompt_length + 1)
     return range(1, int(SHARE_UNITS / (1 + (_recent_per_heavy(method) or 0))) + 1)
 
 
 def _with_budget(method: Method, budget: int) -> Method:
-    """The method with another `heavy`, or another `recent` if it has no `heavy`."""
+    """Replaces `heavy`, or `recent` if the method has no `heavy`."""
     ratio = _recent_per_heavy(method)
     if ratio is not None:
         return dataclasses.replace(method, heavy=_share(budget), recent=_share(int(budget * ratio)))
@@ -73,7 +87,7 @@ def _share(units: int) -> Share:
 
 
 def _recent_per_heavy(method: Method) -> float | None:
-    """The ratio of the two budgets if both are shares of the prompt, and so grow together."""
+    """The ratio of `recent` to `heavy` if both are shares of the prompt and therefore change together."""
     if method.heavy and isinstance(method.heavy, Share) and isinstance(method.recent, Share):
         return method.recent.fraction / method.heavy.fraction
     return None

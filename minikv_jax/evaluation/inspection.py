@@ -1,7 +1,7 @@
-"""Inspects what methods keep of one prompt, layer by layer and head by head: the arrays behind `minikv inspect`.
+"""Inspects what methods keep of a prompt per layer and head: the arrays behind `minikv inspect`.
 
-The full-cache model continues the prompt greedily. The share of these next tokens' attention to the prompt that falls
-on kept tokens then measures a method's choice by something that no scorer has seen.
+The full-cache model continues the prompt greedily. The fraction of these next tokens' attention to the prompt that
+falls on kept tokens measures a method's choice with data that no scorer has seen.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ class Inspection:
 
     Attributes:
       kept: bool `[L, K, T]`, the prompt tokens that the cache holds.
-      packed_tokens: int `[L]`, a head's kept tokens that are held as codes; the others are in full precision.
-      layer_bytes: int `[L]`, everything allocated for the padded prompt and the new tokens.
+      packed_tokens: int `[L]`, kept tokens per head that are stored as codes; the others are in full precision.
+      layer_bytes: int `[L]`, bytes allocated for the padded prompt and the new tokens.
       attention_kept: float32 `[L, K]`, fraction of the next tokens' attention to the prompt that falls on kept tokens;
         1 if a sliding window hides the prompt from them.
-      key_error, value_error: float32 `[L, K, H]`, root mean square, over the packed tokens, of what is read back minus
-        what was stored, in the model's own basis; None for a method that does not quantise, NaN in a layer that packs
-        no token.
-      key_rms, value_rms: likewise, of what was stored.
+      key_error, value_error: float32 `[L, K, H]`, RMS over the packed tokens of the decoded minus the original numbers,
+        in the model's own basis. None if the method does not quantise, NaN in a layer without packed tokens.
+      key_rms, value_rms: float32 `[L, K, H]`, RMS of the original numbers over the same tokens.
     """
 
     kept: np.ndarray
@@ -59,17 +58,17 @@ class Inspection:
 
     @property
     def kept_tokens(self) -> np.ndarray:
-        """Prompt tokens that each layer and KV head holds, int `[L, K]`."""
+        """Number of prompt tokens held by each layer and KV head, int `[L, K]`."""
         return self.kept.sum(axis=-1)
 
     @property
     def layer_key_error(self) -> np.ndarray | None:
-        """Error of each layer's keys relative to their size, over heads and channels, `[L]`."""
+        """RMS error of each layer's keys relative to their RMS over heads and channels, float32 `[L]`."""
         return _relative(self.key_error, self.key_rms)
 
     @property
     def layer_value_error(self) -> np.ndarray | None:
-        """Error of each layer's values, likewise."""
+        """RMS error of each layer's values relative to their RMS over heads and channels, float32 `[L]`."""
         return _relative(self.value_error, self.value_rms)
 
 
@@ -80,16 +79,21 @@ def inspect(
     max_new_tokens: int = 32,
     implementation: str | None = None,
 ) -> dict[str, Inspection]:
-    """Inspects what each method keeps of `prompt`, right after the prefill.
+    """Inspects what each method keeps of a prompt after the prefill.
 
     Args:
+      model: the model.
       prompt: token ids.
-      max_new_tokens: tokens that the full-cache model generates at most, for `attention_kept`. The caches have room for
-        as many.
-      implementation: of the attention ops.
+      methods: the methods by name.
+      max_new_tokens: maximum number of tokens that the full-cache model generates for `attention_kept`, and the room in
+        the caches.
+      implementation: of the attention ops: "xla", "pallas", "cuda", or None for the fastest.
+
+    Returns:
+      An inspection per method.
 
     Raises:
-      ValueError: a prompt or a method that does not fit the model, or a scorer that gives NaN.
+      ValueError: the prompt or a method does not fit the model, or a scorer returns NaN.
     """
     case = Case("the prompt", tuple(prompt), max_new_tokens=max_new_tokens)
     check_case(model.config, case, max_new_tokens)
@@ -112,11 +116,11 @@ def inspect(
 
 
 class _Later(NamedTuple):
-    """Queries of the tokens after the prompt and the keys that they see, one pair per layer."""
+    """Queries of the tokens after the prompt, and the keys that they see, per layer."""
 
     q: list[Float[Array, "M N H"]]
     k: list[Float[Array, "S K H"]]
-    queries: Int[Array, ""]  # valid ones of the M
+    queries: Int[Array, ""]  # number of valid ones among the M
 
 
 def _padded(ids: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +130,7 @@ def _padded(ids: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _later_queries(model: Llama, prompt: Sequence[int], count: int, implementation: str | None) -> _Later:
-    """Queries of the text that the model generates next under a full cache, up to its end of sequence."""
+    """Computes the queries of the text that the full-cache model generates next, up to its end of sequence."""
     result = generate(model, [prompt], method="full", max_new_tokens=count, implementation=implementation)
     generated = result.tokens[0, : int(result.lengths[0])].tolist()
     padded = bucket_length(len(prompt) + count, model.config.max_position_embeddings)
@@ -147,7 +151,7 @@ def _inspect(
     room: int,
     implementation: str | None,
 ) -> dict[str, Any]:
-    """The fields of `Inspection`; `kept` is over the padded prompt."""
+    """Computes the fields of `Inspection`, with `kept` over the padded prompt."""
     sizes = capacities(model, method, layers[0].k.shape[1], room)
     cache, kept, scored = compress_layers(model, method, layers, length, sizes, implementation)
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
@@ -185,13 +189,20 @@ def attention_share(
     count: Int[Array, ""],
     window: int | None = None,
 ) -> Float[Array, "K"]:
-    """Fraction of attention to the prompt that falls on kept keys, for `count` queries starting at position `first`.
+    """Computes the fraction of attention to the prompt that falls on kept keys.
 
-    A query sees the keys up to its own position, within `window`. Weights are summed over the queries and over the
-    heads of a group before the share is taken; it is 1 if no query sees the prompt.
+    Weights are summed over the queries and over the heads of a group before the fraction is taken.
 
     Args:
-      k: keys of all positions from 0, the queries' own included; `S` is at least `T`.
+      kept: which of the `T` prompt tokens are kept, bool `[K, T]`.
+      q: queries `[M, N, H]`, the first `count` of which are used.
+      k: keys `[S, K, H]` of all positions from 0, including the queries' own; `S` is at least `T`.
+      first: position of the first query.
+      count: number of queries.
+      window: sliding window in tokens. A query sees the keys up to its own position within the window.
+
+    Returns:
+      Fractions `[K]`, float32; 1 if no query sees the prompt.
     """
     queries, heads, dim = q.shape
     keys, kv_heads = k.shape[:2]
@@ -213,7 +224,7 @@ def attention_share(
 def _errors(
     layer: LayerCache, kept: Kept, k: Float[Array, "1 S K H"], v: Float[Array, "1 S K H"]
 ) -> tuple[Array, Array, Array, Array]:
-    """RMS over the packed tokens of the errors of keys and values, and of the tokens themselves; float32 `[K, H]`."""
+    """Computes the RMS over packed tokens of the errors of keys and values, and of the originals; float32 `[K, H]`."""
     slots = jnp.arange(layer.packed.capacity)
     positions = jnp.take(kept.positions, layer.method.sinks + slots, axis=-1, mode="clip")  # [1, K, P]
     valid = (slots < layer.packed.length[:, None])[:, None, :, None]

@@ -1,8 +1,8 @@
-"""Measures methods on a prompt: the model runs the prompt once, and every method compresses that run.
+"""Measures methods on a prompt with one shared prefill, which every method compresses.
 
 Sharing the prefill is exact, because attention over the prompt is full and does not depend on the method. The queries,
-keys and values of all layers are held meanwhile. Then, per method, the true continuation is fed token by token through
-the compressed cache ("teacher forcing"), as generation would do it, and the logits are compared with those of the full
+keys and values of all layers stay in memory. Per method, the true continuation is then fed token by token through the
+compressed cache ("teacher forcing"), as generation would do it, and the logits are compared with those of the full
 cache; or text is generated greedily. The model runs layer by layer (`layerwise.py`), which compiles little.
 """
 
@@ -32,18 +32,18 @@ from minikv_jax.prompts import bucket_length
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One method on one case.
+    """Result of one method on one case.
 
     Attributes:
-      finite: whether every logit was a finite number and no score of the prompt was NaN. If not, the five numbers
-        below are None.
-      nll, full_nll: negative log-likelihood of the true continuation under the method and under the full cache, nats
-        per token; None without a continuation, as are the next three.
-      kl_to_full: KL divergence from the full cache's next-token distribution to the method's, nats per token.
-      top1_agreement: share of positions where both have the same most likely token.
+      finite: whether all logits were finite and no score of the prompt was NaN. If not, the next five are None. They
+        are also None for a case without a continuation.
+      nll, full_nll: negative log-likelihood of the true continuation under the method and under the full cache, in nats
+        per token.
+      kl_to_full: KL divergence from the full cache's next-token distribution to the method's, in nats per token.
+      top1_agreement: fraction of positions where both have the same most likely token.
       exact_match: whether greedy generation of as many tokens gives the continuation.
-      generated: token ids of the greedy answer, without the token that ended it; None if no text was asked for.
-      cache_bytes, full_cache_bytes: allocated for the padded prompt and the new tokens.
+      generated: token ids of the greedy answer, without the token that ended it; None if no text was requested.
+      cache_bytes, full_cache_bytes: bytes allocated for the padded prompt and the new tokens.
     """
 
     finite: bool
@@ -58,7 +58,7 @@ class Measurement:
 
 
 def padded_length(model: ModelConfig, case: Case) -> int:
-    """Length that the case's prompt is padded to."""
+    """Returns the length that a case's prompt is padded to, in tokens."""
     return bucket_length(len(case.prompt), model.max_position_embeddings)
 
 
@@ -85,18 +85,20 @@ def measure(
     new_tokens: int,
     implementation: str | None = None,
 ) -> list[dict[str, Measurement]]:
-    """Measures every method on cases that are run as one batch.
+    """Measures every method on a batch of cases.
 
     Args:
-      cases: of one padded length (`padded_length`).
-      new_tokens: room in the caches, at least every case's `new_tokens`.
-      implementation: of the attention ops.
+      model: the model.
+      cases: cases of one padded length (`padded_length`).
+      methods: the methods by name.
+      new_tokens: room in the caches in tokens, at least every case's `new_tokens`.
+      implementation: of the attention ops: "xla", "pallas", "cuda", or None for the fastest.
 
     Returns:
-      Per case, each method's measurement.
+      For each case, a measurement per method.
 
     Raises:
-      ValueError: a case or a method that does not fit the model.
+      ValueError: a case or a method does not fit the model.
     """
     results: list[dict[str, Measurement]] = [{} for _ in cases]
     for name, measurements in measure_each(model, cases, methods, new_tokens, implementation):
@@ -112,7 +114,7 @@ def measure_each(
     new_tokens: int,
     implementation: str | None = None,
 ) -> Iterator[tuple[str, list[Measurement]]]:
-    """Like `measure`, but yields one method after the other: its name and every case's measurement."""
+    """Measures as `measure` does, yielding each method's name and its measurements when they are done."""
     for case in cases:
         check_case(model.config, case, new_tokens)
     for method in methods.values():
@@ -135,7 +137,7 @@ def measure_each(
             answered = decode(np.zeros_like(batch.known)) if answer and batch.to_generate.any() else None
         return _Run(bytes_of(method).bytes, scored, forced, answered)
 
-    # One method at a time: a run's logits are large, and only those of the full cache are needed again.
+    # One method at a time, because logits are large and only those of the full cache are needed again.
     reference = run(full, answer=full in methods.values())
     names: dict[Method, list[str]] = {}
     for name, method in methods.items():
@@ -148,13 +150,13 @@ def measure_each(
 
 
 class _Batch(NamedTuple):
-    """Cases as arrays."""
+    """A batch of cases as arrays."""
 
-    ids: np.ndarray  # int32 [B, T]
+    ids: np.ndarray  # int32 [B, T], padded
     lengths: np.ndarray  # int32 [B]
     truth: np.ndarray  # int32 [B, R], R the room of the caches
     known: np.ndarray  # int32 [B], tokens of the continuation
-    to_generate: np.ndarray  # int32 [B], at most
+    to_generate: np.ndarray  # int32 [B], maximum number of tokens
     stop: np.ndarray  # int32 [B, E], padded with -1
 
 
@@ -194,7 +196,7 @@ def _padded(rows: Sequence[Sequence[int]], size: int, filler: int) -> np.ndarray
 
 
 def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_bytes: int) -> list[Measurement]:
-    """Each row's numbers."""
+    """Makes each row's measurement."""
     rows = len(batch.lengths)
     finite = np.asarray(run.scored)
     values: list[np.ndarray] = []
@@ -238,10 +240,10 @@ def _decode(
     forced: np.ndarray,
     implementation: str | None,
 ) -> _Decoded:
-    """Feeds each row's first `forced[b]` true tokens; if all are 0, generates up to `to_generate[b]` greedily."""
+    """Feeds each row's first `forced[b]` true tokens, or generates up to `to_generate[b]` greedily if all are 0."""
     forcing = bool(forced.any())
     steps = forced if forcing else batch.to_generate
-    cache = jax.tree.map(jnp.copy, cache)  # the steps work in place, and the caller's is needed again
+    cache = jax.tree.map(jnp.copy, cache)  # the steps update in place, and the caller needs its cache again
     active, finite = jnp.asarray(steps > 0), jnp.ones(len(steps), bool)
     tokens, all_logits = [], []
     for step in range(last := int(steps.max())):
@@ -267,7 +269,7 @@ def _next_token(
     more: Bool[Array, "B"],
     stop: Int[Array, "B E"],
 ) -> tuple[Int[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
-    """The true token, or else the likeliest; whether each row goes on after it; whether its logits were all finite."""
+    """Returns the true or the likeliest token, whether each row continues after it, and whether logits were finite."""
     finite &= jnp.all(jnp.isfinite(logits), axis=-1) | ~active
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32) if truth is None else truth
     token = jnp.where(active, token, 0)
@@ -281,8 +283,8 @@ def _next_token(
 def _fidelity(
     full: Float[Array, "B M V"], other: Float[Array, "B M V"], truth: Int[Array, "B R"], known: Int[Array, "B"]
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Each row's means over its `known` tokens (NLL, full NLL, KL, agreement), and whether all are the argmax."""
-    truth = truth[:, : full.shape[1]]  # no row knows more
+    """Averages NLL, full NLL, KL and agreement over each row's `known` tokens; tells whether all are the argmax."""
+    truth = truth[:, : full.shape[1]]  # no row has more known tokens
     full, other = jax.nn.log_softmax(full), jax.nn.log_softmax(other)
     valid = jnp.arange(truth.shape[1]) < known[:, None]
 

@@ -1,6 +1,6 @@
-"""Writes results to a directory: JSON, CSV, pictures, and self-contained HTML pages that load nothing from elsewhere.
+"""Writes results to a directory as JSON, CSV, pictures, and self-contained HTML pages.
 
-Only what draws needs matplotlib (`pip install minikv_jax[evaluation]`).
+Only the pictures need matplotlib (`pip install minikv_jax[evaluation]`).
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ def page(
     tables: Sequence[tuple[str, Table]],
     details: Mapping[str, Any],
 ) -> str:
-    """An HTML page.
+    """Renders a self-contained HTML page.
 
     Args:
+      title: the page's title.
+      lead: the sentence below the title.
+      images: captions and PNG bytes.
       tables: headings and tables.
-      details: shown as JSON.
+      details: values shown as JSON at the end.
     """
     encoded = [(caption, base64.b64encode(image).decode()) for caption, image in images]
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
@@ -76,13 +79,18 @@ def page(
 
 
 def write_sweep(directory: pathlib.Path, results: Mapping[str, Any], figures: bool = True) -> list[pathlib.Path]:
-    """Writes results.json and results.csv, and with `figures` pareto.png and report.html; returns the paths.
+    """Writes a sweep's results.json and results.csv and, with `figures`, pareto.png and report.html.
 
     Args:
-      results: of `Sweep.results`.
+      directory: an existing directory.
+      results: from `Sweep.results`.
+      figures: draw the Pareto figure and write the report.
+
+    Returns:
+      The paths written.
 
     Raises:
-      ImportError: figures without matplotlib.
+      ImportError: `figures` without matplotlib.
     """
     as_json, as_csv = directory / "results.json", directory / "results.csv"
     files.write_json(as_json, results)
@@ -112,7 +120,7 @@ def _as_csv(points: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def sweep_report(results: Mapping[str, Any], image: bytes) -> str:
-    """The page of a sweep: its figure, the means of every point, and why points were skipped."""
+    """Renders the page of a sweep: its figure, the means of every point, and the reasons for skipped points."""
     points = results["points"]
     means = means_table({label: point["means"] for label, point in points.items()}, "point", COLUMNS | NOT_FINITE)
     tables = [("Means", means)]
@@ -128,10 +136,19 @@ def sweep_report(results: Mapping[str, Any], image: bytes) -> str:
 def write_inspection(
     directory: pathlib.Path, inspections: Mapping[str, Inspection], full_bytes: int, details: Mapping[str, Any]
 ) -> list[pathlib.Path]:
-    """Writes a PNG file per picture, report.html, and arrays.npz (`METHOD/FIELD` of `Inspection`); returns the paths.
+    """Writes an inspection's pictures as PNG files, report.html, and arrays.npz.
+
+    Args:
+      directory: an existing directory.
+      inspections: the inspections by method. arrays.npz holds their fields as `METHOD/FIELD`.
+      full_bytes: bytes of the full cache.
+      details: values shown as JSON at the end of the report.
+
+    Returns:
+      The paths written.
 
     Raises:
-      ImportError: no matplotlib.
+      ImportError: matplotlib is not installed.
     """
     pictures = _inspection_pictures(inspections)
     fields = {
@@ -151,7 +168,7 @@ def write_inspection(
 
 
 def _inspection_pictures(inspections: Mapping[str, Inspection]) -> dict[str, Picture]:
-    """Captions and pictures by file name, without its extension."""
+    """Draws the pictures; returns captions and PNG bytes by file name without extension."""
     from minikv_jax.evaluation import figures  # matplotlib is optional
 
     pictures = {
@@ -175,7 +192,7 @@ def inspection_report(
     full_bytes: int,
     details: Mapping[str, Any],
 ) -> str:
-    """The page of `minikv inspect`: every picture, the methods side by side, and each method layer by layer."""
+    """Renders the page of `minikv inspect`: every picture, all methods side by side, and each one layer by layer."""
     tables = [("Methods", inspection_table(inspections, full_bytes))]
     tables += [(f"{name}, layer by layer", layer_table(inspection)) for name, inspection in inspections.items()]
     lead = (

@@ -1,4 +1,4 @@
-"""Runs a task's cases through every method in batches of one padded length, and averages and records the results."""
+"""Runs a task's cases with every method in batches of one padded length, and averages the results."""
 
 from __future__ import annotations
 
@@ -31,17 +31,21 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy")
 
-# Numbers that are averaged over cases, in the order they are shown.
+# Metrics that are averaged over cases, in the order of tables.
 METRICS = ("nll", "full_nll", "kl_to_full", "top1_agreement", "exact_match", "score", "cache_bytes", "full_cache_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """A model, a task and its cases, which stay the same while methods change.
+    """A model and the cases of a task, on which any number of methods can be measured.
 
     Attributes:
-      room: new tokens that every cache has room for. All cases have the room of the longest, so that they share
-        programs.
+      model: the model.
+      tokenizer: its tokenizer, if any.
+      task: the task.
+      cases: the task's cases.
+      room: new tokens that every cache has room for: those of the longest case, so that cases share compiled programs.
+      implementation: of the attention ops: "xla", "pallas", "cuda", or None for the fastest.
     """
 
     model: Llama
@@ -59,10 +63,20 @@ class Evaluator:
         task: Task,
         implementation: str | None = None,
     ) -> Evaluator:
-        """Makes the task's cases. Raises ValueError if one does not fit the model."""
+        """Makes an evaluator with the cases of `task`.
+
+        Args:
+          model: the model.
+          tokenizer: its tokenizer, if any.
+          task: the task.
+          implementation: of the attention ops: "xla", "pallas", "cuda", or None for the fastest.
+
+        Raises:
+          ValueError: a case does not fit the model, or two cases have the same name.
+        """
         cases = tuple(task.cases(tokenizer, model.config.max_position_embeddings))
         for name, count in collections.Counter(case.name for case in cases).items():
-            if count > 1:  # rows are told apart by it
+            if count > 1:  # rows are identified by it
                 raise ValueError(f"{count} cases have the name {checks.shown(name)}: expected one of each name")
         room = max(case.new_tokens for case in cases)
         for case in cases:
@@ -71,11 +85,11 @@ class Evaluator:
 
     @property
     def lengths(self) -> list[int]:
-        """Padded prompt lengths of the cases, each once."""
+        """The different padded prompt lengths of the cases, in tokens."""
         return sorted({padded_length(self.model.config, case) for case in self.cases})
 
     def fit(self, methods: Mapping[str, SizedMethod], length: int) -> dict[str, Method]:
-        """The methods for a padded prompt length (`SizedMethod.fit`), each checked against the model."""
+        """Checks methods against the model and fits them to a padded prompt length (`SizedMethod.fit`)."""
         for method in methods.values():
             contracts.check(method.method, self.model.config)
         return {
@@ -88,10 +102,17 @@ class Evaluator:
     def run(
         self, methods: Mapping[str, SizedMethod], batch: int = 1, cases: Iterable[Case] | None = None
     ) -> Iterator[tuple[Case, str, dict[str, Any]]]:
-        """Measures cases of one padded length together, and yields a case, a method's name and the row of both.
+        """Measures cases in batches of one padded length.
 
-        A row holds the `METRICS` that the case has, the generated `text` if any, the method's budgets, and `finite`. If
-        that is false, a logit was NaN or infinite, or a score was NaN, and the row's numbers are None except its bytes.
+        Args:
+          methods: the methods by name.
+          batch: cases per batch.
+          cases: the cases to measure; None for all.
+
+        Yields:
+          A case, a method's name and the row of both. A row holds the `METRICS` that the case has, the generated `text`
+            if any, the method's budgets, and `finite`. If that is false, a logit was not finite or a score was NaN, and
+            all numbers but the bytes are None.
         """
 
         def length(case: Case) -> int:
@@ -103,7 +124,7 @@ class Evaluator:
             same_length = list(group)
             for start in range(0, len(same_length), batch):
                 chunk = same_length[start : start + batch]
-                # The last case fills the batch up, because a smaller batch would compile anew.
+                # The last case fills the batch up, because a smaller batch would need another compilation.
                 filled = [*chunk, *itertools.repeat(chunk[-1], batch - len(chunk))]
                 for name, measurements in measure_each(self.model, filled, fitted, self.room, self.implementation):
                     for case, measurement in zip(chunk, measurements, strict=False):
@@ -124,7 +145,7 @@ class Evaluator:
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of every metric over the rows that are finite, with the number of rows and of those left out.
+    """Averages every metric over the finite rows, and counts the rows and those left out.
 
     `perplexity` is exp of the mean NLL.
     """
@@ -140,7 +161,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(results: Sequence[tuple[Case, Mapping[str, Mapping[str, Any]]]]) -> dict[str, dict[str, Any]]:
-    """`means` per method, over all cases and, if there are several groups, per group of cases."""
+    """Computes the `means` of each method over all cases and, if there are several groups, over each group."""
     groups = sorted({case.group for case, _ in results})
     by_method = {}
     for name in results[0][1]:
@@ -153,13 +174,13 @@ def summary(results: Sequence[tuple[Case, Mapping[str, Mapping[str, Any]]]]) -> 
 
 
 def describe(evaluator: Evaluator, model_source: str) -> dict[str, Any]:
-    """Everything but the methods that a run's numbers depend on: task, options, data, model, versions, device."""
+    """Records what a run's numbers depend on besides the methods: task, options, data, model, versions, device."""
     task = {"task": evaluator.task.name, "options": _options(evaluator.task)}
     return task | describe_model(evaluator.model, model_source, evaluator.implementation)
 
 
 def describe_model(model: Llama, model_source: str, implementation: str | None) -> dict[str, Any]:
-    """Everything that any result depends on: model, versions, device."""
+    """Records what every result depends on: model, versions, device."""
     return {
         "model": {"source": pathlib.Path(model_source).name, "sha256": parameters_sha256(model)},
         "dtype": model.dtype.name,
@@ -170,18 +191,18 @@ def describe_model(model: Llama, model_source: str, implementation: str | None) 
 
 
 def method_record(method: Method) -> dict[str, Any]:
-    """A method's fields as JSON values."""
+    """Returns a method's fields as JSON values."""
     return to_dict(method)
 
 
 def budget_record(method: Method) -> dict[str, Any]:
-    """A method's token budgets as JSON values."""
+    """Returns a method's token budgets as JSON values."""
     values = to_dict(method)
     return {name: values[name] for name in ("heavy", "recent")}
 
 
 def parameters_sha256(model: Llama) -> str:
-    """A hash of every parameter's path, dtype, shape and bytes."""
+    """Hashes the path, dtype, shape and bytes of every parameter."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(nnx.state(model)):
         array = np.asarray(leaf)
@@ -191,7 +212,7 @@ def parameters_sha256(model: Llama) -> str:
 
 
 def _options(task: Any) -> dict[str, Any]:
-    """The task's options as JSON values; files are named and hashed, in directories all that the task could read."""
+    """Returns the task's options as JSON values, with the names and hashes of all files that it could read."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(task):
         value = getattr(task, field.name)
@@ -217,13 +238,21 @@ def evaluate(
     batch: int = 1,
     done: Callable[[int], None] = lambda rows: None,
 ) -> Report:
-    """Runs every case and method; the report is plain JSON, and the same for the same arguments.
+    """Measures every method on every case of an evaluator.
 
     Args:
+      evaluator: the model and the cases.
+      methods: the methods by name.
+      model_source: what the report calls the model, such as its path.
+      batch: cases per batch.
       done: called with the number of rows measured so far, one per case and method.
 
+    Returns:
+      A report of JSON values, the same for the same arguments: what the numbers depend on, the methods, the means, and
+        every case.
+
     Raises:
-      ValueError: a method that does not fit the model or its bytes, before anything runs.
+      ValueError: a method does not fit the model or its byte share. This is checked before anything runs.
     """
     for length in evaluator.lengths:
         evaluator.fit(methods, length)
@@ -241,7 +270,7 @@ def evaluate(
 
 
 def case_record(case: Case) -> dict[str, Any]:
-    """A case's sizes and tags, without its text, as JSON values."""
+    """Returns a case's sizes and tags as JSON values, without its text."""
     return {
         "name": case.name,
         "group": case.group,

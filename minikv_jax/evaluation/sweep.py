@@ -1,6 +1,6 @@
-"""A grid of methods and fields over one task. Every measured row is on disk at once: a sweep that was killed goes on.
+"""Sweeps a grid of methods and settings over a task. A killed sweep can be resumed, because rows are saved one by one.
 
-A sweep's directory holds what `sweep_store` keeps, and the files that `report.write_sweep` makes of it.
+The directory of a sweep holds the files of `sweep_store` and those of `report.write_sweep`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minikv_jax.methods.registry import COMPONENTS, METHODS, to_dict
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One cell of the grid: a method as given, the swept settings, and the share of bytes it is fitted to, if any."""
+    """One cell of the grid: a method as given, its swept settings, and optionally a share of bytes to fit it to."""
 
     method: str
     settings: tuple[tuple[str, str], ...]
@@ -34,7 +34,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Unique in a sweep: `minikv:k_bits=4 @ 0.125`."""
+        """The point's name, unique in a sweep, such as `minikv:k_bits=4 @ 0.125`."""
         label = self.method
         if self.settings:
             swept = ",".join(f"{key}={value}" for key, value in self.settings)
@@ -42,7 +42,7 @@ class Point:
         return label if self.byte_share is None else f"{label} @ {self.byte_share:.4g}"
 
     def resolve(self, settings: Sequence[tuple[str, str]] = ()) -> SizedMethod:
-        """The method, its fields changed by `settings` and then by its own; ValueError if they make none."""
+        """Makes the method, changed by `settings` and then by its own. Raises ValueError if they are not valid."""
         return SizedMethod(lookup.parse(self.method, [*settings, *self.settings]), self.byte_share)
 
 
@@ -52,9 +52,15 @@ def grid(
     byte_shares: Sequence[float] = (),
     settings: Sequence[tuple[str, str]] = (),
 ) -> list[Point]:
-    """Every method with every combination of the swept values, and with every share of bytes.
+    """Combines every method with every combination of swept values and every share of bytes.
 
-    A method that keeps every token (after `settings`, as in `Point.resolve`) has no budget to fit: it is one point.
+    A method that keeps every token (after `settings`, as in `Point.resolve`) has no budget to fit and is one point.
+
+    Args:
+      methods: the methods as given, such as names.
+      sweep: the values of each swept setting.
+      byte_shares: fractions of the full cache's bytes.
+      settings: names and values that apply to all methods.
     """
     axes = [[(key, value) for value in values] for key, values in sweep.items()]
     return [
@@ -68,18 +74,18 @@ def _keeps_all(method: str, settings: Sequence[tuple[str, str]]) -> bool:
     try:
         return lookup.parse(method, settings).keeps_all
     except ValueError:
-        return False  # `Sweep.open` says what is wrong
+        return False  # `Sweep.open` reports the error
 
 
 @dataclasses.dataclass
 class Sweep:
-    """The state of a sweep: its points, those that cannot be measured, and the rows measured so far."""
+    """An open sweep: its points, those that cannot be measured, and the rows measured so far."""
 
     evaluator: Evaluator
     description: dict[str, Any]
     points: dict[str, Point]
     methods: dict[str, SizedMethod]
-    skipped: dict[str, str]  # label -> why the point cannot be measured
+    skipped: dict[str, str]  # the reason by label
     store: Store
 
     @classmethod
@@ -93,17 +99,22 @@ class Sweep:
         model_source: str = "",
         plugins: Sequence[pathlib.Path] = (),
     ) -> Iterator[Sweep]:
-        """Starts a sweep, or resumes the one in `directory`, perhaps with more points. Nobody else can meanwhile.
+        """Starts a sweep in `directory`, or resumes the one there, and locks it for other processes.
 
-        A point whose method is invalid or does not fit the model or its bytes is skipped with the reason. Rows measured
-        with another plugin file, calibration or version are dropped, and `store.notes` says so.
+        A point whose method is invalid or does not fit the model or its bytes is skipped, with the reason. Rows
+        measured with another plugin file, calibration or version are dropped, as `store.notes` then says.
 
         Args:
-          plugins: the files that registered what is not the library's own.
+          directory: the sweep's directory.
+          evaluator: the model and the cases.
+          points: the points to measure, which may include new ones.
+          settings: names and values that apply to all methods.
+          model_source: what the results call the model, such as its path.
+          plugins: the files that registered plugins.
 
         Raises:
-          ValueError: the directory holds a sweep of something else, or damaged files; a point is given twice; no point
-            can be measured.
+          ValueError: the directory holds a different sweep or damaged files, a point is given twice, or no point can be
+            measured.
           BlockingIOError: another process runs the sweep in `directory`.
         """
         by_label = {point.label: point for point in points}
@@ -131,7 +142,7 @@ class Sweep:
 
     @property
     def missing(self) -> int:
-        """Rows still to be measured."""
+        """Number of rows still to be measured."""
         return len(self.evaluator.cases) * len(self.methods) - sum(
             (case.name, label) in self.rows for case in self.evaluator.cases for label in self.methods
         )
@@ -140,7 +151,7 @@ class Sweep:
         """Measures the missing rows. `done` is called with the number of rows measured so far."""
         total = len(self.evaluator.cases) * len(self.methods)
         done(total - self.missing)
-        todo: dict[tuple[str, ...], list[Case]] = {}  # cases by the points that they lack
+        todo: dict[tuple[str, ...], list[Case]] = {}  # cases by their missing points
         for case in self.evaluator.cases:
             labels = tuple(label for label in self.methods if (case.name, label) not in self.rows)
             if labels:
@@ -153,7 +164,7 @@ class Sweep:
                 done(total - self.missing)
 
     def results(self) -> dict[str, Any]:
-        """The whole sweep as JSON values: description, points with their means, skipped points, every case."""
+        """Returns the whole sweep as JSON values: description, points with their means, skipped points, every case."""
         cases = self.evaluator.cases
         return self.description | {
             "points": {
@@ -177,7 +188,7 @@ class Sweep:
 def _fitting(
     evaluator: Evaluator, points: Mapping[str, Point], settings: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, SizedMethod], dict[str, str]]:
-    """The methods of the points that can be measured, and why the others cannot. Raises ValueError if none can."""
+    """Returns the methods of measurable points, and the reasons against the others. Raises ValueError if none is."""
     methods: dict[str, SizedMethod] = {}
     skipped: dict[str, str] = {}
     for label, point in points.items():
@@ -194,16 +205,18 @@ def _fitting(
 
 
 def _files(text: str, method: Method, plugins: Sequence[pathlib.Path]) -> dict[str, str]:
-    """SHA-256 of the files that the method which `text` gave is made of; of all plugins if it needs any."""
+    """Hashes the files that a method given as `text` depends on: its calibration, and all plugins if it needs any."""
     values = to_dict(method)
     own = [registry.is_built_in(values[part]["name"]) for part, registry in COMPONENTS.items() if values[part]]
     name = text.partition(":")[0]
     used = [] if all(own) and (name not in METHODS or METHODS.is_built_in(name)) else list(plugins)
     if isinstance(method.quantizer, CalibratedRotation):
-        used.append(pathlib.Path(method.quantizer.calibration) / "calibration.json")  # it holds those of its arrays
+        used.append(
+            pathlib.Path(method.quantizer.calibration) / "calibration.json"
+        )  # it holds the hashes of its arrays
     return {path.name: files.sha256(path) for path in used}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON gives them back: tuples as lists."""
+    """Converts values to what JSON returns, with lists for tuples."""
     return json.loads(json.dumps(values))

@@ -1,7 +1,7 @@
-"""The directory of a sweep, which one process at a time may open.
+"""Keeps the rows of a sweep in a directory, which one process at a time may open.
 
 `sweep.json` holds what all numbers depend on and, for every point, its fields, the SHA-256 of its plugins, and the
-versions it was measured with. `rows.jsonl` holds a line per case and point, appended as they are measured.
+versions it was measured with. `rows.jsonl` holds a line per case and point, appended when it is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Model(Schema):
 
 
 class Description(Schema):
-    """What the numbers of all points depend on."""
+    """Record of what the numbers of all points depend on."""
 
     task: str
     options: dict[str, Any]
@@ -43,12 +43,12 @@ class Description(Schema):
 
 
 class PointRecord(Schema):
-    """What the numbers of one point depend on beside it.
+    """Record of what else the numbers of one point depend on.
 
     Attributes:
-      fields: of the method, and its share of bytes.
-      files: SHA-256 of the plugins and of the calibration that the method is made of, by name.
-      versions: of the library and the packages that it computes with.
+      fields: the method's fields and its share of bytes.
+      files: SHA-256 of the plugins and the calibration that the method depends on, by name.
+      versions: versions of the library and the packages that it computes with.
     """
 
     fields: dict[str, Any]
@@ -56,7 +56,7 @@ class PointRecord(Schema):
     versions: dict[str, str]
 
     def changed_since(self, old: PointRecord) -> str:
-        """Which files and versions differ from an earlier record, in words; empty if none does."""
+        """Names the files and versions that differ from an earlier record; empty if none does."""
         changed = [f"{name} has changed" for name in _different(old.files, self.files)]
         versions = [
             f"{name} was {old.versions.get(name, 'absent')} and is {self.versions.get(name, 'absent')}"
@@ -91,9 +91,9 @@ class Store(NamedTuple):
     """An open sweep.
 
     Attributes:
-      rows: that were measured before.
-      notes: what became of rows that cannot be used, a sentence each.
-      append: puts a row, with its case and point, on the disk.
+      rows: the rows measured earlier.
+      notes: sentences about rows that were dropped.
+      append: writes a row, with its case and point, to the disk.
     """
 
     rows: Rows
@@ -102,9 +102,9 @@ class Store(NamedTuple):
 
 
 def check(directory: pathlib.Path) -> None:
-    """Looks at the files of a sweep, if `directory` has any, before the work that it takes to open it.
+    """Checks the files of a sweep, if `directory` has any, before the model and the cases are loaded.
 
-    Raises as `opened` does, but for what only the sweep's cases tell.
+    Raises the same errors as `opened`, except those that need the cases.
     """
     if directory.is_dir():
         with _locked(directory):
@@ -115,18 +115,20 @@ def check(directory: pathlib.Path) -> None:
 def opened(
     directory: pathlib.Path, description: Description, points: Mapping[str, PointRecord], cases: Collection[str]
 ) -> Iterator[Store]:
-    """Starts a sweep in `directory`, or goes on with the one there.
+    """Starts a sweep in `directory`, or resumes the one there.
 
-    Rows whose files or versions have changed are dropped, and so is the line that a killed process did not finish.
+    Rows whose files or versions have changed are dropped, and so is an unfinished last line of a killed process.
 
     Args:
-      points: those to be measured now, by label.
+      directory: the sweep's directory.
+      description: what the numbers of all points depend on.
+      points: the points to measure now, by label.
       cases: the names of all cases.
 
     Raises:
-      ValueError: the directory holds a sweep of something else, or a file that is no sweep's or damaged, naming the
-        file and the line.
-      BlockingIOError: another process has it open.
+      ValueError: the directory holds a different sweep, or a file that is damaged or not a sweep's. The message names
+        the file and the line.
+      BlockingIOError: another process has the sweep open.
     """
     with _locked(directory):
         old, measured, torn = _read(directory, cases)
@@ -139,7 +141,7 @@ def opened(
         ]:
             raise ValueError(f"{directory} holds another sweep: {', '.join(other)} differ; give another directory")
         kept = {key: row for key, row in measured.items() if not reasons.get(key[1])}
-        if torn or len(kept) < len(measured):  # before the header, which says what they were measured with
+        if torn or len(kept) < len(measured):  # before the header, which records what they were measured with
             lines = (json.dumps({"case": case, "point": label, **row}) + "\n" for (case, label), row in kept.items())
             files.write_text(directory / _ROWS, "".join(lines))
         files.write_json(directory / _HEADER, _Header(description=description, points={**known, **points}).model_dump())
@@ -159,7 +161,7 @@ def _named(case: str, point: str) -> str:
 
 
 def _count(rows: int) -> str:
-    """How many rows are, in words; empty if there are none."""
+    """Writes a number of rows in words; empty for 0."""
     return f"{rows} {'row' if rows == 1 else 'rows'}" if rows else ""
 
 
@@ -172,7 +174,7 @@ def _locked(directory: pathlib.Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _read(directory: pathlib.Path, cases: Collection[str] | None) -> tuple[_Header | None, Rows, bytes]:
-    """The header and the rows that there are, and what a killed process left of a last line; cases, if given, count."""
+    """Reads the header, the rows and an unfinished last line; rows of other cases are refused if `cases` is given."""
     header, path = directory / _HEADER, directory / _ROWS
     if not header.is_file():
         if path.exists():

@@ -1,4 +1,4 @@
-"""Tables of results as text: the columns and the format of every cell, for the terminal and for pages."""
+"""Formats results as tables of text, for the terminal and for pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from minikv_jax.evaluation.inspection import Inspection
 
-# Columns of a table of means: heading and format of each metric.
+# Columns of a table of means: each metric's heading and format.
 COLUMNS = {
     "nll": ("NLL", "{:.4f}"),
     "kl_to_full": ("KL to full", "{:.4f}"),
@@ -24,13 +24,13 @@ NOT_FINITE = {"not_finite": ("not finite", "{}")}
 
 
 class Table(NamedTuple):
-    """Headings and rows of text; the first column names its row."""
+    """A table of text. The first column names the row."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """The table in Markdown, its first column aligned left and the others right."""
+        """Renders the table in Markdown, with the first column aligned left and the others right."""
         alignment = ["---"] + ["--:"] * (len(self.columns) - 1)
         return "\n".join(f"| {' | '.join(line)} |" for line in (self.columns, alignment, *self.rows))
 
@@ -40,11 +40,12 @@ def means_table(
     heading: str = "method",
     columns: Mapping[str, tuple[str, str]] = COLUMNS,
 ) -> Table:
-    """The means of each method or point as a row; a column that no row has is left out.
+    """Makes a table with the means of a method or point per row. Columns without values are left out.
 
     Args:
-      means: of `run.means`, by the row's name.
-      heading: of the first column.
+      means: results of `run.means`, by the name of the row.
+      heading: heading of the first column.
+      columns: heading and format of each metric.
     """
     shown = {key: column for key, column in columns.items() if any(key in values for values in means.values())}
     rows = []
@@ -56,7 +57,7 @@ def means_table(
 
 
 def inspection_table(inspections: Mapping[str, Inspection], full_bytes: int) -> Table:
-    """Each inspected method as a row: means over all layers and heads, and the worst head."""
+    """Makes a table with an inspected method per row: means over all layers and heads, and the worst head."""
     columns = ("method", "tokens kept", "key error", "value error", "attention kept", "worst head", "cache bytes")
     rows = []
     for name, inspection in inspections.items():
@@ -73,7 +74,7 @@ def inspection_table(inspections: Mapping[str, Inspection], full_bytes: int) -> 
 
 
 def layer_table(inspection: Inspection) -> Table:
-    """Each layer of an inspected method as a row."""
+    """Makes a table with a layer of an inspected method per row."""
     columns = ("layer", "tokens per head", "of these as codes", "key error", "value error")
     none = [None] * len(inspection.layer_bytes)
     layers = zip(
@@ -98,6 +99,6 @@ def _percent(share: float | None) -> str:
 
 
 def _finite_mean(values: np.ndarray | None) -> float | None:
-    """The mean of the layers that have a value; None if no layer has one."""
+    """The mean over the layers that have a value; None if none has."""
     finite = () if values is None else values[np.isfinite(values)]
     return float(np.mean(finite)) if len(finite) else None

@@ -1,8 +1,8 @@
-"""Tasks: their options, their cases, and a score for generated text.
+"""Defines tasks: their options, their cases, and the score of generated text.
 
-A task is a frozen dataclass whose fields are its options, made with `option`; they become the command's arguments. It
-makes `Case`s for a tokenizer. A case with a `continuation` measures fidelity; a case with `max_new_tokens` is also
-answered by greedy generation, and the task scores the text.
+A task is a frozen dataclass whose fields, made with `option`, are its options and the command's arguments. It makes
+`Case`s for a tokenizer. A case with a `continuation` measures fidelity. A case with `max_new_tokens` is also answered
+by greedy generation, and the task scores the text.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Case:
     """One prompt and its known continuation or answers.
 
     Attributes:
-      name: unique within a run.
+      name: a name that is unique within a run.
       prompt: token ids.
       continuation: token ids of the true continuation; empty if unknown.
       answers: references for `Task.score`.
-      max_new_tokens: tokens to generate; 0 if no text is scored.
+      max_new_tokens: number of tokens to generate; 0 if no text is scored.
       stop: token ids that end the answer, in addition to the model's own.
-      group: the case's group, as a data set's name; means are also given per group.
-      tags: anything worth recording, as a depth or a length.
+      group: the group of the case, such as a data set's name. Means are also given per group.
+      tags: JSON values to record, such as a depth or a length.
     """
 
     name: str
@@ -54,47 +54,58 @@ class Case:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that the cache needs room for."""
+        """Number of tokens after the prompt that the cache needs room for."""
         return max(len(self.continuation), self.max_new_tokens)
 
 
 class Task(Protocol):
-    """A benchmark. Implementations are frozen dataclasses, one file each in `evaluation/tasks`.
+    """Protocol of a benchmark, implemented by frozen dataclasses, one file each in `evaluation/tasks`.
 
     Options are checked when a task is made, before a model is loaded. Data are checked by `cases`.
+
+    Attributes:
+      name: the command's name.
+      summary: one line of help.
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]  # a line of help
+    summary: ClassVar[str]
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
-        """Returns the cases for a tokenizer and a model of `positions` positions, the same every time.
+        """Makes the cases for a model, the same ones every time.
+
+        Args:
+          tokenizer: the model's tokenizer, if any.
+          positions: the model's longest context, in tokens.
 
         Raises:
-          ValueError: malformed data, naming the file and line if known; no tokenizer; or too few positions.
+          ValueError: malformed data (the message names the file and line), no tokenizer, or too few positions.
         """
         ...
 
     def score(self, case: Case, text: str) -> float | None:
-        """Score of the text generated for `case`, 0..1; None if the task generates none."""
+        """Scores the text generated for `case`, from 0 to 1; None if the task generates no text."""
         ...
 
 
 def option(
     help: str, default: Any = dataclasses.MISSING, *, parse: Callable[[str], Any] = str, hub: Sequence[str] = ()
 ) -> Any:
-    """Makes a dataclass field that is also a command-line option; without a default it is required.
+    """Makes a dataclass field that is also a command-line option.
 
     Args:
-      hub: makes the option a directory that may also be given as the name of a data set on the hub; these are the files
-        to download (`evaluation.data.locate`).
+      help: the option's line of help.
+      default: the default; without one, the option is required.
+      parse: converts the command line's text to the value.
+      hub: files to download (`evaluation.data.locate`) if the option, a directory, is given as the name of a data set
+        on the hub.
     """
     parse = _READERS.get(parse, parse)
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "hub": tuple(hub)})
 
 
 def numbers(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Makes a parser of comma-separated values for `option`."""
+    """Makes a parser for comma-separated values, as `parse` for `option`."""
     read = _READERS.get(parse, parse)
 
     def parse_all(text: str) -> tuple[Any, ...]:
@@ -107,7 +118,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {int: read_integer, float: read_numb
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Replaces `{name}` in `template` by each of `values`; nothing is replaced within the values."""
+    """Replaces each `{name}` in `template` by its value, and nothing within the values."""
     names = "|".join(map(re.escape, values))
     return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template)
 
@@ -120,9 +131,16 @@ def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedToken
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, reply: str = "") -> list[int]:
-    """Token ids of a user's message and the opening of the reply, or of plain text if there is no chat template.
+    """Encodes a user's message with the chat template, or as plain text if `chat` is off or there is no template.
 
-    `reply` is the beginning of the model's answer, or of the text after the prompt.
+    Args:
+      tokenizer: the model's tokenizer.
+      text: the message.
+      chat: use the chat template.
+      reply: the beginning of the model's answer.
+
+    Returns:
+      Token ids.
     """
     if not chat or tokenizer.chat_template is None:
         return list(tokenizer.encode(text + reply))
@@ -132,9 +150,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, 
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, text: str, continuation: str, *, chat: bool, reply: str = ""
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Prompt (`encode_prompt`) and continuation, which opens a chat's reply without a space.
+    """Encodes a prompt (`encode_prompt`) and its continuation, without tokens that span both.
 
-    The prompt is what generation would be given: no token spans both.
+    The prompt is the one that generation would get. A continuation that opens a chat's reply loses a leading space.
+
+    Returns:
+      Token ids of the prompt and of the continuation.
     """
     if chat and tokenizer.chat_template is not None and not reply:
         continuation = continuation.removeprefix(" ")
@@ -148,15 +169,19 @@ def encode_pair(
 def truncate_middle(
     tokenizer: PreTrainedTokenizerBase, text: str, context: int | None, room: int, *, chat: bool
 ) -> str:
-    """Cuts the middle out of `text` so that the prompt (`encode_prompt`) has at most `context` and `room` tokens.
+    """Cuts the middle out of `text` so that the prompt (`encode_prompt`) fits, as LongBench does (pred.py).
 
-    The question stands at the end of a prompt and the instructions at both ends, so these stay (LongBench, pred.py).
+    Both ends stay, because they hold the instructions and the question.
 
     Args:
+      tokenizer: the model's tokenizer.
+      text: the message.
+      context: maximum number of prompt tokens; None for `room`.
       room: tokens that the model's positions leave for the prompt.
+      chat: use the chat template.
 
     Raises:
-      ValueError: not even a token of each end fits, or `context` is over `room`.
+      ValueError: not even one token of each end fits, or `context` exceeds `room`.
     """
     if context is not None and context > room:
         raise ValueError(f"context={context}: beside the answer the model's positions leave room for {room} tokens")
@@ -169,7 +194,7 @@ def truncate_middle(
     while keep >= 2:
         ends = ids[: keep // 2], ids[len(ids) - (keep - keep // 2) :]
         shorter = "".join(str(tokenizer.decode(part, skip_special_tokens=True)) for part in ends)
-        excess = len(encode_prompt(tokenizer, shorter, chat=chat)) - limit  # the two ends may meet in other tokens
+        excess = len(encode_prompt(tokenizer, shorter, chat=chat)) - limit  # the two ends may join to other tokens
         if excess <= 0:
             return shorter
         keep -= excess
@@ -177,11 +202,11 @@ def truncate_middle(
 
 
 def read_rows(path: pathlib.Path, schema: type[Row], limit: int | None = None) -> Iterator[tuple[str, Row]]:
-    """Reads the first `limit` rows of a JSON Lines file, each with its file and line, for errors.
+    """Reads the first `limit` rows of a JSON Lines file, each with its file and line for error messages.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a line is not JSON or does not fit the schema, naming the file, the line and the key.
+      ValueError: a line is not JSON or does not fit the schema. The message names the file, the line and the key.
     """
     for number, row in files.read_jsonl(path, limit):
         where = f"{path}, line {number}"
@@ -189,7 +214,7 @@ def read_rows(path: pathlib.Path, schema: type[Row], limit: int | None = None) -
 
 
 def read_templates(path: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
-    """Reads a benchmark's prompts by data set. Raises ValueError if one of `names` is missing or has no `{context}`."""
+    """Reads a benchmark's prompts by data set. Raises ValueError if one of `names` lacks a prompt with `{context}`."""
     templates = schemas.validate(_Templates, files.read_json(path), source=path).root
     if missing := [name for name in names if name not in templates]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -204,12 +229,12 @@ class _Templates(pydantic.RootModel[dict[str, str]]):
 
 
 def need_file(path: pathlib.Path) -> None:
-    """Raises FileNotFoundError naming a file that is missing."""
+    """Raises FileNotFoundError if `path` is not a file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
 
 
 def need_files(directory: pathlib.Path, names: Sequence[str], source: str) -> None:
-    """Raises FileNotFoundError naming the files that `directory` lacks and where they come from."""
+    """Raises FileNotFoundError naming the files that `directory` lacks, and their source."""
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}: {source}")

@@ -1,4 +1,4 @@
-"""The tasks by name. A new task is a new file here: every class with a `name` and a `summary` is a task."""
+"""Registry of tasks. A new task is a new file here: every class with a `name` and a `summary` is a task."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""`cases`: a user's own prompts and continuations, as JSON Lines."""
+"""`cases`: your own prompts and continuations, from a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class _Row(Schema):
 
 @dataclasses.dataclass(frozen=True)
 class Cases:
-    """Each line is `{"prompt_ids": [...], "continuation_ids": [...]}` or `{"prompt": "...", "continuation": "..."}`.
+    """Your own prompts with known continuations.
 
-    Text is given to the model as it is, without a chat template. A prompt begins with the tokenizer's first token (BOS)
-    if it has one.
+    Each line is `{"prompt_ids": [...], "continuation_ids": [...]}` or `{"prompt": "...", "continuation": "..."}`. Text
+    is used without a chat template. A prompt begins with the tokenizer's first token (BOS) if it has one.
     """
 
     name: ClassVar[str] = "cases"
@@ -50,7 +50,7 @@ class Cases:
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit)
         need_file(self.data)
-        for _ in read_rows(self.data, _Row, self.limit):  # a wrong row is an error before the model is loaded
+        for _ in read_rows(self.data, _Row, self.limit):  # report a wrong row before the model is loaded
             pass
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:

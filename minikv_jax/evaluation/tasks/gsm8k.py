@@ -45,9 +45,10 @@ class _Row(Schema, extra="ignore"):
 
 @dataclasses.dataclass(frozen=True)
 class GSM8K:
-    """The first rows of train.jsonl are the examples. `score` is 1 if the number after the steps is right.
+    """Grade-school mathematics with worked examples, the first rows of train.jsonl.
 
-    `nll` and `kl_to_full` are those of the reference solution, without its calculator annotations.
+    `score` is 1 if the final number is right. `nll` and `kl_to_full` are those of the reference solution without its
+    calculator annotations.
     """
 
     name: ClassVar[str] = "gsm8k"
@@ -67,7 +68,7 @@ class GSM8K:
         at_least(1, limit=self.limit, max_new_tokens=self.max_new_tokens)
         at_least(0, shots=self.shots)
         need_files(self.data, ["test.jsonl", "train.jsonl"], SOURCE)
-        self._pairs()  # a wrong row is an error before the model is loaded
+        self._pairs()  # report a wrong row before the model is loaded
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         examples, pairs = self._pairs()
@@ -87,7 +88,7 @@ class GSM8K:
         return float(_final_number(text.split("Question:")[0]) == case.answers[0])
 
     def _pairs(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-        """Examples and questions: line, question and answer."""
+        """Reads the examples and the questions, each as line, question and answer."""
         examples = list(_read(self.data / "train.jsonl", self.shots)) if self.shots else []
         if len(examples) < self.shots:
             raise ValueError(f"{self.data / 'train.jsonl'} has {len(examples)} rows: shots={self.shots}")
@@ -95,13 +96,13 @@ class GSM8K:
 
 
 def _read(path: pathlib.Path, limit: int | None) -> Iterator[tuple[str, str, str]]:
-    """Lines, questions and answers, without the annotations of calculators."""
+    """Reads lines, questions and answers, without calculator annotations."""
     for where, row in read_rows(path, _Row, limit):
         yield where.removeprefix(f"{path}, "), row.question, re.sub(r"<<.*?>>", "", row.answer)
 
 
 def _final_number(text: str) -> str | None:
-    """The number after "####", or else the last number, without separators and trailing zeros; None without numbers."""
+    """Finds the number after "####", or else the last number, without separators and trailing zeros."""
     stated = _STATED.search(text)
     numbers = [stated.group(1)] if stated else re.findall(r"-?[\d,]*\.?\d+", text)
     if not numbers:

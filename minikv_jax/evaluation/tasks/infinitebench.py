@@ -70,7 +70,7 @@ class _Row(Schema, extra="ignore"):
         return [str(answer) for answer in (self.answer if isinstance(self.answer, list) else [self.answer])]
 
     def letters(self, where: str) -> list[str]:
-        """The letters of the options that are right. Raises ValueError if these are no four, or an answer is none."""
+        """Letters of the right options. Raises ValueError unless there are four options that include the answers."""
         if not self.options or len(self.options) != len(_LETTERS):
             raise ValueError(f"{where}: options is {self.options!r:.80}; accepted: a list of {len(_LETTERS)} texts")
         for answer in self.answers:
@@ -81,9 +81,10 @@ class _Row(Schema, extra="ignore"):
 
 @dataclasses.dataclass(frozen=True)
 class InfiniteBench:
-    """Retrieval, book and dialogue sets. Answers have the official lengths; a prompt that is too long loses its middle.
+    """Retrieval, book and dialogue sets of InfiniteBench. A prompt that is too long loses its middle.
 
-    The official lengths suit GPT-4's tokenizer, so they may cut numbers that another tokenizer writes in more tokens.
+    Answers have the official lengths. These suit GPT-4's tokenizer, and may cut numbers that need more tokens with
+    another tokenizer.
     """
 
     name: ClassVar[str] = "infinitebench"
@@ -109,7 +110,7 @@ class InfiniteBench:
                 raise ValueError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
         need_files(self._prompts.parent, [self._prompts.name], SOURCE)
         need_files(self.data, [f"{name}.jsonl" for name in self.datasets], SOURCE)
-        for _ in self._rows():  # a wrong row or template is an error before the model is loaded
+        for _ in self._rows():  # report a wrong row or template before the model is loaded
             pass
 
     @property
@@ -128,7 +129,7 @@ class InfiniteBench:
         return max(DATASETS[case.group].score(text, answer) for answer in case.answers)
 
     def _rows(self) -> Iterator[tuple[str, str, _Row]]:
-        """Every row: its data set, its file and line, and itself."""
+        """Reads every row with its data set, and its file and line."""
         read_templates(self._prompts, self.datasets)
         for name in self.datasets:
             for where, row in read_rows(self.data / f"{name}.jsonl", _Row, self.limit):

@@ -14,7 +14,7 @@ from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval
 
 @dataclasses.dataclass(frozen=True)
 class KVRetrieval(Retrieval):
-    """Every line of the text is equally likely to be asked for, so nothing can be dropped safely."""
+    """Retrieves a value by its key. Any line may be asked for, so none can be dropped safely."""
 
     name: ClassVar[str] = "kv-retrieval"
     summary: ClassVar[str] = "the value of one key among many random ones"

@@ -1,8 +1,8 @@
 """`longbench`: LongBench v1 and LongBench-E (arXiv 2308.14508), from data in the official formats.
 
-The directory holds `<dataset>.jsonl` (`<dataset>_e.jsonl` for E) with the official fields, and `dataset2prompt.json`,
-the benchmark's own prompts; or rows with a complete `prompt` and `answers`. Prompts, the lengths of answers, which data
-sets go without a chat template, and the scores follow the benchmark's code (pred.py, metrics.py, config/).
+The directory holds `<dataset>.jsonl` (`<dataset>_e.jsonl` for E) with the official fields and the benchmark's prompts
+in `dataset2prompt.json`, or rows with a complete `prompt` and `answers`. Prompts, answer lengths, scores, and the data
+sets without a chat template follow the benchmark's code (pred.py, metrics.py, config/).
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ class _Row(Schema, extra="ignore"):
 
 @dataclasses.dataclass(frozen=True)
 class LongBench:
-    """The English and code sets, with the official scores. `nll` and `kl_to_full` are those of the first reference.
+    """English and code sets of LongBench with the official scores.
 
-    A prompt over `context` tokens loses its middle before the chat template is put around it.
+    `nll` and `kl_to_full` are those of the first reference. A prompt of more than `context` tokens loses its middle
+    before the chat template is applied.
     """
 
     name: ClassVar[str] = "longbench"
@@ -110,7 +111,7 @@ class LongBench:
 
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit, context=self.context)
-        for _ in self._rows():  # a wrong row or template is an error before the model is loaded
+        for _ in self._rows():  # report a wrong row or template before the model is loaded
             pass
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
@@ -141,7 +142,7 @@ class LongBench:
         return self.datasets
 
     def _rows(self) -> Iterator[tuple[str, str, _Row, str]]:
-        """Every row: its data set, its file and line, itself, and its prompt."""
+        """Reads every row with its data set, its file and line, and its prompt."""
         for dataset in self._datasets():
             template = None
             for where, row in read_rows(self.data / self._file(dataset), _Row, self.limit):
@@ -178,5 +179,5 @@ class LongBench:
 
 
 def _answer(prompt: str, answer: str) -> str:
-    """The reference as it would follow the prompt."""
+    """Formats the reference so that it can follow the prompt."""
     return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"

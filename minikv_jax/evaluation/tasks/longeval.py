@@ -13,7 +13,7 @@ from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, digits, na
 
 @dataclasses.dataclass(frozen=True)
 class LongEval(Retrieval):
-    """All lines look alike; only the name in the question says which one counts."""
+    """Retrieves the number of a named line. All lines look alike, and only the question names the one that counts."""
 
     name: ClassVar[str] = "longeval"
     summary: ClassVar[str] = "the number in one of many named lines"

@@ -1,4 +1,4 @@
-"""`needle`: numbers hidden in a long text, as in RULER's needle tasks (arXiv 2404.06654, section 3.1), in our words."""
+"""`needle`: numbers hidden in a long text, as in RULER's needle tasks (arXiv 2404.06654, section 3.1)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ KINDS = ("single", "multikey", "multivalue")
 
 @dataclasses.dataclass(frozen=True)
 class Needle(Retrieval):
-    """One number is asked for ("single"), one of `needles` ("multikey"), or all `needles` of one name ("multivalue").
+    """Retrieves numbers hidden in a text: one ("single"), one of `needles` ("multikey"), or all ("multivalue").
 
-    The number asked for stands at the case's depth (of several, the first one); the others stand anywhere.
+    The first number asked for stands at the depth of the case, and other numbers at random depths. The numbers of
+    "multivalue" share one name.
     """
 
     name: ClassVar[str] = "needle"
@@ -65,7 +66,7 @@ class Needle(Retrieval):
 
 
 def _sentences(path: pathlib.Path, rng: np.random.Generator) -> Iterator[str]:
-    """Sentences of a text, beginning with a random one in its first half."""
+    """Yields the sentences of a text, beginning with a random one in its first half."""
     text = re.sub(r"\s+", " ", read_text(path)).strip()
     sentences = re.split(r"(?<=[.!?])\s", text)
     yield from sentences[rng.integers(len(sentences) // 2 + 1) :]

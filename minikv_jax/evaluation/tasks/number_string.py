@@ -12,7 +12,7 @@ from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, noise
 
 @dataclasses.dataclass(frozen=True)
 class NumberString(Retrieval):
-    """Ten digits in runs of two or more, which a cache that blurs neighbouring tokens miscounts."""
+    """Retrieves ten digits in runs of two or more, which a cache that blurs neighbouring tokens miscounts."""
 
     name: ClassVar[str] = "number-string"
     summary: ClassVar[str] = "a long number with repeated digits in noise"

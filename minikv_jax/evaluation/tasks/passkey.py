@@ -15,7 +15,7 @@ _REFRAIN = ("The sky is wide.", "The river is slow.", "Clouds drift by.", "Then 
 
 @dataclasses.dataclass(frozen=True)
 class Passkey(Retrieval):
-    """The filler is one refrain over and over, so the key is the only thing that stands out."""
+    """Retrieves the one key from a text that repeats the same refrain."""
 
     name: ClassVar[str] = "passkey"
     summary: ClassVar[str] = "a five-digit key in a text that repeats itself"

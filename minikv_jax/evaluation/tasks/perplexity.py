@@ -1,4 +1,4 @@
-"""`perplexity`: windows of a text, a prompt and its true continuation each."""
+"""`perplexity`: windows of a text, each a prompt with its true continuation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """`limit` windows of a text, evenly spaced and not overlapping."""
+    """Perplexity over `limit` windows of a text, evenly spaced and not overlapping."""
 
     name: ClassVar[str] = "perplexity"
     summary: ClassVar[str] = "likelihood of a text's continuation, in windows of the text"
@@ -49,10 +49,19 @@ class Perplexity:
 
 
 def book_windows(ids: Sequence[int], prompt: int, continuation: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """Cuts `count` windows from a text, evenly spaced and not overlapping: (prompt ids, continuation ids).
+    """Cuts evenly spaced, non-overlapping windows from a text.
+
+    Args:
+      ids: token ids of the text.
+      prompt: prompt tokens per window.
+      continuation: continuation tokens per window.
+      count: number of windows.
+
+    Returns:
+      Each window's prompt ids and continuation ids.
 
     Raises:
-      ValueError: sizes below 1, or a text too short for the windows.
+      ValueError: a size is below 1, or the text is too short for the windows.
     """
     at_least(1, prompt=prompt, continuation=continuation, count=count)
     size = prompt + continuation

@@ -1,4 +1,4 @@
-"""The base of the generated retrieval tasks: facts hidden in filler, over a grid of lengths and depths."""
+"""Base of the generated retrieval tasks: facts hidden in filler, over a grid of lengths and depths."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from minikv_jax.evaluation.task import Case, encode_pair, encode_prompt, need_to
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANSWER_SLACK = 8  # tokens that a greedy answer may add to the true one
+_ANSWER_SLACK = 8  # extra tokens that a greedy answer may have
 
 
 class Episode(NamedTuple):
     """One question about a text of any length.
 
     Attributes:
-      before, after: text around the filler: the instruction and the question.
+      before, after: the instruction before the filler and the question after it.
       filler: pieces of text, as many as needed.
-      facts: pieces hidden in the filler, each with its depth (0 the beginning, 1 the end).
+      facts: the hidden pieces, each with its depth in the filler (0 is the beginning, 1 the end).
       reply: the opening of the answer.
       answer: the rest of the answer.
       references: what a generated answer should contain.
@@ -43,7 +43,7 @@ class Episode(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval(abc.ABC):
-    """A grid of prompt lengths and depths; subclasses define what is hidden and asked (`episode`)."""
+    """Base class with a grid of prompt lengths and depths; subclasses define the question (`episode`)."""
 
     context: tuple[int, ...] = option("prompt tokens, one or more lengths", (4096,), parse=numbers(int))
     depths: tuple[float, ...] = option(
@@ -56,7 +56,7 @@ class Retrieval(abc.ABC):
 
     @abc.abstractmethod
     def episode(self, rng: np.random.Generator, depth: float) -> Episode:
-        """Makes a question; every random choice is made with `rng`."""
+        """Makes a question at a depth from 0 to 1, with all random choices from `rng`."""
 
     def __post_init__(self) -> None:
         at_least(1, samples=self.samples, limit=self.limit, context=min(self.context))
@@ -72,7 +72,7 @@ class Retrieval(abc.ABC):
         return [self._case(tokenizer, *point) for point in itertools.islice(grid, self.limit)]
 
     def score(self, case: Case, text: str) -> float:
-        """Share of the references that the text contains, ignoring case (RULER)."""
+        """Fraction of the references that the text contains, ignoring case (RULER, arXiv 2404.06654)."""
         return float(np.mean([reference.lower() in text.lower() for reference in case.answers]))
 
     def _case(self, tokenizer: PreTrainedTokenizerBase, sample: int, context: int, depth: float) -> Case:
@@ -94,7 +94,7 @@ class Retrieval(abc.ABC):
 
 
 def _fill(tokenizer: PreTrainedTokenizerBase, episode: Episode, tokens: int, *, chat: bool) -> str:
-    """The longest text of complete pieces whose prompt has at most `tokens` tokens."""
+    """Builds the longest text of complete pieces whose prompt has at most `tokens` tokens."""
     pieces: list[str] = []
 
     def text(count: int) -> str:
@@ -127,7 +127,7 @@ _ENDINGS = ("until noon", "in the rain", "without a word", "before the bell rang
 
 
 def noise(rng: np.random.Generator) -> Iterator[str]:
-    """Endless sentences that say little."""
+    """Generates endless sentences that say little."""
     while True:
         parts = [words[rng.integers(len(words))] for words in (_SUBJECTS, _VERBS, _OBJECTS, _ENDINGS)]
         sentence = " ".join(parts)
@@ -171,7 +171,7 @@ _NOUNS = [
 
 
 def names(rng: np.random.Generator, count: int) -> list[str]:
-    """Different names such as "dusty-lantern", with a number at the end once all pairs of words are used."""
+    """Draws distinct names such as "dusty-lantern", with a number at the end once all pairs of words are used."""
     size = len(_ADJECTIVES) * len(_NOUNS)
     chosen = []
     for index in rng.permutation(max(size, count))[:count]:
@@ -182,5 +182,5 @@ def names(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def digits(rng: np.random.Generator, count: int) -> str:
-    """A number of `count` digits that does not begin with 0."""
+    """Draws a number of `count` digits that does not begin with 0."""
     return str(rng.integers(10 ** (count - 1), 10**count))
