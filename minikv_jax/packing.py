@@ -1,8 +1,8 @@
 """Group-wise asymmetric quantisation and true bit packing (MiniKV section 3.2, KIVI section 3).
 
 Keys are quantised per channel in groups of consecutive tokens ("sub-channel"), values per token in groups of
-consecutive channels. The packed layout, one for keys and values and for every number of bits, is
-`docs/packed-layout.md`: a 32-bit word holds consecutive tokens of one channel.
+consecutive channels. `docs/packed-layout.md` specifies the packed layout, which is the same for keys, values and every
+number of bits: a 32-bit word holds consecutive tokens of one channel.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ BITS = (1, 2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128)
 METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # widths of the bit planes that hold a code
-MAX_BLOCK = 1024  # tokens read at a time from a packed region: every packing block divides it
+MAX_BLOCK = 1024  # tokens read at a time from a packed region; a multiple of every packing block
 
 _FLOAT8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How an array `[..., S, H]` is quantised in groups and packed.
+    """Quantisation and packing of an array `[..., S, H]` (MiniKV section 3.2, KIVI section 3).
 
     Attributes:
-      bits: 1, 2, 3, 4 or 8.
-      group_size: values that share a scale and a zero point: 16, 32, 64 or 128.
+      bits: bits per code: 1, 2, 3, 4 or 8.
+      group_size: number of values that share a scale and a zero point: 16, 32, 64 or 128.
       axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token
         (values).
-      metadata_dtype: of scale and zero point: "float16", "bfloat16" or "float8_e4m3fn".
-      factor_block: tokens that share a float32 factor of 8-bit metadata; None: the fewest that fill whole groups and
-        words.
+      metadata_dtype: dtype of scales and zero points: "float16", "bfloat16" or "float8_e4m3fn".
+      factor_block: tokens that share a float32 factor of 8-bit metadata; by default the fewest that fill whole groups
+        and words.
+
+    Raises:
+      ValueError: a value that is not accepted, or a `factor_block` that does not fill whole groups and words.
     """
 
     bits: int = setting(kind=int, choices=BITS)
@@ -58,17 +61,17 @@ class Packing:
 
     @property
     def word_tokens(self) -> int:
-        """Tokens in a word of the narrowest plane."""
+        """Number of tokens in a word of the narrowest plane."""
         return 32 // min(PLANES[self.bits])
 
     @property
     def unit(self) -> int:
-        """The fewest tokens that fill whole groups and words."""
+        """Smallest number of tokens that fills whole groups and words."""
         return max(self.group_size if self.axis == "tokens" else 1, self.word_tokens)
 
     @property
     def block(self) -> int:
-        """Tokens that share a factor of 8-bit metadata."""
+        """Number of tokens that share a factor of 8-bit metadata."""
         return self.factor_block or max(self.group_size, self.word_tokens)
 
     @property
@@ -78,7 +81,7 @@ class Packing:
 
     @property
     def reduced(self) -> int:
-        """The axis of `grouped` arrays that runs over the values of a group."""
+        """Axis of `grouped` arrays that runs over the values of a group."""
         return -2 if self.axis == "tokens" else -1
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -92,9 +95,9 @@ class Packing:
 
 
 class TokenRows:
-    """Arrays in which a run of tokens is a run of rows: what the packed region of a cache is made of.
+    """Base of the arrays in a cache's packed region: a run of tokens is a run of rows.
 
-    A subclass is a pytree; in each leaf, one axis holds `num_tokens / r` rows of `r` tokens, `r` being the leaf's own.
+    A subclass is a pytree. In each leaf, one axis holds `num_tokens / r` rows of `r` tokens; `r` may differ by leaf.
     """
 
     @property
@@ -106,16 +109,16 @@ class TokenRows:
         raise NotImplementedError
 
     def _resized(self, size: int) -> Self:
-        """The same arrays, whose leaves have come to hold `size` tokens."""
+        """Returns the value after its leaves have changed to `size` tokens."""
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for codes and metadata."""
+        """Allocated bytes, codes and metadata together."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def tokens(self, start: int | Array, size: int) -> Self:
-        """The `size` tokens from `start` on; both must be multiples of the packing block."""
+        """Cuts out `size` tokens from `start` on. Both must be multiples of the packing block."""
         total = self.num_tokens
 
         def rows(leaf: Array) -> Array:
@@ -126,14 +129,17 @@ class TokenRows:
         return jax.tree.map(rows, self)._resized(size)
 
     def write(self, block: TokenRows, start: Array, where: Array) -> Self:
-        """Writes `block` at token `start[b]` of each row `b` with `where[b]`; other rows stay as they are.
+        """Writes `block` into the rows that `where` selects. Other rows stay as they are.
 
-        Leading axes are `[B, K]`; `start` is int32 `[B]`, a multiple of the packing block; `where` is bool `[B]`.
+        Args:
+          block: the tokens to write; leading axes are `[B, K]`.
+          start: int32 `[B]`, the token of each row to write at, a multiple of the packing block.
+          where: bool `[B]`.
         """
         total = self.num_tokens
 
         def write_row(old: Array, new: Array, first: Array, chosen: Array) -> Array:
-            # Rows that are not chosen write back what stands there: a whole-array select would copy the cache.
+            # Rows that are not chosen write back their own tokens: a select over whole arrays would copy the cache.
             kept = lax.dynamic_slice_in_dim(old, first, new.shape[1], axis=1)
             return lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, new, kept), first, axis=1)
 
@@ -158,7 +164,7 @@ class TokenRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StoredArray(TokenRows):
-    """What a quantizer with a layout of its own stores (`methods.Quantizer`): arrays `[B, K, S / r, ...]`."""
+    """Stored tokens of a quantizer with a layout of its own (`methods.Quantizer`): arrays `[B, K, S / r, ...]`."""
 
     arrays: Any
     size: int = dataclasses.field(metadata={"static": True})
@@ -177,15 +183,17 @@ class StoredArray(TokenRows):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray(TokenRows):
-    """Codes, scales and zero points of `S` tokens x `H` channels: `x ~= code * scale + zero`.
+    """Packed codes, scales and zero points of `S` tokens and `H` channels: `x ~= code * scale + zero` (KIVI eq. 1).
 
-    In every array the token axis is the last but one, so a run of tokens is a run of rows in each.
+    `quantize` makes one and `dequantize` reads it. The token axis of every array is the last but one, so a run of
+    tokens is a run of rows (`docs/packed-layout.md`).
 
     Attributes:
       planes: uint32 `[..., S * p / 32, H]`, one array per bit plane of `p` bits (`PLANES`).
-      scale, zero: `[..., S / g, H]` for `axis="tokens"`, `[..., S, H / g]` for `axis="channels"`; float16, bfloat16 or
-        float8_e4m3fn.
-      scale_factor, zero_factor: float32 `[..., S / Q, 1]`, the second level of 8-bit metadata, else None.
+      scale, zero: `[..., S / g, H]` for `axis="tokens"`, `[..., S, H / g]` for `axis="channels"`, `g` being the group
+        size; float16, bfloat16 or float8_e4m3fn.
+      scale_factor, zero_factor: float32 `[..., S / block, 1]`, the second level of 8-bit metadata, else None.
+      packing: the bits, groups and dtypes of the arrays.
     """
 
     planes: tuple[UInt32[Array, "... W H"], ...]
@@ -204,12 +212,12 @@ class QuantizedArray(TokenRows):
         return leaf.ndim - 2
 
     def _resized(self, size: int) -> Self:
-        del size  # the shape of the planes says it
+        del size  # the planes' shape determines it
         return self
 
 
 def pack(codes: UInt32[Array, "... S H"], bits: int) -> tuple[UInt32[Array, "... W H"], ...]:
-    """Packs codes in `0 .. 2**bits - 1` along tokens. `S` must be a multiple of 32 over the smallest plane's width."""
+    """Packs codes in `0..2**bits - 1` along tokens. `S` must be a multiple of 32 over the narrowest plane's width."""
     planes, low = [], 0
     for width in PLANES[bits]:
         per_word = 32 // width
@@ -223,7 +231,7 @@ def pack(codes: UInt32[Array, "... S H"], bits: int) -> tuple[UInt32[Array, "...
 
 
 def unpack(planes: tuple[UInt32[Array, "... W H"], ...], bits: int) -> UInt32[Array, "... S H"]:
-    """The codes that `pack` packed."""
+    """Unpacks codes that `pack` packed."""
     parts, low = [], 0
     for words, width in zip(planes, PLANES[bits], strict=True):
         per_word = 32 // width
@@ -235,13 +243,15 @@ def unpack(planes: tuple[UInt32[Array, "... W H"], ...], bits: int) -> UInt32[Ar
 
 
 def encode_minmax(x: Float[Array, "... S H"], packing: Packing) -> QuantizedArray:
-    """Asymmetric min/max quantisation (KIVI eq. 1; MiniKV section 3.2).
+    """Quantises by asymmetric min/max in groups, and packs (KIVI eq. 1; MiniKV section 3.2).
 
     Args:
       x: float32, bfloat16 or float16.
+      packing: bits, groups and dtypes.
 
     Returns:
-      Codes rounded against the *stored* scale and zero point; a constant group has scale 0 and gives itself back.
+      Codes rounded against the *stored* scale and zero point. A constant group has scale 0 and is restored up to the
+      rounding of its zero point.
 
     Raises:
       ValueError: a size that does not fill whole groups and words.
@@ -251,17 +261,17 @@ def encode_minmax(x: Float[Array, "... S H"], packing: Packing) -> QuantizedArra
 
 
 def minmax(groups: Float[Array, "..."], packing: Packing) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The smallest value of each group (`grouped`), and the step that reaches its largest at the last code; float32."""
+    """Smallest value of each group (`grouped`), and the step between its codes; float32."""
     low, high = groups.min(axis=packing.reduced), groups.max(axis=packing.reduced)
-    # Reciprocals, here and below: XLA turns a division by a constant or a broadcast into one, so that `/` would give
-    # bits that depend on what is compiled together.
+    # Multiply by reciprocals, here and below. XLA turns a division by a constant or a broadcast into such a product, or
+    # does not, depending on what is compiled together: `/` would give different bits.
     return low, (high - low) * (1 / ((1 << packing.bits) - 1))
 
 
 def encode(
     x: Float[Array, "... S H"], low: Float[Array, "..."], steps: Float[Array, "..."], packing: Packing
 ) -> QuantizedArray:
-    """Codes of `x` under a zero point (`low`) and a scale (`steps`) per group, both rounded to their dtype first."""
+    """Encodes and packs `x` with the given zero point (`low`) and scale (`steps`) per group, rounded to their dtype."""
     groups, tokens = grouped(x, packing), x.shape[-2]
     scale, scale_factor = _store(steps, packing, tokens)
     zero, zero_factor = _store(low, packing, tokens)
@@ -274,10 +284,17 @@ def encode(
 
 
 def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "... S H"]:
-    """`code * scale + zero`, computed in float32 and rounded to `dtype` once.
+    """Restores quantised tokens: `code * scale + zero`, computed in float32 and rounded once (KIVI eq. 1).
+
+    Args:
+      x: packed codes with their scales and zero points, from `quantize`.
+      dtype: floating-point dtype of the result.
+
+    Returns:
+      The tokens `[..., S, H]` in `dtype`.
 
     Raises:
-      ValueError: `x` is no `QuantizedArray`.
+      ValueError: `x` is not a `QuantizedArray`.
     """
     if not isinstance(x, QuantizedArray):
         raise ValueError(f"dequantize: x is a {type(x).__name__}: expected a QuantizedArray")
@@ -288,7 +305,7 @@ def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Floa
 
 
 def grouped(x: Float[Array, "... S H"], packing: Packing) -> Float[Array, "..."]:
-    """Float32 `[..., S/g, g, H]` for groups of tokens, `[..., S, H/g, g]` for groups of channels."""
+    """Splits into float32 groups: `[..., S/g, g, H]` along tokens, `[..., S, H/g, g]` along channels."""
     x = x.astype(jnp.float32)
     *lead, tokens, channels = x.shape
     if packing.axis == "tokens":
@@ -297,7 +314,7 @@ def grouped(x: Float[Array, "... S H"], packing: Packing) -> Float[Array, "..."]
 
 
 def _store(x: Array, packing: Packing, tokens: int) -> tuple[Array, Array | None]:
-    """Rounds metadata `[..., rows, n]` to its dtype; 8-bit floats are relative to the largest of their block."""
+    """Rounds metadata `[..., rows, n]` to its dtype. 8-bit floats are relative to the largest value of their block."""
     if not packing.has_factors:
         limit = float(jnp.finfo(packing.metadata_dtype).max)  # a bfloat16 outlier must not turn into infinity
         return jnp.clip(x, -limit, limit).astype(packing.metadata_dtype), None
@@ -308,7 +325,7 @@ def _store(x: Array, packing: Packing, tokens: int) -> tuple[Array, Array | None
 
 
 def _reciprocal(x: Array) -> Array:
-    """`1 / x`, and 0 where `x` is 0 or so small (subnormal) that its reciprocal overflows."""
+    """Computes `1 / x`, or 0 if `x` is 0 or so small (subnormal) that its reciprocal overflows."""
     normal = x >= jnp.finfo(jnp.float32).tiny
     return jnp.where(normal, 1 / jnp.where(normal, x, 1.0), 0.0)
 

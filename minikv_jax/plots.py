@@ -1,4 +1,4 @@
-"""Style of all figures, and their PNG bytes (needs matplotlib: `pip install minikv_jax[evaluation]`).
+"""Style of all figures, and their encoding as PNG (needs matplotlib: `pip install minikv_jax[evaluation]`).
 
 Colours are Okabe and Ito's, which colour-blind readers can distinguish. Every series also has its own marker.
 """
@@ -18,14 +18,14 @@ _DPI = 160
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure of the common width."""
+    """Makes an empty figure of the common width."""
     figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, at least one."""
+    """Makes a figure of `count` panels side by side, at least one."""
     figure = new_figure(height)
     return figure, list(figure.subplots(1, max(count, 1), squeeze=False)[0])
 

@@ -1,12 +1,12 @@
-"""Prefill: MiniKV's algorithm 1, layer by layer: attend, score, budget, select, compress.
+"""Prefill: MiniKV's algorithm 1 for each layer: attend, score, budget, select, compress.
 
-The steps are functions of one layer's arrays, so that the compiled prefill (`prefill`), models of one's own
-(`prefill_layer`) and evaluation's one-program-per-layer run (`layerwise.py`) take the same ones:
+The steps are functions of one layer's arrays. The compiled prefill (`prefill`), your own models (`prefill_layer`) and
+evaluation's run with one program per layer (`layerwise.py`) all use them:
 
 1. `attend`         causal attention and, if the scorer needs them, its column sums (`ops/prefill_attention.py`);
-2. `score`          a number for every key (`methods/`);
-3. `heavy_tokens`   how many top-scored tokens each layer keeps (`cache/budgets.py`);
-4. `keep`           which tokens (`ops/select.py`), and their cache (`ops/compress.py`).
+2. `score`          a score for every key (`methods/`);
+3. `heavy_tokens`   the number of top-scored tokens that each layer keeps (`cache/budgets.py`);
+4. `keep`           the kept tokens (`ops/select.py`) and their cache (`ops/compress.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from minikv_jax.ops.shapes import prompt_contract
 
 
 def layer_inputs(model: ModelConfig, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
-    """One layer's arrays with what the model's config says of the layer."""
+    """Adds the layer's window, number and RoPE frequencies, from the model's config, to its arrays."""
     frequencies = jnp.asarray(inverse_frequencies(model))
     return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies)
 
@@ -47,7 +47,7 @@ def layer_inputs(model: ModelConfig, layer: int, q: Array, k: Array, v: Array, l
 def attend(
     inputs: LayerInputs, method: Method, implementation: str | None = None
 ) -> tuple[Float[Array, "B T N H"], LayerInputs]:
-    """Step 1: causal attention, and the inputs with its column sums if the scorer needs them."""
+    """Step 1: causal attention. Also returns the inputs, with column sums if the scorer needs them."""
     out, sums = prefill_attention(
         inputs.q,
         inputs.k,
@@ -61,7 +61,7 @@ def attend(
 
 
 def score(inputs: LayerInputs, method: Method) -> Float[Array, "B K T"]:
-    """Step 2: every token's score, float32; zero if nothing is evicted."""
+    """Step 2: float32 scores of all tokens; zero if nothing is evicted."""
     batch, tokens, kv_heads, _ = inputs.k.shape
     if method.keeps_all and inputs.window is None:
         return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
@@ -71,7 +71,7 @@ def score(inputs: LayerInputs, method: Method) -> Float[Array, "B K T"]:
 def heavy_tokens(
     method: Method, num_layers: int, lengths: Int[Array, "B"], scores: Sequence[Float[Array, "B K T"]] = ()
 ) -> Sequence[Int[Array, "B"]]:
-    """Step 3: top-scored tokens to keep, per layer and row. Only a `ScoredBudget` reads all layers' scores."""
+    """Step 3: number of top-scored tokens to keep, per layer and row. Only a `ScoredBudget` reads `scores`."""
     if isinstance(method.budget, ScoredBudget):
         return list(budgets_from_scores(method, scores, lengths))
     return [budget.granted(lengths) for budget in layer_budgets(method, num_layers)]
@@ -85,7 +85,7 @@ def keep(
     spec: LayerSpec,
     implementation: str | None = None,
 ) -> tuple[LayerCache, Kept]:
-    """Step 4: a layer's cache under a budget of `heavy` top-scored tokens, and which tokens it holds."""
+    """Step 4: a layer's cache with `heavy` top-scored tokens per row. Also returns which tokens it holds."""
 
     def choose(k: Array, v: Array, scores: Array, lengths: Array, heavy: Array) -> tuple[LayerCache, Kept]:
         kept = select(scores, lengths, heavy, spec.method, capacity.kept, spec.window)
@@ -97,7 +97,7 @@ def keep(
 
 
 class _Plan(NamedTuple):
-    """What a prefill does with every layer."""
+    """Settings of a prefill that are the same for all rows."""
 
     method: Method
     capacities: tuple[LayerCapacity, ...]
@@ -105,7 +105,7 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A cache of all rows, into which a prefill of some rows, from `start` on, writes each layer as it is made."""
+    """A cache of all rows. A prefill of some of them, from `start` on, writes each layer into it as it is made."""
 
     cache: KVCache
     start: Array
@@ -119,19 +119,26 @@ def prefill(
     max_new_tokens: int,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """Runs right-padded prompts and makes the cache that `method` keeps of them (MiniKV algorithm 1).
+    """Runs right-padded prompts and compresses their cache with `method` (MiniKV algorithm 1).
 
-    Each layer is compressed as soon as its attention is done, so that one layer's full K and V live at a time; only a
-    budget rule that reads scores (`ScoredBudget`) has to see all layers' first. A large batch runs some rows at a time,
-    about `CHUNK_TOKENS` tokens, so that its activations take no more than those of one long prompt.
+    Each layer is compressed right after its attention, so only one layer's full K and V exist at a time, unless a
+    `ScoredBudget` needs all layers' scores first. A large batch runs in chunks of rows, about `CHUNK_TOKENS` tokens.
+
+    Args:
+      model: the model.
+      ids: token ids in `0..V-1`, right-padded.
+      lengths: tokens of each row, in `1..T`.
+      method: a `Method` or a name.
+      max_new_tokens: tokens per row that the cache will have room for, at least 0.
+      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU.
 
     Returns:
-      The final hidden state of each row's last token, and a cache with room for `max_new_tokens`.
+      The final hidden state of each row's last token, in the model's dtype, and the cache.
 
     Raises:
-      ValueError: a method that does not fit the model, an array of another shape or dtype, or a value out of range: a
-        token outside the vocabulary, a length that is not in `1..T`. Under `jit` values are not known: `debug_checks`
-        looks at them.
+      ValueError: a method that does not fit the model, an array of another shape or dtype, a token id or length out of
+        range. Under `jit`, values are checked only by `debug_checks`.
+      NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
     check_implementation(implementation)
     check_model("prefill", model)
@@ -144,7 +151,7 @@ def prefill(
     batch, tokens = ids.shape
     plan = _Plan(method, capacities(model.config, method, tokens, max_new_tokens), implementation)
     devices = meshes.size(meshes.DATA)
-    own_rows = batch // devices  # on each device, or group of devices
+    own_rows = batch // devices  # of each device along the axis "data"
     chunks = -(-own_rows // max(CHUNK_TOKENS // tokens, 1))
     if chunks <= 1:
         return _prefill_rows(model, ids, lengths, plan)
@@ -152,7 +159,7 @@ def prefill(
 
     def chunk(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         hidden, cache = carry
-        # The last chunk is moved back to end with the batch; the rows that it repeats come out the same.
+        # The last chunk is moved back to end with the batch. Rows that it repeats give the same result.
         start = jnp.minimum(i * rows, own_rows - rows)
         chunk_ids, chunk_lengths = (_read_rows(x, start, rows) for x in (ids, lengths))
         new, cache = _prefill_rows(model, chunk_ids, chunk_lengths, plan, _Rows(cache, start))
@@ -168,7 +175,7 @@ def prefill(
 def _prefill_rows(
     model: Llama, ids: Array, lengths: Array, plan: _Plan, into: _Rows | None = None
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """`prefill` of all rows at once; `into` receives each layer before the next one runs."""
+    """Prefills all rows at once. Each layer is written to `into`, if given, before the next one runs."""
     method, num_layers = plan.method, model.config.num_hidden_layers
     waits = isinstance(method.budget, ScoredBudget)
     budgets = () if waits else heavy_tokens(method, num_layers, lengths)
@@ -191,7 +198,7 @@ def _prefill_rows(
         if waits:
             waiting.append((inputs, scores))
             return out
-        # The layer is made before the next one begins: nothing it was made from has to live on.
+        # Makes the layer before the next one begins, so that its full K and V can be freed.
         return lax.optimization_barrier((out, make(inputs, scores, budgets[number])))[0]
 
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
@@ -204,7 +211,7 @@ def _prefill_rows(
 
 
 def _write_rows(x: Any, rows: Any, start: Array) -> Any:
-    """Pytrees of arrays with leading batch axes: `x` with `rows` from `start` on, on each device."""
+    """Writes `rows` into `x` from row `start` on, on each device. Both are pytrees of arrays `[B, ...]`."""
 
     def write(x: Array, rows: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(_by_device(x), _by_device(rows), start, axis=1).reshape(x.shape)
@@ -213,17 +220,17 @@ def _write_rows(x: Any, rows: Any, start: Array) -> Any:
 
 
 def _read_rows(x: Num[Array, "B ..."], start: Array, rows: int) -> Num[Array, "R ..."]:
-    """`rows` rows of each device's, from `start` on."""
+    """Reads `rows` rows of each device, from its row `start` on."""
     return lax.dynamic_slice_in_dim(_by_device(x), start, rows, axis=1).reshape(-1, *x.shape[1:])
 
 
 def _by_device(x: Num[Array, "B ..."]) -> Num[Array, "D R ..."]:
-    """The rows of each device on an axis of their own."""
+    """Splits the batch axis into devices and the rows of each."""
     return x.reshape(meshes.size(meshes.DATA), -1, *x.shape[1:])
 
 
 def last_valid(hidden: Float[Array, "B T *D"], lengths: Int[Array, "B"]) -> Float[Array, "B *D"]:
-    """The hidden state of each row's last valid token."""
+    """Reads the hidden state of each row's last valid token."""
 
     def last(hidden: Array, lengths: Array) -> Array:
         return hidden[jnp.arange(hidden.shape[0]), lengths - 1]
@@ -239,22 +246,27 @@ def prefill_layer(
     num_layers: int = 1,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-    """One layer's causal attention over right-padded prompts, and the cache that `method` keeps of it.
+    """Runs one layer's causal attention over right-padded prompts and compresses its cache (MiniKV algorithm 1).
 
-    For a model of one's own. New tokens then go through `append` and `decode_attention` (`examples/flax_linen.py`).
+    Use it in a model of your own. New tokens then go through `append` and `decode_attention`
+    (`examples/flax_linen.py`).
 
     Args:
       inputs: queries, keys and values after the model's own position embedding, and the rows' lengths; the layer's
         number and window if they are not 0 and None; RoPE's frequencies if the scorer needs them.
-      num_layers: of the model: budgets may depend on it.
+      method: a `Method` or a name.
+      max_new_tokens: tokens per row that the cache will have room for, at least 0.
+      num_layers: number of the model's layers, on which budgets may depend.
+      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU.
 
     Returns:
-      The attention output, zero in the padding, and a cache with room for `max_new_tokens`.
+      The attention output in `q`'s dtype, zero in the padding, and the layer's cache.
 
     Raises:
       ValueError: an array of another shape or dtype, a length, layer or window out of range, a method whose components
-        break their contracts, or a budget rule that has to see the scores of all layers.
-      NotImplementedError: a method that evicts during generation, which `decode` does.
+        break their contracts, or a `ScoredBudget`, which needs the scores of all layers.
+      NotImplementedError: a method with `evict_every`, which only `decode` supports, or an `implementation` that cannot
+        run this case.
     """
     inputs, method = _checked(inputs, num_layers), resolve(method)
     if method.evict_every is not None:
@@ -279,7 +291,7 @@ def prefill_layer(
 
 
 def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
-    """A layer's arrays and numbers. Raises ValueError naming what is of another kind or out of range."""
+    """Checks a layer's arrays and numbers. Raises ValueError naming the first that is wrong."""
     if not isinstance(inputs, LayerInputs):
         raise ValueError(f"prefill_layer: inputs is a {type(inputs).__name__}: expected a LayerInputs")
     q, k, v, lengths = prompt_contract("prefill_layer", inputs.q, inputs.k, inputs.v, inputs.lengths)
@@ -295,13 +307,19 @@ def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
 
 
 def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
-    """Causal forward without a cache: float32 logits of right-padded rows of `lengths` tokens (None: all T).
+    """Runs a causal forward pass without a cache, over right-padded rows.
 
-    Logits at and beyond a row's length mean nothing.
+    Args:
+      model: the model.
+      ids: token ids in `0..V-1`, right-padded; `T` is at most the model's number of positions.
+      lengths: tokens of each row, in `0..T`; by default all `T`.
+
+    Returns:
+      float32 logits of every token, undefined in the padding.
 
     Raises:
-      ValueError: T exceeds the model's positions, an array of another shape or dtype, a token outside the vocabulary,
-        a length that is not in `0..T`.
+      ValueError: more tokens than the model has positions, an array of another shape or dtype, a token id or length out
+        of range. Under `jit`, values are checked only by `debug_checks`.
     """
     check_model("one_shot", model)
     contract = Contract("one_shot")

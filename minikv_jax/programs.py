@@ -1,6 +1,6 @@
-"""The compiled programs of a generation: prompts in, then the decode loop, as one program or as two.
+"""Compiled programs of a generation: prefill and decode loop, as one program or as two.
 
-Static arguments are the model's graph, the settings and the method; parameters, prompts and caches are arrays.
+The model's graph, the settings and the method are static; parameters, prompts and caches are arrays.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from minikv_jax.sampling import Sampling, sample
 
 
 class GenerateResult(NamedTuple):
-    """What `generate` returns, and `stream` yields.
+    """Result of `generate`, and of each step of `stream`.
 
     Attributes:
-      tokens: int32 `[B, max_new_tokens]`; row `b` is valid up to `lengths[b]`, its end-of-sequence token included.
-      lengths: int32 `[B]`.
-      cache: holds the prompt as the method keeps it and every generated token; `generate(..., cache=cache)` goes on
-        from it.
-      finite: bool `[B]`, whether all logits that the row's tokens were drawn from are finite. If not, its tokens mean
-        nothing from some step on.
-      log_probabilities: float32 `[B, max_new_tokens]` of the drawn tokens under the model (temperature 1), if asked
-        for.
+      tokens: int32 `[B, max_new_tokens]`, the generated ids. Row `b` is valid up to `lengths[b]`, which includes its
+        end-of-sequence token.
+      lengths: int32 `[B]`, number of generated tokens per row.
+      cache: the compressed prompt and every generated token; `generate(..., cache=cache)` continues from it.
+      finite: bool `[B]`, whether all logits that the row's tokens were drawn from are finite. If not, the tokens are
+        meaningless from some step on.
+      log_probabilities: float32 `[B, max_new_tokens]`, log-probability of each drawn token under the model (natural
+        logarithm, temperature 1); None unless asked for.
     """
 
     tokens: Int[Array, "B M"]
@@ -47,7 +47,7 @@ class GenerateResult(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is compiled into a program beside the model and the method."""
+    """Settings compiled into a program, beside the model and the method."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -57,15 +57,17 @@ class Settings(NamedTuple):
 
 
 class State(NamedTuple):
-    """The decode loop's carry.
+    """Carry of the decode loop.
 
     Attributes:
-      step: tokens drawn so far, int32 `[]`.
-      logits: of the token to be drawn next, float32 `[B, V]`.
+      step: int32 `[]`, number of tokens drawn so far.
+      logits: float32 `[B, V]`, from which the next token is drawn.
       tokens, log_probabilities: `[B, max_new_tokens]`, as in `GenerateResult`.
-      active: bool `[B]`, rows that go on.
-      lengths: int32 `[B]`, tokens of each row.
+      active: bool `[B]`, rows that have not ended.
+      lengths: int32 `[B]`, number of generated tokens per row.
       finite: bool `[B]`, as in `GenerateResult`.
+      key: PRNG key of the tokens to come.
+      cache: the prompt and all tokens drawn so far.
     """
 
     step: Array
@@ -79,13 +81,13 @@ class State(NamedTuple):
     cache: KVCache
 
     def result(self) -> GenerateResult:
-        """What has been generated so far, the tokens on every device."""
+        """Returns what has been generated so far, with the tokens on every device."""
         shown = self.tokens, self.lengths, self.finite, self.log_probabilities
         tokens, lengths, finite, log_probabilities = meshes.constrain(shown)
         return GenerateResult(tokens, lengths, self.cache, finite, log_probabilities)
 
     def placed(self) -> State:
-        """The state with its rows and heads on the devices that they stay on."""
+        """Splits the state's rows and heads over the mesh as they stay during decoding."""
         whole, cache = {"step", "key"}, meshes.constrain(self.cache, *meshes.AXES)
         others = {
             name: meshes.constrain(value, *() if name in whole else (meshes.DATA,))
@@ -99,8 +101,9 @@ class Programs(NamedTuple):
     """The two compiled programs of a generation.
 
     Attributes:
-      prefill: `(params, cache, ids, lengths, key) -> State`; `cache` is None, or the one to go on from, and donated.
-      decode: `(params, state, last) -> State`, up to step `last` (int32); the state is donated.
+      prefill: `(params, cache, ids, lengths, key) -> State`. `cache` is None, or a cache to continue from, which is
+        donated.
+      decode: `(params, state, last) -> State`, decodes up to step `last` (int32); the state is donated.
       state: shapes and dtypes of the state between them.
       compile_s: seconds that each took to trace and compile.
     """
@@ -112,7 +115,7 @@ class Programs(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arrays that a generation starts with."""
+    """Arrays that a generation starts with."""
 
     cache: KVCache | None
     ids: Any  # int32 [B, T]
@@ -121,7 +124,7 @@ class Inputs(NamedTuple):
 
 
 def compile_programs(graphdef: Any, settings: Settings, method: Method | None, params: Any, inputs: Inputs) -> Programs:
-    """Compiles prefill and decode from arrays or their shapes."""
+    """Compiles prefill and decode, from arrays or from their shapes."""
     begin = time.perf_counter()
     first = start.lower(graphdef, settings, method, params, *inputs).compile()
     middle = time.perf_counter()
@@ -138,7 +141,7 @@ def compile_programs(graphdef: Any, settings: Settings, method: Method | None, p
 def run(
     graphdef, settings: Settings, method: Method | None, params, cache: KVCache | None, ids, lengths, key
 ) -> GenerateResult:
-    """All of a generation in one program."""
+    """Runs a whole generation in one program."""
     model = nnx.merge(graphdef, params)
     state = _begin(model, settings, method, Inputs(cache, ids, lengths, key))
     return _loop(model, settings, state, settings.max_new_tokens).result()
@@ -148,18 +151,18 @@ def run(
 def start(
     graphdef, settings: Settings, method: Method | None, params, cache: KVCache | None, ids, lengths, key
 ) -> State:
-    """The prompts, into a new cache or behind what is in the given one."""
+    """Runs the prompts into a new cache, or appends them to the given one."""
     return _begin(nnx.merge(graphdef, params), settings, method, Inputs(cache, ids, lengths, key))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def decode_until(graphdef, settings: Settings, params, state: State, last: Array) -> State:
-    """Decode steps until step `last`, or until every row has ended."""
+    """Decodes until step `last`, or until every row has ended."""
     return _loop(nnx.merge(graphdef, params), settings, state, last)
 
 
 def _begin(model: Llama, settings: Settings, method: Method | None, inputs: Inputs) -> State:
-    """Runs the prompts, into a new cache or behind what is in the given one."""
+    """Runs the prompts into a new cache, or appends them to the given one."""
     cache, ids, lengths, key = inputs
     if cache is None:
         assert method is not None
@@ -182,9 +185,9 @@ def _begin(model: Llama, settings: Settings, method: Method | None, inputs: Inpu
 
 
 def _loop(model: Llama, settings: Settings, state: State, last: Array | int) -> State:
-    """Draws a token and runs it through the model, until step `last` or until every row has ended.
+    """Draws tokens and runs them through the model, until step `last` or until every row has ended.
 
-    Every drawn token enters the cache, so that a cache is always complete.
+    Every drawn token enters the cache, the last one included, so the cache is always complete.
     """
 
     def body(state: State) -> State:

@@ -1,4 +1,4 @@
-"""Checks and pads what a generation is given: prompts, the model's positions, a cache to go on from."""
+"""Checks and pads the inputs of a generation: prompts, positions, devices, a cache to continue from."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from minikv_jax.models.decoder import Llama
 
 
 def bucket_length(tokens: int, limit: int | None = None) -> int:
-    """The padded length a prompt is run at: multiples of 1/8 of the next power of two, so few programs are compiled.
+    """Padded length of a prompt: a multiple of 1/8 of the next power of two, so that few programs are compiled.
 
-    `limit`, the model's positions, caps it: a prompt that fits is never padded beyond them.
+    Args:
+      tokens: length of the longest prompt.
+      limit: number of the model's positions; a prompt that fits is never padded beyond it.
     """
     step = 64 if tokens <= 64 else 1 << ((tokens - 1).bit_length() - 3)
     bucket = -(-tokens // step) * step
@@ -27,7 +29,7 @@ def bucket_length(tokens: int, limit: int | None = None) -> int:
 
 
 def pad_prompts(prompts: Any, vocab_size: int, positions: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Right-padded int32 ids and lengths. Raises ValueError naming the first prompt that is no row of token ids."""
+    """Pads prompts to int32 ids and lengths. Raises ValueError naming the first prompt that is not token ids."""
     if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str):
         raise ValueError(f"prompts={prompts!r}: expected sequences of token ids, one a row")
     if len(prompts) == 0:
@@ -57,7 +59,7 @@ def _row(index: int, prompt: Any) -> np.ndarray:
 
 
 def check_positions(model: Llama, prompt_tokens: int, new_tokens: int, seen: int = 0) -> None:
-    """Raises ValueError if the model has too few positions; `seen` tokens are in the cache."""
+    """Raises ValueError if the model has too few positions. `seen` tokens are in the cache already."""
     positions = model.config.max_position_embeddings
     if seen + prompt_tokens + new_tokens > positions:
         before = f"{seen} tokens of the cache + " if seen else ""
@@ -67,7 +69,7 @@ def check_positions(model: Llama, prompt_tokens: int, new_tokens: int, seen: int
 
 
 def check_rows(batch: int, mesh: Mesh | None) -> None:
-    """Raises ValueError unless a batch divides by the mesh's axis "data"."""
+    """Raises ValueError unless the batch is a multiple of the mesh's axis "data"."""
     rows = 1 if mesh is None else mesh.shape[meshes.DATA]
     if batch % rows:
         raise ValueError(f"{batch} rows on a mesh with data={rows}: expected a multiple")
@@ -87,7 +89,7 @@ def check_devices(model: Llama, cache: KVCache | None) -> None:
 
 
 def check_cache(model: Llama, cache: KVCache, batch: int) -> None:
-    """Raises ValueError if a cache is donated, or of another model, dtype or batch."""
+    """Raises ValueError if a cache was donated, or is of another model, dtype or batch."""
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache) if isinstance(leaf, jax.Array)):
         raise ValueError("cache was donated to another call: use the one that it returned")
     check_same_model(model, cache)

@@ -1,4 +1,4 @@
-"""How the next token is drawn from the logits."""
+"""Sampling: draws the next token from the logits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import fields
 from minikv_jax.fields import setting
 
-_LEAST = float(jnp.finfo(jnp.float32).tiny)  # the least temperature that float32 divides by
+_LEAST = float(jnp.finfo(jnp.float32).tiny)  # smallest temperature that float32 can divide by
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy; otherwise top-k, then nucleus (top-p, arXiv 1904.09751), then min-p, then a draw.
+    """Sampling settings. The filters apply in this order: top-k, top-p, min-p.
 
-    `min_p` drops tokens less likely than `min_p` times the most likely one (arXiv 2407.01082).
+    Attributes:
+      temperature: divides the logits; 0 is greedy.
+      top_k: keeps the `top_k` most likely tokens; None keeps all.
+      top_p: keeps the smallest set of most likely tokens whose probability reaches `top_p` (nucleus sampling, arXiv
+        1904.09751); None keeps all.
+      min_p: drops tokens less likely than `min_p` times the most likely one (arXiv 2407.01082); None drops none.
+
+    Raises:
+      ValueError: a value out of range, or a filter with temperature 0.
     """
 
     temperature: float = setting(default=0.0, at_least=0)
@@ -34,10 +42,10 @@ class Sampling:
 
 
 def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int[Array, "B"]:
-    """One token id per row. Ties at temperature 0 go to the lower id."""
+    """Draws one token id per row. At temperature 0, ties go to the lower id."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Differences to the best: a small temperature makes of them 0 and -inf, of logits inf and NaN.
+    # Divides differences to the best logit: a small temperature gives 0 and -inf, but inf and NaN for plain logits.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(sampling.temperature, _LEAST)
     if sampling.top_k is not None:
         least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]

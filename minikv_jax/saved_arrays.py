@@ -1,4 +1,4 @@
-"""A pytree of arrays in a directory (Orbax), and the JSON file that describes it and holds its files' SHA-256."""
+"""Saves a pytree of arrays in a directory (Orbax) with a JSON description and the SHA-256 of every file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ARRAYS = "arrays"
 
 
 class Description(Schema):
-    """What the JSON file holds beside what a kind of directory adds.
+    """Common part of the JSON description; each kind of directory adds its own keys.
 
     Attributes:
       files: SHA-256 of every file of the arrays, by its path within the directory.
@@ -34,23 +34,23 @@ _Description = TypeVar("_Description", bound=Description)
 
 
 def save(directory: str | os.PathLike[str], arrays: Any, description: Mapping[str, Any], *, kind: str) -> pathlib.Path:
-    """Writes a pytree of arrays and its JSON description into a new directory, which appears when it is complete.
+    """Writes a pytree of arrays and its JSON description into a new directory, all or nothing.
 
     The arrays are an Orbax checkpoint of numbered leaves. The description is `{kind}.json`.
 
     Args:
-      directory: must not exist; its parents are made.
+      directory: must not exist; missing parent directories are made.
       arrays: any pytree; only its leaves are stored.
-      description: what a reader needs to rebuild the structure, as JSON values.
-      kind: what the directory holds, in a word that also stands in errors: "cache", "calibration".
+      description: JSON values from which a reader rebuilds the structure.
+      kind: a word for the content, used in file names and errors: "cache", "calibration".
 
     Returns:
       The directory as an absolute path.
 
     Raises:
-      FileExistsError: there is something at `directory` already.
+      FileExistsError: `directory` exists already.
       BlockingIOError: another process is writing it.
-      OSError: it cannot be written, on a full disk for instance. Nothing is left of it then.
+      OSError: it cannot be written, on a full disk for instance. Nothing of it remains.
     """
     import orbax.checkpoint as ocp  # not at the top: about a second of every start
 
@@ -66,12 +66,12 @@ def save(directory: str | os.PathLike[str], arrays: Any, description: Mapping[st
 
 
 def holds(directory: str | os.PathLike[str], kind: str) -> bool:
-    """Whether `save` wrote `directory`, with this kind."""
+    """Whether `directory` holds saved arrays of this kind."""
     return _description_path(directory, kind).is_file()
 
 
 def read_description(directory: str | os.PathLike[str], kind: str, schema: type[_Description]) -> _Description:
-    """Reads the description that `save` wrote.
+    """Reads the description written by `save`.
 
     Raises:
       FileNotFoundError: `directory` holds no arrays of this kind.
@@ -84,17 +84,17 @@ def read_description(directory: str | os.PathLike[str], kind: str, schema: type[
 
 
 def load(directory: str | os.PathLike[str], description: Description, like: Any) -> Any:
-    """Reads the arrays that `save` wrote.
+    """Reads the arrays written by `save`.
 
     Args:
       directory: as given to `save`.
-      description: of `read_description`.
-      like: a pytree of the stored structure, shapes and dtypes. A leaf is a `jax.ShapeDtypeStruct` or a JAX array for a
-        JAX array, and a NumPy array for a NumPy array.
+      description: returned by `read_description`.
+      like: a pytree of the stored structure, shapes and dtypes. A `jax.ShapeDtypeStruct` or JAX array is read as a JAX
+        array, a NumPy array as a NumPy array.
 
     Raises:
       FileNotFoundError: the arrays are missing.
-      ValueError: they are damaged, or differ from `like` in number, shape or dtype, naming each that differs.
+      ValueError: they are damaged, or differ from `like` in number, shape or dtype; the text names each difference.
     """
     import jax  # not at the top: descriptions are read without it
     import orbax.checkpoint as ocp  # not at the top: about a second of every start
@@ -115,25 +115,25 @@ def load(directory: str | os.PathLike[str], description: Description, like: Any)
 
 @contextlib.contextmanager
 def naming_damage(path: pathlib.Path, kind: str) -> Iterator[None]:
-    """Turns what Orbax raises for damaged files into one ValueError that names the path, in one line."""
+    """Turns Orbax's errors for damaged files into a ValueError of one line that names the path."""
     before = sys.unraisablehook
     if not isinstance(before, _LateReads):
         sys.unraisablehook = _LateReads(before)
     try:
         yield
-    except Exception as error:  # Orbax raises bare ones; what TensorStore said is their cause
+    except Exception as error:  # Orbax raises bare exceptions, with TensorStore's error as their cause
         _drop_late_reports()
         raise ValueError(f"{path} is not a complete {kind}: {checks.reason(error.__cause__ or error)}") from None
-    sys.unraisablehook = before  # after a failure it stays: reads may still be under way
+    sys.unraisablehook = before  # after a failure the hook stays: reads may still be running
 
 
-# Orbax reads all arrays at once, and leaves the loop that the reads report to at the first failure. The others then say
-# on stderr what became of them, in up to forty lines each: as unraisable exceptions, log records and warnings.
+# Orbax reads all arrays at once and closes the event loop at the first failure. The other reads then report their own
+# failures on stderr, in up to forty lines each: as unraisable exceptions, log records and warnings.
 _LATE = re.compile("Event loop is closed|Encountered error while reading array|coroutine '_read_array|tensorstore_spec")
 
 
 class _LateReads:
-    """Drops the reports of reads that end after another one has failed, and gives others to the hook before it."""
+    """Drops reports of reads that end after another read has failed. Passes other reports to the previous hook."""
 
     def __init__(self, before: Callable[[sys.UnraisableHookArgs], Any]):
         self._before = before
@@ -154,15 +154,15 @@ def _is_no_late_report(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def orbax_errors() -> Iterator[None]:
-    """Turns what Orbax raises for files that it cannot write into an OSError of one line, which `replacing` names."""
+    """Turns Orbax's errors for files that it cannot write into an OSError of one line; `replacing` adds the path."""
     try:
         yield
-    except Exception as error:  # TensorStore's are of several kinds
+    except Exception as error:  # TensorStore raises several kinds
         raise OSError(errno.EIO, checks.reason(error)) from None
 
 
 def _check_files(directory: pathlib.Path, sums: Mapping[str, str]) -> None:
-    """Raises ValueError naming the first file that is missing, was not saved, or is not as it was saved."""
+    """Raises ValueError naming the first file that is missing, was not saved, or has changed since."""
     there = _names(directory)
     if missing := [name for name in sums if name not in there]:
         raise ValueError(f"{directory}: the file {checks.shown(missing[0])} is missing: the arrays are not complete")
@@ -175,18 +175,18 @@ def _check_files(directory: pathlib.Path, sums: Mapping[str, str]) -> None:
 
 
 def _names(directory: pathlib.Path) -> list[str]:
-    """The files of the arrays, by their paths within the directory."""
+    """Lists the arrays' files by their paths within the directory."""
     files = (path for path in (directory / _ARRAYS).rglob("*") if path.is_file())
     return sorted(path.relative_to(directory).as_posix() for path in files)
 
 
 def _sha256s(paths: list[pathlib.Path]) -> list[str]:
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return list(pool.map(files.sha256, paths))
 
 
 def _check_leaves(path: pathlib.Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises ValueError naming every leaf whose shape or dtype is not the expected one."""
+    """Raises ValueError naming every leaf of another shape or dtype than expected."""
     if stored.keys() != expected.keys():
         raise ValueError(f"{path} holds {len(stored)} arrays, expected {len(expected)}")
     pairs = [(name, _shape(stored[name]), _shape(leaf)) for name, leaf in expected.items()]

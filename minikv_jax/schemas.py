@@ -1,4 +1,4 @@
-"""Schemas of the files that are read: pydantic models, and the one line that says what is wrong with a file."""
+"""Schemas of input files: pydantic models, and errors of one line that say what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minikv_jax import checks
 
 _Model = TypeVar("_Model", bound=pydantic.BaseModel)
 
-# What a key accepts, by pydantic's type of the error; the values in braces are those of the error.
+# Accepted values of a key, by pydantic's type of the error. Values in braces come from the error.
 _ACCEPTED = {
     "bool_type": "true or false",
     "dataclass_exact_type": "an object",
@@ -46,9 +46,10 @@ _ACCEPTED = {
 
 
 class Schema(pydantic.BaseModel):
-    """A file's keys and their kinds. Nothing is converted: "1", 1.0 and true are no integers, NaN is no number.
+    """Base of the schemas: keys of a file and the types of their values.
 
-    Unknown keys are refused. A class of files that others extend takes them with `class Name(Schema, extra="ignore")`.
+    Nothing is converted: "1", 1.0 and true are no integers, and NaN is no number. Unknown keys are refused. Files that
+    others may extend ignore them: `class Name(Schema, extra="ignore")`.
     """
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -56,7 +57,7 @@ class Schema(pydantic.BaseModel):
     @pydantic.model_validator(mode="wrap")
     @classmethod
     def _name_unknown_keys(cls, data: Any, handler: Any) -> Any:
-        """Says which keys are known, if nothing else is wrong with the others."""
+        """Lists the known keys in the error if unknown keys are the only mistake."""
         try:
             return handler(data)
         except pydantic.ValidationError as error:
@@ -69,13 +70,13 @@ class Schema(pydantic.BaseModel):
 
 
 def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str], within: str = "") -> _Model:
-    """`data`, which a file holds, as a value of `model`.
+    """Checks the content of a file against a schema and returns it as a value of that schema.
 
     Args:
       model: a `Schema`.
-      data: what a JSON parser returned, for instance.
-      source: the file, and the line if it has many, for errors.
-      within: what `data` is called in the file, if it is a part of it: errors put it before the key.
+      data: the content, from a JSON parser for instance.
+      source: the file, for errors; with the line if it has many.
+      within: name of `data` in the file if it is only a part of it; errors put it before the key.
 
     Raises:
       ValueError: `data` does not fit: "<source>: <key> is <value>; accepted: <what>", in one line. Names and values are
@@ -89,7 +90,7 @@ def validate(model: type[_Model], data: object, *, source: str | os.PathLike[str
 
 @functools.cache
 def of(dataclass: type) -> type[Schema]:
-    """The schema of a dataclass's fields: their annotations, which may carry bounds, and their defaults."""
+    """Makes the schema of a dataclass from its fields' annotations, which may carry bounds, and defaults."""
     kinds = typing.get_type_hints(dataclass, include_extras=True)
     fields: dict[str, Any] = {
         field.name: (kinds[field.name], ... if field.default is dataclasses.MISSING else field.default)
@@ -100,7 +101,7 @@ def of(dataclass: type) -> type[Schema]:
 
 @contextlib.contextmanager
 def naming(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts the name of a file before what a ValueError says."""
+    """Puts the name of a file before the text of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -108,13 +109,13 @@ def naming(source: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _reason(error: pydantic.ValidationError, data: object, within: str) -> str:
-    """What follows the name of the file: the missing keys, or the first key with a wrong value."""
+    """The error's text after the name of the file: the missing keys, or the first key with a wrong value."""
     problems = [(_keys(data, one["loc"]), one) for one in error.errors(include_url=False)]
     if missing := [_path([*keys, one["loc"][-1]], within) for keys, one in problems if one["type"] == "missing"]:
         return f" lacks {', '.join(dict.fromkeys(missing))}"
     problems.sort(key=lambda problem: problem[1]["type"] == "extra_forbidden")
     first = problems[0][0]
-    # The branches of a union each report an error: the deepest ones come from the branch that was meant.
+    # Each branch of a union reports an error. The deepest ones come from the branch that was meant.
     keys, one = max((p for p in problems if p[0][: len(first)] == first), key=lambda problem: len(problem[0]))
     accepted = " or ".join(dict.fromkeys(_accepted(other) for at, other in problems if at == keys))
     others = len({tuple(at) for at, _ in problems if at[: len(first)] != first})
@@ -133,7 +134,7 @@ def _accepted(error: Any) -> str:
 
 
 def _keys(data: Any, location: Sequence[str | int]) -> list[str | int]:
-    """The keys and indices of a location in `data`, without the names that pydantic gives to a union's branches."""
+    """Keys and indices of a location in `data`, without pydantic's names for the branches of a union."""
     keys: list[str | int] = []
     for part in location:
         try:
@@ -145,7 +146,7 @@ def _keys(data: Any, location: Sequence[str | int]) -> list[str | int]:
 
 
 def _path(keys: Sequence[str | int], within: str) -> str:
-    """Keys as `layers.name[3]`."""
+    """Joins keys as in `layers.name[3]`."""
     parts = (f"[{key}]" if isinstance(key, int) else f".{_name(key)}" for key in keys)
     return "".join((within, *parts)).removeprefix(".")
 
