@@ -36,8 +36,7 @@ class Skeleton:
     @classmethod
     def of(cls, config: ModelConfig, dtype: DTypeLike) -> Skeleton:
         """Makes the skeleton of a model without allocating the model."""
-        key: Any = _OneKey(jax.random.key(0))
-        model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=key))
+        model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=_OneKey()))
         graph, state = nnx.split(model)
         return cls(graph, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)})
 
@@ -49,14 +48,11 @@ class Skeleton:
         return model
 
 
-class _OneKey:
-    """Replaces `nnx.Rngs`, whose counter makes tracing quadratic in the number of layers."""
-
-    def __init__(self, key: jax.Array):
-        self._key = key
+class _OneKey(nnx.Rngs):
+    """Gives one key for every draw: a counter in its place makes tracing quadratic in the number of layers."""
 
     def params(self) -> jax.Array:
-        return self._key
+        return jax.random.key(0)
 
 
 def _path(name: str) -> tuple[str | int, ...]:
