@@ -1,4 +1,4 @@
-"""Fixtures that several test files use."""
+"""Fixtures shared by the test files."""
 
 import pathlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, rather than leaves out, what needs a GPU: the summary then counts it."""
+    """Skips the tests that need a GPU, so that the summary counts them."""
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU (make test-gpu)")
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    """Takes back the components and methods that a test registers."""
+    """Removes the components and methods that a test registers."""
     before = [(registry, registry.snapshot()) for registry in REGISTRIES]
     yield
     for registry, entries in before:
@@ -39,7 +39,7 @@ def _registries() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Frees a module's compiled programs: each takes memory maps, of which a process may have some 65,000."""
+    """Frees a module's compiled programs, because each takes memory maps and a process may have some 65,000."""
     yield
     resources.note(request.module.__name__)
     jax.clear_caches()
@@ -58,7 +58,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints how near the processes came to the limit of memory maps."""
+    """Prints the peak number of memory maps against the limit."""
     for line in resources.summary():
         terminalreporter.write_line(line)
 
@@ -73,7 +73,7 @@ def smollm2() -> tuple[Llama, PreTrainedTokenizerBase]:
 
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A tiny random chat model that `minikv_jax.load` reads."""
+    """Directory of a tiny random chat model for `minikv_jax.load`."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
     write_model(directory)
     return directory
@@ -81,12 +81,12 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model's config.json."""
+    """Path of a tiny model's config.json."""
     return write_shape(tmp_path_factory.mktemp("shape") / "config.json")
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Run:
-    """Runs `minikv ...` in this process: exit code, stdout, stderr. Compiled programs go to the test's directory."""
+    """Returns a function that runs `minikv` in this process; compiled programs go to the test's directory."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     return runner(capsys)

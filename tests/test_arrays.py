@@ -1,4 +1,4 @@
-"""Contracts of array arguments, and the checks of values that only a run shows."""
+"""Tests the contracts of array arguments and `debug_checks` of their values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ def test_what_is_no_floating_point_array_is_named(x: Any, given: str):
 
 
 def test_numpys_wide_numbers_are_jaxs():
-    """As everywhere in JAX: float64 is float32, int64 is int32, and a number that int32 cannot hold is refused."""
+    """float64 becomes float32 and int64 becomes int32, as in JAX; numbers beyond int32 are refused."""
     contract = Contract("f")
     assert contract.floating("x", np.zeros(2), "A").dtype == jnp.float32
     assert contract.integers("n", np.arange(2), "A", 0, 5).dtype == jnp.int32
@@ -87,7 +87,7 @@ def test_values_are_checked_where_they_are_known(call: Callable[..., jax.Array])
 
 
 def test_under_jit_nothing_is_checked_and_nothing_is_paid():
-    """Of values, that is: shapes are. A function already compiled without checks is compiled again with them."""
+    """Values are not checked under `jit`, only shapes. With checks, a compiled function is compiled again."""
     plain = jax.jit(shifted)
     room = jnp.array([3, 3], jnp.int32)
     np.testing.assert_array_equal(plain(jnp.array([1, 9]), room), [2, 10])

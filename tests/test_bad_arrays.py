@@ -1,6 +1,6 @@
-"""A campaign of wrong arguments, generated from the legends of the public functions of arrays.
+"""Tests wrong arguments, generated from the legends of all public functions of arrays.
 
-Each must give one error of the library's own, in one line, before anything runs: eagerly and while a program is traced.
+Each must raise one error of the library, in one line, before anything runs, both eagerly and under tracing.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ FULL, QUANTIZED = Method(), Method(quantizer=MinMax(), tail=Tail(length=16))
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A function of arrays, arguments that it takes, and what is known of them.
+    """A function of arrays with valid arguments and their contracts.
 
     Attributes:
       call: of `arguments` by name.
-      legends: of the arrays; a letter in lower case is an axis of any size.
-      least, most: bounds of the arrays of integers.
-      numbers: wrong values of the arguments that are no arrays.
+      legends: axes of the arrays; a lower-case letter is an axis of any size.
+      least, most: bounds of the integer arrays.
+      numbers: wrong values for the arguments that are not arrays.
       optional: arrays that may be None.
     """
 
@@ -252,7 +252,7 @@ def out_of_range(x: np.ndarray, least: int | None, most: int | None) -> Iterator
 
 
 def one_error(call: Callable[[], Any]) -> str:
-    """What is wrong with what the library says; empty if it is one error of its own."""
+    """Describes what is wrong with the library's error; empty if it raises one error of its own."""
     try:
         call()
     except (ValueError, NotImplementedError) as error:
@@ -268,14 +268,14 @@ def one_error(call: Callable[[], Any]) -> str:
 
 
 def traced(entry: Entry, arguments: dict[str, Any]) -> Callable[[], Any]:
-    """A call whose arrays are traced."""
+    """Makes a call with traced arrays."""
     arrays = {name: arguments[name] for name in entry.legends if name in arguments}
     rest = {name: value for name, value in arguments.items() if name not in arrays}
     return lambda: jax.eval_shape(lambda arrays: entry.call(**rest, **arrays), arrays)
 
 
 def cases(entry: Entry) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A name and a call for each wrong argument."""
+    """Lists a name and a call for each wrong argument."""
     for name, legend in entry.legends.items():
         x = entry.arguments[name]
         for what, wrong in (*other_shapes(x, legend), *other_dtypes(x)):
@@ -294,7 +294,7 @@ def cases(entry: Entry) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_right_arguments_are_taken(name: str):
-    """What the campaign changes is right before it is changed."""
+    """Valid arguments are accepted, so errors come from the changes."""
     entry = ENTRIES[name]
     jax.block_until_ready(jax.tree.leaves(jax.jit(lambda: entry.call(**entry.arguments))()))
 

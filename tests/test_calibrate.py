@@ -1,4 +1,4 @@
-"""Calibration: what is learned, how it is saved, and that the method then does what was learned."""
+"""Tests calibration: learning, saving, and using what was learned."""
 
 import dataclasses
 import pathlib
@@ -84,13 +84,13 @@ def test_every_kernel_packs_what_is_only_rotated(model: Llama, learnt: Learnt, t
 
 @jax.jit
 def attend(later: list[Any], layers: tuple[LayerCache, ...]) -> list[jax.Array]:
-    """Attention of every layer's later tokens over its cache and one another."""
+    """Computes each layer's attention of later tokens over its cache and one another."""
     lengths = jnp.array([AFTER])
     return [extend_attention(q, k, v, layer, lengths) for (q, k, v), layer in zip(later, layers, strict=True)]
 
 
 def relative_error(model: Llama, method: Method) -> np.ndarray:
-    """Each layer's squared error of attention over a real cache, against the same tokens in full precision; mean."""
+    """Mean over layers of the squared attention error over a real cache, relative to full precision."""
     exact = dataclasses.replace(method, quantizer=None)
     errors = []
     for prompt, after in TEXTS:
@@ -129,7 +129,7 @@ def test_saved_and_loaded_agree_bit_for_bit(learnt: Learnt, method: Method, tmp_
 
 
 def test_groups_use_the_learned_part_of_their_range(learnt: Learnt, method: Method):
-    """Codes, scales and zeros of the plain layout, from ranges about the middle of each group."""
+    """Codes, scales and zeros have the plain layout, with ranges around each group's midpoint."""
     x = np.random.default_rng(1).normal(size=(2, 2, 32, 16)).astype(np.float32)
     kinds: tuple[tuple[Kind, calibrated.OperandCalibration], ...]
     kinds = (("keys", learnt.calibration.keys), ("values", learnt.calibration.values))

@@ -1,4 +1,4 @@
-"""Numbers read from text."""
+"""Tests numbers read from text."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Decode and extend on a model: under `full`, the logits of one pass over the whole sequence."""
+"""Tests decode and extend on a model: `full` gives the logits of one pass over the whole sequence."""
 
 import functools
 
@@ -24,7 +24,7 @@ def model() -> mk.Llama:
 
 @pytest.fixture(scope="module")
 def expected(model: mk.Llama) -> jax.Array:
-    """Logits of one pass over all tokens."""
+    """Computes the logits of one pass over all tokens."""
     return jax.jit(one_shot)(model, IDS)
 
 

@@ -1,4 +1,4 @@
-"""The pages of the documentation: their Python runs, and their tables are those of the code."""
+"""Tests the documentation: its Python runs, and its tables match the code."""
 
 import pathlib
 import re
@@ -21,7 +21,7 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if python_of(page))
 
 
 def run_page(name: str, model: pathlib.Path | str = "") -> dict[str, Any]:
-    """Runs a page's Python with `model` in place of the demo model, and returns what it defines."""
+    """Runs a page's Python with `model` as the demo model, and returns the names it defines."""
     names: dict[str, Any] = {"__name__": name}
     code = python_of(DOCS / name).replace("smollm2-135m-instruct", str(model))
     exec(compile(code, name, "exec", dont_inherit=True), names)
@@ -64,7 +64,7 @@ def test_a_mesh(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_bytes_of_a_cache(capsys: pytest.CaptureFixture[str]):
-    """The page's Python and its output of `minikv memory` give the same bytes."""
+    """The page's Python and `minikv memory` report the same bytes."""
     report, page = run_page("memory.md")["report"], (DOCS / "memory.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == f"{report.bytes:,} of {report.full_bytes:,} bytes\n"
     for label, count in (("allocated in all", report.bytes), ("full cache", report.full_bytes)):

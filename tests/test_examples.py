@@ -1,4 +1,4 @@
-"""The examples and the README's Python, run."""
+"""Runs the examples and the README's Python."""
 
 import pathlib
 import re
@@ -74,7 +74,7 @@ LENGTHS, STEPS = (64, 40), 5
 
 @pytest.fixture(scope="module")
 def linen() -> dict[str, Any]:
-    """The example's names; its prompts, and the parameters of its decoder."""
+    """Loads the Flax Linen example, with prompts and parameters of its decoder."""
     names = runpy.run_path(str(EXAMPLES / "flax_linen.py"))
     ids = np.random.default_rng(0).integers(0, 256, (2, max(LENGTHS)))
     params = names["Decoder"](lookup.get("full")).init(jax.random.key(1), ids[:, :8], jnp.array([8, 8]))
@@ -82,14 +82,14 @@ def linen() -> dict[str, Any]:
 
 
 def linen_bytes(method: str, prompt_length: int) -> int:
-    """What the example's two layers hold of two rows."""
+    """Bytes of the example's two layers for two rows."""
     config = tiny_config(head_dim=32)
     report = memory.report(config, method, prompt_length=prompt_length, max_new_tokens=64, batch=2, dtype="float32")
     return sum(report.layer_bytes)
 
 
 def test_a_flax_model_of_ones_own_generates_as_without_a_cache(linen: dict[str, Any]):
-    """Under `full`, tokens are those of running the whole text at once."""
+    """`full` gives the tokens of running the whole text at once."""
     model = linen["Decoder"](lookup.get("full"))
     tokens, _ = linen["generate"](model, linen["params"], linen["ids"], jnp.array(LENGTHS), STEPS)
     for b, length in enumerate(LENGTHS):

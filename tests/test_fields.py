@@ -1,4 +1,4 @@
-"""Fields that say what they accept."""
+"""Tests fields that describe their accepted values."""
 
 import dataclasses
 from typing import Any

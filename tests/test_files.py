@@ -1,4 +1,4 @@
-"""Files: errors that name them, and writing that is all or nothing."""
+"""Tests files: errors that name them, and atomic writes."""
 
 import os
 import pathlib
@@ -140,7 +140,7 @@ def test_a_path_that_must_be_new(tmp_path: pathlib.Path):
 
 
 def test_one_process_writes_at_a_time(tmp_path: pathlib.Path):
-    """Another waits as long as it is told to, and is then refused."""
+    """A second writer waits for its patience, and is then refused."""
     path, inside, go_on = tmp_path / "out", threading.Event(), threading.Event()
 
     def write() -> None:

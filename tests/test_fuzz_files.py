@@ -1,4 +1,4 @@
-"""Damaged files of every kind that evaluation, caches and calibrations read: one line with the file, or read right."""
+"""Fuzzes the files of evaluation, caches and calibrations: read correctly, or refused in one line."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ LONGEST_SECONDS, LONGEST_CPU_SECONDS = 5.0, 1.0
 
 
 class Kind(NamedTuple):
-    """A kind of file: a good one, what reads it, and what must be refused.
+    """A kind of file: how to make one, how to read it, and its format.
 
     Attributes:
-      make: writes a good file, with what it needs, into a directory, and returns it.
-      read: the directory; raises what a user is told.
-      format: of a JSON object, or of each line; None for bytes.
+      make: writes a valid file and its dependencies to a directory, and returns its path.
+      read: reads the directory; raises the error that a user sees.
+      format: format of the JSON object, or of each line; None for bytes.
     """
 
     make: Callable[[pathlib.Path], pathlib.Path]
@@ -74,7 +74,7 @@ def read_cases(directory: pathlib.Path) -> None:
 
 
 def make_cases(task: Any) -> None:
-    """Makes the cases of a task whose rows were taken: only what needs a tokenizer or the model may be refused."""
+    """Makes the cases of a task with accepted rows: only needs of tokenizer or model may be refused."""
     try:
         task.cases(TOKENIZER, 4096)
     except ValueError as error:
@@ -158,7 +158,7 @@ def read_token_ids(directory: pathlib.Path) -> None:
 
 
 def saved(directory: pathlib.Path, once: pathlib.Path, save: Callable[[pathlib.Path], Any]) -> pathlib.Path:
-    """A copy of what `save` writes, as it is saved only once."""
+    """Copies the files of `save`, which runs only once."""
     if not once.exists():
         save(once)
     shutil.copytree(once, directory / "saved")
@@ -329,7 +329,7 @@ KINDS = {
 
 
 def one(kind: Kind, directory: pathlib.Path, generator: random.Random) -> str:
-    """Damages one file, and returns what came of it: "refused", or "read". Everything else is an error of the test."""
+    """Damages one file, and returns "refused" or "read"; any other outcome fails the test."""
     directory.mkdir()
     path = kind.make(directory)
     good, must_refuse, what = path.read_bytes(), False, "bytes"

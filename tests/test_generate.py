@@ -1,4 +1,4 @@
-"""The compiled loop: what it must equal, and what it must refuse."""
+"""Tests `generate`, `stream` and `compile_ahead`: their tokens and caches, and what they refuse."""
 
 import dataclasses
 from typing import Any
@@ -40,7 +40,7 @@ def tokens(model: mk.Llama, rows: list[list[int]], **settings: Any) -> np.ndarra
 
 @pytest.mark.parametrize("method", [FULL, MINIKV32, KIVI], ids=["full", "minikv", "kivi"])
 def test_ragged_batch_equals_single_runs(model: mk.Llama, method: Method):
-    """Rows of a batch roll their tails over at different steps and still agree with single runs."""
+    """Rows of a batch flush their tails at different steps and still agree with single runs."""
     rows = prompts(3, 61, 64, 40)
     together = tokens(model, rows, method=method, max_new_tokens=NEW)
     for row, expected in zip(rows, together, strict=True):
@@ -57,7 +57,7 @@ def test_another_bucket_gives_the_same_tokens(model: mk.Llama, method: Method):
 
 
 def count_traces(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """Appends to the list each time that `programs` traces a function: compiled calls do not run Python."""
+    """Returns a list that grows with every trace of a function of `programs`; compiled calls run no Python."""
     traces: list[int] = []
     original = getattr(programs, name)
 
@@ -78,7 +78,7 @@ def test_padding_stays_within_the_models_positions():
 
 
 def test_second_call_does_not_retrace(model: mk.Llama, monkeypatch: pytest.MonkeyPatch):
-    """Nor do other lengths in the same bucket, or a batch given as an array."""
+    """Other lengths in the same bucket and a batch given as an array do not retrace either."""
     traces = count_traces(monkeypatch, "prefill")
     drawn = [tokens(model, prompts(length, seed=length), max_new_tokens=21) for length in (33, 64, 50)]
     again = mk.generate(model, jnp.asarray(prompts(50, seed=50)), max_new_tokens=21, eos_token_ids=()).tokens
@@ -88,7 +88,7 @@ def test_second_call_does_not_retrace(model: mk.Llama, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("method", [FULL, MINIKV32], ids=["full", "minikv"])
 def test_continuing_a_cache(model: mk.Llama, method: Method, monkeypatch: pytest.MonkeyPatch):
-    """A cache that `generate` returned holds all it generated; under `full` going on equals one long run."""
+    """A returned cache holds all generated tokens; under `full`, continuing it equals one long run."""
     rows = prompts(50, 20)
     first = mk.generate(model, rows, method=method, max_new_tokens=20, eos_token_ids=())
     assert first.cache.length.tolist() == [70, 40]
@@ -226,7 +226,7 @@ def test_stream_draws_what_generate_draws(model: mk.Llama, settings: dict[str, A
 
 
 def test_programs_compiled_ahead_draw_what_generate_draws(model: mk.Llama):
-    """Compiled from shapes, of the model too; they serve any prompts of the bucket."""
+    """Programs compiled from shapes, even the model's, serve any prompts of the bucket."""
     rows, key = prompts(50, 20), jax.random.key(3)
     shapes = nnx.eval_shape(lambda: tiny_model(max_position_embeddings=512))
     ahead = mk.compile_ahead(shapes, 2, 50, max_new_tokens=25, log_probabilities=True, **SAMPLED)
@@ -261,7 +261,7 @@ def test_what_cannot_be_compiled_ahead_is_named(model: mk.Llama, changes: dict[s
 
 
 def test_stream_compiles_before_it_returns(model: mk.Llama, caplog: pytest.LogCaptureFixture):
-    """So that the time of its steps is that of prefill and decoding, for a cache that is gone on with too."""
+    """Its steps take the time of prefill and decoding, also if a cache is continued."""
     cache = None
     for compiled in (("start", "decode_until"), ("start",)):  # the second time the loop's shapes are known
         with jax.log_compiles():
@@ -289,7 +289,7 @@ def test_log_probabilities_are_the_models(model: mk.Llama):
 
 
 def test_non_finite_logits_are_reported_per_row():
-    """The first row never meets the NaN; the second one does in its prompt; the third ends before it draws from one."""
+    """The first row never meets NaN, the second has it in its prompt, the third ends before drawing from it."""
     model = tiny_model(max_position_embeddings=512)
     bad, rows = 7, [[1, 2, 3], [1, 7, 3], [4, 5, 6]]
     free = mk.generate(model, rows, max_new_tokens=9, method="full", eos_token_ids=())

@@ -1,4 +1,4 @@
-"""Whole generations on the GPU: thousands of steps, and a real model against the CPU and against "xla"."""
+"""Tests generation on the GPU: thousands of steps, and a real model against the CPU and "xla"."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_ten_thousand_steps_in_flat_memory() -> None:
-    """Every token is counted, every number finite, and from the first chunk of steps on no byte is added."""
+    """Every token counts, all numbers are finite, and memory does not grow after the first chunk of steps."""
     model = tiny_model(dtype="bfloat16", head_dim=64, hidden_size=128, max_position_embeddings=STEPS + 256)
     prompts = [np.random.default_rng(0).integers(0, 96, size).tolist() for size in (100, 37)]
     held, results = [], []
@@ -64,9 +64,9 @@ def test_ten_thousand_steps_in_flat_memory() -> None:
 
 
 def test_ten_thousand_appends_leave_the_bits_of_the_definition() -> None:
-    """Three rows at their own pace: the first's tail rolls over 78 times. Lengths and tails are those of "xla".
+    """Three rows at different paces, with 78 flushes in the first, have the lengths and tails of "xla".
 
-    Its codes are not asked for: XLA's division on a GPU is not rounded correctly, so a code may come out one off.
+    Codes are not compared, because XLA's division on a GPU is not correctly rounded and may change a code by one.
     """
     rows, kv_heads, head_dim, tokens, table = 3, 2, 64, 256, 997
     keys = jax.random.split(jax.random.key(0), 3)
@@ -113,12 +113,12 @@ def ids() -> list[int]:
 
 @pytest.fixture(scope="module")
 def model() -> mk.Llama:
-    """SmolLM2 in the dtype that the kernels read."""
+    """SmolLM2 in bfloat16, which the kernels read."""
     return hub.load(hub.DEMO_MODEL, dtype="bfloat16")[0]
 
 
 def test_smollm2_draws_on_the_gpu_what_it_draws_on_the_cpu(ids: list[int]) -> None:
-    """64 greedy tokens under `full` in float32, the GPU's by whatever runs there by default."""
+    """64 greedy tokens under `full` in float32 agree, with the GPU's default implementation."""
     model = hub.load(hub.DEMO_MODEL, dtype="float32")[0]
     on_gpu = mk.generate(model, [ids[:512]], method="full", max_new_tokens=64, eos_token_ids=()).tokens
     graphdef, params = nnx.split(model)
@@ -137,9 +137,9 @@ def each_step(
     implementation: str,
     forced: np.ndarray | None = None,
 ) -> Iterator[jax.Array]:
-    """Logits `[B, V]` before every step under `minikv`; a step takes the likeliest tokens, or those of `forced [B, n]`.
+    """Yields logits `[B, V]` of every step under `minikv`, with the likeliest tokens or those of `forced [B, n]`.
 
-    Layer by layer: as one program, thirty layers of "xla" take minutes to compile.
+    It runs layer by layer, because thirty layers of "xla" in one program take minutes to compile.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     ids = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -157,13 +157,13 @@ def each_step(
 
 @pytest.fixture(scope="module")
 def prompts(ids: list[int]) -> list[list[int]]:
-    """Three stretches of a log file, of three lengths."""
+    """Three excerpts of a log file, of different lengths."""
     return [ids[:900], ids[300:911], ids[700:1450]]
 
 
 @pytest.fixture(scope="module")
 def xla(model: mk.Llama, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[B, 64, V]` along the greedy tokens by "xla": its own, and the float32 model's."""
+    """Logits `[B, 64, V]` along the greedy tokens of "xla", in bfloat16 and in float32."""
     by_xla = np.stack(list(each_step(model, prompts, GREEDY, "xla")), axis=1)
     exact = hub.load(hub.DEMO_MODEL, dtype="float32")[0]
     return by_xla, np.stack(list(each_step(exact, prompts, GREEDY, "xla", by_xla.argmax(-1))), axis=1)
@@ -173,7 +173,7 @@ def xla(model: mk.Llama, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarr
 def test_greedy_tokens_are_xlas(
     name: str, model: mk.Llama, prompts: list[list[int]], xla: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """A first token that differs is a tie: XLA's two logits are closer than bfloat16 moves them."""
+    """The first different token is a tie: XLA's two logits differ by less than bfloat16's error."""
     by_xla, in_float32 = xla
     ours = np.stack(list(each_step(model, prompts, GREEDY, name)), axis=1)
     for row, (want, got) in enumerate(zip(by_xla.argmax(-1), ours.argmax(-1), strict=True)):
@@ -191,9 +191,9 @@ def test_greedy_tokens_are_xlas(
 
 @pytest.fixture(scope="module")
 def windows() -> np.ndarray:
-    """64 windows of 2048 tokens and the 512 after them, four tails long: the log's first, and some all over `FILES`.
+    """64 windows of 2048 tokens and the next 512 (four tails), from the log and from all over `FILES`.
 
-    A 2-bit cache makes much of bfloat16's rounding: of one text, two block sizes of "xla" itself may differ by more
+    A 2-bit cache amplifies bfloat16's rounding: on a single text, two block sizes of "xla" itself may differ by more
     than 0.01.
     """
     tokenizer = hub.load(hub.DEMO_MODEL)[1]
@@ -206,7 +206,7 @@ def windows() -> np.ndarray:
 
 
 def log_probabilities(model: mk.Llama, windows: np.ndarray, implementation: str) -> np.ndarray:
-    """Each window's mean log-probability of the tokens behind its prompt, fed one by one to the compressed cache."""
+    """Mean log-probability of each window's last tokens, fed one by one to the compressed cache."""
     begin = time.perf_counter()
     forced, per_step = windows[:, PROMPT:], []
     for step, logits in enumerate(each_step(model, windows[:, :PROMPT].tolist(), FORCED, implementation, forced)):
@@ -230,7 +230,7 @@ def xla_log_probabilities(model: mk.Llama, windows: np.ndarray) -> np.ndarray:
 def test_smollm2_scores_text_alike_with_the_kernels(
     name: str, model: mk.Llama, windows: np.ndarray, xla_log_probabilities: np.ndarray
 ) -> None:
-    """Mean log-probability within 0.01, through prefill, packing, appends and flushes."""
+    """Mean log-probabilities differ by at most 0.01 through prefill, packing, appends and flushes."""
     differences = log_probabilities(model, windows, name) - xla_log_probabilities
     error = differences.std(ddof=1) / np.sqrt(len(differences))
     print(f"{name} - xla: {differences.mean():+.4f}, standard error {error:.4f}; the log's {differences[0]:+.4f}")

@@ -1,4 +1,4 @@
-"""Generation on a mesh of devices: the same tokens, caches and log-probabilities, and no needless communication."""
+"""Tests generation on a mesh: the same tokens, caches and log-probabilities, and minimal communication."""
 
 import functools
 import pathlib
@@ -52,7 +52,7 @@ def compiled(on: Llama, method: str) -> Programs:
 
 
 def run(programs: Programs, on: Llama) -> tuple[KVCache, State]:
-    """The cache of the prompts, on the host, and the last state."""
+    """Runs prefill and decoding; returns the prompts' cache on the host and the last state."""
     rows = prompts()
     ids = np.zeros((ROWS, 96), np.int32)
     for at, row in zip(ids, rows, strict=True):
@@ -73,7 +73,7 @@ def on_one_device(method: str) -> tuple[KVCache, State]:
 
 
 def communication(program: jax.stages.Compiled) -> Counter[str]:
-    """The collectives of a compiled program: kind and shape."""
+    """Lists the collectives of a compiled program by kind and shape."""
     found = re.findall(
         r"= (\(?\w+\[[^=]*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program.as_text() or ""
     )
@@ -81,7 +81,7 @@ def communication(program: jax.stages.Compiled) -> Counter[str]:
 
 
 def expected_communication(data: int, shards: int) -> Counter[str]:
-    """Two sums per layer, the logits of each device, and whether any row goes on."""
+    """Lists two sums per layer, each device's logits, and whether any row continues."""
     rows = ROWS // data
     expected: Counter[str] = Counter()
     if shards > 1:
@@ -93,7 +93,7 @@ def expected_communication(data: int, shards: int) -> Counter[str]:
 
 
 def stored(cache: KVCache) -> list[np.ndarray]:
-    """What a cache says of every token: its keys, dequantised; other tokens would have others."""
+    """Dequantised keys of a cache, which identify its tokens."""
     out = []
     for layer in cache.layers:
         if layer.packed.capacity:
@@ -140,7 +140,7 @@ def test_every_method_on_every_mesh(method: str, mesh: str):
 
 
 def test_a_tied_vocabulary_costs_one_sum_more():
-    """The lookup of the drawn token."""
+    """The additional sum looks up the drawn token."""
     on = shard_model(tiny_model(**SIZES, tie_word_embeddings=True), mesh_of("model=8"))
     found = communication(compiled(on, "minikv").decode)
     assert found - expected_communication(1, 8) == Counter({f"all-reduce f32[{ROWS},1,48]": 1})
@@ -164,7 +164,7 @@ def test_sampling_streaming_and_going_on():
 
 
 def test_prompts_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch):
-    """Each device takes its own rows, a few at a time."""
+    """Each device prefills its own rows, a few at a time."""
     on = shard_model(model(), mesh_of("data=2,model=4"))
     expected = generate(model(), prompts(), method="h2o", max_new_tokens=4)
     jax.clear_caches()
@@ -176,7 +176,7 @@ def test_prompts_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_cache_moves_between_meshes(tmp_path: pathlib.Path):
-    """Through a file, and directly; its rows can be chosen."""
+    """A cache moves through a file or directly, and its rows can be selected."""
     config = tiny_config(**SIZES)
     how: dict[str, Any] = {"max_new_tokens": 8, "eos_token_ids": ()}
     on, elsewhere = shard_model(model(), mesh_of("data=2,model=4")), shard_model(model(), mesh_of("data=4,model=2"))

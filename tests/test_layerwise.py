@@ -1,4 +1,4 @@
-"""A model run layer by layer does what it does as one program."""
+"""Tests that a model run layer by layer equals the model in one program."""
 
 import collections
 import dataclasses
@@ -33,7 +33,7 @@ WINDOWED = PLAIN | {
 
 
 class CoarserByLayer(Quantizer):
-    """A float whose last bits are cut off, more of them in later layers."""
+    """Quantizer that cuts off the last bits of floats, more of them in later layers."""
 
     choices: ClassVar[tuple[int, ...]] = (16,)
     by_layer: ClassVar[bool] = True
@@ -64,7 +64,7 @@ BY_LAYER = Method(scorer=SnapKV(), heavy=0.3, recent=0.2, quantizer=CoarserByLay
     ids=["variance", "evicting", "by-layer-windowed"],
 )
 def test_layer_by_layer_is_the_whole_model(method: Method, model_fields: dict[str, Any]):
-    """Prompt, cache, which tokens, and decode steps of which one row skips some."""
+    """Hidden states, caches, kept tokens and decode steps agree, even if a row skips steps."""
     model = tiny_model(**model_fields)
     ids = np.random.default_rng(0).integers(0, 96, (2, 96)).astype(np.int32)
     whole = jax.jit(functools.partial(prefill, method=method, max_new_tokens=ROOM))
@@ -92,7 +92,7 @@ def close(got: Any, expected: Any) -> None:
 
 
 def test_layers_share_their_programs(caplog: pytest.LogCaptureFixture):
-    """Three layers of different budgets, a program per part, and none for a second batch; the room changes nothing."""
+    """Three layers with different budgets share one program per part; a second batch or other room adds none."""
     model = tiny_model(**PLAIN)
     method = dataclasses.replace(lookup.get("minikv-pyramid"), tail=Tail(length=32))
     ids, lengths = np.random.default_rng(1).integers(0, 96, (1, 96)).astype(np.int32), LENGTHS[1:]

@@ -1,4 +1,4 @@
-"""Meshes: what is refused, and where arrays go."""
+"""Tests meshes: what is refused, and where arrays are placed."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_text():
 
 
 def test_any_mesh_of_these_axes_becomes_one_that_xla_partitions():
-    """Also an explicit one, one axis alone, and the axes the other way round."""
+    """This includes explicit meshes, a single axis, and the axes in reverse order."""
     devices = np.array(jax.devices())
     explicit = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     assert meshes.automatic(explicit) == meshes.make_mesh({"data": 2, "model": 4})

@@ -1,4 +1,4 @@
-"""The notebook of the examples, run from top to bottom."""
+"""Runs the example notebook from top to bottom."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ nbformat.write(notebook, sys.argv[3])
 
 
 def printed(notebook: dict[str, Any]) -> str:
-    """What the cells print."""
+    """Returns the printed output of the cells."""
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     return "".join("".join(output["text"]) for output in outputs if output.get("name") == "stdout")
 

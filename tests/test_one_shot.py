@@ -1,4 +1,4 @@
-"""The one-shot forward: dense attention, padding, float32 matmuls."""
+"""Tests the one-shot forward: dense attention, padding, float32 matmuls."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The library as it is shipped: built, installed elsewhere, and run from a source tree without installation."""
+"""Tests the shipped library: built and installed elsewhere, or run from a source tree."""
 
 import json
 import os
@@ -43,7 +43,7 @@ for arguments in json.loads(sys.argv[2]):
 
 
 def check(*command: object, cwd: pathlib.Path, **environment: str) -> str:
-    """Runs a command, expects it to succeed, and returns what it printed."""
+    """Runs a command that must succeed, and returns its output."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -58,7 +58,7 @@ def check(*command: object, cwd: pathlib.Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The wheel, built from the sdist, built from a copy of the tree."""
+    """Builds the wheel from an sdist of a copy of the tree."""
     directory = tmp_path_factory.mktemp("build")
     hidden = shutil.ignore_patterns(".*cache", ".git", ".venv", "build", "dist", "__pycache__", "site", ".hypothesis")
     shutil.copytree(ROOT, directory / "tree", ignore=hidden)
@@ -83,7 +83,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: pathlib.Path):
 
 @pytest.mark.slow
 def test_the_readmes_python_runs_from_the_wheel(wheel: pathlib.Path, tmp_path: pathlib.Path):
-    """In an environment of its own, which shares the dependencies and sees nothing of the source tree."""
+    """The environment shares the dependencies, but not the source tree."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     (site,) = (tmp_path / "env" / "lib").glob("*/site-packages")
@@ -111,7 +111,7 @@ def test_the_readmes_python_runs_from_the_wheel(wheel: pathlib.Path, tmp_path: p
 
 @pytest.mark.slow
 def test_every_command_runs_without_installation(model_directory: pathlib.Path, shape: str, tmp_path: pathlib.Path):
-    """With the source tree on PYTHONPATH, as on a prepared machine."""
+    """Commands run with the source tree on PYTHONPATH."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     text, cases = tmp_path / "text.txt", tmp_path / "cases.jsonl"

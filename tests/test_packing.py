@@ -1,4 +1,4 @@
-"""Packing and quantisation against the layout in NumPy: exact, bit for bit, unless a comment says why not."""
+"""Tests packing and quantisation bit for bit against the layout in NumPy."""
 
 import functools
 import itertools
@@ -43,7 +43,7 @@ def _round_trip(x: jax.Array, packing: Packing) -> RoundTrip:
 
 
 def check_against_layout(x: np.ndarray, result: RoundTrip, block: int, metadata_dtype: str) -> None:
-    """x[S, H]: the same codes, words, scales, zeros and values, block by block."""
+    """Checks codes, words, scales, zeros and values of x[S, H] block by block."""
     got, codes, values = result.packed, np.asarray(result.codes), np.asarray(result.values)
     blocks = len(x) // block
     scales, zeros = (
@@ -108,7 +108,7 @@ def test_quantize_matches_the_layout(bits: int, group_size: int):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 def test_metadata(metadata_dtype: str, dtype: str):
-    """Channels of very different size; in 16 bits a good many quotients are ties, which go to the even code."""
+    """Channels have very different sizes; in 16 bits many quotients are ties, which go to the even code."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(512, 48)) * np.logspace(-4, 2, 48)
     x = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -144,7 +144,7 @@ def test_a_group_without_range_gives_itself(metadata_dtype: str, bits: int):
 
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 def test_extreme_values_stay_finite(metadata_dtype: str):
-    """Outliers beyond float16, subnormal numbers, and flat groups beside wild ones in the same block."""
+    """A block has outliers beyond float16, subnormal numbers, and flat groups beside wide ones."""
     rng = np.random.default_rng(2)
     x = rng.normal(size=(32, 64)).astype(np.float32)
     x[:, :16] *= 1e6

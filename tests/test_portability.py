@@ -1,4 +1,4 @@
-"""The whole generation under "xla" compiles for accelerators that are not here, as far as lowering goes."""
+"""Tests that generation with "xla" lowers for accelerators that are not present."""
 
 from typing import Any
 

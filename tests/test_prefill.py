@@ -1,4 +1,4 @@
-"""Prefill: in chunks, by single layers, every setting of a method read; and the memory that chunks bound."""
+"""Tests prefill: chunks and their memory, single layers, and every setting of a method."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def run(model: mk.Llama, method: Method, lengths: list[int], tokens: int) -> tup
     ids=["full-50", "minikv-50", "minikv-160", "minikv-variance-160"],
 )
 def test_chunks_equal_one_run(method: Method, chunk: int, monkeypatch: pytest.MonkeyPatch):
-    """Seven ragged rows of 64, two or one at a time; at 50 tokens a chunk an MLP sees 50 and then 14 of them."""
+    """Seven ragged rows of up to 64 tokens run two or one at a time; chunks of 50 split a row of the MLP."""
     model = tiny_model(max_position_embeddings=512)
     lengths = [64, 3, 50, 17, 64, 1, 33]
     hidden, cache = run(model, method, lengths, 64)
@@ -78,7 +78,7 @@ def test_chunks_equal_one_run(method: Method, chunk: int, monkeypatch: pytest.Mo
 
 
 def temporary_bytes(layers: int, batch: int, tokens: int, **changes: Any) -> int:
-    """Bytes that a compiled prefill under `minikv` allocates beside its arguments and its cache."""
+    """Bytes allocated by a compiled prefill under `minikv` besides arguments and cache."""
     sizes = {"head_dim": 64, "hidden_size": 256, "num_key_value_heads": 4, "intermediate_size": 256} | changes
     config = tiny_config(num_hidden_layers=layers, max_position_embeddings=tokens, **sizes)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: mk.Llama(config, rngs=nnx.Rngs(0))))
@@ -121,7 +121,7 @@ SINGLE = {
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_single_layer_is_prefilled_as_in_the_model(name: str):
-    """Bit for bit the caches of `prefill`, of a layer with a sliding window too."""
+    """Caches equal those of `prefill` bit for bit, also with a sliding window."""
     windows = {"sliding_window": 40, "layer_types": ("full_attention", "sliding_attention")}
     model = tiny_model(model_type="qwen2", max_position_embeddings=128, **windows)
     ids, lengths, method = random_ids((2, 80)), jnp.array([80, 33]), SINGLE[name]
@@ -199,7 +199,7 @@ def kept(ids: jax.Array, method: Method) -> KVCache:
 
 @functools.cache
 def shapes(method: Method) -> list[jax.ShapeDtypeStruct]:
-    """Of all arrays of the cache that a method keeps of one prompt."""
+    """Shapes of all arrays of a method's cache for one prompt."""
     return jax.tree.leaves(jax.eval_shape(functools.partial(kept, method=method), PROMPT))
 
 
@@ -210,14 +210,14 @@ def numbers(method: Method) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_setting_is_read(name: str):
-    """Changing one changes the cache that a prompt leaves, in its shapes or in its numbers."""
+    """Changing any setting changes the shapes or the numbers of a prompt's cache."""
     before, after = CHANGES[name]
     if shapes(before) == shapes(after):  # what has other shapes need not be computed
         assert not all(map(np.array_equal, numbers(before), numbers(after)))
 
 
 def test_variance_budgets_follow_the_spread():
-    """Rows and layers keep different counts, never more than the capacity."""
+    """Rows and layers keep different numbers of tokens, never more than the capacity."""
     method = dataclasses.replace(lookup.get("minikv-variance"), tail=Tail(length=32))
     model = tiny_model(max_position_embeddings=512)
     tokens = np.asarray(run(model, method, [200, 90], 224)[1].kept_tokens)

@@ -1,4 +1,4 @@
-"""What the compiled programs must not allocate or copy."""
+"""Tests that compiled programs do not allocate or copy too much."""
 
 import functools
 import re
@@ -35,7 +35,7 @@ SETTINGS = programs.Settings(128, Sampling(), (), None, False)
 
 
 def shapes_of_the_model() -> tuple[Any, Any]:
-    """Its layers are alike, so two stand for thirty."""
+    """Shapes of a model with two layers, which stand for thirty equal ones."""
     return nnx.split(nnx.eval_shape(lambda: Llama(SMOLLM2, rngs=nnx.Rngs(0))))
 
 
@@ -52,7 +52,7 @@ def cache_shapes(method: Method, batch: int, tokens: int) -> KVCache:
 
 @pytest.mark.parametrize(("name", "batch"), [("minikv", 1), ("full", 1), ("full", 2)])
 def test_memory_of_a_long_prompt(name: str, batch: int):
-    """At 8192 tokens: no S x S buffer, and the decode loop updates one cache in place."""
+    """At 8192 tokens, there is no S x S buffer and the decode loop updates one cache in place."""
     size, method = 8192, lookup.get(name)
     graphdef, params = shapes_of_the_model()
 
@@ -74,7 +74,7 @@ def test_memory_of_a_long_prompt(name: str, batch: int):
 
 @pytest.mark.parametrize("name", ["minikv", "full"])
 def test_a_decode_step_works_in_the_cache_itself(name: str):
-    """What decoding allocates does not grow with the cache, which goes in and comes out in the same buffers."""
+    """Decoding's memory does not grow with the cache, whose buffers are reused for the result."""
     graphdef, params = shapes_of_the_model()
 
     def program(size: int) -> tuple[Any, int]:

@@ -1,4 +1,4 @@
-"""Padding of prompts: buckets, and what `pad_prompts` makes of rows."""
+"""Tests the padding of prompts: buckets and `pad_prompts`."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ LENGTHS = st.integers(1, 1 << 20)
 @cheap
 @given(tokens=LENGTHS)
 def test_a_bucket_pads_by_a_quarter_at_most(tokens: int):
-    """Beyond 64 tokens; buckets are buckets of their own, so that padding twice is padding once."""
+    """This holds beyond 64 tokens, and padding twice equals padding once."""
     bucket = bucket_length(tokens)
     assert tokens <= bucket <= max(64, 1.25 * tokens)
     assert bucket_length(bucket) == bucket
@@ -22,7 +22,7 @@ def test_a_bucket_pads_by_a_quarter_at_most(tokens: int):
 @cheap
 @given(tokens=LENGTHS, more=LENGTHS)
 def test_buckets_are_few_and_in_order(tokens: int, more: int):
-    """At most eight for each power of two, and a longer prompt never gets a shorter one."""
+    """There are at most eight per power of two, and a longer prompt never gets a shorter bucket."""
     bucket = bucket_length(tokens)
     assert bucket_length(tokens + more) >= bucket
     assert bucket % 64 == 0 or bucket % (1 << ((tokens - 1).bit_length() - 3)) == 0

@@ -1,4 +1,4 @@
-"""The package's public names: imported on first use, and the same whatever else was imported before."""
+"""Tests the public names: imported on first use, and independent of earlier imports."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Sampling: what is refused, which tokens the limits keep, and small temperatures."""
+"""Tests sampling: refused settings, the tokens kept by the limits, and small temperatures."""
 
 from typing import Any
 

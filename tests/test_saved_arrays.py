@@ -1,4 +1,4 @@
-"""Arrays on disk: what comes back, and what is refused."""
+"""Tests saved arrays: what is restored, and what is refused."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def test_arrays_come_back_in_their_structure(tmp_path: pathlib.Path):
 
 
 def test_numpy_leaves_come_back_as_numpy(tmp_path: pathlib.Path):
-    """Arrays that are loaded while JAX traces must not become part of the trace."""
+    """Arrays loaded during tracing must not become part of the trace."""
     saved = saved_arrays.save(tmp_path / "saved", ARRAYS, {}, kind="cache")
     like = jax.tree.map(np.asarray, ARRAYS)
     loaded = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.int32(isinstance(leaf, np.ndarray)), load(saved, like)))()
@@ -82,7 +82,7 @@ def test_what_is_there_and_what_is_missing(tmp_path: pathlib.Path):
 
 
 def test_damage_is_one_line_that_names_the_file(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]):
-    """A flipped byte in any file, of the arrays' own values too, and a file cut short or gone."""
+    """Any file may have a flipped byte, be cut short, or be missing."""
     saved = saved_arrays.save(tmp_path / "saved", ARRAYS, {}, kind="cache")
     capfd.readouterr()
     files = [path for path in (saved / "arrays").rglob("*") if path.is_file()]
@@ -110,7 +110,7 @@ def change_description(directory: pathlib.Path, **changes: object) -> None:
 
 
 def test_what_orbax_raises_is_one_line(tmp_path: pathlib.Path):
-    """Where the sums fit, and the checkpoint is none."""
+    """The checksums fit, but the files are not a checkpoint."""
     saved = saved_arrays.save(tmp_path / "saved", ARRAYS, {}, kind="cache")
     for path in (saved / "arrays").rglob("*"):
         if path.is_file():
@@ -127,7 +127,7 @@ def test_what_orbax_raises_is_one_line(tmp_path: pathlib.Path):
 def test_a_full_disk_leaves_nothing_and_is_one_line(
     tmp_path: pathlib.Path, size: int, capfd: pytest.CaptureFixture[str]
 ):
-    """At every stage: the directory's own files, and the arrays."""
+    """The disk may fill up while the directory's files or the arrays are written."""
     arrays = {"k": jax.random.bits(jax.random.key(0), (100_000,), "uint32")}
     jax.block_until_ready(arrays)
     with full_disk(size), pytest.raises(OSError, match=r"^[^\n]*$") as caught:

@@ -1,4 +1,4 @@
-"""Schemas: what a file may hold, and the one line that says what is wrong with it."""
+"""Tests schemas: accepted contents of files, and one-line errors."""
 
 import re
 from typing import Annotated, Any, Literal

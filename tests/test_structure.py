@@ -1,4 +1,4 @@
-"""The shape of the code: sizes, signatures, private names, and the one direction of imports."""
+"""Tests the structure of the code: sizes, signatures, private names, and the direction of imports."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_kernel_entries_take_few_parameters(package: object) -> None:
 
 
 def test_private_names_stay_in_their_module() -> None:
-    """Neither `from module import _name` nor `module._name`, in the library or in its tests."""
+    """Neither the library nor its tests use `from module import _name` or `module._name`."""
     taken = []
     for path in (*LIBRARY, *KERNELS, *TESTS):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Budgets of rows and of layers against exact arithmetic."""
+"""Tests the budgets of rows and layers against exact arithmetic."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def scored(**changes: Any) -> Method:
 
 
 def units(budget: Amount) -> int:
-    """In tokens, or in 1/10000 of the prompt."""
+    """Returns a budget in tokens, or in 1/10000 of the prompt."""
     return budget.count if isinstance(budget, Tokens) else budget.units
 
 
@@ -104,7 +104,7 @@ def test_a_rule_of_ones_own_keeps_the_total(weights: list[int], heavy: int):
 
 
 def test_pyramid_of_the_papers():
-    """MiniKV: the last layer gets a seventh of the mean, the first nearly twice the mean."""
+    """In MiniKV, the last layer gets a seventh of the mean, and the first nearly twice the mean."""
     got = np.array([units(budget) / 10000 for budget in layer_budgets(lookup.get("minikv-pyramid"), 32)])
     assert got[-1] == pytest.approx(0.25 / 7, abs=1e-4)
     assert got[0] == pytest.approx(0.5 - 0.25 / 7, abs=1e-4)
@@ -123,7 +123,7 @@ def test_pyramid_of_the_papers():
     ids=lambda method: f"{method.heavy}-{method.recent}-{method.budget}",
 )
 def test_variance_budgets(method: Method):
-    """Layers from flat to spiked: their budgets follow how many tokens carry the scores."""
+    """Budgets follow the number of tokens that carry the scores, from flat to spiked layers."""
     rng = np.random.default_rng(3)
     shape = (len(LENGTHS), 2, TOKENS)
     scores = [rng.gamma(sharpness, size=shape).astype(np.float32) for sharpness in (30.0, 3.0, 0.5, 0.05)]

@@ -1,4 +1,4 @@
-"""Saving a cache and going on from it."""
+"""Tests saving a cache and continuing from it."""
 
 import dataclasses
 import pathlib
@@ -63,7 +63,7 @@ def test_mismatch_and_absence_are_named(tmp_path: pathlib.Path):
 
 
 def test_a_cache_that_evicts_goes_on_evicting(tmp_path: pathlib.Path):
-    """Scores and budgets are saved as well."""
+    """Scores and budgets are saved with the cache."""
     model = tiny_model(max_position_embeddings=256)
     method = mk.Method(scorer=mk.H2O(), heavy=8, recent=8, sinks=1, evict_every=4)
     result = mk.generate(model, [list(range(60))], method=method, max_new_tokens=6, eos_token_ids=())
@@ -74,7 +74,7 @@ def test_a_cache_that_evicts_goes_on_evicting(tmp_path: pathlib.Path):
 
 
 def test_a_component_that_is_not_registered_is_named(tmp_path: pathlib.Path):
-    """A saved cache holds names: whoever restores it loads the plugin first."""
+    """A saved cache holds names of components, so a plugin must be loaded before restoring it."""
 
     class Newest(mk.H2O):
         shift: float = 0.0

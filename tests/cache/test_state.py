@@ -1,4 +1,4 @@
-"""The cache as a value: rows taken, reordered and repeated, room and growth, and its bytes."""
+"""Tests the cache as a value: selection of rows, room and growth, and bytes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ METHODS = {
 @pytest.mark.parametrize("tokens", [1, 60])
 @pytest.mark.parametrize("name", ["full", "minikv-sinks", "minikv-mixed", "kivi-sinks"])
 def test_room_can_be_used_to_the_last_token(name: str, tokens: int):
-    """`max_new_tokens` fit, `room()` is what fits, and `grow` adds to it."""
+    """`max_new_tokens` fit, `room()` counts them, and `grow` adds to them."""
     method = METHODS[name]
     lengths = [tokens, (tokens + 1) // 2]
     rng = np.random.default_rng(3)
@@ -105,7 +105,7 @@ def test_rows_that_a_cache_does_not_have_are_named(rows: Any, message: str):
 
 
 def test_under_jit_a_row_out_of_range_is_clipped_or_reported():
-    """Never NaN, which generation would take for scores."""
+    """A row out of range never becomes NaN, which generation would take for scores."""
     cache = two_rows()
     clipped = jax.jit(KVCache.select_rows)(cache, jnp.array([-3, 7]))
     jax.tree.map(np.testing.assert_array_equal, clipped, cache)

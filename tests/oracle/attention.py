@@ -1,4 +1,4 @@
-"""Reference attention in NumPy: in float64, and rounded as XLA rounds it in 16 bits."""
+"""Reference attention in NumPy: in float64, or rounded as XLA rounds in 16 bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
-    """Attention of one row and KV head in float64: q `[G, H]`, k and v `[S, H]`."""
+    """Computes the attention of one row and KV head in float64: q `[G, H]`, k and v `[S, H]`."""
     if k.shape[0] == 0:
         return np.zeros(q.shape)
     logits = q.astype(np.float64) @ k.astype(np.float64).T * scale
@@ -15,7 +15,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.n
 
 
 def attention_in(dtype: np.dtype, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
-    """`attention` as XLA computes it in `dtype`: operands, weights and result rounded, sums in float32."""
+    """Computes `attention` as XLA does in `dtype`: operands, weights and result rounded, sums in float32."""
     if k.shape[0] == 0:
         return np.zeros(q.shape)
     logits = q.astype(np.float32) @ k.astype(dtype).astype(np.float32).T * np.float32(scale)
@@ -25,7 +25,7 @@ def attention_in(dtype: np.dtype, q: np.ndarray, k: np.ndarray, v: np.ndarray, s
 
 
 def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference over the norm; NaN anywhere gives NaN, which no bound admits."""
+    """Norm of the difference relative to the norm; NaN anywhere gives NaN, which exceeds every bound."""
     norm = float(np.linalg.norm(expected))
     difference = float(np.linalg.norm(out.astype(np.float64) - expected))
     return difference / norm if norm else difference
@@ -40,10 +40,10 @@ def causal_attention(
     window: int | None,
     real: type[np.floating] = np.float64,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output `[B, T, N, H]`, column sums `[B, K, T]` and log-sum-exp `[B, N, T]` of right-padded rows.
+    """Computes output `[B, T, N, H]`, column sums `[B, K, T]` and log-sum-exp `[B, N, T]` of right-padded rows.
 
-    In float64; or, with `real` float32, as XLA computes it in q's dtype: products and sums in float32, the weights that
-    meet the values and the output rounded to the dtype.
+    It computes in float64. With `real` float32, it computes as XLA does in q's dtype: products and sums in float32, the
+    weights that multiply the values and the output rounded to the dtype.
     """
     batch, tokens, heads, _ = q.shape
     kv_heads = k.shape[2]

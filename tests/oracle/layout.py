@@ -1,7 +1,7 @@
-"""The packed layout in NumPy: the one definition that library and kernels are tested against.
+"""The packed layout in NumPy: the definition that library and kernels are tested against.
 
-Written from docs/packed-layout.md, one group and one token at a time, for `S` tokens of `H` channels behind any leading
-axes.
+It follows docs/packed-layout.md, one group and one token at a time, for arrays of `S` tokens with `H` channels and any
+leading axes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SMALLEST = np.finfo(np.float32).tiny  # below it a reciprocal overflows
 
 
 def packing_block(bits: int, group_size: int) -> int:
-    """Tokens that fill whole groups and whole words."""
+    """Smallest number of tokens that fills whole groups and whole words."""
     return max(group_size, 32 // min(PLANES[bits]))
 
 
 def pack(codes: np.ndarray, bits: int) -> tuple[np.ndarray, ...]:
-    """codes `[..., S, H]` -> one uint32 `[..., S * p / 32, H]` for each plane of p bits."""
+    """Packs codes `[..., S, H]` as uint32 words `[..., S * p / 32, H]` for each plane of p bits."""
     *lead, tokens, channels = codes.shape
     planes, low = [], 0
     for p in PLANES[bits]:
@@ -43,7 +43,7 @@ def pack(codes: np.ndarray, bits: int) -> tuple[np.ndarray, ...]:
 
 
 def unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
-    """The codes `[..., S, H]`, int64, that `pack` was given."""
+    """Unpacks the words of `pack` to int64 codes `[..., S, H]`."""
     *lead, words, channels = planes[0].shape
     tokens = words * (32 // PLANES[bits][0])
     codes = np.zeros((*lead, tokens, channels), np.int64)
@@ -59,7 +59,7 @@ def unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class Metadata:
-    """Scales or zeros: as they are stored, and the float32 that they stand for.
+    """Scales or zeros, as stored and as float32 values.
 
     Attributes:
       stored: `[..., S / g, H]` (axis "tokens") or `[..., S, H / g]` (axis "channels").
@@ -74,12 +74,12 @@ class Metadata:
 
 @dataclasses.dataclass
 class Packed:
-    """Quantised keys or values.
+    """Quantised keys or values with their metadata.
 
     Attributes:
       codes: `[..., S, H]`.
-      steps: the codes before they were rounded, float32.
-      scale, zero: of the groups.
+      steps: the codes before rounding, float32.
+      scale, zero: scales and zeros of the groups.
     """
 
     codes: np.ndarray
@@ -102,13 +102,13 @@ class Packed:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """All that is stored: planes, scale, zero and, with float8 metadata, the two factors."""
+        """Lists the stored arrays: planes, scale, zero and, with float8 metadata, the two factors."""
         return (*self.planes, self.scale.stored, self.zero.stored, *(self.factors or ()))
 
     def adopt(self, codes: np.ndarray) -> bool:
-        """Whether `codes` are these codes. Ties that float8 metadata cause may round either way, and are adopted.
+        """Tells whether `codes` equal these codes; ties from float8 metadata may differ, and are adopted.
 
-        The compiler may round `x - scale_f8 * factor` once or twice; 16-bit metadata leave it no choice.
+        The compiler may round `x - scale_f8 * factor` once or twice, except with 16-bit metadata.
         """
         differ = codes != self.codes
         if differ.any() and self.factors is not None:
@@ -119,7 +119,7 @@ class Packed:
         return not differ.any()
 
     def dequantize(self) -> np.ndarray:
-        """float32 `[..., S, H]`."""
+        """Dequantises to float32 `[..., S, H]`."""
         axis = -2 if self.axis == "tokens" else -1
         scale, zero = (np.repeat(x.value, self.group_size, axis) for x in (self.scale, self.zero))
         return self.codes.astype(np.float32) * scale + zero
@@ -133,7 +133,7 @@ def quantize(
     metadata_dtype: str = "float16",
     factor_block: int | None = None,
 ) -> Packed:
-    """x `[..., S, H]`, in float32 throughout; `factor_block` tokens (a packing block by default) share a factor."""
+    """Quantises x `[..., S, H]` in float32; `factor_block` tokens (default: a packing block) share a factor."""
     x = x.astype(np.float32)
     along = -2 if axis == "tokens" else -1
     groups = x.shape[along] // group_size
@@ -176,6 +176,6 @@ def store(x: np.ndarray, metadata_dtype: str, blocks: int) -> Metadata:
 
 
 def reciprocal(x: np.ndarray) -> np.ndarray:
-    """`1 / x` rounded once, and 0 where x is 0 or subnormal."""
+    """Computes `1 / x` rounded once, or 0 if x is 0 or subnormal."""
     normal = x >= SMALLEST
     return np.where(normal, np.float32(1) / np.where(normal, x, np.float32(1)), np.float32(0))

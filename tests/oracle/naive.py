@@ -1,7 +1,7 @@
-"""A slow, obvious NumPy model of everything the library does to a KV cache: dense maps, python loops, no JAX.
+"""A slow, obvious NumPy version of everything the library does to a KV cache, with dense maps and Python loops.
 
-Written from docs/packed-layout.md, one row and one KV head at a time, so that a mistake in the vectorised code has
-nothing to hide behind. Shape legend as in the document; B, K are loops here, `n` is the length of one row.
+It follows docs/packed-layout.md, one row and one KV head at a time, without JAX. Shape letters are those of
+docs/architecture.md; B and K are loops here, and `n` is the length of one row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def causal_map(q: np.ndarray, k: np.ndarray, scale: float, window: int | None = None) -> np.ndarray:
-    """q[n, H], k[n, H] of one head -> the whole softmax map [n, n] in float64."""
+    """Computes the softmax map [n, n] of one head's q and k [n, H] in float64."""
     n = len(q)
     result = np.zeros((n, n))
     for t in range(n):
@@ -50,7 +50,7 @@ def prefill_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """q[B,T,N,H], k and v[B,T,K,H] -> out[B,T,N,H], column sums[B,K,T] ("cumulative" scores); zero in the padding."""
+    """Computes out[B,T,N,H] and column sums[B,K,T] from q[B,T,N,H], k and v[B,T,K,H]; zero in the padding."""
     B, T, N, H = q.shape
     K = k.shape[2]
     scale = float(H**-0.5) if scale is None else scale
@@ -74,7 +74,7 @@ def window_scores(
     pooling_kernel: int,
     window: int | None = None,
 ) -> np.ndarray:
-    """SnapKV's votes[B,K,T]: the map's last rows summed over queries and heads, then pooled along the tokens."""
+    """Computes SnapKV's votes[B,K,T]: the map's last rows, summed over queries and heads and pooled over tokens."""
     B, T, N, H = q.shape
     K = k.shape[2]
     scores = np.zeros((B, K, T))
@@ -89,7 +89,7 @@ def window_scores(
 
 
 def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], scorer: Twin) -> np.ndarray:
-    """Minus the better of two ranks: among the short window's pooled votes and the long window's plain votes."""
+    """Computes minus the better of two ranks: by the short window's pooled votes, by the long window's plain votes."""
     windows = [(scorer.observation_window, scorer.pooling, scorer.pooling_kernel), (scorer.long_window, "max", 1)]
     places = np.zeros((2, *k.shape[:1], k.shape[2], k.shape[1]))
     for i, (size, pooling, kernel) in enumerate(windows):
@@ -101,7 +101,7 @@ def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], sco
 
 
 def pool(votes: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
-    """Pools with stride 1 to the same length. "mean" counts positions outside as zeros, "max" ignores them."""
+    """Pools with stride 1 to the same length; "mean" counts positions outside as zeros, "max" ignores them."""
     result = np.zeros_like(votes)
     for i in range(len(votes)):
         near = votes[max(0, i - kernel // 2) : i + kernel // 2 + 1]
@@ -110,7 +110,7 @@ def pool(votes: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
 
 
 def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | None = None) -> np.ndarray:
-    """Attention of one query q[H] over all keys and values[S, H], in float64."""
+    """Computes the attention of one query q[H] over all keys and values[S, H] in float64."""
     scale = float(len(q) ** -0.5) if scale is None else scale
     return softmax(keys.astype(np.float64) @ q.astype(np.float64) * scale) @ values.astype(np.float64)
 
@@ -119,12 +119,12 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float | N
 
 
 def tokens_of(budget: Amount, length: int) -> int:
-    """Tokens of a budget, at most the length. A share is resolved to 1/10000 and rounded down, in integers."""
+    """Tokens of a budget, at most the length. A share is resolved to 1/10000 and rounded down in integers."""
     return min(budget.count, length) if isinstance(budget, Tokens) else length * round(budget.fraction * 10000) // 10000
 
 
 def kept_positions(scores: np.ndarray, length: int, *, sinks: int, heavy: int, recent: int) -> list[int]:
-    """Positions that one row and KV head keeps of the first `length` tokens, ascending."""
+    """Ascending positions that one row and KV head keeps of the first `length` tokens."""
     sinks = min(sinks, length)
     recent = min(recent, length - sinks)
     heavy = min(heavy, length - sinks - recent)
@@ -153,7 +153,7 @@ def layer_shares(method: Method, layers: int) -> list[int]:
 
 
 def share_out(weights: Sequence, total, most) -> list:
-    """Shares `total` in proportion to `weights`, at most `most` each; the excess goes to the others in proportion."""
+    """Divides `total` in proportion to `weights`, at most `most` each; the others share the excess in proportion."""
     capped: set[int] = set()
     while len(capped) < len(weights):
         free = sum(weight for i, weight in enumerate(weights) if i not in capped)
@@ -166,7 +166,7 @@ def share_out(weights: Sequence, total, most) -> list:
 
 
 def heavy_tokens(method: Method, scores: Sequence[np.ndarray], lengths: Sequence[int]) -> list[list[int]]:
-    """How many top-scored tokens each layer and row is granted; scores[B, K, T] of each layer."""
+    """Number of top-scored tokens granted to each layer and row, from each layer's scores[B, K, T]."""
     if not isinstance(method.budget, Variance):
         shares = layer_shares(method, len(scores))
         if isinstance(method.heavy, Tokens):
@@ -187,7 +187,7 @@ def heavy_tokens(method: Method, scores: Sequence[np.ndarray], lengths: Sequence
 
 
 def prompt_scores(method: Method, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """The scores[B, K, T] that the method's scorer gives a prompt."""
+    """Computes the method's scores[B, K, T] of a prompt."""
     scorer = method.scorer
     if isinstance(scorer, H2O):
         return prefill_attention(q, k, v, lengths)[1]
@@ -210,7 +210,7 @@ def prompt_scores(method: Method, q: np.ndarray, k: np.ndarray, v: np.ndarray, l
 
 
 def packing_block(quantizer: MinMax) -> int:
-    """The number of tokens that enter the packed region together."""
+    """Number of tokens that enter the packed region together."""
     return max(layout.packing_block(bits, quantizer.group_size) for bits in (quantizer.k_bits, quantizer.v_bits))
 
 
@@ -219,7 +219,7 @@ def packing_block(quantizer: MinMax) -> int:
 
 @dataclasses.dataclass
 class HeadCache:
-    """What one KV head holds of one row: quantised blocks, and full-precision tokens (sinks first, then by age)."""
+    """Cache of one row and KV head: quantised blocks, and full-precision tokens (sinks first, then by age)."""
 
     method: Method
     head_dim: int
@@ -229,7 +229,7 @@ class HeadCache:
 
     @classmethod
     def compress(cls, method: Method, k: np.ndarray, v: np.ndarray, positions: Sequence[int]) -> HeadCache:
-        """k and v[n, H] of the prompt; `positions` are the kept ones, the sinks leading."""
+        """Compresses a prompt's k and v[n, H]; `positions` are the kept ones, sinks first."""
         cache = cls(method, k.shape[1], tail=[(k[position], v[position]) for position in positions])
         if method.quantizer is None:
             return cache
@@ -248,7 +248,7 @@ class HeadCache:
         return self.method.quantizer
 
     def append(self, k: np.ndarray, v: np.ndarray) -> None:
-        """k and v[H] of a generated token."""
+        """Appends k and v[H] of a generated token."""
         self.tail.append((k, v))
         method = self.method
         if method.quantizer is None:
@@ -273,7 +273,7 @@ class HeadCache:
             self.packed_v.append(layout.quantize(values, quantizer.v_bits, group_size, "channels", *shared))
 
     def keys(self) -> np.ndarray:
-        """[S, H] float32: everything a query sees, quantised or not."""
+        """Float32 keys [S, H] that a query sees, quantised or not."""
         tail = np.array([k for k, _ in self.tail], np.float32).reshape(-1, self.head_dim)
         return np.concatenate([*(x.dequantize() for x in self.packed_k), tail])
 

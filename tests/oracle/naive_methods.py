@@ -1,7 +1,7 @@
-"""Naive NumPy versions of the scorers and quantisers beyond MiniKV's own (`naive.py`), from their papers' formulas.
+"""Naive NumPy versions of all scorers and quantisers besides MiniKV's (`naive.py`), from the papers' formulas.
 
-One row and one KV head at a time, in float64. q[n, G, H] holds the queries of the head's group, k and v[n, H] its keys
-and values, `n` being the row's length.
+They take one row and one KV head at a time, in float64. q[n, G, H] are the queries of the head's group, k and v[n, H]
+its keys and values, and `n` is the row's length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minikv_jax.methods.tova import TOVA
 
 
 def tova(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """q[n, N, H] and k[n, K, H] of a layer: the last query's weights, averaged over heads, for every KV head."""
+    """Computes the last query's weights, averaged over heads, for every KV head; q[n, N, H], k[n, K, H]."""
     n, N, H = q.shape
     K = k.shape[1]
     weights = [softmax(k[:, head // (N // K)].astype(np.float64) @ q[n - 1, head] / np.sqrt(H)) for head in range(N)]
@@ -39,7 +39,7 @@ def keydiff(k: np.ndarray) -> np.ndarray:
 
 
 def lagkv(k: np.ndarray, v: np.ndarray, *, sinks: int, lag: int, padded: int) -> np.ndarray:
-    """Ranks in 1/lag inside each partition that a whole one follows; all others 1 + position / padded."""
+    """Ranks tokens in 1/lag within each partition followed by a whole one; other tokens get 1 + position / padded."""
     n = len(k)
     scores = 1 + np.arange(n) / padded
     partitions = max(n - sinks, 0) // lag
@@ -57,7 +57,7 @@ def lagkv(k: np.ndarray, v: np.ndarray, *, sinks: int, lag: int, padded: int) ->
 def expected_attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, frequencies: np.ndarray, *, sinks: int, future: int, epsilon: float
 ) -> np.ndarray:
-    """Scores of the tokens after the sinks; those of the sinks are left 0. q and k are rotated to their positions."""
+    """Scores the tokens after the sinks, and leaves 0 for the sinks; q and k are rotated to their positions."""
     n, G, H = q.shape
 
     def rotation(position: int) -> np.ndarray:
@@ -82,7 +82,7 @@ def expected_attention(
 def prompt_scores(
     method: Method, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int], frequencies: np.ndarray
 ) -> np.ndarray:
-    """The scores[B, K, T] that the method's scorer gives q[B, T, N, H], k and v[B, T, K, H]; zero in the padding."""
+    """Computes the method's scores[B, K, T] of q[B, T, N, H], k and v[B, T, K, H]; zero in the padding."""
     B, T, N, _ = q.shape
     K = k.shape[2]
     scorer, scores = method.scorer, np.zeros((B, K, T))
@@ -106,7 +106,7 @@ def prompt_scores(
 
 
 def hqq(x: np.ndarray, bits: int, group_size: int, axis: str, *, iterations: int = 20) -> np.ndarray:
-    """The mean absolute error that HQQ's solver reaches in each group (p = 0.7, beta = 10, growing by 1 %); float32."""
+    """Mean absolute error of HQQ's solver in each group (p = 0.7, beta = 10, growing by 1%), float32."""
     columns = x.T if axis == "tokens" else x
     errors = []
     for line in columns.astype(np.float32):
@@ -126,7 +126,7 @@ def hqq(x: np.ndarray, bits: int, group_size: int, axis: str, *, iterations: int
 
 
 def turboquant(x: np.ndarray, levels: np.ndarray, metadata_dtype: type) -> np.ndarray:
-    """`x` is rotated already; each coordinate of its direction goes to the nearest level."""
+    """Rounds each coordinate of the direction of an already rotated `x` to the nearest level."""
     result = np.zeros(x.shape)
     for s, token in enumerate(x.astype(np.float64)):
         norm = np.sqrt(token @ token)

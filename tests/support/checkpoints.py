@@ -61,7 +61,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
 
 
 def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
-    """A config.json of a model without windows and rope scaling."""
+    """Makes the config.json of a model without windows and rope scaling."""
     raw = config.to_dict() | {"eos_token_id": list(config.eos_token_ids)}
     for name in ("eos_token_ids", "layer_types", "rope_scaling"):
         del raw[name]
@@ -93,7 +93,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleave_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of q and k rows: channel i of a head's first half, then channel i of its second half."""
+    """Puts q or k rows in llama.cpp's order: channel i of a head's first half, then of its second half."""
     rows = []
     size = tensor.shape[0] // heads
     for head in range(heads):
@@ -113,7 +113,7 @@ def write_gguf(
 ) -> None:
     """Writes Hugging Face tensors as a GGUF file; matrices are stored as `kind`, vectors as float32.
 
-    A matrix given as uint8 holds blocks of `kind` already.
+    A uint8 matrix already holds blocks of `kind`.
     """
     architecture = "llama" if config.model_type == "mistral" else config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -149,7 +149,7 @@ def write_gguf(
 
 
 def parameter(model: Llama, path: str) -> np.ndarray:
-    """A parameter by its path, or the columns of a joined one that belong to the named projection."""
+    """Returns the parameter at a path, or a projection's columns of a joined parameter."""
     flat = {".".join(map(str, at)): leaf[...] for at, leaf in nnx.to_flat_state(nnx.state(model))}
     *at, module, kind = path.split(".")
     config, h = model.config, model.config.head_dim
@@ -173,7 +173,7 @@ def parameter(model: Llama, path: str) -> np.ndarray:
 
 
 def assert_holds(model: Llama, tensors: Tensors) -> None:
-    """Checks that the model holds every tensor bit for bit at its place, and nothing else."""
+    """Checks that the model has exactly these tensors as parameters, bit for bit."""
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == sum(x.size for x in tensors.values())
     for name, tensor in tensors.items():
         path = name.removeprefix("model.").removesuffix(".weight")

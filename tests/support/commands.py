@@ -24,7 +24,7 @@ def runner(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def run_wrongly(run: Run, *arguments: object) -> str:
-    """The error of a command that a user gave wrongly: one line, exit code 2, and nothing on stdout."""
+    """Runs a wrong command, which must fail with exit code 2 and no stdout; returns its one-line error."""
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("minikv: error: ")

@@ -1,4 +1,4 @@
-"""Seeded damage to files: wrong values in JSON, and wrong bytes anywhere."""
+"""Damages files reproducibly: wrong values in JSON, and wrong bytes anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Path = tuple[str | int, ...]
 
 
 def deep(levels: int) -> list[Any]:
-    """A list in a list in a list ..."""
+    """Makes lists nested `levels` deep."""
     value: list[Any] = []
     for _ in range(levels):
         value = [value]
@@ -60,13 +60,13 @@ VALUES: tuple[Any, ...] = (
 
 
 class Mutation(NamedTuple):
-    """A wrong value.
+    """A wrong value in a JSON document.
 
     Attributes:
       what: "value", "missing", "unknown", "twice" or "deep".
-      path: of the key that is wrong, with the indices of lists.
-      old, new: the values there, if there are.
-      text: the whole, as JSON.
+      path: path of the wrong key, with the indices of lists.
+      old, new: the values at `path`, if any.
+      text: the whole document as JSON.
     """
 
     what: str
@@ -77,7 +77,7 @@ class Mutation(NamedTuple):
 
 
 def nodes(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value within `value`, and its path."""
+    """Yields every nested value with its path."""
     yield path, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -85,7 +85,7 @@ def nodes(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def mutate(value: Any, generator: random.Random) -> Mutation:
-    """One wrong value somewhere in a JSON object."""
+    """Puts one wrong value somewhere in a JSON object."""
     value = copy.deepcopy(value)
     what = generator.choice(["value"] * 6 + ["missing", "unknown", "twice", "deep"])
     everything = list(nodes(value))
@@ -115,7 +115,7 @@ def mutate(value: Any, generator: random.Random) -> Mutation:
 
 
 def dumps(value: Any) -> str:
-    """JSON, with infinity as other programs write it: a number that is too large."""
+    """Writes JSON, with infinity as other programs do: as a number that is too large."""
     return json.dumps(value).replace("Infinity", "1e999")
 
 
@@ -134,15 +134,15 @@ def kind(value: Any) -> str:
 
 
 class Format(NamedTuple):
-    """What a format accepts beside values of the kinds that a good file has. Paths are without indices.
+    """What a format accepts besides values of the same kinds as in a valid file. Paths have no indices.
 
     Attributes:
-      kinds: more kinds of a key.
+      kinds: more kinds of a key's value.
       free: keys that hold anything.
       optional: keys that may be missing.
-      maps: keys with objects whose keys may be any.
+      maps: keys of objects with arbitrary keys.
       any_integer: keys with integers of any size.
-      is_open: whether unknown keys are passed over.
+      is_open: whether unknown keys are ignored.
     """
 
     kinds: Mapping[str, tuple[str, ...]] = {}
@@ -153,7 +153,7 @@ class Format(NamedTuple):
     is_open: bool = False
 
     def refuses(self, mutation: Mutation) -> bool:
-        """Whether a file with this mutation must be refused; the rest may be."""
+        """Tells whether a file with this mutation must be refused; other files may be."""
         name = ".".join(key for key in mutation.path if isinstance(key, str))
         if mutation.what in ("twice", "deep"):
             return True
@@ -180,7 +180,7 @@ class Format(NamedTuple):
 
 
 def damage(content: bytes, generator: random.Random) -> bytes:
-    """Other bytes: some flipped, cut off, doubled, overwritten, or put in."""
+    """Flips, cuts off, doubles, overwrites or inserts some bytes."""
     place = generator.randrange(max(1, len(content)))
     length = generator.choice((1, 2, 7, 64, len(content) // 2 or 1))
     random_bytes = generator.randbytes(length)

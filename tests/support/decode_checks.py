@@ -19,7 +19,7 @@ FACTOR = 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape and configuration; lengths are drawn, ragged, unless given."""
+    """One shape and configuration, with random ragged lengths unless given."""
 
     batch: int = 2
     kv_heads: int = 2
@@ -65,7 +65,7 @@ CASES = {
 
 
 def random_case(rng: np.random.Generator, head_dims: list[int], metadata: list[str], most_packed: int) -> Case:
-    """A random case that a kernel supports, with at most about `most_packed` packed tokens."""
+    """Draws a case that a kernel supports, with at most about `most_packed` packed tokens."""
     head_dim = int(rng.choice(head_dims))
     group_size = int(rng.choice([g for g in (16, 32, 64, 128) if head_dim % g == 0]))
     k_bits, v_bits = (int(b) for b in rng.choice([2, 4], 2))
@@ -85,7 +85,7 @@ def random_case(rng: np.random.Generator, head_dims: list[int], metadata: list[s
 
 
 class Inputs(NamedTuple):
-    """The arrays that a package's `decode_attention` takes; the regions are the package's own."""
+    """Array arguments of a package's `decode_attention`, with the package's own regions."""
 
     q: Any
     packed: Any
@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
 
 
 def make(package: Any, case: Case, seed: int) -> tuple[Inputs, np.ndarray, float]:
-    """Inputs (NaN beyond the lengths), the expected output and the error bound."""
+    """Makes inputs (NaN beyond the lengths), the expected output and the error bound."""
     rng = np.random.default_rng(seed)
     dtype = DTYPES[case.dtype]
     block = max(packing_block(b, case.group_size) for b in (case.k_bits, case.v_bits))
@@ -149,7 +149,7 @@ def make(package: Any, case: Case, seed: int) -> tuple[Inputs, np.ndarray, float
 
 
 def options(package: Any, case: Case) -> dict[str, Any]:
-    """The settings that a package's `decode_attention` takes."""
+    """Settings of a package's `decode_attention`."""
     storage = package.Storage(case.k_bits, case.v_bits, case.group_size)
     return {"storage": storage, "scale": case.head_dim**-0.5 if case.scale is None else case.scale}
 
@@ -168,7 +168,7 @@ def check(package: Any, case: Case, seed: int) -> None:
 
 
 def abstract(package: Any, case: Case) -> Inputs:
-    """The inputs' shapes and dtypes."""
+    """Shapes and dtypes of the inputs."""
     small, _, _ = make(package, dataclasses.replace(case, lengths=((0, 0),) * case.batch), 0)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
 

@@ -1,4 +1,4 @@
-"""Textbook attention, written independently of the library's."""
+"""Textbook attention, independent of the library's."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from minikv_jax.models.decoder import Llama
 
 
 def dense_attend(model: Llama):
-    """A callback for `Llama.forward`: causal attention of every query to every key in the layer's window."""
+    """Makes a callback for `Llama.forward`: dense causal attention within the layer's window."""
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         groups = q.shape[2] // k.shape[2]

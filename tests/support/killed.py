@@ -1,7 +1,7 @@
-"""Processes that write, and are killed at random moments of it.
+"""Runs processes that write, and kills them at random moments.
 
-The processes are forked from one that has imported all that they need and started none of JAX's threads, so that a kill
-costs a fraction of a second.
+The processes are forked from one that has imported everything and started none of JAX's threads, so that a kill takes
+a fraction of a second.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Target = Callable[..., None]  # of a connection and arguments: sends None when i
 
 @functools.cache
 def _compiled() -> str:
-    """A directory for compiled programs, which every process needs again."""
+    """Directory for compiled programs, which all processes share."""
     directory = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 
 def _start(target: Target, arguments: tuple[Any, ...]) -> tuple[ForkServerProcess, Connection]:
-    """Starts `target`, and returns when it begins."""
+    """Starts a process and returns once `target` begins."""
     _CONTEXT.set_forkserver_preload(["support.writers"])
     environment = {
         "PYTHONPATH": os.pathsep.join(sys.path),  # by which the forking process finds what to import
@@ -58,7 +58,7 @@ def _start(target: Target, arguments: tuple[Any, ...]) -> tuple[ForkServerProces
 
 
 def kill(target: Target, arguments: tuple[Any, ...], after: float) -> list[Any]:
-    """Runs `target` in a process of its own, kills it `after` seconds of work, and returns what it had reported."""
+    """Kills a process that runs `target` after some seconds of work, and returns its reports."""
     process, ours = _start(target, arguments)
     reports = []
     deadline = time.perf_counter() + after
@@ -80,7 +80,7 @@ def _received(connection: Connection) -> list[Any]:
 
 
 def duration(target: Target, arguments: tuple[Any, ...]) -> float:
-    """Seconds from the beginning of `target` to its first report."""
+    """Measures the seconds from the beginning of `target` to its first report."""
     process, ours = _start(target, arguments)
     began = time.perf_counter()
     ours.recv()
@@ -92,7 +92,7 @@ def duration(target: Target, arguments: tuple[Any, ...]) -> float:
 
 
 def moments(count: int, longest: float, seed: int = 0) -> Iterator[float]:
-    """Random moments up to `longest` seconds, each in its own part of the time."""
+    """Draws random moments up to `longest` seconds, one from each of `count` equal intervals."""
     generator = random.Random(seed)
     for number in range(count):
         yield longest * (number + generator.random()) / count

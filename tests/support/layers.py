@@ -29,10 +29,10 @@ def poison(lengths: np.ndarray, *arrays: np.ndarray) -> None:
 
 
 def assert_close(got: Any, want: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Within float32's error of attention over unit normal numbers.
+    """Checks equality within float32's error of attention over unit normal numbers.
 
-    A logit of size L carries about L * sqrt(H) * 2**-24, and the softmax turns that into a relative error of the
-    weights: with L < 6 that stays under 1e-5, of sums as of outputs near zero.
+    A logit of size L has an error of about L * sqrt(H) * 2**-24, which becomes a relative error of the softmax weights.
+    For L < 6 it stays under 1e-5, for column sums and for outputs near zero.
     """
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
@@ -43,20 +43,20 @@ def all_kept(lengths: np.ndarray, heads: int, tokens: int) -> Kept:
 
 
 def cache_of(method: Method, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, new_tokens: int = 0) -> LayerCache:
-    """A layer that keeps the whole prompt and has room for `new_tokens`."""
+    """Makes a layer that keeps the whole prompt and has room for `new_tokens`."""
     capacity = layer_capacity(method, method.heavy, k.shape[1], new_tokens)
     return compressed(k, v, all_kept(lengths, k.shape[2], k.shape[1]), capacity, LayerSpec(method))
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "spec"))
 def compressed(k: jax.Array, v: jax.Array, kept: Kept, capacity: LayerCapacity, spec: LayerSpec) -> LayerCache:
-    """Runs `compress` as a program, one per method and set of shapes."""
+    """Runs `compress` as a compiled program, one per method and set of shapes."""
     return compress(k, v, kept, capacity, spec)
 
 
 @jax.jit
 def with_garbage(layer: LayerCache) -> LayerCache:
-    """Fills slots beyond the lengths with NaN, and unused code words with ones."""
+    """Fills unused slots with NaN, and unused code words with ones."""
 
     def spoil(leaf: jax.Array, valid: jax.Array, capacity: int) -> jax.Array:
         rows = valid * leaf.shape[2] // max(capacity, 1)
@@ -82,7 +82,7 @@ def naive_rows(method: Method, k: np.ndarray, v: np.ndarray, lengths: Sequence[i
 
 
 def naive_append(rows: Rows, k: np.ndarray, v: np.ndarray, counts: np.ndarray) -> None:
-    """Appends the first counts[b] tokens of k and v[B, T, K, H]."""
+    """Appends the first `counts[b]` tokens of k and v `[B, T, K, H]`."""
     for b, row in enumerate(rows):
         for h, head in enumerate(row):
             for t in range(counts[b]):
@@ -90,13 +90,13 @@ def naive_append(rows: Rows, k: np.ndarray, v: np.ndarray, counts: np.ndarray) -
 
 
 def stored(rows: Rows) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """The keys and values that each row and KV head holds."""
+    """Returns the keys and values of each row and KV head."""
     return [[(head.keys(), head.values()) for head in row] for row in rows]
 
 
 @jax.jit
 def plain(x: QuantizedArray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Codes, and scales and zeros in float32."""
+    """Returns codes, and scales and zeros in float32."""
 
     def restore(leaf: jax.Array, factor: jax.Array | None) -> jax.Array:
         leaf = leaf.astype(jnp.float32)
@@ -106,7 +106,7 @@ def plain(x: QuantizedArray) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def assert_same(layer: LayerCache, rows: Rows) -> None:
-    """The same tokens in the same slots: codes, metadata and tail bit for bit (`layout.Packed.adopt` for ties)."""
+    """Checks for the same tokens in the same slots, bit for bit (except ties, `layout.Packed.adopt`)."""
     assert np.asarray(layer.tail.length).tolist() == [len(row[0].tail) for row in rows]
     assert np.asarray(layer.packed.length).tolist() == [sum(len(x.codes) for x in row[0].packed_k) for row in rows]
     for tail, which in ((layer.tail.k, 0), (layer.tail.v, 1)):

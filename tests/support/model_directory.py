@@ -1,4 +1,4 @@
-"""A tiny random chat model with a byte tokenizer, as a Hugging Face directory."""
+"""Writes a tiny random chat model with a byte tokenizer as a Hugging Face directory."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token per byte, and the roles' and the end token."""
+    """Makes a tokenizer with one token per byte, and tokens for the roles and the end."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Seeded damage to the files of a tiny checkpoint: each mutation changes one file, and says what it did."""
+"""Damages files of a tiny checkpoint reproducibly; each mutation changes one file and describes the change."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def flip(rng: Random, path: pathlib.Path, start: int = 0, stop: int | None = Non
 
 
 def change_number(rng: Random, path: pathlib.Path, start: int) -> str:
-    """Changes bytes of the float32 numbers after `start`, or makes one of them NaN or infinite."""
+    """Changes bytes of the float32 numbers after `start`, or makes one number NaN or infinite."""
     if rng.random() < 0.5:
         return flip(rng, path, start)
     content = bytearray(path.read_bytes())
@@ -107,7 +107,7 @@ def truncate(rng: Random, path: pathlib.Path) -> str:
 
 
 def tear(rng: Random, path: pathlib.Path) -> str:
-    """Truncates a file, empties it, takes it away, makes it a directory, or adds bytes."""
+    """Truncates, empties or removes a file, makes it a directory, or adds bytes."""
     kind = choose(rng, ("truncate", "truncate", "empty", "unlink", "directory", "append"))
     if kind == "truncate":
         return truncate(rng, path)
@@ -126,7 +126,7 @@ def tear(rng: Random, path: pathlib.Path) -> str:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of everything in a JSON value; of long lists and objects, of the first entries."""
+    """Lists the paths in a JSON value, with only the first entries of long lists and objects."""
     found = [path] if path else []
     items = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
@@ -182,7 +182,7 @@ def json_file(name: str) -> Mutation:
 
 
 def safetensors_header(rng: Random, directory: pathlib.Path) -> str:
-    """Changes the header's JSON with its length kept right, or its bytes."""
+    """Changes the header's JSON and adjusts its length, or changes its bytes."""
     path = directory / "model.safetensors"
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -236,7 +236,7 @@ def gguf_metadata(rng: Random, directory: pathlib.Path) -> str:
 
 
 def _gguf_data(path: pathlib.Path) -> int:
-    """Where the tensors begin, or a little later."""
+    """Returns the offset at which tensors begin, or a little more."""
     return path.stat().st_size - sum(tensor.nbytes for tensor in random_tensors(GGUF_CONFIG).values())
 
 

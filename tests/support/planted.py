@@ -1,4 +1,4 @@
-"""Checkpoints with Python files planted beside them, and a process that watches whether any of these is touched."""
+"""Plants Python files in checkpoints, and runs a process that detects whether they are read or run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ print("\\n" + json.dumps({"ours": ours, "control": report(), "errors": errors}))
 
 
 def _plant(directory: pathlib.Path, marker: pathlib.Path, tokenizer_class: str) -> None:
-    """Adds Python that leaves `marker` when it is imported, and the entries that ask transformers to import it."""
+    """Adds Python that writes `marker` on import, and the entries that ask transformers to import it."""
     code = (
         f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
         "from transformers import PreTrainedTokenizerFast as Tokenizer, LlamaConfig as Config, LlamaModel as Model\n"
@@ -86,7 +86,7 @@ def _plant(directory: pathlib.Path, marker: pathlib.Path, tokenizer_class: str) 
 
 
 def write_sources(root: pathlib.Path, marker: pathlib.Path, tokenizer_class: str) -> list[str]:
-    """The four kinds of sources, each with planted files; the last is an id in the hub cache at `root / hub`."""
+    """Writes the four kinds of sources with planted files; the last is an id in the hub cache at `root / hub`."""
     directory, orbax, beside = root / "safetensors", root / "orbax", root / "gguf"
     write_model(directory)
     hub.save(*hub.load(directory), orbax)
@@ -100,7 +100,7 @@ def write_sources(root: pathlib.Path, marker: pathlib.Path, tokenizer_class: str
 
 
 def gguf_vocabulary() -> dict[str, Any]:
-    """One token per byte, two words, and a chat template."""
+    """Makes a vocabulary with one token per byte, two words, and a chat template."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -117,7 +117,7 @@ def gguf_vocabulary() -> dict[str, Any]:
 
 
 def _write_hub_cache(cache: pathlib.Path, directory: pathlib.Path) -> None:
-    """A snapshot as huggingface_hub keeps it: links into the repository's blobs."""
+    """Writes a snapshot as huggingface_hub does, with links to the repository's blobs."""
     repository, revision = cache / f"models--{HUB_ID.replace('/', '--')}", "0" * 40
     snapshot, blobs = repository / "snapshots" / revision, repository / "blobs"
     snapshot.mkdir(parents=True)
@@ -130,7 +130,7 @@ def _write_hub_cache(cache: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def watched(root: pathlib.Path, sources: list[str], hub_cache: pathlib.Path, stdin: str) -> dict[str, Any]:
-    """Loads the sources in a process of its own, and reports what it touched of the code below `root`."""
+    """Loads the sources in a separate process, and reports which code below `root` it touched."""
     home = {"HF_HOME": str(root / "home"), "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(root), *sources],

@@ -1,4 +1,4 @@
-"""A model that only projects: random queries, keys and values per token; its output is every layer's attention."""
+"""A model with random queries, keys and values per token, whose output is every layer's attention."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ VOCABULARY, H = 400, 32
 
 @dataclasses.dataclass(frozen=True)
 class Projections:
-    """Stands in for a Llama: looks up a token's queries, keys and values, and returns every layer's output."""
+    """Replaces a Llama: looks up a token's queries, keys and values, and returns every layer's output."""
 
     config: ModelConfig
     q: np.ndarray  # [L, V, N, H]

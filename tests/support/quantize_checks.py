@@ -12,7 +12,7 @@ from oracle.layout import DTYPES, quantize
 
 
 def inputs(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Random channels of different sizes, some groups without range."""
+    """Draws channels of different sizes, with some constant groups."""
     x = rng.normal(size=shape) * np.exp(2 * rng.normal(size=(*shape[:-2], 1, shape[-1])))
     x[..., : shape[-2] // 2, 1] = 3.25
     x[:, 0, 0, :] = 0.0

