@@ -1,6 +1,6 @@
-"""Compression methods: one file a paper, with its scorer, budget rule or quantizer and its named configurations.
+"""Compression methods: one file per paper, with its scorer, budget rule or quantizer and its named configurations.
 
-A file here is imported, and so registers what it defines, by being here.
+All files of this directory are imported, and register what they define.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""The components of a method, and what they are given.
+"""Components of a method, and their inputs.
 
 A component is a class whose fields are its settings: a `Scorer`, a `Budget` or `ScoredBudget`, a `Quantizer`. Subclass
-one and put an instance into a `Method`. All are frozen values.
+one and pass an instance to `Method`. All are frozen values.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from minikv_jax.packing import Packing
 
 Kind = Literal["keys", "values"]
 
-MAX_TOKENS = 1 << 24  # of a budget or a cache: more than any model has positions, and sums stay within 32 bits
-MAX_WINDOW = 1 << 16  # tokens that a scorer looks at or ahead to, one after the other
+MAX_TOKENS = 1 << 24  # in a budget or a cache: more than any model has positions, and sums stay within 32 bits
+MAX_WINDOW = 1 << 16  # consecutive tokens that a scorer looks at or ahead to
 METHOD_FIELDS = (
     *("name", "citation", "scorer", "heavy", "recent"),
     *("sinks", "budget", "evict_every", "quantizer", "tail"),
-)  # of `Method`: `--set` knows these names already
+)  # fields of `Method`, which `--set` also accepts
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, setting))
 class Component:
-    """Part of a method: a subclass becomes a frozen dataclass, whose fields are its settings.
+    """Base of all parts of a method. A subclass becomes a frozen dataclass, whose fields are its settings.
 
-    Every setting has a default, an int, float, str or bool, and takes what is of its type (an int will do for a float,
-    NaN and infinity will not). `lag: int = minikv_jax.setting(default=128, at_least=1, at_most=4096)` takes less. A
-    value of another kind is refused when an instance is made.
+    Every setting has a default that is an int, float, str or bool, and accepts values of that type. A float also
+    accepts an int, but neither NaN nor infinity. `minikv_jax.setting` narrows the accepted values:
+    `lag: int = minikv_jax.setting(default=128, at_least=1, at_most=4096)`.
+
+    Raises:
+      ValueError: a class with a setting that has no such default, or hides a method or a field of `Method`; an instance
+        with a value that is not accepted.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -49,7 +53,7 @@ class Component:
 
 
 def _check_setting(component: type, field: dataclasses.Field[Any]) -> None:
-    """Raises ValueError for a setting that `--set` could not reach, or that stands where a method is expected."""
+    """Raises ValueError for a setting that `--set` cannot reach, or that hides a method of the class."""
     what = f"setting {field.name!r} of {component.__name__}"
     if field.name in METHOD_FIELDS:
         raise ValueError(f"{what}: a Method has a field of that name; expected another")
@@ -61,7 +65,7 @@ def _check_setting(component: type, field: dataclasses.Field[Any]) -> None:
 
 
 def settings(component: type[Component] | Component) -> dict[str, Any]:
-    """The settings of a class with their defaults, or those of an instance with their values."""
+    """Returns the settings of a class with their defaults, or of an instance with their values."""
     if isinstance(component, type):
         return {field.name: field.default for field in dataclasses.fields(component)}  # pyright: ignore[reportArgumentType]
     return {field.name: getattr(component, field.name) for field in dataclasses.fields(component)}  # pyright: ignore[reportArgumentType]
@@ -71,15 +75,14 @@ class LayerInputs(NamedTuple):
     """One layer's prompt, as attention and scorers see it. RoPE is already applied; rows are right-padded to `T`.
 
     Attributes:
-      q, k, v: in the model's dtype; what lies beyond a row's length may be anything, NaN too.
-      lengths: valid tokens per row.
-      column_sums: float32, of the causal softmax map over all queries and the heads of a KV head, if the scorer needs
-        them, else None.
-      window: the layer's sliding window.
-      layer: the layer's number; a scorer gets it as a traced int32 scalar, because layers of equal shapes may share a
-        program.
+      q, k, v: queries, keys and values in the model's dtype. The padding may hold anything, including NaN.
+      lengths: int32, valid tokens per row.
+      column_sums: float32, sums of the causal softmax map over all queries and the query heads of a KV head; None
+        unless the scorer needs them.
+      window: sliding window of the layer in tokens; None if every query sees all earlier keys.
+      layer: number of the layer. Scorers get a traced int32 scalar, because layers of equal shapes may share a program.
       frequencies: float32 `[H/2]`, radians per position by which RoPE turned channels (i, i + H/2); None if unknown.
-      sinks: leading tokens that the method keeps whatever they score.
+      sinks: number of leading tokens that the method keeps whatever their scores.
     """
 
     q: Float[Array, "B T N H"]
@@ -94,38 +97,47 @@ class LayerInputs(NamedTuple):
 
 
 class Scorer(Component, abc.ABC):
-    """Scores every prompt token, per layer, row and KV head; higher is kept first.
+    """Scores every prompt token, per layer, row and KV head. Tokens with higher scores are kept first.
 
     Attributes:
-      needs_column_sums: whether `score` reads `LayerInputs.column_sums`, a second pass over the prefill's attention.
+      needs_column_sums: whether `score` reads `LayerInputs.column_sums`, which take a second pass over the prefill's
+        attention.
     """
 
     needs_column_sums: ClassVar[bool] = False
 
     @abc.abstractmethod
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
-        """A floating-point score per token; padding may score anything.
+        """Scores the tokens of one layer. Traced by `jax.jit`.
 
-        Sinks and recent tokens stay whatever they score. NaN counts as the lowest score, and evaluations report it.
+        Args:
+          inputs: queries, keys and values of the prompt.
+
+        Returns:
+          A floating-point score per token. Sinks and recent tokens stay whatever their scores, and padding may score
+          anything. NaN counts as the lowest score; evaluations report it.
         """
 
     def update(self, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
-        """The scores after a decode step, which `Method.evict_every` needs.
+        """Updates the scores after a decode step. Needed for `Method.evict_every`.
 
         Args:
-          scores: of the cache's `C` slots; 0 for a new token.
-          weights: attention that the slots got in this step, summed over the query heads of a KV head.
+          scores: float32, scores of the cache's `C` slots; 0 for a new token.
+          weights: float32, attention that the slots received in this step, summed over the query heads of a KV head.
+
+        Returns:
+          The new scores.
         """
         raise NotImplementedError
 
     @property
     def can_update(self) -> bool:
-        """Whether the scores go on during generation."""
+        """Whether the scorer defines `update`."""
         return type(self).update is not Scorer.update
 
 
 class NoScores(Scorer):
-    """Scores all tokens alike: position alone decides (StreamingLLM, or no eviction at all)."""
+    """Gives all tokens the same score: only their positions decide (StreamingLLM, or no eviction at all)."""
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         batch, tokens, kv_heads, _ = inputs.k.shape
@@ -133,7 +145,7 @@ class NoScores(Scorer):
 
 
 class FunctionScorer(Scorer):
-    """A function `score(inputs)` as a scorer."""
+    """Wraps a function `score(inputs)` as a scorer."""
 
     function: Callable[[LayerInputs], Array]
 
@@ -142,22 +154,29 @@ class FunctionScorer(Scorer):
 
 
 class Budget(Component, abc.ABC):
-    """Spreads the heavy budget over layers."""
+    """Spreads the heavy budget over layers, in proportion to a weight per layer."""
 
     @abc.abstractmethod
     def weights(self, num_layers: int) -> Sequence[float]:
-        """One non-negative number per layer, of which only the ratios count."""
+        """Weighs the layers.
+
+        Args:
+          num_layers: number of the model's layers.
+
+        Returns:
+          One finite, non-negative number per layer, not all zero. Only their ratios count.
+        """
 
 
 class Uniform(Budget):
-    """The same budget for every layer."""
+    """Gives every layer the same budget."""
 
     def weights(self, num_layers: int) -> list[float]:
         return [1.0] * num_layers
 
 
 class FunctionBudget(Budget):
-    """A function `weights(num_layers)` as a budget rule."""
+    """Wraps a function `weights(num_layers)` as a budget rule."""
 
     function: Callable[[int], Sequence[float]]
 
@@ -166,24 +185,33 @@ class FunctionBudget(Budget):
 
 
 class ScoredBudget(Component, abc.ABC):
-    """Spreads the heavy budget over layers by their scores, inside the compiled prefill and after all layers.
+    """Spreads the heavy budget over layers by their scores, in the compiled prefill after the last layer.
 
     Attributes:
-      cap: no layer gets more than this multiple of the mean budget; it decides how much is allocated.
+      cap: no layer gets more than this multiple of the mean budget. It determines the allocated bytes.
     """
 
     cap: float = setting(default=2.0, at_least=1, at_most=1024)
 
     @abc.abstractmethod
     def weights(self, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]) -> Float[Array, "L B"]:
-        """Non-negative weights per layer and row, of which only the ratios count."""
+        """Weighs the layers of each row. Traced by `jax.jit`.
+
+        Args:
+          scores: float32 scores of every layer; padding may hold anything.
+          lengths: int32, valid tokens per row.
+
+        Returns:
+          Non-negative floating-point weights. Only the ratios between layers count.
+        """
 
 
 class Operand(NamedTuple):
-    """The keys or the values of one layer.
+    """Tells a quantizer whether it has keys or values, and of which layer.
 
     Attributes:
-      layer: the layer's number for a quantizer that says `by_layer`, else None.
+      kind: "keys" or "values".
+      layer: number of the layer if the quantizer sets `by_layer`, else None.
     """
 
     kind: Kind
@@ -191,16 +219,18 @@ class Operand(NamedTuple):
 
 
 class Quantizer(Component, abc.ABC):
-    """Stores keys and values in few bits. Subclasses give at least `encode` and `decode`.
+    """Stores keys and values in few bits. Subclasses define at least `encode` and `decode`.
 
-    On a device mesh, `encode` and `decode` are given each device's own rows and KV heads (`meshes.own_heads`).
+    On a device mesh, `encode` and `decode` get each device's own rows and KV heads (`meshes.own_heads`).
 
     Attributes:
-      choices: what `k_bits` and `v_bits` may be.
-      by_layer: whether it reads `Operand.layer`. If not, layers of equal shapes share a program.
-      kernel_packs: whether `encode` is `minikv_jax.packing.encode_minmax` by `packing(kind)`, which a kernel may do
-        instead. False in a subclass that defines `encode`, unless it says otherwise.
-      kernel_reads: likewise for `decode` and `minikv_jax.packing.dequantize`.
+      k_bits, v_bits: bits per channel of a key and of a value.
+      choices: accepted values of `k_bits` and `v_bits`.
+      by_layer: whether the quantizer reads `Operand.layer`. If not, layers of equal shapes share a program.
+      kernel_packs: whether `encode` equals `minikv_jax.packing.encode_minmax` with `packing(kind)`, so that a kernel
+        may do it instead. False by default in a subclass that defines `encode`.
+      kernel_reads: whether `decode` equals `minikv_jax.packing.dequantize`. False by default in a subclass that defines
+        `decode`.
     """
 
     choices: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 8)
@@ -224,42 +254,55 @@ class Quantizer(Component, abc.ABC):
 
     @property
     def block(self) -> int:
-        """Tokens that enter the packed region together: a divisor of `MAX_BLOCK` and of what a tail packs."""
+        """Number of tokens that are packed together. It must divide `MAX_BLOCK` (1024) and `Tail.length`."""
         return 32
 
     def operand(self, kind: Kind, layer: int) -> Operand:
-        """The keys or the values of layer number `layer`."""
+        """Returns the operand for the keys or the values of a layer."""
         return Operand(kind, layer if self.by_layer else None)
 
     def bits(self, kind: Kind) -> int:
-        """`k_bits` or `v_bits`."""
+        """Returns `k_bits` or `v_bits`."""
         return self.k_bits if kind == "keys" else self.v_bits
 
     def packing(self, kind: Kind) -> Packing:
-        """How keys or values are packed, for a quantizer that kernels pack or read."""
+        """Returns the packing of keys or values, if kernels can pack or read them."""
         raise NotImplementedError(f"{type(self).__name__} has a layout of its own")
 
     @abc.abstractmethod
     def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> Any:
-        """What to store of `S` tokens, a multiple of `block`.
+        """Encodes keys or values. Traced by `jax.jit`.
+
+        Args:
+          x: `S` tokens in the model's dtype, `S` being a multiple of `block`; in the basis of `rotation`.
+          operand: keys or values, and of which layer.
 
         Returns:
-          A `QuantizedArray`, or any pytree of arrays `[B, K, S / r, ...]` in which `r` divides the block, each array
-          with its own `r`. Blocks are quantised independently of one another.
+          A `QuantizedArray`, or any pytree of arrays `[B, K, S / r, ...]`. Each array has its own `r`, which divides
+          `block`. A block's result may not depend on other blocks.
         """
 
     @abc.abstractmethod
     def decode(self, stored: Any, operand: Operand) -> Float[Array, "B K S H"]:
-        """The tokens that `stored`, any whole number of blocks, stands for."""
+        """Decodes what `encode` returned. Traced by `jax.jit`.
+
+        Args:
+          stored: any whole number of blocks.
+          operand: keys or values, and of which layer.
+
+        Returns:
+          The tokens in any floating-point dtype; float32 is rounded only once.
+        """
 
     def rotation(self, operand: Operand, head_dim: int) -> Float[Array, "H H"] | None:
-        """An orthogonal `R`: the cache then holds `k @ R` (or `v @ R`), its tail too.
+        """Returns the basis of the cache: an orthogonal `R`, or None for no rotation.
 
-        Queries are rotated as the keys are, and the output is rotated back, so that attention is unchanged.
+        The whole cache, tail included, then holds `k @ R` (or `v @ R`). Queries are rotated as the keys are, and the
+        output is rotated back, so that attention is unchanged.
         """
         del operand, head_dim
         return None
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ValueError if the quantizer cannot serve this model; shapes are checked without it."""
+        """Raises ValueError if the quantizer does not fit the model. Shapes are checked elsewhere (`contracts.py`)."""
         del model

@@ -1,7 +1,7 @@
-"""Ranges and rotations learned from a model's own keys and values: the values, their files, and the quantizers.
+"""Calibrations: ranges and rotations learned from a model's own keys and values, their files and quantizers.
 
-`minikv_jax.calibrate` learns them. A saved calibration is a directory, and the directory is a method: `--method DIR`,
-`generate(..., method="DIR")`.
+`minikv_jax.calibrate` learns them. A calibration is saved as a directory, which can be used as a method: `--method DIR`
+or `generate(..., method="DIR")`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from minikv_jax.packing import Packing, QuantizedArray
 from minikv_jax.schemas import Schema
 
 _KIND = "calibration"
-_FITTED_SETTINGS = ("k_bits", "v_bits", "group_size")  # what ranges are learned for
+_FITTED_SETTINGS = ("k_bits", "v_bits", "group_size")  # ranges are learned for these
 
 
 class ModelSizes(Schema):
-    """The sizes of a model that a calibration's shapes depend on."""
+    """Sizes of a model that determine a calibration's shapes."""
 
     num_hidden_layers: Size
     num_key_value_heads: Size
@@ -42,7 +42,7 @@ class ModelSizes(Schema):
 
 
 class CalibrationRecord(saved_arrays.Description):
-    """What calibration.json holds."""
+    """Content of calibration.json."""
 
     method: MethodRecord
     model: ModelSizes
@@ -52,7 +52,7 @@ class CalibrationRecord(saved_arrays.Description):
 class Ranges(NamedTuple):
     """Scale factors for the lower and upper half of each group's range, measured from its midpoint.
 
-    Shapes `[..., K, C]`: per KV head and column of groups, `C = H` channels of keys, `C = H / g` groups of values.
+    One factor per KV head and column of groups: `C = H` channels of keys, `C = H / g` groups of values.
     """
 
     low: Float[Array, "... K C"]
@@ -60,14 +60,14 @@ class Ranges(NamedTuple):
 
 
 class OperandCalibration(NamedTuple):
-    """Ranges and rotation of one layer's keys or values; with a leading axis `L`, of all layers'."""
+    """Ranges and rotation of the keys or values of one layer, or, with a leading axis `L`, of all layers."""
 
     ranges: Ranges
     rotation: Float[Array, "... H H"]  # orthogonal: the cache holds `x @ rotation`
 
 
 class Calibration(NamedTuple):
-    """Everything learned for a method and a model; float32, leading axis `L`."""
+    """Everything learned for a method and a model: float32 arrays with a leading axis `L`."""
 
     keys: OperandCalibration
     values: OperandCalibration
@@ -86,10 +86,10 @@ def clipped(
 
 @register_quantizer("calibrated-rotation")
 class CalibratedRotation(MinMax):
-    """Min/max of keys and values in a learned basis.
+    """Min/max quantisation of keys and values in a learned basis.
 
     Attributes:
-      calibration: the directory that `minikv calibrate` wrote.
+      calibration: directory written by `minikv calibrate`.
     """
 
     by_layer: ClassVar[bool] = True
@@ -101,7 +101,7 @@ class CalibratedRotation(MinMax):
         return jnp.asarray(self.learned(operand).rotation)
 
     def learned(self, operand: Operand) -> OperandCalibration:
-        """What was learned for one layer's keys or values."""
+        """Returns the ranges and rotation of one layer's keys or values."""
         return jax.tree.map(lambda leaf: leaf[operand.layer], getattr(load(self.calibration), operand.kind))
 
     def check(self, model: ModelConfig) -> None:
@@ -126,7 +126,7 @@ class Calibrated(CalibratedRotation):
 
 
 def model_sizes(model: ModelConfig) -> dict[str, int]:
-    """The sizes that a calibration's shapes depend on."""
+    """Returns the sizes of a model that determine a calibration's shapes."""
     return {name: getattr(model, name) for name in ModelSizes.model_fields}
 
 
@@ -137,21 +137,24 @@ def save(
     path: str | os.PathLike[str],
     details: Mapping[str, Any] | None = None,
 ) -> Method:
-    """Writes the new directory `path` and returns the method that it now is.
+    """Saves a calibration in a new directory and returns the calibrated method.
 
     Args:
+      calibration: the ranges and rotations.
       method: the method that the calibration was learned for.
+      model: config of the model that it was learned for.
+      path: the directory; must not exist.
       details: anything worth recording, as JSON values.
 
     Raises:
-      FileExistsError: something is at `path` already.
+      FileExistsError: `path` exists already.
     """
     description = {"method": to_dict(method), "model": model_sizes(model), "details": details or {}}
     return saved_method(saved_arrays.save(path, calibration, description, kind=_KIND))
 
 
 def is_calibration(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory that `save` wrote."""
+    """Whether `path` is a directory with a saved calibration."""
     return saved_arrays.holds(path, _KIND)
 
 
@@ -175,12 +178,12 @@ def saved_method(path: str | os.PathLike[str]) -> Method:
 
 
 def load(path: str | os.PathLike[str]) -> Calibration:
-    """Reads what `save` wrote. Raises FileNotFoundError if `path` holds no calibration."""
+    """Reads a saved calibration. Raises FileNotFoundError if `path` holds none."""
     return _load(str(pathlib.Path(path).resolve()))
 
 
 class _Saved(NamedTuple):
-    """A calibration's description."""
+    """Description of a saved calibration."""
 
     method: Method
     model: ModelSizes
@@ -212,7 +215,7 @@ def _load(path: str) -> Calibration:
 
 
 def _blank(layers: int, heads: int, dim: int, group_size: int) -> Calibration:
-    """NumPy arrays of a calibration's shapes: what is restored into NumPy stays out of JAX's tracing."""
+    """Makes NumPy arrays of a calibration's shapes. Arrays restored into NumPy stay out of JAX's tracing."""
 
     def blank(*shape: int) -> Any:
         return np.broadcast_to(np.float32(0), shape)  # takes no memory, whatever the file says

@@ -1,7 +1,7 @@
-"""Calls of a method's components: each result is held against the component's contract, at the shapes it is used at.
+"""Calls a method's components and checks every result against the component's contract.
 
-Components may be a user's own code. What it raises, and a result of another kind, is one ValueError that names the
-component, the line, what it got and what is expected.
+Components may be a user's own code. If it raises, or returns a wrong result, one ValueError names the component, the
+line, its inputs and the expected result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from minikv_jax.models.config import ModelConfig
 
 
 def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:
-    """A scorer's scores of a layer's prompt."""
+    """Calls `Scorer.score`."""
     batch, tokens, kv_heads, _ = inputs.k.shape
     what = f"scorer {SCORERS.name_of(scorer)!r}"
     code = scorer.function if isinstance(scorer, FunctionScorer) else scorer.score
@@ -43,14 +43,14 @@ def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:
 
 
 def update(scorer: Scorer, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
-    """A scorer's scores after a decode step."""
+    """Calls `Scorer.update`."""
     what = f"scorer {SCORERS.name_of(scorer)!r}: update"
     out = _run(what, scorer.update, scorer.update, scores, weights)
     return _expect(what, scorer.update, out, scores.shape, "[B, K, C]")
 
 
 def layer_weights(budget: Budget, num_layers: int) -> tuple[float, ...]:
-    """A budget rule's weights of the layers, which are numbers wherever it is called from."""
+    """Calls `Budget.weights`. The weights are Python numbers, even while a program is traced."""
     what = f"budget {BUDGETS.name_of(budget)!r}"
     code = budget.function if isinstance(budget, FunctionBudget) else budget.weights
 
@@ -72,14 +72,14 @@ def layer_weights(budget: Budget, num_layers: int) -> tuple[float, ...]:
 def scored_weights(
     budget: ScoredBudget, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]
 ) -> Float[Array, "L B"]:
-    """A budget rule's weights of layers and rows, by the scores of all layers."""
+    """Calls `ScoredBudget.weights`."""
     what = f"budget {BUDGETS.name_of(budget)!r}"
     out = _run(what, budget.weights, budget.weights, scores, lengths)
     return _expect(what, budget.weights, out, (len(scores), *lengths.shape), "[L, B]")
 
 
 def check_model(quantizer: Quantizer, model: ModelConfig) -> None:
-    """Raises ValueError, or an error of the file that it reads, if a quantizer cannot serve a model."""
+    """Calls `Quantizer.check`. Raises ValueError if it does not fit the model, or the OSError of a file."""
     try:
         quantizer.check(model)
     except (ValueError, OSError):
@@ -90,7 +90,7 @@ def check_model(quantizer: Quantizer, model: ModelConfig) -> None:
 
 
 def encode(quantizer: Quantizer, x: Float[Array, "B K S H"], operand: Operand) -> Any:
-    """What a quantizer stores of keys or values."""
+    """Calls `Quantizer.encode`."""
     what = _quantizer(quantizer, operand)
     stored = _run(what, quantizer.encode, quantizer.encode, x, operand, hint=_hint(quantizer))
     batch, kv_heads, tokens, _ = x.shape
@@ -109,7 +109,7 @@ def encode(quantizer: Quantizer, x: Float[Array, "B K S H"], operand: Operand) -
 
 
 def decode(quantizer: Quantizer, stored: Any, operand: Operand, shape: tuple[int, ...]) -> Float[Array, "B K S H"]:
-    """The tokens that a quantizer reads; `shape` is theirs, or that of the leading axes."""
+    """Calls `Quantizer.decode`. `shape` is the expected shape, or that of the leading axes."""
     what = _quantizer(quantizer, operand)
     out = _run(what, quantizer.decode, quantizer.decode, stored, operand, hint=_hint(quantizer))
     full = (*shape, *getattr(out, "shape", ())[len(shape) :])
@@ -117,7 +117,7 @@ def decode(quantizer: Quantizer, stored: Any, operand: Operand, shape: tuple[int
 
 
 def rotation(quantizer: Quantizer, operand: Operand, head_dim: int) -> Float[Array, "H H"] | None:
-    """A quantizer's rotation of keys or values, if it has one."""
+    """Calls `Quantizer.rotation`."""
     what, code = f"{_quantizer(quantizer, operand)}: rotation", quantizer.rotation
     out = _run(what, code, code, operand, head_dim)
     return None if out is None else _expect(what, code, out, (head_dim, head_dim), "[H, H]")
@@ -132,7 +132,7 @@ def _hint(quantizer: Quantizer) -> str:
 
 
 def _run(what: str, code: Callable, function: Callable, *given: Any, hint: str = "") -> Any:
-    """`function(*given)`, or one error that says where `code` fails."""
+    """Calls `function(*given)`. Any exception becomes one ValueError that says where `code` fails."""
     try:
         return function(*given)
     except Exception as error:  # whatever a user's code may raise
@@ -154,15 +154,15 @@ def _expect(what: str, code: Callable, out: Any, shape: tuple[int, ...], legend:
 
 
 def _file(code: Callable) -> str:
-    """The file of a function, or of the class whose method it is; empty if none is known."""
+    """Finds the file of a function, or of its component class; an empty string if unknown."""
     component = getattr(code, "__self__", None)
     members = vars(type(component)).values() if isinstance(component, Component) else (inspect.unwrap(code),)
     files = (member.__code__.co_filename for member in members if inspect.isfunction(member))
-    return next((file for file in files if file != "<string>"), "")  # which dataclasses generate
+    return next((file for file in files if file != "<string>"), "")  # generated by dataclasses
 
 
 def _place(code: Callable) -> str:
-    """` (plugin.py, line 3)`: where a function is defined."""
+    """Formats the place where a function is defined: ` (plugin.py, line 3)`."""
     function = inspect.unwrap(getattr(code, "__func__", code))
     if not inspect.isfunction(function):
         return ""
@@ -170,7 +170,7 @@ def _place(code: Callable) -> str:
 
 
 def cause(error: BaseException, file: str) -> str:
-    """` (line 3): TypeError: ...`: the innermost line of `file` on the way to the error, and the error's first line."""
+    """Formats an error with the innermost line of `file` in its traceback: ` (plugin.py, line 3): TypeError: ...`."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
         lines.append(error.lineno)
@@ -178,6 +178,6 @@ def cause(error: BaseException, file: str) -> str:
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     try:
         text = str(error).strip()
-    except Exception:  # a user's exception may fail to say what it is
+    except Exception:  # a user's exception may fail in __str__
         text = ""
     return f"{place}: {kind}{(text.splitlines() or ['no message'])[0][:300]}"

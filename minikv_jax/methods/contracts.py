@@ -1,4 +1,4 @@
-"""Holds a method's components against their contracts on abstract shapes; nothing is computed."""
+"""Checks a method's components against their contracts on abstract shapes, without computing anything."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import QUANTIZERS
 from minikv_jax.models.config import ModelConfig
 
-_ROWS, _TOKENS = 2, 96  # the shapes that components are tried on
+_ROWS, _TOKENS = 2, 96  # shapes that components are tried on
 
 
 def check(method: Method, model: ModelConfig) -> None:
-    """Raises ValueError if a method does not fit a model, or one of its components breaks its contract.
+    """Raises ValueError if a method does not fit a model or one of its components breaks its contract.
 
-    The text names the component, what it got, what it returned or raised, and what is expected.
+    The text names the component, its inputs, what it returned or raised, and what is expected.
     """
     if method.sinks > model.max_position_embeddings:
         raise ValueError(f"sinks={method.sinks}: the model has {model.max_position_embeddings} positions")
@@ -83,7 +83,7 @@ def _check_quantizer(quantizer: Quantizer, operand: Operand, kv_heads: int, head
         )
     for tree, shape in zip(stored, shapes, strict=True):
         _trace(lambda tree, shape=shape: calls.decode(quantizer, tree, operand, shape), tree)
-    with jax.ensure_compile_time_eval():  # numbers, also while a program is traced
+    with jax.ensure_compile_time_eval():  # gives numbers even while a program is traced
         rotation = calls.rotation(quantizer, operand, head_dim)
     if rotation is not None:
         matrix = np.asarray(rotation, np.float64)
@@ -93,7 +93,7 @@ def _check_quantizer(quantizer: Quantizer, operand: Operand, kv_heads: int, head
 
 
 def _trace(function: Callable, *shapes: Any) -> Any:
-    """`jax.eval_shape`, whose errors come without JAX's notes on its own frames."""
+    """Calls `jax.eval_shape`, and drops JAX's notes on its own frames from errors."""
     try:
         return jax.eval_shape(function, *shapes)
     except ValueError as error:

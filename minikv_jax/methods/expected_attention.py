@@ -15,12 +15,20 @@ from minikv_jax.models.rotary import rotate
 
 @register_scorer("expected-attention")
 class ExpectedAttention(Scorer):
-    """The attention expected of the next `future` queries (section 3).
+    """Attention expected from the next `future` queries (Expected Attention section 3, arXiv 2510.00636).
 
-    Queries before RoPE, without the sinks', are taken as normal with their mean and covariance, and turned by the mean
-    rotation `R` of the positions to come: `E[exp(q k / sqrt(H))] = exp(Rm k / sqrt(H) + k RCR' k / 2H)`. This is
-    normalised over the keys after the sinks, averaged over the KV head's query heads, and `+ epsilon` times the norm of
-    the value (the paper's norm is of `W_o v`, which a cache does not know).
+    Queries before RoPE, except those of the sinks, are modelled as normal with their mean `m` and covariance `C`, and
+    rotated by the mean rotation `R` of the next positions: `E[exp(q k / sqrt(H))] = exp(Rm k / sqrt(H) + k RCR' k /
+    2H)`. This is normalised over the keys after the sinks and averaged over the KV head's query heads. The score is
+    that weight plus `epsilon`, times the norm of the value. (The paper takes the norm of `W_o v`, which a cache does
+    not know.)
+
+    Attributes:
+      future: number of future queries.
+      epsilon: added to the weight, so that a value's norm counts even without attention.
+
+    Raises:
+      ValueError: `LayerInputs.frequencies` is None.
     """
 
     future: int = setting(default=512, at_least=1, at_most=MAX_WINDOW)
@@ -55,7 +63,7 @@ class ExpectedAttention(Scorer):
 def _moments(
     q: Float[Array, "B T N H"], used: Array, angles: Float[Array, "T F"]
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N H H"]]:
-    """Mean and covariance of the `used` queries, their rotation undone."""
+    """Mean and covariance of the `used` queries before RoPE."""
     count = jnp.maximum(jnp.sum(used, axis=1), 1)[:, None, None]
     plain = rotate(q.astype(jnp.float32), jnp.cos(angles)[None], -jnp.sin(angles)[None])
     plain = jnp.where(used[..., None, None], plain, 0.0)

@@ -15,7 +15,11 @@ from minikv_jax.methods.registry import register_method, register_quantizer
 
 @register_quantizer("fp8")
 class FP8(Quantizer):
-    """Eight-bit floats without a scale, saturating: `format` e4m3 or e5m2 (table 1)."""
+    """Eight-bit floats without a scale; large values saturate (arXiv 2209.05433, table 1).
+
+    Attributes:
+      format: "e4m3" or "e5m2", bits of exponent and mantissa.
+    """
 
     choices: ClassVar[tuple[int, ...]] = (8,)
 

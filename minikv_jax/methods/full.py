@@ -1,4 +1,4 @@
-"""The full cache: every token, in the model's dtype. What every method is measured against."""
+"""The full cache: every token, in the model's dtype. All methods are compared with it."""
 
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method

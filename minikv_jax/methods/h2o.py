@@ -13,7 +13,11 @@ from minikv_jax.methods.registry import register_method, register_scorer
 
 @register_scorer("h2o")
 class H2O(Scorer):
-    """Accumulated attention: column sums of the causal softmax map over all queries of the KV head's group (eq. 2)."""
+    """Accumulated attention: column sums of the causal softmax map (H2O eq. 2, arXiv 2306.14048).
+
+    Sums run over all queries of the row and the query heads of a KV head. With `evict_every`, they continue during
+    generation (algorithm 1).
+    """
 
     needs_column_sums: ClassVar[bool] = True
 
@@ -22,7 +26,7 @@ class H2O(Scorer):
         return inputs.column_sums
 
     def update(self, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
-        """The column sums with the row of one more query (algorithm 1)."""
+        """Adds the weights of one more query (algorithm 1)."""
         return scores + weights
 
 

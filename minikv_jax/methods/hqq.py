@@ -16,10 +16,17 @@ from minikv_jax.packing import QuantizedArray
 
 @register_quantizer("hqq")
 class HQQ(MinMax):
-    """Zero points that minimise a sparse norm of the error, under min/max scales.
+    """Min/max scales with zero points that minimise a sparse norm of the error (HQQ, Badri and Shaji 2023).
 
-    Half-quadratic splitting: `e = shrink(x - r)`, then `zero = mean(x - e - code * scale)`, with `beta` growing. Of all
-    steps each group keeps the one with the smallest mean absolute error; HQQ stops all groups at once when it grows.
+    Half-quadratic splitting alternates `e = shrink(x - r)`, with `r` the restored values, and
+    `zero = mean(x - e - code * scale)`, while `beta` grows. Each group keeps the zero point with the smallest mean
+    absolute error of all steps. (HQQ's own code stops all groups together as soon as the error grows.)
+
+    Attributes:
+      iterations: number of steps; 0 is `MinMax`.
+      norm: exponent `p` of the norm, in (0, 1].
+      beta: initial weight of the quadratic term.
+      growth: factor by which `beta` grows per step.
     """
 
     iterations: int = setting(default=20, at_least=0, at_most=1000)

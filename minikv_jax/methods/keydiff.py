@@ -12,7 +12,10 @@ from minikv_jax.methods.registry import register_method, register_scorer
 
 @register_scorer("keydiff")
 class KeyDiff(Scorer):
-    """Keys unlike the row's mean direction first: minus the cosine with the mean of unit keys (section 3)."""
+    """Keeps keys that differ most from the mean direction (KeyDiff section 3, arXiv 2504.15364).
+
+    The score is minus the cosine between a key and the mean of the row's unit keys.
+    """
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         keys = inputs.k.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""KIVI (arXiv 2402.02750; https://github.com/jy-yuan/KIVI): keys per channel, values per token, in groups."""
+"""KIVI (arXiv 2402.02750; https://github.com/jy-yuan/KIVI): quantises keys per channel and values per token."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class MinMax(Quantizer):
     """Asymmetric min/max in groups, keys per channel and values per token (KIVI eq. 1; MiniKV section 3.2).
 
     Attributes:
-      k_bits, v_bits: 1, 2, 3, 4 or 8 bits of a key's and of a value's code.
-      group_size: values that share a scale and a zero point.
-      metadata_dtype: of scale and zero point; 8-bit metadata carry a float32 factor per packing block.
+      k_bits, v_bits: bits per code of keys and of values: 1, 2, 3, 4 or 8.
+      group_size: number of values that share a scale and a zero point: 16, 32, 64 or 128.
+      metadata_dtype: dtype of scales and zero points: "float16", "bfloat16", or "float8_e4m3fn" with a float32 factor
+        per packing block.
     """
 
     kernel_packs: ClassVar[bool] = True
@@ -35,11 +36,11 @@ class MinMax(Quantizer):
 
     @property
     def block(self) -> int:
-        """The smallest count that fills whole groups and whole words of keys and of values."""
+        """Smallest number of tokens that fills whole groups and words of keys and of values."""
         return max(self.group_size, word_tokens(self))
 
     def packing(self, kind: Kind) -> Packing:
-        """How the keys or the values are packed."""
+        """Returns the packing of the keys or the values."""
         return Packing(self.bits(kind), self.group_size, _AXES[kind], self.metadata_dtype, self.block)
 
     def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> Any:
@@ -51,7 +52,7 @@ class MinMax(Quantizer):
 
 
 def word_tokens(quantizer: Quantizer) -> int:
-    """Tokens in a word of the narrowest plane of keys and values."""
+    """Number of tokens in a word of the narrowest plane of keys and values."""
     return 32 // min(PLANES[quantizer.k_bits] + PLANES[quantizer.v_bits])
 
 

@@ -1,4 +1,4 @@
-"""Keys of small norm (Devoto et al., arXiv 2406.11430; https://github.com/alessiodevoto/l2compress)."""
+"""Selection by key norm (Devoto et al., arXiv 2406.11430; https://github.com/alessiodevoto/l2compress)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minikv_jax.methods.registry import register_method, register_scorer
 
 @register_scorer("knorm")
 class KNorm(Scorer):
-    """Keys of small L2 norm first (section 3)."""
+    """Keeps keys with the smallest L2 norm (Devoto et al. section 3, arXiv 2406.11430)."""
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         return -jnp.linalg.norm(inputs.k.astype(jnp.float32), axis=-1).swapaxes(1, 2)

@@ -14,12 +14,15 @@ from minikv_jax.methods.registry import register_method, register_scorer
 
 @register_scorer("lagkv")
 class LagKV(Scorer):
-    """Spread of keys and values against the range of the tokens that follow them (section 2.2).
+    """Spread of keys and values relative to the range of the tokens after them (LagKV section 2.2, arXiv 2504.04704).
 
-    After the sinks, tokens form partitions of `lag`. A token is scaled per channel to the smallest and largest value of
-    the next partition; its score is the softmax, over the partition, of the standard deviation over channels, the mean
-    of keys and values. Only the rank inside the partition counts, so that each partition keeps as many. Tokens without
-    a full partition after theirs come before all others, the newest first.
+    After the sinks, tokens form partitions of `lag`. Each token is scaled per channel to the smallest and largest value
+    of the next partition. Its score is the standard deviation over channels, as a softmax over the partition, averaged
+    over keys and values. Only the rank within the partition counts, so every partition keeps equally many tokens.
+    Tokens without a full partition after theirs come before all others, the newest first.
+
+    Attributes:
+      lag: tokens per partition.
     """
 
     lag: int = setting(default=128, at_least=1, at_most=MAX_WINDOW)
@@ -45,7 +48,7 @@ class LagKV(Scorer):
 
 
 def _spread(x: Float[Array, "B K P L H"]) -> Float[Array, "B K P L"]:
-    """Softmax over a partition of its tokens' standard deviations, scaled to the next partition's range."""
+    """Softmax of the tokens' standard deviations over a partition, scaled to the next partition's range."""
     low, high = x.min(axis=3, keepdims=True), x.max(axis=3, keepdims=True)
     low, high = jnp.roll(low, -1, axis=2), jnp.roll(high, -1, axis=2)
     scaled = (x - low) / jnp.where(high == low, 1.0, high - low)

@@ -1,4 +1,4 @@
-"""Methods by name, and changes to them as text: what command lines and files say."""
+"""Looks methods up by name and changes their settings by text, for command lines and files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import AMOUNT, Amount, Method, to_amount
 from minikv_jax.methods.registry import COMPONENTS, METHODS, make, plain_settings
 
-_PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named by themselves
+_PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named without the field
 
 
 def names() -> tuple[str, ...]:
-    """The names that `get` accepts: the library's methods and those registered since."""
+    """Lists the names that `get` accepts: the library's methods and those registered since."""
     return tuple(METHODS)
 
 
 def get(name: str) -> Method:
     """Returns the method registered as `name`, or the one saved in a directory by `minikv calibrate`.
 
+    Args:
+      name: a method's name, or a directory.
+
     Raises:
-      ValueError: an unknown name; the text lists the known ones.
+      ValueError: an unknown name; the text lists the known ones. Also a damaged calibration.
     """
     if not isinstance(name, str):
         raise ValueError(f"method {name!r}: expected a name")
@@ -38,7 +41,7 @@ def get(name: str) -> Method:
 
 
 def resolve(method: str | Method) -> Method:
-    """A method by name, or the method itself. Raises ValueError for anything else."""
+    """Returns a method as given, or looks it up by name. Raises ValueError for anything else."""
     if isinstance(method, Method):
         return method
     if not isinstance(method, str):
@@ -48,9 +51,11 @@ def resolve(method: str | Method) -> Method:
 
 
 def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:
-    """A method and changes to it, as command lines take them: `h2o`, or `h2o:heavy=0.25,recent=0.25`.
+    """Reads a method with changes from text, as in `--method h2o:heavy=0.25,recent=0.25`.
 
-    `changes` apply too (`override`); the text's own win over them.
+    Args:
+      text: `NAME` or `NAME:KEY=VALUE,KEY=VALUE`.
+      changes: further changes, as for `override`; those in `text` win.
 
     Raises:
       ValueError: an unknown method, setting or value.
@@ -70,15 +75,19 @@ def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:
 
 
 def override(method: Method, changes: Mapping[str, str]) -> Method:
-    """`method` with settings given as text, as in `--set heavy=0.5`.
+    """Returns `method` with settings changed by text, as in `--set heavy=0.5`.
 
     A key is a field of `Method` (`heavy=0.5` is a share, `heavy=512` a count; `scorer`, `budget` and `quantizer` take
     registered names, `quantizer` and `evict_every` also `none`) or a setting of one of its components: `k_bits`, or
     `quantizer.k_bits` if two components have it. A new component takes over the settings that it has in common with the
     one it replaces.
 
+    Args:
+      method: the method to change; it stays as it is.
+      changes: values as text, by key.
+
     Raises:
-      ValueError: an unknown setting or a value of the wrong type or out of range, naming both.
+      ValueError: an unknown setting, or a value of the wrong type or out of range; the text names both.
     """
     for key, text in changes.items():
         if not isinstance(text, str):
@@ -99,7 +108,7 @@ def override(method: Method, changes: Mapping[str, str]) -> Method:
 
 
 class _Draft(NamedTuple):
-    """A component that is made once all of its settings are known: those of the old one may not suit the new one."""
+    """A component to be made once all of its settings are known: the old settings may not suit the new component."""
 
     make: Callable[..., Component | None]
     values: dict[str, Any]
@@ -113,7 +122,7 @@ def _unchanged(component: Component | None) -> _Draft:
 
 
 def _replaced(part: str, old: Component | None, name: str) -> _Draft:
-    """The component called `name`, with the settings that it shares with `old`."""
+    """Drafts the component called `name`, with the settings that it shares with `old`."""
     registry = COMPONENTS[part]
     if part == "quantizer" and name.lower() == "none":
         return _unchanged(None)
@@ -125,7 +134,7 @@ def _replaced(part: str, old: Component | None, name: str) -> _Draft:
 
 
 def _locate(key: str, owners: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
-    """The component and the setting that a key names."""
+    """Finds the component and the setting that a key names."""
     part, separator, setting = key.partition(".")
     if separator and setting in owners.get(part, ()):
         return part, setting
@@ -142,7 +151,7 @@ def _locate(key: str, owners: Mapping[str, Mapping[str, Any]]) -> tuple[str, str
 
 
 def _parse_setting(key: str, text: str, current: Any) -> Any:
-    """Text as a value of the current one's type."""
+    """Reads text as a value of the current value's type."""
     kind = type(current)
     if kind is bool:
         if text.lower() not in ("true", "false"):

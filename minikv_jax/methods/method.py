@@ -1,7 +1,7 @@
 """`Method`: a frozen value composed of a scorer, two budgets, a budget rule, a quantizer and a tail.
 
-Equal methods compile once, and `dataclasses.replace` changes any part of one. Names (`registry.py`) exist for
-the command line and for files only.
+Equal methods compile once, and `dataclasses.replace` changes any part of a method. Names (`registry.py`) exist only for
+the command line and for files.
 """
 
 from __future__ import annotations
@@ -40,9 +40,15 @@ SHARE_UNITS = 10000  # a share is a whole number of 1 / SHARE_UNITS
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A budget of a fraction of the prompt's tokens, in 0..1, resolved to 1/10000.
+    """A budget given as a fraction of the prompt's tokens.
 
-    Whole units keep a static capacity and a traced count from ever disagreeing.
+    Counts use whole units of 1/10000, so that a static capacity and a traced count always agree.
+
+    Attributes:
+      fraction: a float in 0..1.
+
+    Raises:
+      ValueError: not a float, or out of range.
     """
 
     fraction: float
@@ -64,7 +70,7 @@ class Share:
         return length // SHARE_UNITS * units + length % SHARE_UNITS * units // SHARE_UNITS  # exact within 32 bits
 
     def granted(self, length: Length) -> Length:
-        """`tokens`: a fraction of a row never exceeds it."""
+        """Same as `tokens`, because a fraction of a row never exceeds it."""
         return self.tokens(length)  # pyright: ignore[reportReturnType]  (Length is Length)
 
     def __bool__(self) -> bool:
@@ -76,7 +82,14 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A budget of a number of tokens."""
+    """A budget given as a number of tokens.
+
+    Attributes:
+      count: an int in 0..16777216.
+
+    Raises:
+      ValueError: not an int, or out of range.
+    """
 
     count: int = setting(kind=int, at_least=0, at_most=MAX_TOKENS)
 
@@ -84,11 +97,11 @@ class Tokens:
         fields.check(self)
 
     def tokens(self, length: Length) -> Length:
-        """Tokens granted to a row of `length`: the count itself if the row has as many."""
+        """Tokens granted to a row of `length`: the count, or the whole row if it is shorter."""
         return min(self.count, length) if isinstance(length, int) else jnp.minimum(self.count, length)
 
     def granted(self, length: Length) -> Length:
-        """The count, which may exceed the row: a row that goes on evicting grows up to it."""
+        """The count, even if the row is shorter: with `evict_every`, the row grows up to it."""
         return self.count if isinstance(length, int) else jnp.full_like(length, self.count)  # pyright: ignore[reportReturnType]
 
     def __bool__(self) -> bool:
@@ -103,7 +116,7 @@ AMOUNT = f"expected a share (float in 0..1) or a token count (int in 0..{MAX_TOK
 
 
 def to_amount(value: Amount | float | int) -> Amount:
-    """A budget as given: a float is a share, an int a count. Raises ValueError for anything else."""
+    """Converts a budget: a float is a share, an int a count. Raises ValueError for anything else."""
     if isinstance(value, Share | Tokens):
         return value
     try:
@@ -114,12 +127,12 @@ def to_amount(value: Amount | float | int) -> Amount:
 
 
 class Tail(Component):
-    """The newest tokens of a cache that quantises, in full precision.
+    """The newest tokens of a quantised cache, which stay in full precision (MiniKV section 3.3; KIVI algorithm 1).
 
     Attributes:
-      length: tokens. The tail has room for as many, beside the sinks, and `rule` says which of them stay.
-      rule: "minikv" packs the whole tail when it is full, and after the prompt leaves only what fills no packing block;
-        "kivi" packs block by block, so that the newest `length` tokens always stay.
+      length: tokens, a multiple of the quantizer's packing block. The sinks come on top.
+      rule: "minikv" packs the whole tail when it has `length` tokens; of the prompt, it leaves only what does not fill
+        a packing block. "kivi" packs block by block, so that the newest `length` tokens always stay.
     """
 
     length: int = setting(default=128, at_least=1, at_most=MAX_WINDOW)
@@ -127,7 +140,7 @@ class Tail(Component):
 
 
 def to_scorer(value: Scorer | Callable[[LayerInputs], Array]) -> Scorer:
-    """A scorer as given, or a function `score(inputs)` made one."""
+    """Returns a scorer as given, or wraps a function `score(inputs)`. Raises ValueError for anything else."""
     if isinstance(value, Scorer):
         return value
     if isinstance(value, type) or not callable(value):
@@ -136,7 +149,7 @@ def to_scorer(value: Scorer | Callable[[LayerInputs], Array]) -> Scorer:
 
 
 def to_budget(value: Budget | ScoredBudget | Callable[[int], Sequence[float]]) -> Budget | ScoredBudget:
-    """A budget rule as given, or a function `weights(num_layers)` made one."""
+    """Returns a budget rule as given, or wraps a function `weights(num_layers)`. Else raises ValueError."""
     if isinstance(value, Budget | ScoredBudget):
         return value
     if isinstance(value, type) or not callable(value):
@@ -145,7 +158,7 @@ def to_budget(value: Budget | ScoredBudget | Callable[[int], Sequence[float]]) -
 
 
 def _field(*, default: Any, converter: Callable[[Any], Any]) -> Any:
-    """A field whose value `converter` makes of what is given (type checkers know the name `converter`)."""
+    """Declares a field that is converted when an instance is made. Type checkers know the name `converter`."""
     return dataclasses.field(default=default, metadata={"converter": converter})
 
 
@@ -156,20 +169,29 @@ def _value(cls: type[T]) -> type[T]:
 
 @_value
 class Method:
-    """A KV-cache compression method: which tokens are kept, and how the kept ones are stored.
+    """A KV-cache compression method: selects the tokens to keep, and stores them.
 
-    Tokens are chosen once, at prefill, per layer and KV head. Every generated token is kept, unless `evict_every` is
-    given. Name and citation are not part of a method's identity.
+    Tokens are selected once, at prefill, per layer and KV head. Every generated token is kept, unless `evict_every` is
+    set. Change a part with `dataclasses.replace`. By default a method keeps everything in the model's dtype.
 
     Attributes:
-      scorer: scores the prompt's tokens; a function `score(inputs)` will do.
-      heavy: budget of top-scored tokens ("heavy hitters", H2O); a float is a share of the prompt, an int a count.
-      recent: budget of newest tokens, likewise.
-      sinks: leading tokens always kept, in full precision, beside the budgets (StreamingLLM).
-      budget: spreads `heavy` over layers; a function `weights(num_layers)` will do.
-      evict_every: new tokens after which a layer is cut back to its budget; None: never (`ops/evict.py`).
-      quantizer: stores K and V; None keeps them in the model's dtype.
-      tail: the newest tokens that are not quantised.
+      name: name of the method; not part of its identity.
+      citation: source of the method; not part of its identity.
+      scorer: a `Scorer`, or a function `score(inputs)`, that scores the prompt's tokens.
+      heavy: budget of top-scored tokens ("heavy hitters", H2O, arXiv 2306.14048): a float is a share of the prompt
+        in 0..1, an int a number of tokens.
+      recent: budget of newest tokens, a share or a number likewise.
+      sinks: number of leading tokens that are always kept, in full precision, on top of the budgets (StreamingLLM,
+        arXiv 2309.17453).
+      budget: a `Budget` or `ScoredBudget`, or a function `weights(num_layers)`, that spreads `heavy` over layers.
+      evict_every: number of new tokens after which a layer is cut back to its budget; None never evicts.
+      quantizer: a `Quantizer` that stores keys and values; None keeps them in the model's dtype.
+      tail: the newest tokens, which are not quantised.
+
+    Raises:
+      ValueError: a value that is not accepted, or values that do not go together: shares that sum to more than 1, a
+        `heavy` budget without a scorer, a tail that the quantizer's block does not divide, `evict_every` with a
+        quantizer, without a budget, or with a scorer that has no `update`.
     """
 
     name: str = dataclasses.field(default="custom", compare=False)
@@ -240,12 +262,12 @@ class Method:
 
     @property
     def flush_block(self) -> int:
-        """Tokens that leave a full tail at once."""
+        """Number of tokens that leave a full tail at once."""
         if self.quantizer is None or self.tail.rule == "minikv":
             return self.tail.length
         return self.quantizer.block
 
     @property
     def tail_keep(self) -> int:
-        """Newest tokens that stay in full precision after a flush."""
+        """Number of newest tokens that stay in full precision after a flush."""
         return 0 if self.tail.rule == "minikv" else self.tail.length

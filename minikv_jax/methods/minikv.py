@@ -19,11 +19,14 @@ from minikv_jax.methods.snapkv import SnapKV
 
 @register_budget("variance")
 class Variance(ScoredBudget):
-    """Layers whose scores are spread out get more (section 3.1).
+    """Gives layers with evenly spread scores a larger budget (MiniKV section 3.1, arXiv 2411.18077).
 
-    The paper names the rule, not its formula. Here the weight of a layer is the mean over KV heads of
-    `1 / (1 + Var[s / mean(s)])` over the row's valid tokens, which is the share of tokens that an even spread would
-    need to carry the same second moment: near 1 for flat scores, near `1 / tokens` for a spike.
+    The paper names the rule but gives no formula. Here a layer's weight is the mean over KV heads of
+    `1 / (1 + Var[s / mean(s)])` over the row's valid tokens: the share of tokens that would carry the same second
+    moment if they had equal scores. It is near 1 for flat scores and near `1 / tokens` for a spike.
+
+    Attributes:
+      cap: no layer gets more than this multiple of the mean budget.
     """
 
     def weights(self, scores: Sequence[Float[Array, "B K T"]], lengths: Int[Array, "B"]) -> Float[Array, "L B"]:

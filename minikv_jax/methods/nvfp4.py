@@ -14,7 +14,7 @@ from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_quantizer
 from minikv_jax.packing import Packing
 
-# The sizes of a four-bit float (E2M1), and the midpoints between them; a tie goes to the even code.
+# Magnitudes of a four-bit float (E2M1), and the midpoints between them. Ties go to the even code.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _E2M1_MIDPOINTS = (_E2M1[1:] + _E2M1[:-1]) / 2
 _GROUPS = Packing(bits=4, group_size=16, axis="channels")
@@ -22,10 +22,10 @@ _GROUPS = Packing(bits=4, group_size=16, axis="channels")
 
 @register_quantizer("nvfp4")
 class NVFP4(Quantizer):
-    """Four-bit floats (E2M1), an 8-bit scale per 16 channels of a token, a float32 factor per block of tokens and head.
+    """Four-bit floats (E2M1) with an 8-bit scale per 16 channels of a token ("Introducing NVFP4", NVIDIA 2025).
 
-    Computed in plain JAX. The second level is over 32 tokens here, not a whole tensor, so that blocks do not depend on
-    one another.
+    A float32 factor per head and block of 32 tokens scales the 8-bit scales. (NVIDIA's format has one per tensor; here
+    blocks must not depend on each other.) Computed in plain JAX.
     """
 
     choices: ClassVar[tuple[int, ...]] = (4,)

@@ -1,4 +1,4 @@
-"""A user's Python file that registers components and methods."""
+"""Plugins: Python files of a user that register components and methods."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from minikv_jax.methods.registry import REGISTRIES
 def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     """Runs a Python file that registers components or methods.
 
+    Args:
+      path: the file.
+
     Returns:
       The new names by kind: `{"scorer": ("mine",), "method": ("my-method",)}`.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file fails, with its line and the cause, or registers nothing. Nothing stays registered then.
+      FileNotFoundError: `path` does not exist.
+      ValueError: the file registers nothing, or fails; the text gives the line and the cause, and nothing of the file
+        stays registered.
     """
     file = pathlib.Path(path).resolve()
     if not file.is_file():
@@ -29,7 +33,7 @@ def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     if spec is None or spec.loader is None:
         raise ValueError(f"plugin {os.fspath(path)} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     try:
         spec.loader.exec_module(module)
     except BaseException as error:  # whatever a user's file may raise, and Ctrl-C

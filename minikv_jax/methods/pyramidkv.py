@@ -11,10 +11,10 @@ from minikv_jax.methods.snapkv import SnapKV
 
 @register_budget("pyramid")
 class Pyramid(Budget):
-    """A linear fall from the first layer to the last, which gets `1 / beta` of the mean (section 3.2; MiniKV 3.1).
+    """Lets the budget fall linearly from the first layer to the last (PyramidKV section 3.2; MiniKV section 3.1).
 
     Attributes:
-      beta: 20 in PyramidKV, 7 in MiniKV.
+      beta: the last layer gets `1 / beta` of the mean budget. 20 in PyramidKV (arXiv 2406.02069), 7 in MiniKV.
     """
 
     beta: float = setting(default=7.0, at_least=1, at_most=1e6)

@@ -1,4 +1,4 @@
-"""QuaRot (arXiv 2404.00456; https://github.com/spcl/QuaRot): min/max in a Hadamard-rotated basis."""
+"""QuaRot (arXiv 2404.00456; https://github.com/spcl/QuaRot): min/max quantisation in a Hadamard-rotated basis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from minikv_jax.methods.registry import register_method, register_quantizer
 
 @register_quantizer("hadamard")
 class Hadamard(MinMax):
-    """Min/max of keys and values turned by a Hadamard matrix, which spreads outlying channels (section 4.2)."""
+    """Min/max quantisation of keys and values rotated by a Hadamard matrix (QuaRot section 4.2, arXiv 2404.00456).
+
+    The rotation spreads outliers over all channels. Settings are those of `MinMax`.
+    """
 
     def rotation(self, operand: Operand, head_dim: int) -> Float[Array, "H H"]:
         del operand
@@ -23,7 +26,7 @@ class Hadamard(MinMax):
 
 
 def hadamard(size: int) -> np.ndarray:
-    """An orthogonal float32 `[H, H]`: Sylvester's matrix of the largest power of two dividing `H`, block by block."""
+    """Orthogonal float32 `[H, H]`: blocks of Sylvester's matrix of the largest power of two that divides `H`."""
     block = np.ones((1, 1), np.float32)
     while size % (2 * len(block)) == 0:
         block = np.block([[block, block], [block, -block]])

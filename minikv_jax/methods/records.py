@@ -1,4 +1,4 @@
-"""A method as it stands in files: the schema, and the reader that names the file."""
+"""Schema of a method in a file, and its reader, whose errors name the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Amount = Count | Annotated[float, Field(ge=0, le=1)]
 
 
 class ComponentRecord(Schema, extra="allow"):
-    """A component: its registered name, and its settings."""
+    """A component: its registered name and its settings."""
 
     __pydantic_extra__: dict[str, Setting]  # pyright: ignore[reportIncompatibleVariableOverride]  (pydantic's own way)
 
@@ -26,7 +26,7 @@ class ComponentRecord(Schema, extra="allow"):
 
 
 class MethodRecord(Schema):
-    """What `registry.to_dict` makes of a method."""
+    """A method as written by `registry.to_dict`."""
 
     name: str
     citation: str
@@ -41,13 +41,13 @@ class MethodRecord(Schema):
 
 
 def to_method(record: MethodRecord, source: str | os.PathLike[str]) -> Method:
-    """The method of a record. Raises ValueError naming `source` and what is unknown, missing or out of range."""
+    """Turns a record into a method. Raises ValueError naming `source` and what is unknown, missing or out of range."""
     values = record.model_dump()
     try:
         method = from_dict(values)
     except ValueError as error:
         raise ValueError(f"{os.fspath(source)}: method: {error}") from error
-    for part, settings in to_dict(method).items():  # a default in place of what was saved would be another method
+    for part, settings in to_dict(method).items():  # a default in place of a saved value would make another method
         if isinstance(settings, dict) and (missing := [name for name in settings if name not in values[part]]):
             raise ValueError(f"{os.fspath(source)}: method.{part} lacks {', '.join(missing)}")
     return method

@@ -1,4 +1,4 @@
-"""Names of components and methods, for the command line and for files; Python code needs none."""
+"""Registries of components and methods by name, for the command line and for files. Python code needs no names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         return iter(self._entries)
 
     def add(self, name: str, entry: T) -> None:
-        """Registers `entry`; a name of the user's own may be taken again, one of the library's may not."""
+        """Registers `entry`. A name of the user's own may be used again, one of the library's may not."""
         if not isinstance(name, str) or not name or set(name) & set(":,=. ") or not name.isprintable():
             raise ValueError(f"{self.kind}={name!r}: expected a name without spaces, ':', ',', '.' and '='")
         if name in self._built_in:
@@ -54,15 +54,15 @@ class Registry(Generic[T]):
         return dict(self._entries)
 
     def restore(self, entries: dict[str, T]) -> None:
-        """Goes back to a snapshot."""
+        """Restores a snapshot."""
         self._entries = dict(entries)
 
 
 class Components(Registry[type[Component] | Component]):
-    """Component classes by name; a registered function is an instance without settings."""
+    """Component classes by name. A registered function is an instance without settings."""
 
     def make(self, name: str, **values: Any) -> Any:
-        """A component with these settings. Raises ValueError naming what is unknown or of the wrong type."""
+        """Makes a component with these settings. Raises ValueError naming what is unknown or of the wrong type."""
         entry = self[name]
         try:
             return make(entry, values) if isinstance(entry, type) else entry
@@ -70,7 +70,7 @@ class Components(Registry[type[Component] | Component]):
             raise ValueError(f"{self.kind}={name!r}: {error}") from error
 
     def name_of(self, component: Component) -> str:
-        """The name that a component or its class is registered by, else that of the class or of the function."""
+        """Name by which a component or its class is registered, else the name of the class or function."""
         for name, entry in self._entries.items():
             if entry == component or entry is type(component):
                 return name
@@ -78,7 +78,7 @@ class Components(Registry[type[Component] | Component]):
 
 
 def make(component: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of a component class. Raises ValueError for wrong settings, or if the class cannot be made."""
+    """Makes an instance of a component class. Raises ValueError for wrong settings or if the class cannot be made."""
     known = settings(component)  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
@@ -99,17 +99,51 @@ REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, BUDGETS, QUANTIZERS, METHODS)
 
 
 def register_scorer(name: str) -> Callable[[Registered], Registered]:
-    """Makes the decorated `Scorer` class, or function `score(inputs)`, known as `--set scorer=NAME`."""
+    """Registers the decorated scorer for the command line and for files: `--set scorer=NAME`.
+
+    Args:
+      name: without spaces, ':', ',', '.' and '='. One of your own names may be used again.
+
+    Returns:
+      A decorator for a `Scorer` class, or a function `score(inputs)`. It returns that unchanged.
+
+    Raises:
+      ValueError: raised by the decorator for a name that is malformed or the library's own, for anything but a scorer
+        or a function, and for a class without defaults for all settings or without `score`.
+    """
     return _register(SCORERS, name, (Scorer,), to_scorer)
 
 
 def register_budget(name: str) -> Callable[[Registered], Registered]:
-    """Makes the decorated budget class, or function `weights(num_layers)`, known as `--set budget=NAME`."""
+    """Registers the decorated budget rule for the command line and for files: `--set budget=NAME`.
+
+    Args:
+      name: without spaces, ':', ',', '.' and '='. One of your own names may be used again.
+
+    Returns:
+      A decorator for a `Budget` or `ScoredBudget` class, or a function `weights(num_layers)`. It returns that
+      unchanged.
+
+    Raises:
+      ValueError: raised by the decorator for a name that is malformed or the library's own, for anything but a budget
+        rule or a function, and for a class without defaults for all settings or without `weights`.
+    """
     return _register(BUDGETS, name, (Budget, ScoredBudget), to_budget)
 
 
 def register_quantizer(name: str) -> Callable[[Registered], Registered]:
-    """Makes the decorated `Quantizer` class known as `--set quantizer=NAME`."""
+    """Registers the decorated quantizer for the command line and for files: `--set quantizer=NAME`.
+
+    Args:
+      name: without spaces, ':', ',', '.' and '='. One of your own names may be used again.
+
+    Returns:
+      A decorator for a `Quantizer` class. It returns the class unchanged.
+
+    Raises:
+      ValueError: raised by the decorator for a name that is malformed or the library's own, for anything but a
+        quantizer, and for a class without defaults for all settings or without `encode` and `decode`.
+    """
     return _register(QUANTIZERS, name, (Quantizer,), None)
 
 
@@ -121,7 +155,7 @@ def _register(
     def register(entry: Registered) -> Registered:
         if isinstance(entry, type) and issubclass(entry, bases):
             try:
-                make(entry, {})  # names make instances: every setting needs a default, every abstract method a body
+                make(entry, {})  # a name makes an instance: every setting needs a default, every abstract method a body
             except ValueError as error:
                 raise ValueError(f"{registry.kind}={name!r}: {error}") from error
             registry.add(name, entry)
@@ -136,10 +170,16 @@ def _register(
 
 
 def register_method(method: Method) -> Method:
-    """Makes `method` known by its own name, as the library's methods are.
+    """Registers a method under its own name, for the command line, files and `generate(..., method=NAME)`.
+
+    Args:
+      method: the method; its `name` is without spaces, ':', ',', '.' and '='. One of your own names may be used again.
+
+    Returns:
+      `method`, unchanged.
 
     Raises:
-      ValueError: not a `Method`, or a name that is the library's own or has spaces, ':', ',', '.' or '='.
+      ValueError: not a `Method`, or a name that is malformed or the library's own.
     """
     if not isinstance(method, Method):
         raise ValueError(f"method {method!r}: expected a Method, whose name it is registered by")
@@ -148,13 +188,13 @@ def register_method(method: Method) -> Method:
 
 
 def seal() -> None:
-    """Protects everything registered so far: called once the library's own methods are imported."""
+    """Protects everything registered so far. Called after the library's own methods are imported."""
     for registry in REGISTRIES:
         registry.seal()
 
 
 def to_dict(method: Method) -> dict[str, Any]:
-    """A method as JSON values: components by name with their settings; `from_dict` reads them back."""
+    """Turns a method into JSON values: components by name with their settings. `from_dict` reads them back."""
     values: dict[str, Any] = {"name": method.name, "citation": method.citation}
     for field, registry in COMPONENTS.items():
         component = getattr(method, field)
@@ -166,12 +206,12 @@ def to_dict(method: Method) -> dict[str, Any]:
 
 
 def plain_settings(component: Component) -> dict[str, Any]:
-    """The settings of an instance that are values: a registered function is none."""
+    """Returns the settings of an instance, without a registered function."""
     return {name: value for name, value in settings(component).items() if not callable(value)}
 
 
 def from_dict(values: Mapping[str, Any]) -> Method:
-    """Reads what `to_dict` wrote. Raises ValueError naming what is unknown, missing or of the wrong type."""
+    """Reads the values of `to_dict`. Raises ValueError naming what is unknown, missing or of the wrong type."""
     expected = {field.name for field in dataclasses.fields(Method)}
     if set(values) != expected:
         unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))

@@ -16,10 +16,11 @@ from minikv_jax.packing import QuantizedArray
 
 @register_quantizer("rtn")
 class RTN(MinMax):
-    """Min/max per token, of keys too: groups of `group_size` channels, so that 64 or 128 may be a whole head.
+    """Min/max quantisation per token, for keys as well as values (round to nearest; FlexGen, arXiv 2303.06865).
 
-    KIVI (section 3) measures its keys against it. The kernels read only keys grouped by tokens; the dict makes this a
-    layout of its own.
+    Groups are `group_size` consecutive channels, so that 64 or 128 may be a whole head. KIVI (section 3) compares its
+    keys with this. Settings are those of `MinMax`. Computed in plain JAX, because kernels read only keys grouped by
+    tokens.
     """
 
     def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> dict[str, QuantizedArray]:

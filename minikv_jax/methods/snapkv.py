@@ -13,15 +13,18 @@ from minikv_jax.methods.votes import pool, window_votes
 
 @register_scorer("snapkv")
 class SnapKV(Scorer):
-    """Votes of the last queries, pooled along tokens (section 4).
+    """Votes of the last queries, pooled along tokens (SnapKV section 4, arXiv 2404.14469).
 
-    All tokens are pooled. SnapKV's own code pools only those before the window, so that no vote for a key of the window
-    reaches the few tokens just before it.
+    All tokens are pooled. (SnapKV's own code pools only those before the window, so that votes for keys of the window
+    do not reach the few tokens just before it.)
 
     Attributes:
-      observation_window: how many of the last queries vote.
+      observation_window: number of last queries that vote.
       pooling: "max" or "mean".
-      pooling_kernel: tokens that are pooled, an odd number.
+      pooling_kernel: number of tokens that are pooled, odd.
+
+    Raises:
+      ValueError: a value out of range, or an even `pooling_kernel`.
     """
 
     observation_window: int = setting(default=32, at_least=1, at_most=MAX_WINDOW)

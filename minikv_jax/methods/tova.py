@@ -13,7 +13,10 @@ from minikv_jax.methods.votes import window_votes
 
 @register_scorer("tova")
 class TOVA(Scorer):
-    """Weights of the last query, averaged over all heads: every KV head keeps the same tokens (section 3.2)."""
+    """Attention weights of the last query, averaged over all heads (TOVA section 3.2, arXiv 2401.06104).
+
+    Every KV head keeps the same tokens. With `evict_every`, each new query replaces the scores.
+    """
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         votes = window_votes(inputs, 1)
@@ -21,7 +24,7 @@ class TOVA(Scorer):
         return jnp.broadcast_to(jnp.sum(votes, axis=1, keepdims=True) / heads, votes.shape)
 
     def update(self, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
-        """The newest query's weights; the same for all KV heads."""
+        """Returns the newest query's weights, the same for all KV heads."""
         del scores
         return jnp.broadcast_to(jnp.mean(weights, axis=1, keepdims=True), weights.shape)
 

@@ -19,9 +19,14 @@ from minikv_jax.methods.registry import register_method, register_quantizer
 
 @register_quantizer("turboquant")
 class TurboQuant(Quantizer):
-    """Norm and direction: a random rotation, then the best scalar codebook for a coordinate of a random unit vector.
+    """Norm and quantised direction of every token after a random rotation (TurboQuant algorithm 1, arXiv 2504.19874).
 
-    Algorithm 1, with one norm per token in `metadata_dtype`. `seed` is the rotation's.
+    Each coordinate is coded with the scalar codebook of least mean squared error for a random unit vector.
+
+    Attributes:
+      k_bits, v_bits: bits per coordinate of keys and of values: 1, 2, 3 or 4.
+      metadata_dtype: dtype of the norms, one per token: "float16" or "bfloat16".
+      seed: seed of the rotation.
     """
 
     choices: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
@@ -61,16 +66,17 @@ class TurboQuant(Quantizer):
 
 @functools.cache
 def random_rotation(size: int, seed: int) -> np.ndarray:
-    """A uniformly random orthogonal float32 `[H, H]`."""
+    """Draws a uniformly random orthogonal matrix, float32 `[H, H]`."""
     q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
 @functools.cache
 def lloyd_max(size: int, bits: int) -> np.ndarray:
-    """The `2**bits` float32 levels of least mean squared error for a coordinate of a random unit vector of `size`.
+    """Computes the `2**bits` levels of least mean squared error for a coordinate of a random unit vector, float32.
 
-    Its density is `(1 - x**2) ** ((size - 3) / 2)`. Lloyd's iteration, on a fine grid.
+    A coordinate of a vector of `size` has the density `(1 - x**2) ** ((size - 3) / 2)`. Lloyd's iteration runs on a
+    fine grid.
     """
     grid = np.linspace(-1, 1, 200_001)[1:-1]
     density = np.exp((size - 3) / 2 * np.log1p(-(grid**2)))

@@ -1,4 +1,4 @@
-"""Twin windows: eviction by two votes, 4 bits with 8-bit metadata and a short tail (minikv_jax; docs/results.md)."""
+"""Twin windows: selection by two votes, 4 bits with 8-bit metadata, a short tail (minikv_jax; docs/results.md)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from minikv_jax.methods.votes import rank, window_votes
 
 @register_scorer("twin")
 class Twin(SnapKV):
-    """The better of a token's ranks under two votes, negated: each vote has its first choices kept.
+    """Keeps the first choices of two votes (minikv_jax; docs/results.md).
 
-    One is SnapKV's, of the last `observation_window` queries, pooled: whole passages that the end of the prompt, often
-    a question, asks for. The other is of the last `long_window` queries, not pooled: single tokens that the text keeps
-    coming back to, which a few queries do not show. Ranks, unlike a sum, cannot let one vote drown the other.
+    A token's score is the better of its ranks in the two votes, negated. One vote is SnapKV's, of the last
+    `observation_window` queries, pooled. It finds whole passages that the end of the prompt, often a question, asks
+    for. The other is of the last `long_window` queries, not pooled. It finds single tokens that the text keeps coming
+    back to, which a few queries do not show. Ranks, unlike a sum, do not let one vote drown out the other.
+
+    Attributes:
+      long_window: number of last queries in the second vote.
     """
 
     long_window: int = setting(default=256, at_least=1, at_most=MAX_WINDOW)
@@ -33,7 +37,8 @@ class Twin(SnapKV):
         return -jnp.minimum(rank(short), rank(long)).astype(jnp.float32)
 
 
-# Eviction to half costs little, two bits cost much, 8-bit metadata and a short tail free bytes: docs/results.md.
+# Evicting half costs little quality and two bits cost much; 8-bit metadata and a short tail free bytes:
+# docs/results.md.
 TWIN_4BIT = register_method(
     Method(
         name="twin-4bit",

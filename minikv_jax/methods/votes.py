@@ -8,18 +8,18 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.methods.base import LayerInputs
 
-_VOTERS = 32  # queries whose weights over all keys are held at a time
+_VOTERS = 32  # queries at a time, because their weights over all keys are in memory
 
 
 def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
-    """Column sums of the softmax map over each row's last `size` queries, float32; zero in the padding."""
+    """Sums the softmax map over each row's last `size` queries; float32, zero in the padding."""
     q, k, lengths, window = inputs.q, inputs.k, inputs.lengths, inputs.window
     batch, tokens, heads, dim = q.shape
     kv_heads, keys = k.shape[2], jnp.arange(tokens)
     voters = min(size, _VOTERS)
 
     def add(block: Array | int, votes: Array) -> Array:
-        back = block * voters + jnp.arange(voters)  # 0 is the row's last query
+        back = block * voters + jnp.arange(voters)  # 0 for the row's last query
         positions = jnp.where(back < size, lengths[:, None] - 1 - back, -1)  # [B, w], negative: no such query
         rows = jnp.take_along_axis(q, jnp.maximum(positions, 0)[:, :, None, None], axis=1)
         rows = rows.reshape(batch, voters, kv_heads, heads // kv_heads, dim)
@@ -38,7 +38,7 @@ def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
 
 
 def pool(votes: Float[Array, "B K T"], lengths: Int[Array, "B"], kind: str, kernel: int) -> Float[Array, "B K T"]:
-    """Pools votes along tokens, by `kind` "max" or "mean" over `kernel` (odd) tokens; zero in the padding."""
+    """Pools votes along tokens by "max" or "mean" (`kind`) over `kernel` tokens, an odd number; zero in the padding."""
     valid = jnp.arange(votes.shape[-1]) < lengths[:, None, None]
     reach = kernel // 2
     dims, padding = (1, 1, kernel), ((0, 0), (0, 0), (reach, reach))
@@ -52,5 +52,5 @@ def pool(votes: Float[Array, "B K T"], lengths: Int[Array, "B"], kind: str, kern
 
 
 def rank(scores: Float[Array, "B K T"]) -> Int[Array, "B K T"]:
-    """0 for the highest score of a row and KV head; equal scores in order of position."""
+    """Ranks tokens: 0 for the highest score of a row and KV head. Equal scores rank in order of position."""
     return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
