@@ -1,1 +1,1 @@
-"""The cache as a value."""
+"""The KV cache as a value: its state, budgets, capacities, bytes and files."""

@@ -1,4 +1,4 @@
-"""Static sizes of a layer's cache, in tokens: functions of the method and the longest prompt."""
+"""Capacities of a layer's cache in tokens, computed from the method and the longest prompt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class LayerCapacity(NamedTuple):
     """Static sizes of a layer's cache, in tokens.
 
     Attributes:
-      kept: prompt tokens, sinks included.
-      packed, tail: room in the two regions.
+      kept: most prompt tokens that a row keeps, sinks included.
+      packed, tail: capacities of the two regions.
     """
 
     kept: int
@@ -25,7 +25,7 @@ class LayerCapacity(NamedTuple):
 def layer_capacity(
     method: Method, heavy: Amount, prompt_tokens: int, max_new_tokens: int, window: int | None = None
 ) -> LayerCapacity:
-    """Capacities of a layer with the heavy budget `heavy` for prompts of at most `prompt_tokens`."""
+    """Computes the capacities of a layer with budget `heavy` for prompts of at most `prompt_tokens`."""
     kept = kept_capacity(method, heavy, prompt_tokens, window)
     if method.quantizer is None:
         tail = max(kept, method.sinks) + max_new_tokens
@@ -39,13 +39,13 @@ def layer_capacity(
 
 
 def kept_capacity(method: Method, heavy: Amount, tokens: int, window: int | None = None) -> int:
-    """The most tokens that a row of at most `tokens` keeps under `heavy`, sinks included."""
+    """Most tokens that a row of at most `tokens` keeps with budget `heavy`, sinks included."""
     kept = method.sinks + method.recent.tokens(tokens) + heavy.tokens(tokens)
     return min(kept, tokens if window is None else min(tokens, window - 1))
 
 
 def largest_row(method: Method, heavy: Amount, prompt_tokens: int) -> int:
-    """The most tokens that a row holds, just before it is cut back; `prompt_tokens` is the longest prompt."""
+    """Most tokens that a row holds just before it is cut back. `prompt_tokens` is the longest prompt."""
     assert method.evict_every is not None
     budgets = heavy.granted(prompt_tokens) + method.recent.granted(prompt_tokens)
     return method.sinks + budgets + method.evict_every
@@ -54,7 +54,7 @@ def largest_row(method: Method, heavy: Amount, prompt_tokens: int) -> int:
 def capacities(
     model: ModelConfig, method: Method, prompt_length: int, max_new_tokens: int
 ) -> tuple[LayerCapacity, ...]:
-    """Each layer's capacities for prompts of at most `prompt_length` tokens."""
+    """Computes each layer's capacities for prompts of at most `prompt_length` tokens."""
     return tuple(
         layer_capacity(method, heavy, prompt_length, max_new_tokens, model.window(layer))
         for layer, heavy in enumerate(layer_budgets(method, model.num_hidden_layers))

@@ -1,4 +1,4 @@
-"""A compressed cache on disk (Orbax), with the method that made it: prefill a long document once, continue it later."""
+"""Saves a compressed cache with its method (Orbax): prefill a long document once, continue from it later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KIND = "cache"
 
 
 class LayerRecord(Schema):
-    """A layer's capacities, its sliding window and its number."""
+    """A layer's capacities, sliding window and number."""
 
     packed: Count
     tail: Count
@@ -31,7 +31,7 @@ class LayerRecord(Schema):
 
 
 class CacheRecord(saved_arrays.Description):
-    """What cache.json holds."""
+    """Content of cache.json."""
 
     method: MethodRecord
     batch: Size
@@ -42,10 +42,16 @@ class CacheRecord(saved_arrays.Description):
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
-    """Writes `cache`, on one device or on several of this process, into the new directory `path`.
+    """Saves a cache with its method in a new directory.
+
+    Args:
+      cache: a cache on one or several devices of this process.
+      path: the directory; must not exist. It appears when it is complete.
 
     Raises:
-      FileExistsError: something is at `path` already.
+      FileExistsError: `path` exists already.
+      BlockingIOError: another process is writing `path`.
+      OSError: the directory cannot be written, on a full disk for instance. Nothing of it remains.
       NotImplementedError: there are several processes.
     """
     if jax.process_count() > 1:
@@ -72,16 +78,21 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
 
 
 def restore_cache(path: str | os.PathLike[str], model: ModelConfig, mesh: Mesh | None = None) -> KVCache:
-    """Reads what `save_cache` wrote, for a model of the same shape.
+    """Reads a cache saved by `save_cache`, for a model of the same shape.
 
     Args:
-      mesh: devices to split the cache over, whatever it was on; the mesh of `jax.set_mesh` by default, else JAX's
-        default device.
+      path: the directory.
+      model: config of the model that continues from the cache: `model.config`.
+      mesh: devices to split the cache over, independent of those it was saved from; by default the mesh of
+        `jax.set_mesh`, else JAX's default device.
+
+    Returns:
+      The cache, equal to the saved one, with its own method.
 
     Raises:
       FileNotFoundError: `path` holds no cache.
-      ValueError: the description or the arrays are damaged, or the cache was made by a model of another shape; the text
-        names what differs.
+      ValueError: the description or the arrays are damaged, the cache was made by a model of another shape (the text
+        names what differs), or it cannot be split over the mesh.
     """
     record = saved_arrays.read_description(path, _KIND, CacheRecord)
     source = os.path.join(path, f"{_KIND}.json")
@@ -107,7 +118,7 @@ def _check_model(source: str, record: CacheRecord, model: ModelConfig) -> None:
 
 
 def _check_capacities(source: str, record: CacheRecord, method: Method) -> None:
-    """Raises ValueError for a packed region that is not whole blocks, or is there without a quantizer."""
+    """Raises ValueError for a packed region that is not whole blocks, or that belongs to no quantizer."""
     block = 0 if method.quantizer is None else method.quantizer.block
     for number, layer in enumerate(record.layers):
         if layer.packed % block if block else layer.packed:
@@ -116,7 +127,7 @@ def _check_capacities(source: str, record: CacheRecord, method: Method) -> None:
 
 
 def _blank(record: CacheRecord, method: Method) -> KVCache:
-    """A cache of zeros with the described structure, for its shapes."""
+    """Makes a cache of zeros with the described structure. Only its shapes are used."""
     layers = (_blank_layer(LayerSpec(method, layer.window, layer.layer), layer, record) for layer in record.layers)
     return KVCache(tuple(layers), jnp.zeros((record.batch,), jnp.int32))
 

@@ -1,4 +1,4 @@
-"""What a cache costs, from shapes alone: known before anything is allocated, and equal to what is allocated."""
+"""Bytes of a cache, computed from shapes before anything is allocated. They match the allocation exactly."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ class MemoryReport:
     """Bytes of a cache over all layers and rows.
 
     Attributes:
-      packed_bytes: codes, scales and zero points at their capacity: kept and generated tokens. MiniKV's paper counts
-        this.
+      packed_bytes: codes, scales and zero points at capacity, for kept and generated tokens. MiniKV's paper counts
+        these.
       tail_bytes: the full-precision tail, sinks included.
-      index_bytes: lengths, positions where a layer has a sliding window, scores and budgets where tokens leave during
-        generation.
-      bytes: everything allocated, `KVCache.nbytes`.
-      full_bytes: the same tokens, all of them, in the model's dtype: what an uncompressed cache holds.
-      layers: tokens per layer (`kept` of the prompt; capacities of the packed region and of the tail).
+      index_bytes: lengths; positions in layers with a sliding window; scores and budgets with `evict_every`.
+      bytes: everything allocated; equals `KVCache.nbytes`.
+      full_bytes: an uncompressed cache: all tokens in the model's dtype.
+      layers: tokens per layer: kept prompt tokens, and capacities of the packed region and the tail.
       layer_bytes: everything allocated, per layer.
-      row_bytes: of the `index_bytes`, those of arrays without an axis of heads.
+      row_bytes: the part of `index_bytes` in arrays without an axis of heads.
     """
 
     packed_bytes: int
@@ -49,24 +48,27 @@ class MemoryReport:
         return self.packed_bytes + self.tail_bytes + self.index_bytes
 
     def device_bytes(self, data: int, model: int) -> int:
-        """Bytes on each device of a mesh with `data` parts of the rows and `model` parts of the heads."""
+        """Bytes on each device of a mesh that splits rows into `data` parts and heads into `model` parts."""
         return (self.bytes - self.row_bytes) // (data * model) + self.row_bytes // data
 
     def step_saved(self, weight_bytes: int) -> float:
-        """How many times fewer bytes a decode step reads than with a full cache: what compression can gain at most.
+        """Ratio of bytes that a decode step reads with a full cache and with this one: the largest possible speedup.
 
-        A step reads the weights once, whatever the batch, and at the end of generation all of the cache.
+        A step reads the weights once for all rows and, at the end of generation, the whole cache.
+
+        Args:
+          weight_bytes: bytes of the weights that a step reads (`weight_bytes(model)`).
         """
         return (weight_bytes + self.full_bytes) / (weight_bytes + self.bytes)
 
     @property
     def saved(self) -> float:
-        """Share of the full cache's bytes that is saved, everything counted."""
+        """Saved share of the full cache's bytes, counting everything."""
         return 1 - self.bytes / self.full_bytes
 
     @property
     def packed_saved(self) -> float:
-        """Share of the full cache's bytes that is saved if only packed bytes count, as in the paper's 86 %."""
+        """Saved share of the full cache's bytes, counting only packed bytes as the paper's 86% does."""
         return 1 - self.packed_bytes / self.full_bytes
 
 
@@ -79,10 +81,16 @@ def report(
     batch: int = 1,
     dtype: str = "bfloat16",
 ) -> MemoryReport:
-    """Bytes of `batch` rows with prompts of `prompt_length` tokens and `max_new_tokens` generated ones.
+    """Computes the bytes of a cache.
 
-    `prompt_length` is the padded length that the cache is made for; `generate` rounds prompts up to a bucket
-    (`generate.bucket_length`).
+    Args:
+      model: config of the model.
+      method: a `Method` or a name.
+      prompt_length: padded length of the prompts in tokens; `generate` rounds prompts up to a bucket
+        (`prompts.bucket_length`).
+      max_new_tokens: tokens that will be generated per row.
+      batch: rows.
+      dtype: the model's dtype: "float32", "bfloat16" or "float16".
 
     Raises:
       ValueError: a length or batch below 1, an unknown dtype, or a method that does not fit the model.
@@ -125,7 +133,7 @@ def _packed_bytes(
 
 
 def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
-    """Bytes of one packing block's keys and values, of all heads of a row, from the shapes the quantizer returns."""
+    """Bytes of the keys and values in one packing block of a row, all heads, from the shapes of `encode`."""
     block = jax.ShapeDtypeStruct((1, kv_heads, quantizer.block, head_dim), dtype)
     operands = quantizer.operand("keys", layer), quantizer.operand("values", layer)
     stored = [
@@ -135,7 +143,7 @@ def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int,
 
 
 def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
-    """Bytes of the weights that a decode step reads: all but an embedding table that only looks tokens up."""
+    """Bytes of the weights that a decode step reads: all except an embedding table used only to look up tokens."""
     d, h = model.hidden_size, model.head_dim
     q, kv = model.num_attention_heads * h, model.num_key_value_heads * h
     attention = d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
@@ -145,7 +153,7 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
 
 
 def _index_bytes(method: Method, layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
-    """Two lengths per row, every token's position if the layer has a window, and what eviction needs."""
+    """Bytes of two lengths per row, of positions if the layer has a window, and of the eviction state."""
     positions = 0 if window is None else 4 * batch * heads * (layer.packed + layer.tail)
     eviction = 0
     if method.evict_every is not None:

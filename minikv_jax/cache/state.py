@@ -1,9 +1,9 @@
 """The KV cache as a value: frozen pytrees with static capacities and true lengths per row.
 
-A layer keeps two regions (`docs/packed-layout.md`): packed codes, and a full-precision tail whose
-first slots are the sinks. `ops/compress.py` makes a layer from a prompt, `ops/append.py` adds tokens and packs a full
-tail, `ops/evict.py` drops tokens; all are pure and update in place inside a compiled loop. Capacities are functions of
-the method and the sizes (`capacity.py`), so that the bytes of a cache are known before it exists.
+A layer has two regions (`docs/packed-layout.md`): packed codes, and a full-precision tail whose first slots are the
+sinks. `ops/compress.py` makes a layer from a prompt, `ops/append.py` adds tokens and packs full tails, `ops/evict.py`
+drops tokens. All are pure functions, and inside a compiled loop XLA updates their arrays in place. Capacities depend
+only on the method and the sizes (`capacity.py`), so the bytes of a cache are known before it exists.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def _static() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What is static about a layer's cache.
+    """Static part of a layer's cache.
 
     Attributes:
-      method: what is kept, and how it is stored.
-      window: the layer's sliding window: query `t` sees the keys `t - window < s <= t`; None if it sees all.
-      layer: the layer's number in the model.
+      method: the compression method.
+      window: sliding window of the layer: query `t` sees the keys `t - window < s <= t`; None if it sees all.
+      layer: number of the layer in the model.
     """
 
     method: Method
@@ -46,13 +46,13 @@ class LayerSpec:
     layer: int = 0
 
     def encode(self, x: Float[Array, "B K S H"], kind: Kind) -> Packed:
-        """Packs tokens in plain JAX; the method must have a quantizer."""
+        """Packs tokens in plain JAX. The method must have a quantizer."""
         assert self.method.quantizer is not None
         stored = calls.encode(self.method.quantizer, x, self.method.quantizer.operand(kind, self.layer))
         return stored if isinstance(stored, QuantizedArray) else StoredArray(stored, x.shape[2])
 
     def decode(self, packed: Packed, kind: Kind, dtype: DTypeLike) -> Float[Array, "B K S H"]:
-        """The tokens that `packed` stands for, rounded to `dtype` once."""
+        """Unpacks tokens and rounds them to `dtype` once."""
         assert self.method.quantizer is not None
         stored = packed.arrays if isinstance(packed, StoredArray) else packed
         shape = (*jax.tree.leaves(stored)[0].shape[:2], packed.num_tokens)
@@ -60,11 +60,11 @@ class LayerSpec:
         return calls.decode(self.method.quantizer, stored, operand, shape).astype(dtype)
 
     def to_basis(self, x: Float[Array, "*lead H"], kind: Kind) -> Float[Array, "*lead H"]:
-        """Turns keys or queries ("keys"), or values ("values"), into the basis of the cache."""
+        """Rotates keys or queries ("keys"), or values ("values"), into the basis of the cache."""
         return self._turn(x, kind, back=False)
 
     def from_basis(self, x: Float[Array, "*lead H"], kind: Kind) -> Float[Array, "*lead H"]:
-        """Turns vectors in the basis of the cache back."""
+        """Rotates vectors back from the basis of the cache."""
         return self._turn(x, kind, back=True)
 
     def _turn(self, x: Array, kind: Kind, *, back: bool) -> Array:
@@ -82,11 +82,11 @@ class LayerSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Region(Generic[Stored]):
-    """Keys and values of some of a layer's tokens.
+    """Keys and values of a part of a layer's tokens: the packed ones, or the tail.
 
     Attributes:
-      k, v: the packed region's codes, or the tail's `[B, K, C, H]`.
-      length: int32 `[B]`, valid tokens per row. What lies beyond them is garbage.
+      k, v: packed codes, or `[B, K, C, H]` in the tail.
+      length: int32 `[B]`, valid tokens per row. Slots beyond them hold garbage.
       positions: int32 `[B, K, capacity]`, original positions; None unless the layer has a sliding window.
     """
 
@@ -97,7 +97,7 @@ class Region(Generic[Stored]):
 
     @property
     def capacity(self) -> int:
-        """Tokens that there is room for."""
+        """Number of token slots per row."""
         return self.k.num_tokens if isinstance(self.k, QuantizedArray | StoredArray) else self.k.shape[2]
 
     @property
@@ -107,7 +107,7 @@ class Region(Generic[Stored]):
 
 
 def empty_region(length: Int[Array, "B"]) -> Region[Packed]:
-    """The packed region of a layer that does not quantise: no tokens, and no room for any."""
+    """Makes the packed region of a layer that does not quantise: no tokens, and no room for any."""
     nothing = StoredArray((), 0)
     return Region(nothing, nothing, jnp.zeros_like(length), None)
 
@@ -115,11 +115,11 @@ def empty_region(length: Int[Array, "B"]) -> Region[Packed]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Eviction:
-    """What a layer needs to know to evict (`ops/evict.py`).
+    """State of a layer that evicts during generation (`ops/evict.py`).
 
     Attributes:
-      scores: of each tail slot, zero if it is empty; None if nothing is kept by score.
-      heavy, recent: tokens per row that stay beside the sinks.
+      scores: float32, score of each tail slot, zero if it is empty; None if nothing is kept by score.
+      heavy, recent: int32, tokens per row that an eviction leaves, in addition to the sinks.
     """
 
     scores: Float[Array, "B K C"] | None
@@ -127,19 +127,23 @@ class Eviction:
     recent: Int[Array, "B"]
 
     def budget(self, method: Method) -> Int[Array, "B"]:
-        """Tokens per row that an eviction leaves."""
+        """Tokens per row that an eviction leaves, sinks included."""
         return method.sinks + self.heavy + self.recent
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys and values.
+    """One layer's cache: a frozen pytree of packed tokens and a full-precision tail (MiniKV section 3.3).
+
+    `prefill_layer` makes one, `append` adds tokens, and `decode_attention` reads it. The layout is specified in
+    `docs/packed-layout.md`.
 
     Attributes:
-      packed: quantised tokens, older than the tail's; no capacity if the method does not quantise.
-      tail: full-precision tokens in the model's dtype: sinks first, then the newest. In a quantizer's basis too.
-      eviction: what decides which tokens leave the tail; None without `Method.evict_every`.
+      packed: quantised tokens, older than those of the tail; no capacity if the method does not quantise.
+      tail: `[B, K, C, H]` in the model's dtype: first the sinks, then the newest tokens, in the quantizer's basis.
+      eviction: scores and budgets that decide which tokens leave the tail; None without `Method.evict_every`.
+      spec: the method, and the layer's window and number (static).
     """
 
     packed: Region[Packed]
@@ -149,7 +153,7 @@ class LayerCache:
 
     @property
     def method(self) -> Method:
-        """What is kept, and how it is stored."""
+        """The compression method."""
         return self.spec.method
 
     @property
@@ -159,20 +163,20 @@ class LayerCache:
 
     @property
     def tokens(self) -> Int[Array, "B"]:
-        """Tokens held per row."""
+        """int32, number of tokens held per row."""
         return self.packed.length + self.tail.length
 
     def packed_tokens(self, start: Array | int, size: int, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Keys and values `[B, K, size, H]` of packed tokens, dequantised."""
+        """Dequantises `size` packed tokens from `start` on to keys and values `[B, K, size, H]`."""
         k, v = self.packed.k.tokens(start, size), self.packed.v.tokens(start, size)
         return self.spec.decode(k, "keys", dtype), self.spec.decode(v, "values", dtype)
 
     def free(self) -> Int[Array, "B"]:
-        """Slots of each row's tail that hold nothing."""
+        """Number of empty slots in each row's tail."""
         return self.tail.capacity - self.tail.length
 
     def room(self) -> Int[Array, "B"]:
-        """Tokens that can still be appended to each row."""
+        """Number of tokens that can still be appended to each row."""
         method, free = self.method, self.free()
         if self.eviction is not None:
             assert method.evict_every is not None
@@ -181,10 +185,10 @@ class LayerCache:
         if method.quantizer is None:
             return free
         blocks = (self.packed.capacity - self.packed.length) // method.flush_block
-        return free - 1 + blocks * method.flush_block  # the token that fills the tail needs a block to go to
+        return free - 1 + blocks * method.flush_block  # the token that fills the tail needs a free packed block
 
     def grow(self, tokens: int) -> LayerCache:
-        """The same layer with room for `tokens` more, at most `MAX_TOKENS`."""
+        """Returns the same layer with room for `tokens` more tokens per row, at most `MAX_TOKENS`."""
         tokens = checks.integer("tokens", tokens, 0, MAX_TOKENS)
         if self.method.quantizer is None:
             tail = _pad_region(self.tail, _pad(self.tail.k, tokens), _pad(self.tail.v, tokens), tokens)
@@ -200,7 +204,7 @@ class LayerCache:
 
 
 def _pad(x: Array, extra: int) -> Array:
-    """`[B, K, S, ...]` with `extra` zeros behind its tokens."""
+    """Pads `[B, K, S, ...]` with zeros for `extra` tokens at the end."""
     return jnp.pad(x, [(0, 0), (0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 3))
 
 
@@ -212,52 +216,72 @@ def _pad_region(region: Region, k: Any, v: Any, extra: int) -> Region:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """All layers' caches. `length[b]` counts every token that row `b` has seen: the next token's position."""
+    """A model's compressed KV cache: a frozen pytree, which functions take and return as a value.
+
+    `prefill` and `generate` make one. Capacities are static, so the bytes are known beforehand (`memory.report`).
+
+    Attributes:
+      layers: the layers' caches.
+      length: int32, tokens that each row has seen, which is the next token's position.
+    """
 
     layers: tuple[LayerCache, ...]
     length: Int[Array, "B"]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, the lengths included; equal to `memory.report(...).bytes`."""
+        """Bytes of all arrays, lengths included; equal to `memory.report(...).bytes`."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of codes, scales and zero points of all layers (the count that MiniKV's paper gives)."""
+        """Bytes of codes, scales and zero points of all layers, as counted in MiniKV's paper."""
         return sum(layer.packed.nbytes for layer in self.layers)
 
     @property
     def kept_tokens(self) -> Int[Array, "L B"]:
-        """Tokens held per layer and row."""
+        """int32, number of tokens held per layer and row."""
         return jnp.stack([layer.tokens for layer in self.layers])
 
     def room(self) -> int:
-        """Tokens that can still be appended to every row; no limit if rows are cut back.
+        """Number of tokens that can still be appended to every row: `2**31 - 1` if evictions make room.
 
         Raises:
-          ValueError: under `jit`, where the lengths are not known; `LayerCache.room` runs there.
+          ValueError: under `jit`, where the lengths are not known; `LayerCache.room` works there.
         """
         if known(self.length) is None:
             raise ValueError("KVCache.room reads the lengths, which jit does not know: take LayerCache.room")
         return min(int(layer.room().min()) for layer in self.layers)
 
     def grow(self, tokens: int) -> KVCache:
-        """The same cache with room for `tokens` more."""
+        """Returns the same cache with room for `tokens` more tokens per row.
+
+        Raises:
+          ValueError: not an int in 0..16777216.
+        """
         return dataclasses.replace(self, layers=tuple(layer.grow(tokens) for layer in self.layers))
 
     def select_rows(self, rows: Int[Array, "R"]) -> KVCache:
-        """The cache of rows `rows`, which may repeat or reorder them (beam search, forks of a shared prefix).
+        """Selects rows of the cache, for beam search or forks of a shared prefix.
 
-        Under `jit`, where their numbers are not known, one out of range is clipped; `debug_checks` reports it.
+        Args:
+          rows: numbers of the rows in any order, with or without repetition. Under `jit`, a number out of range is
+            clipped; `debug_checks` reports it.
+
+        Returns:
+          A cache of `R` rows.
 
         Raises:
-          ValueError: no integers `[R]`, or a row that the cache does not have.
+          ValueError: not integers `[R]`, or a row that the cache does not have.
         """
         rows = Contract("select_rows").integers("rows", rows, "R", 0, self.length.shape[0] - 1)
         return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), self)
 
     def tile(self, times: int) -> KVCache:
-        """Each row `times` times over: row `b` becomes rows `b * times .. (b + 1) * times - 1`."""
+        """Repeats each row: row `b` becomes rows `b * times .. (b + 1) * times - 1`.
+
+        Raises:
+          ValueError: `times` is not a positive int.
+        """
         times = checks.integer("times", times, 1, MAX_TOKENS)
         return self.select_rows(jnp.repeat(jnp.arange(self.length.shape[0]), times))

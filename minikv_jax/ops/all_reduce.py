@@ -1,4 +1,4 @@
-"""All-reduce: the sum of what the devices of a mesh hold, which ends attention and the MLP of a split layer."""
+"""All-reduce: sums over the devices of a mesh, at the end of attention and of the MLP in a split layer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from jaxtyping import Array, Float
 from minikv_jax.meshes import MODEL
 from minikv_jax.ops import dispatch
 
-KERNEL_BYTES = 1 << 21  # the largest array that the CUDA kernel takes: beyond it, bandwidth counts and NCCL has more
+KERNEL_BYTES = 1 << 21  # largest array of the CUDA kernel; above it, bandwidth counts, and NCCL has more
 
 
 def all_reduce(x: Float[Array, "*shape"], mesh: Mesh, *, implementation: str | None = None) -> Float[Array, "*shape"]:
-    """The sum of `x` over the mesh axis "model", for use inside `jax.shard_map`.
+    """Sums `x` over the mesh axis "model". For use inside `jax.shard_map`.
 
-    "xla" and "pallas" take XLA's collective (NCCL's on a GPU). "cuda" exchanges small arrays through the memory of the
-    GPUs, in one kernel, and takes XLA's for arrays above `KERNEL_BYTES`.
+    "xla" and "pallas" use XLA's collective (NCCL's on a GPU). "cuda" exchanges small arrays through the GPUs' memory in
+    one kernel, and uses XLA's collective for arrays above `KERNEL_BYTES`.
 
     Args:
       x: each device's part of the sum.
-      mesh: where the devices are.
+      mesh: the mesh of the devices.
+      implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU.
 
     Raises:
-      NotImplementedError: "cuda" by name on devices that cannot reach one another's memory, or of several processes.
+      NotImplementedError: "cuda" by name on devices that cannot access each other's memory, or of several processes.
     """
     sizes = {"bytes": x.nbytes, "devices": mesh.shape[MODEL]}
     return dispatch.run("all_reduce", implementation, sizes, _IMPLEMENTATIONS, x, mesh, heads=())
@@ -45,7 +46,7 @@ def _cuda(x: Array, mesh: Mesh) -> Array:
 
 @functools.cache
 def _groups(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
-    """Numbers of the CUDA devices that hold one batch row's heads, for each set of rows."""
+    """Lists, for each set of rows, the numbers of the CUDA devices that hold its heads."""
     if jax.process_count() > 1:
         raise NotImplementedError(f"{jax.process_count()} processes: the CUDA all-reduce is for the GPUs of one")
     axes = [mesh.axis_names.index(MODEL)]

@@ -1,4 +1,4 @@
-"""Append: new tokens enter the tail, and a full tail packs its oldest block (MiniKV section 3.3)."""
+"""Append: puts new tokens into the tail, and packs the oldest block of a full tail (MiniKV section 3.3)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,24 @@ def append(
     positions: Int[Array, "B T"],
     implementation: str | None = None,
 ) -> LayerCache:
-    """Adds each row's first `lengths[b]` of `T` tokens to the tail and packs the tail whenever it is full.
+    """Adds new tokens to each row's tail and packs full tails (MiniKV section 3.3, KIVI algorithm 1).
 
-    There must be room (`LayerCache.room`). Under `jit`, where room is not known, a token that finds none is dropped and
-    the cache keeps its tokens; `debug_checks` reports it.
+    There must be room (`LayerCache.room`). Under `jit`, a token without room is dropped and the cache keeps its other
+    tokens; `debug_checks` reports it.
 
     Args:
+      layer: the layer's cache.
       k, v: keys (after RoPE) and values, in the dtype of the cache.
+      lengths: new tokens per row, in `0..T`; row `b` takes its first `lengths[b]` tokens.
       positions: the new tokens' positions, stored if the layer has a sliding window.
-      implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
+      implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU that supports the inputs.
+
+    Returns:
+      The layer's new cache.
 
     Raises:
-      ValueError: an array of another shape or dtype than the cache's, a length or position out of range, more tokens
-        than there is room for.
+      ValueError: an array of another shape or dtype than the cache's, a length or position out of range, a row without
+        room.
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
     contract, dtype = layer_contract("append", layer), layer.tail.k.dtype
@@ -73,7 +78,7 @@ def _append(
 
     def goes_on(state: tuple[LayerCache, Array]) -> Array:
         layer, done = state
-        # A tail is full here only if nothing of it can be packed: the rest is dropped.
+        # A tail is full here only if nothing of it can be packed. The remaining tokens are dropped.
         return jnp.any((done < lengths) & (layer.free() > 0))
 
     return lax.while_loop(goes_on, step, (layer, jnp.zeros_like(lengths)))[0]
@@ -82,7 +87,7 @@ def _append(
 def _append_once(
     layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array, implementation: str | None
 ) -> LayerCache:
-    """Adds tokens that fit the tail; what does not is dropped."""
+    """Adds tokens that fit into the tail and drops the others."""
     layer = _write_tail(layer, k, v, positions, jnp.zeros_like(lengths), jnp.minimum(lengths, layer.free()))
     return _flush(layer, implementation)
 
@@ -92,11 +97,11 @@ def _xla(layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array
 
 
 def _pallas(layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array) -> LayerCache:
-    return _append_once(layer, k, v, lengths, positions, "pallas")  # plain JAX writes, the package's kernel packs
+    return _append_once(layer, k, v, lengths, positions, "pallas")  # plain JAX writes the tail, the Pallas kernel packs
 
 
 def _cuda(layer: LayerCache, k: Array, v: Array, lengths: Array, positions: Array) -> LayerCache:
-    """One token per row in place, a full tail packed in the same call."""
+    """Adds one token per row in place and packs full tails in the same call."""
     del positions  # no kernel supports a window
     quantizer = layer.method.quantizer
     if quantizer is None or not quantizer.kernel_packs:
@@ -119,7 +124,7 @@ _IMPLEMENTATIONS = {"xla": _xla, "pallas": _pallas, "cuda": _cuda}
 
 
 def _write_tail(layer: LayerCache, k: Array, v: Array, positions: Array, first: Array, count: Array) -> LayerCache:
-    """Writes tokens `first[b] .. first[b] + count[b] - 1` of each row behind its tail."""
+    """Writes tokens `first[b] .. first[b] + count[b] - 1` of each row to the end of its tail."""
     tail = layer.tail
     put = _put_token if k.shape[2] == 1 else _put_tokens
     put = functools.partial(put, slot=tail.length, first=first, count=count)
@@ -130,9 +135,9 @@ def _write_tail(layer: LayerCache, k: Array, v: Array, positions: Array, first: 
 
 
 def _put_token(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:
-    """`[B, K, C, ...]` tails, each with its row's one new token in `slot[b]`, or as it was if `count[b]` is 0."""
+    """Writes each row's one new token to `slot[b]` of its tail, unless `count[b]` is 0."""
     del first
-    # Writing back what stands there, rather than selecting between two tails, lets XLA update in place.
+    # Writing back the old token, instead of selecting between two tails, lets XLA update in place.
     slot = jnp.minimum(slot, tail.shape[2] - 1)
     rows = jnp.arange(tail.shape[0])
     old = tail.at[rows, :, slot].get(mode="promise_in_bounds")
@@ -141,7 +146,7 @@ def _put_token(tail: Array, new: Array, slot: Array, first: Array, count: Array)
 
 
 def _put_tokens(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:
-    """Tails with `count[b]` of the row's new tokens, from `first[b]` on, in `slot[b]` and after."""
+    """Writes `count[b]` of a row's new tokens, from `first[b]` on, to its tail from `slot[b]` on."""
     offset = jnp.arange(new.shape[2]) - first[:, None]
     chosen = (offset >= 0) & (offset < count[:, None])
     slots = jnp.where(chosen, slot[:, None] + offset, tail.shape[2])  # out of range: dropped
@@ -152,10 +157,10 @@ def _flush(layer: LayerCache, implementation: str | None) -> LayerCache:
     """Packs the oldest block of every tail that is full (MiniKV section 3.3, KIVI algorithm 1)."""
     if layer.packed.capacity < layer.method.flush_block:  # not quantised, or made for too few tokens to fill a tail
         return layer
-    # A tail stays full if its block finds no room: what is packed is never overwritten.
+    # A tail stays full if there is no room for its block: packed tokens are never overwritten.
     has_room = layer.packed.length + layer.method.flush_block <= layer.packed.capacity
     full = (layer.free() == 0) & has_room
-    # A loop of zero or one turns, not a `cond`: XLA updates a loop's carry in place.
+    # A loop of zero or one iterations instead of `cond`, because XLA updates a loop's carry in place.
     turns = jnp.any(full).astype(jnp.int32)
     return lax.fori_loop(0, turns, lambda _, layer: _pack_block(layer, full, implementation), layer)
 
@@ -187,7 +192,7 @@ def _pack_block(layer: LayerCache, full: Array, implementation: str | None) -> L
 
 
 def _shift(x: Array, layer: LayerCache, full: Array) -> Array:
-    """A tail's array whose full rows have lost their oldest block: what is kept behind it moves down."""
+    """Removes the oldest block from the tails of full rows: the tokens after it move down."""
     method = layer.method
     if not method.tail_keep:
         return x

@@ -1,4 +1,4 @@
-"""Compress: a layer's cache of the kept prompt tokens (MiniKV section 3.3)."""
+"""Compress: makes a layer's cache from the kept prompt tokens (MiniKV section 3.3)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ def compress(
     eviction: Eviction | None = None,
     implementation: str | None = None,
 ) -> LayerCache:
-    """A layer's cache of the kept prompt tokens.
+    """Makes a layer's cache from the kept prompt tokens.
 
-    The oldest tokens after the sinks are packed, as many as fill whole packing blocks (and, under the "kivi" rule,
-    leave the newest out); the rest is the tail.
+    The oldest tokens after the sinks are packed, as many as fill whole packing blocks. The others form the tail, which
+    under the "kivi" rule includes the newest `tail.length` tokens.
 
     Args:
       k, v: the prompt's keys (after RoPE) and values.
-      kept: which tokens stay, at most `capacity.kept` per row.
+      kept: the tokens that stay, at most `capacity.kept` per row.
+      capacity: static sizes of the cache.
+      spec: the method, and the layer's window and number.
+      eviction: state of a layer that evicts (`start_eviction`).
       implementation: of the quantize op.
     """
     tokens, positions = k.shape[1], kept.positions
-    # Filler slots point past the end; reading the last token instead keeps them finite wherever the prompt is.
+    # Filler slots point past the end. They read the last token instead, so that they are finite if the prompt is.
     source = jnp.minimum(positions, tokens - 1)
     rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None]
     # One gather, and no transposed copy of the prompt.
@@ -47,7 +50,7 @@ def compress(
 
 
 def _tail_of_all(k: Array, v: Array, kept: Kept, capacity: LayerCapacity, spec: LayerSpec) -> Region[Array]:
-    """All kept tokens in full precision, with room behind them."""
+    """Makes a tail of all kept tokens, with room for new ones."""
     room = capacity.tail - kept.positions.shape[-1]
     k, v, positions = (
         jnp.pad(x, [(0, 0), (0, 0), (0, room)] + [(0, 0)] * (x.ndim - 3)) for x in (k, v, kept.positions)
@@ -58,7 +61,7 @@ def _tail_of_all(k: Array, v: Array, kept: Kept, capacity: LayerCapacity, spec: 
 def _split(
     k: Array, v: Array, kept: Kept, capacity: LayerCapacity, spec: LayerSpec
 ) -> tuple[Region[Array], Region[Array]]:
-    """Kept tokens that are to be packed, and those that stay in the tail."""
+    """Splits the kept tokens into those to pack and the tail."""
     method, positions = spec.method, kept.positions
     assert method.quantizer is not None
     beyond = jnp.maximum(kept.tokens - method.sinks - method.tail_keep, 0)
@@ -82,7 +85,7 @@ def _split(
 
 
 def _packed_part(x: Num[Array, "B K M ..."], method: Method, capacity: LayerCapacity) -> Array:
-    """Kept tokens after the sinks, cut or padded to whole packing blocks."""
+    """Cuts or pads the kept tokens after the sinks to whole packing blocks."""
     assert method.quantizer is not None
     block = method.quantizer.block
     available = max(x.shape[2] - method.sinks - method.tail_keep, 0)
@@ -103,11 +106,15 @@ def start_eviction(
     method: Method,
     capacity: LayerCapacity,
 ) -> Eviction | None:
-    """The eviction state after a prompt: the kept tokens' scores, and the row's budgets; None without `evict_every`.
+    """Makes the eviction state after a prompt: scores of the kept tokens, and budgets. None without `evict_every`.
 
     Args:
-      scores: the prompt's.
-      heavy: the layer's budget per row; a count may exceed the prompt, which then grows up to it.
+      scores: scores of the prompt's tokens.
+      kept: the tokens that stay.
+      lengths: valid tokens per row.
+      heavy: the layer's budget per row. A count may exceed the prompt; the row then grows up to it.
+      method: the method, which sets the recent budget.
+      capacity: static sizes of the cache.
     """
     if method.evict_every is None:
         return None

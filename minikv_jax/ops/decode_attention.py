@@ -30,13 +30,14 @@ def decode_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B N H"]:
-    """Attention of one query per row over all tokens in a layer's cache, read as they are stored.
+    """Attends with one query per row over all tokens of a layer's cache, read as stored (MiniKV section 3.4).
 
     Args:
-      q: the newest token's queries; its key and value are in `layer` already.
+      q: the newest token's queries, in the dtype of the cache. Its key and value are in `layer` already.
+      layer: the layer's cache.
       positions: the queries' positions; needed only if the layer has a sliding window.
-      scale: of the logits; `H ** -0.5` by default.
-      implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
+      scale: factor of the logits, positive; `H ** -0.5` by default.
+      implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU that supports the inputs.
 
     Returns:
       `[B, N, H]` in `q`'s dtype; zero for a row whose cache is empty.
@@ -65,7 +66,7 @@ def _query_contract(function: str, q: Any, layer: LayerCache) -> tuple[Contract,
 
 
 def query_positions(contract: Contract, positions: Array | None, layer: LayerCache, legend: str) -> Array:
-    """The queries' positions; zeros if none are given and none are needed."""
+    """Checks the queries' positions. Returns zeros if none are given and none are needed."""
     if positions is not None:
         return contract.integers("positions", positions, legend, 0, INT32_MAX)
     if layer.spec.window is not None:
@@ -81,23 +82,23 @@ def _xla(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
 
 
 def attend_cache(q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[Array, "B T"], scale: float) -> Partial:
-    """Attention of new queries over everything in a layer's cache, queries group-major (`Q = G * T`).
+    """Attends with new queries over a layer's whole cache. The result has queries group-major (`Q = G * T`).
 
-    `positions` are the queries' own; they matter only under a sliding window.
+    `positions` are the queries' own and matter only with a sliding window.
     """
     grouped = split_heads(q, layer.tail.k.shape[1])
     batch, kv_heads, group, _, dim = grouped.shape
     q = grouped.reshape(batch, kv_heads, -1, dim)
     oldest = None
     if layer.spec.window is not None:
-        oldest = jnp.tile(positions - layer.spec.window, (1, group))[:, None, :, None]  # seen keys lie after it
+        oldest = jnp.tile(positions - layer.spec.window, (1, group))[:, None, :, None]  # newer keys are seen
 
     def region(part: Partial, load: _Load, capacity: int, length: Array, key_positions: Array | None) -> Partial:
         """Adds a region's tokens block by block, reading no block past the longest row."""
         size = min(BLOCK, capacity)
 
         def block(i: Array | int, part: Partial) -> Partial:
-            # The last block is moved back to end with the region; what it repeats is masked.
+            # The last block is moved back to end with the region. Tokens that it repeats are masked.
             first = jnp.minimum(i * size, capacity - size)
             slots = first + jnp.arange(size)
             seen = ((slots >= i * size) & (slots < length[:, None]))[:, None, None]  # [B, 1, 1, S]
@@ -147,7 +148,7 @@ def decode_attention_weights(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K C"]]:
-    """`decode_attention` over a full-precision cache, and the weights that each tail slot got.
+    """Runs `decode_attention` over a full-precision cache. Also returns the attention weight of each tail slot.
 
     Weights are float32, summed over the `G` query heads of a KV head, and zero in empty slots.
 

@@ -1,8 +1,9 @@
-"""Selects an implementation for each op: as asked, or by recorded times.
+"""Selects an implementation for each op: by name, or the fastest by recorded times.
 
-An op has a table of functions of the same arguments, by the implementation's name: "xla" (plain JAX, anywhere) and what
-kernels there are. A kernel's adapter raises NotImplementedError with the reason if it cannot run a case, before any
-work. The kernel packages are imported on first use: they need nothing of this one, and this one runs without them.
+An op has a table of functions with the same arguments, by name of the implementation: "xla" (plain JAX, runs
+everywhere), "pallas" and "cuda". If a kernel cannot run a case, its adapter raises NotImplementedError with the reason
+before any work starts. The kernel packages are imported on first use. They import nothing of this package, which also
+runs without them.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from minikv_jax import meshes
 
 IMPLEMENTATIONS = ("xla", "pallas", "cuda")
 _KERNELS_FIRST = ("cuda", "pallas", "xla")
-_TIMING_TOLERANCE = 1.05  # times of one kernel in two runs differ by as much; within it, _KERNELS_FIRST decides
-RESULTS = pathlib.Path(__file__).parents[1] / "bench" / "results"  # of `bench`, a file per device
+_TIMING_TOLERANCE = 1.05  # ratio of one kernel's times in two runs; within it, _KERNELS_FIRST decides
+RESULTS = pathlib.Path(__file__).parents[1] / "bench" / "results"  # written by `bench`, one file per device
 
 _log = logging.getLogger("minikv_jax")
 Result = TypeVar("Result")
 
 
 def check_implementation(implementation: str | None) -> None:
-    """Raises ValueError unless it is None or one of `IMPLEMENTATIONS`."""
+    """Raises ValueError unless `implementation` is None or one of `IMPLEMENTATIONS`."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
 
@@ -46,18 +47,19 @@ def run(
     heads: tuple[int | None, ...] = (),
     outputs: Any = None,
 ) -> Result:
-    """Runs an op as asked, or by the fastest implementation that supports the case.
+    """Runs an op with the named implementation, or with the fastest one that supports the case.
 
     Args:
-      op: its name.
-      implementation: one by name, which then runs or raises; None tries `order(op, sizes)` one after the other.
-      sizes: tells the recorded measurements apart.
-      implementations: functions of `arguments` by name.
-      heads, outputs: where the heads are, for meshes (`meshes.call_split`).
+      op: name of the op.
+      implementation: a name, which then runs or raises; None tries those of `order(op, sizes)` in turn.
+      sizes: sizes by which the nearest recorded measurement is found.
+      implementations: functions of `arguments`, by name.
+      arguments: arguments of the op.
+      heads, outputs: axes of the heads, for meshes (`meshes.call_split`).
 
     Raises:
       ValueError: an unknown implementation.
-      NotImplementedError: a named one that cannot run this case; or no one can, with every implementation's reason.
+      NotImplementedError: the named implementation cannot run this case, or none can; the text gives all reasons.
     """
     check_implementation(implementation)
     if implementation is not None:
@@ -80,15 +82,15 @@ def run(
 
 
 def _on_one_device(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of each device's part."""
+    """Sizes of each device's part."""
     parts = {"batch": meshes.DATA, "heads": meshes.MODEL, "kv_heads": meshes.MODEL}
     return {name: size // meshes.size(parts[name]) if name in parts else size for name, size in sizes.items()}
 
 
 def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Implementations to try, best first: by the nearest recorded shape, kernels before XLA.
+    """Orders the implementations to try, fastest first at the nearest recorded shape. Near ties favour kernels.
 
-    Measurements of this kind of device count or, if there are none, those of its compute capability.
+    Uses measurements of this kind of device or, if there are none, of its compute capability.
     """
     if jax.default_backend() != "gpu":
         return ("xla",)
@@ -97,7 +99,7 @@ def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     if not rows:
         return _KERNELS_FIRST
     nearest = min((row["sizes"] for row in rows), key=lambda recorded: _distance(recorded, sizes))
-    # Sizes do not tell all rows apart (the axis packed along, for example): an implementation's mean counts.
+    # Rows may have equal sizes (and pack along different axes, for example): take an implementation's mean.
     measured: dict[str, list[float]] = {}
     for row in rows:
         if row["sizes"] == nearest:
@@ -113,13 +115,13 @@ def order(op: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def package(implementation: str) -> ModuleType:
-    """The kernel package of an implementation."""
+    """Imports the kernel package of an implementation."""
     return importlib.import_module({"pallas": "pallas_kernels", "cuda": "cuda_ffi"}[implementation])
 
 
 @functools.cache
 def recorded(device_kind: str, compute_capability: str, results: pathlib.Path = RESULTS) -> tuple[dict, ...]:
-    """Benchmark rows of this kind of device or, if there are none, of one of the same compute capability."""
+    """Reads benchmark rows of this kind of device or, if there are none, of one with the same compute capability."""
     reports = [json.loads(path.read_text()) for path in sorted(results.glob("kernels_*.json"))]
     own = [report for report in reports if report["device"] == device_kind]
     related = [report for report in reports if report["compute_capability"] == compute_capability]

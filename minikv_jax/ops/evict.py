@@ -1,11 +1,11 @@
-"""Evict: every `evict_every` new tokens a layer drops what its budget does not hold.
+"""Evict: cuts a layer back to its budget after every `evict_every` new tokens.
 
 The budget is that of the prompt: the first `sinks` tokens, the newest `recent` and the `heavy` top-scored of the
-others, a share meaning a share of the prompt. A row grows by `evict_every` tokens over it and is then cut back, so a
-layer's capacity does not depend on how much is generated. Scores go on from the prompt's, by the scorer's `update`:
+others. A share is a share of the prompt. A row grows `evict_every` tokens beyond its budget and is then cut back, so a
+layer's capacity does not depend on the number of generated tokens. The scorer's `update` continues the prompt's scores:
 with `H2O` and `evict_every=1` this is H2O (arXiv 2306.14048, algorithm 1).
 
-Only full-precision tokens can leave: a packed block shares its metadata, and its layout, among tokens of any score.
+Only full-precision tokens can leave, because the tokens of a packed block share their metadata and layout.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from minikv_jax.ops.select import rank
 def evict(
     layer: LayerCache, state: Eviction, weights: Float[Array, "B K C"] | None, active: Int[Array, "B"]
 ) -> LayerCache:
-    """Takes one decode step's attention in, and cuts back the rows that are `evict_every` over their budget.
+    """Updates scores after a decode step and cuts back rows that are `evict_every` tokens over their budget.
 
     Args:
+      layer: the layer's cache.
       state: the layer's `eviction`.
-      weights: what each slot got, summed over the KV head's queries (`decode_attention_weights`); None if nothing is
-        kept by score.
-      active: 1 for the rows that took part in the step.
+      weights: attention weight of each slot, summed over the KV head's queries (`decode_attention_weights`); None if
+        nothing is kept by score.
+      active: 1 for rows that took part in the step, else 0.
     """
     return call_split(_evict, (layer, state, weights, active), (1, 1, 1, None), specs(layer, 1))
 
@@ -45,14 +46,14 @@ def _evict(layer: LayerCache, state: Eviction, weights: Array | None, active: Ar
         scores = jnp.where(used[:, None], calls.update(method.scorer, state.scores, weights), state.scores)
         state = dataclasses.replace(state, scores=scores)
     full = tail.length >= state.budget(method) + method.evict_every
-    # A loop of zero or one turns, not a `cond`: XLA updates a loop's carry in place.
+    # A loop of zero or one iterations instead of `cond`, because XLA updates a loop's carry in place.
     turns = jnp.any(full).astype(jnp.int32)
     tail, state = lax.fori_loop(0, turns, lambda _, carry: _cut_back(carry, full, method), (tail, state))
     return dataclasses.replace(layer, tail=tail, eviction=state)
 
 
 def _cut_back(carry: tuple[Region[Array], Eviction], full: Array, method: Method) -> tuple[Region[Array], Eviction]:
-    """The full rows with their budget's tokens, moved together in order of position."""
+    """Cuts full rows back to their budget. Kept tokens move together in order of position."""
     tail, state = carry
     capacity = tail.capacity
     slots, length = jnp.arange(capacity), tail.length[:, None]

@@ -1,4 +1,4 @@
-"""Extend attention: several new tokens per row over a layer's cache and over one another."""
+"""Extend attention: several new tokens per row attend over a layer's cache and over each other."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ def extend_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of several new tokens per row: over the cache, and causally over one another in full precision.
+    """Attends with several new tokens per row: over the cache, and causally over each other in full precision.
 
     Args:
-      q, k, v: the new tokens', not yet in `layer`; each row has `lengths[b]` of them.
+      q, k, v: queries, keys and values of the new tokens, in the dtype of the cache; they are not yet in `layer`.
+      layer: the layer's cache.
+      lengths: new tokens per row, in `0..T`.
       positions: the queries' positions; needed only if the layer has a sliding window.
-      scale: of the logits; `H ** -0.5` by default.
+      scale: factor of the logits, positive; `H ** -0.5` by default.
+      implementation: "xla", which is the default and the only one.
 
     Returns:
       `[B, T, N, H]` in `q`'s dtype, zero in the padding.

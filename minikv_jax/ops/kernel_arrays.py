@@ -1,4 +1,4 @@
-"""A layer's cache as the kernel packages take it, and back."""
+"""Converts a layer's cache to the arguments of the kernel packages, and back."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from minikv_jax.packing import Packing, QuantizedArray
 
 
 def regions(layer: LayerCache, implementation: str) -> tuple[Any, Any, Any]:
-    """The packed region, the tail and the storage format, as values of the implementation's package.
+    """Converts a layer to the packed region, the tail and the storage format of an implementation's package.
 
-    An unquantised layer has a packed region without tokens.
+    The packed region of an unquantised layer has no tokens.
 
     Raises:
-      NotImplementedError: the kernels do not know what the layer stores.
+      NotImplementedError: the kernels do not support the layer's quantizer or its sliding window.
     """
     quantizer = layer.method.quantizer
     if layer.spec.window is not None:
@@ -34,7 +34,7 @@ def regions(layer: LayerCache, implementation: str) -> tuple[Any, Any, Any]:
 
 
 def updated(layer: LayerCache, packed: Any, tail: Any) -> LayerCache:
-    """The layer with what a kernel has written: `regions`' first two, updated."""
+    """Returns the layer with the packed region and the tail that a kernel has updated."""
     return dataclasses.replace(
         layer,
         packed=Region(
@@ -67,6 +67,6 @@ def _packed(package: Any, x: QuantizedArray) -> Any:
 
 
 def quantized(x: Any, packing: Packing) -> QuantizedArray:
-    """A package's `Packed` as the library's value."""
+    """Converts a package's `Packed` to the library's value."""
     scale_factor, zero_factor = x.factors or (None, None)
     return QuantizedArray(x.planes, x.scale, x.zero, scale_factor, zero_factor, packing)

@@ -1,6 +1,6 @@
-"""Attention over parts of the keys, and how parts merge: what prefill, decode and extend attention are made of.
+"""Online softmax: attention over parts of the keys, and merging of parts. Used by all attention in plain JAX.
 
-All attention in plain JAX works block by block with an online softmax, so memory is linear in the number of tokens.
+Attention works block by block, so memory is linear in the number of tokens.
 Queries of one KV head are handled together (group-major, `Q = G * T`); keys and values are never repeated.
 """
 
@@ -24,7 +24,7 @@ class Partial(NamedTuple):
 
 
 def empty(batch: int, kv_heads: int, queries: int, head_dim: int) -> Partial:
-    """Attention over no keys at all."""
+    """Attention over no keys, to merge others into."""
     shape = (batch, kv_heads, queries)
     return Partial(
         jnp.zeros((*shape, head_dim), jnp.float32),
@@ -34,7 +34,7 @@ def empty(batch: int, kv_heads: int, queries: int, head_dim: int) -> Partial:
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the union of two disjoint sets of keys (FlashAttention section 3.1)."""
+    """Merges attention over two disjoint sets of keys (FlashAttention section 3.1)."""
     top = jnp.maximum(a.top, b.top)
     base = jnp.where(jnp.isfinite(top), top, 0.0)
     scale_a, scale_b = jnp.exp(a.top - base), jnp.exp(b.top - base)
@@ -49,35 +49,35 @@ def attend(
     seen: Array,
     scale: float,
 ) -> Partial:
-    """Attention of `Q` queries over the `S` keys that `seen` (broadcastable to `[B, K, Q, S]`) allows."""
+    """Attends with `Q` queries over those of `S` keys that `seen` (broadcastable to `[B, K, Q, S]`) allows."""
     masked = logits(q, k, seen, scale)
     top = jnp.max(masked, axis=-1, initial=-jnp.inf)
     weights = jnp.exp(masked - jnp.where(jnp.isfinite(top), top, 0.0)[..., None])
-    # A key that no query may see can hold anything, NaN too: its weight is 0, so its value must be finite.
+    # A key that no query may see can hold anything, even NaN. Its weight is 0, but 0 * NaN is NaN: clear its value.
     v = jnp.where(jnp.any(seen, axis=-2)[..., None], v, 0)
     acc = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, **_EXACT)
     return Partial(acc, top, jnp.sum(weights, axis=-1))
 
 
 def logits(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], seen: Array, scale: float) -> Array:
-    """Scaled products, float32; minus infinity for keys that are not seen."""
+    """Computes scaled products in float32; minus infinity for keys that are not seen."""
     return jnp.where(seen, jnp.einsum("bkqh,bksh->bkqs", q, k, **_EXACT) * scale, -jnp.inf)
 
 
 def finish(part: Partial, group: int, dtype: jnp.dtype) -> Float[Array, "B T N H"]:
-    """Normalises; queries that saw no key give zero."""
+    """Normalises the output. Queries that saw no key give zero."""
     out = part.acc / jnp.where(part.total == 0, 1.0, part.total)[..., None]
     batch, kv_heads, queries, dim = out.shape
     return join_heads(out.reshape(batch, kv_heads, group, queries // group, dim)).astype(dtype)
 
 
 def split_heads(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:
-    """Query heads by the KV head that they read."""
+    """Splits query heads by the KV head that they read."""
     batch, tokens, heads, dim = q.shape
     return q.reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
 
 
 def join_heads(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    """The opposite of `split_heads`."""
+    """Reverses `split_heads`."""
     batch, kv_heads, group, tokens, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, kv_heads * group, dim)

@@ -20,7 +20,7 @@ from minikv_jax.ops import dispatch
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
 from minikv_jax.ops.shapes import prompt_contract, softmax_scale
 
-BLOCK = 256  # tokens of a block in plain JAX
+BLOCK = 256  # tokens per block in plain JAX
 
 Scored = tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]
 
@@ -36,19 +36,19 @@ def prefill_attention(
     with_scores: bool = False,
     implementation: str | None = None,
 ) -> Scored:
-    """Causal attention over a prompt and, if asked for, the column sums of its softmax map.
+    """Runs causal attention over a prompt and, if asked for, sums the columns of its softmax map (MiniKV section 3.4).
 
     Args:
-      q, k, v: float32, bfloat16 or float16, right-padded rows.
-      lengths: valid tokens per row; what lies beyond may be anything, NaN too.
-      scale: of the logits; `H ** -0.5` by default.
-      window: query `t` sees the keys `t - window < s <= t`.
-      with_scores: also return the column sums of the softmax map over the row's queries and the `G` heads of each KV
-        head, in float32. Memory stays linear in `T`.
-      implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
+      q, k, v: queries, keys and values after RoPE, right-padded; float32, bfloat16 or float16.
+      lengths: valid tokens per row, in `0..T`. The padding may hold anything, including NaN.
+      scale: factor of the logits, positive; `H ** -0.5` by default.
+      window: sliding window in tokens: query `t` sees the keys `t - window < s <= t`. By default it sees all `s <= t`.
+      with_scores: whether to return the sums of the softmax map over the row's queries and the `G` query heads of each
+        KV head. Memory stays linear in `T`.
+      implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU that supports the inputs.
 
     Returns:
-      The output in `q`'s dtype, zero in the padding, and the scores (zero in the padding) or None.
+      The output in `q`'s dtype, and the float32 scores or None. Both are zero in the padding.
 
     Raises:
       ValueError: an array of another shape or dtype, a length out of range, a scale or window that is not positive.
@@ -92,7 +92,7 @@ class _Blocks(NamedTuple):
         return lax.dynamic_slice_in_dim(x, j * self.size, self.size, axis=2)
 
     def seen(self, i: Array, j: Array) -> Array:
-        """`[B, 1, Q, S]`: causal, inside the row, inside the window."""
+        """Mask `[B, 1, Q, S]` of the keys that are causal, inside the row and inside the window."""
         rows = (i * self.size + jnp.arange(self.size))[:, None]
         columns = j * self.size + jnp.arange(self.size)
         seen = (columns <= rows) & (rows < self.lengths[:, None, None])
@@ -101,14 +101,14 @@ class _Blocks(NamedTuple):
         return jnp.tile(seen, (1, self.q.shape[2], 1))[:, None]
 
     def first(self, i: Array) -> Array:
-        """The first key block that query block `i` can see."""
+        """First key block that query block `i` can see."""
         if self.window is None:
             return jnp.zeros_like(i)
         return jnp.maximum(i * self.size - self.window + 1, 0) // self.size
 
 
 def _query_block(q: Float[Array, "B K G T H"], i: Array, size: int) -> Float[Array, "B K Q H"]:
-    """Block `i` of the queries of all heads of a group, group-major."""
+    """Cuts out block `i` of the queries of all heads of a group, group-major."""
     q = lax.dynamic_slice_in_dim(q, i * size, size, axis=3)
     batch, kv_heads, _, _, dim = q.shape
     return q.reshape(batch, kv_heads, -1, dim)
@@ -131,7 +131,7 @@ def causal_attention(
     scale: float,
     window: int | None = None,
 ) -> Partial:
-    """Pass 1: causal attention of right-padded rows, unnormalised, queries group-major (`Q = G * T`)."""
+    """Pass 1: unnormalised causal attention of right-padded rows, queries group-major (`Q = G * T`)."""
     blocks = _blocks(q, k, v, lengths, window)
     batch, kv_heads, group, padded, dim = blocks.q.shape
 
@@ -151,8 +151,8 @@ def causal_attention(
         return Partial(*map(put, state, part))
 
     shape = (batch, kv_heads, group, padded)
-    # `acc` starts as the queries, and block by block the output takes their place: zeros to start with would be one
-    # constant that XLA copies ahead for every layer.
+    # `acc` starts as the queries, which the output replaces block by block. If it started as zeros, XLA would copy that
+    # constant ahead of time for every layer.
     queries = blocks.q.astype(jnp.float32)
     state = Partial(queries, jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32))
     state = lax.fori_loop(0, blocks.used, query_block, state)

@@ -16,11 +16,15 @@ from minikv_jax.packing import Packing, QuantizedArray
 
 
 def quantize(x: Float[Array, "B K S H"], packing: Packing, *, implementation: str | None = None) -> QuantizedArray:
-    """Quantises and packs keys (`axis="tokens"`) or values (`axis="channels"`): `packing.encode_minmax`.
+    """Quantises keys or values by min/max in groups, and packs them (MiniKV section 3.2, KIVI eq. 1).
 
     Args:
-      x: float32, bfloat16 or float16; `S` fills whole groups and words.
-      implementation: "xla", "pallas" or "cuda"; None takes the fastest recorded one that supports the case.
+      x: keys or values, float32, bfloat16 or float16; `S` must fill whole groups and words.
+      packing: bits, groups and dtypes; `axis="tokens"` is for keys, `axis="channels"` for values.
+      implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU that supports the inputs.
+
+    Returns:
+      Packed codes with their scales and zero points; `dequantize` reads them.
 
     Raises:
       ValueError: an array of another shape or dtype, or a size that does not fill whole groups and words.
@@ -36,7 +40,7 @@ def quantize(x: Float[Array, "B K S H"], packing: Packing, *, implementation: st
 
 
 def store(x: Float[Array, "B K S H"], kind: Kind, spec: LayerSpec, implementation: str | None = None) -> Packed:
-    """Packs keys or values, in the basis of the cache, as the method's quantizer does: by a kernel if one may.
+    """Packs keys or values, given in the basis of the cache, with the method's quantizer or a kernel for it.
 
     Raises:
       NotImplementedError: an `implementation` that has no kernel for the quantizer.
@@ -53,7 +57,7 @@ def store(x: Float[Array, "B K S H"], kind: Kind, spec: LayerSpec, implementatio
 
 def _kernel(implementation: str, x: Array, packing: Packing) -> QuantizedArray:
     options: dict[str, Any] = {"metadata_dtype": packing.metadata_dtype}
-    if packing.has_factors:  # 16-bit metadata have none
+    if packing.has_factors:  # 16-bit metadata has none
         options["factor_block"] = packing.block
     kernel = dispatch.package(implementation).quantize
     codes = kernel(x, bits=packing.bits, group_size=packing.group_size, axis=packing.axis, **options)

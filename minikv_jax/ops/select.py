@@ -1,8 +1,8 @@
-"""Select: which prompt tokens a layer keeps, given their scores (MiniKV section 3.1).
+"""Select: chooses the prompt tokens that a layer keeps, given their scores (MiniKV section 3.1).
 
-A choice is made once per prompt, per layer, row and KV head. Kept are the first `sinks` tokens, the newest `recent`
-tokens and the `heavy` top-scored tokens of the middle; ties go to the earlier token, and kept tokens stay in order of
-position.
+The choice is made once per prompt, for each layer, row and KV head. A layer keeps the first `sinks` tokens, the newest
+`recent` tokens and the `heavy` top-scored tokens between them. Ties go to the earlier token, and kept tokens stay in
+order of position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minikv_jax.methods.method import Method
 
 
 class Kept(NamedTuple):
-    """The chosen tokens: `positions[b, k, :tokens[b]]` ascending, then `T` (one past the end) as filler."""
+    """Kept tokens: `positions[b, k, :tokens[b]]` ascending, then `T` (one past the end) as filler."""
 
     positions: Int[Array, "B K M"]
     tokens: Int[Array, "B"]
@@ -31,14 +31,16 @@ def select(
     capacity: int,
     window: int | None = None,
 ) -> Kept:
-    """The tokens that a layer keeps; without eviction that is all of them, and nothing is sorted.
+    """Selects the tokens that a layer keeps. If it keeps all, nothing is sorted.
 
     Args:
-      scores: higher is kept first; ties go to the lower position.
+      scores: tokens with higher scores are kept first; ties go to the lower position.
       lengths: valid tokens per row.
-      heavy: top-scored tokens per row.
-      capacity: `M`, at least what any row keeps (`cache.capacity.kept_capacity`).
-      window: with a sliding window only the last `window - 1` tokens can still be seen, so older ones are not kept.
+      heavy: number of top-scored tokens per row.
+      method: sets the sinks and the recent budget.
+      capacity: `M`, at least the tokens that any row keeps (`cache.capacity.kept_capacity`).
+      window: sliding window of the layer. New tokens can see only the last `window - 1` tokens, so older ones are not
+        kept.
     """
     if method.keeps_all and window is None:
         batch, kv_heads, tokens = scores.shape
@@ -56,7 +58,7 @@ def select_tokens(
     capacity: int,
     window: int | None = None,
 ) -> Kept:
-    """Keeps the sinks, the newest tokens and the top-scored tokens between them; arguments as for `select`."""
+    """Selects the sinks, the newest tokens and the top-scored tokens between them. Arguments as for `select`."""
     tokens = scores.shape[-1]
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window + 1, 0)
     visible = lengths - first
@@ -73,9 +75,9 @@ def select_tokens(
 
 
 def rank(scores: Float[Array, "B K C"], forced: Bool[Array, "B C"], valid: Bool[Array, "B C"]) -> Float[Array, "B K C"]:
-    """Sorting keys: `forced` tokens first, then by score, tokens that are not `valid` last.
+    """Computes sorting keys: `forced` tokens first, then by score, tokens that are not `valid` last.
 
-    An infinite score stays between these, and NaN is the lowest of scores: neither displaces a forced token.
+    Infinite scores stay between these, and NaN is the lowest score. Neither displaces a forced token.
     """
     largest = jnp.finfo(scores.dtype).max
     scores = jnp.nan_to_num(scores, nan=-largest, posinf=largest, neginf=-largest)

@@ -1,4 +1,4 @@
-"""Contracts that several attention ops share."""
+"""Contracts shared by several attention ops."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _SCALE = Accepts(float, above=0)
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
-    """The scale of the logits, `H ** -0.5` by default. Raises ValueError unless it is positive and finite."""
+    """Returns the scale of the logits, `H ** -0.5` by default. Raises ValueError unless it is positive and finite."""
     if scale is None:
         return float(head_dim**-0.5)
     return _SCALE.value("scale", scale)
 
 
 def prompt_contract(function: str, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Array, Array, Array, Array]:
-    """The arrays of a prompt's attention: `[B, T, N, H]`, twice `[B, T, K, H]` and `[B]`.
+    """Checks the arrays of a prompt's attention: `[B, T, N, H]`, twice `[B, T, K, H]`, and `[B]`.
 
     Raises:
-      ValueError: one is of another shape or dtype, or a length is not in `0..T`.
+      ValueError: an array of another shape or dtype, or a length that is not in `0..T`.
     """
     contract = Contract(function)
     q = contract.floating("q", q, "B T N H")
@@ -34,7 +34,7 @@ def prompt_contract(function: str, q: Any, k: Any, v: Any, lengths: Any) -> tupl
 
 
 def layer_contract(function: str, layer: Any) -> Contract:
-    """The contract of what is given with a layer's cache. Raises ValueError if it is none."""
+    """Makes the contract of arrays that go with a layer's cache. Raises ValueError if `layer` is not a LayerCache."""
     if not isinstance(layer, LayerCache):
         raise ValueError(f"{function}: layer is a {type(layer).__name__}: expected a LayerCache")
     batch, kv_heads, _, head_dim = layer.tail.k.shape
