@@ -1,4 +1,4 @@
-"""One measured generation."""
+"""Tests a measured generation."""
 
 import dataclasses
 import pathlib
@@ -38,7 +38,7 @@ def test_row_says_what_was_allocated_and_read(shape: str):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_real_weights_are_of_the_asked_dtype(model_directory: pathlib.Path, dtype: str):
-    """And a method may come with changes."""
+    """The method may have changed settings."""
     asked = Case(
         model=str(model_directory), method="minikv:k_bits=4", batch=1, prompt_len=64, max_new_tokens=4, dtype=dtype
     )

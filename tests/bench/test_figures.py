@@ -1,4 +1,4 @@
-"""Tables and pictures of end-to-end measurements."""
+"""Tests tables and pictures of end-to-end measurements."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The largest size within a memory limit."""
+"""Tests the search for the largest size within a memory limit."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Memory of the processes that a benchmark runs in."""
+"""Tests the memory limits of benchmark processes."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The baseline in torch."""
+"""Tests the baseline in torch."""
 
 import pytest
 from support.bench import bench_case

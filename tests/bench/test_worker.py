@@ -1,4 +1,4 @@
-"""Tasks in processes of their own."""
+"""Tests tasks in separate processes."""
 
 import json
 import operator

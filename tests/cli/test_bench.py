@@ -1,4 +1,4 @@
-"""`minikv bench`: its suites."""
+"""Tests `minikv bench` and its suites."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""`minikv calibrate`, and `minikv evaluate` with what it saved."""
+"""Tests `minikv calibrate`, and `minikv evaluate` with a saved calibration."""
 
 import json
 import pathlib

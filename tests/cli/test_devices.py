@@ -1,4 +1,4 @@
-"""--mesh, and runs of several processes."""
+"""Tests `--mesh` and runs of several processes."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_evaluate_on_a_mesh(run: Run, model_directory: pathlib.Path, tmp_path: p
 
 
 def start(process: int, model: pathlib.Path, port: int, tokens: int, log: pathlib.Path) -> subprocess.Popen[bytes]:
-    """One of two processes of four devices each."""
+    """Starts one of two processes with four devices each."""
     command = [sys.executable, "-m", "minikv_jax.cli.main", "generate", "--model", str(model), "--prompt", "bb", *MESH]
     command += ["--max-new-tokens", str(tokens), "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

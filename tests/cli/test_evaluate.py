@@ -1,4 +1,4 @@
-"""`minikv evaluate`, with its tasks `cases` and `perplexity`."""
+"""Tests `minikv evaluate` with the tasks `cases` and `perplexity`."""
 
 import json
 import pathlib
@@ -109,7 +109,7 @@ def test_a_researchers_path(
     capsys: pytest.CaptureFixture[str],
     record_property: Callable[[str, object], None],
 ):
-    """A method of one's own, from its file over `evaluate` and `sweep` to a report; says what each step takes."""
+    """A user's own method goes from its file through `evaluate` and `sweep` to a report; records the times."""
     plugin, out = pathlib.Path(__file__).parents[2] / "examples" / "plugin_scorer.py", tmp_path / "sweep"
     (tmp_path / "book.txt").write_text(TEXT)
     vatp = "vatp:group_size=16"  # the tiny model's heads

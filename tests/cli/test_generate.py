@@ -1,4 +1,4 @@
-"""`minikv generate`, and its conversations."""
+"""Tests `minikv generate` and its conversations."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def test_generate_reports_what_the_library_returns(run: Run, model_directory: pa
 def test_a_call_that_waits_for_the_device_is_not_compilation(
     run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A GPU runs a program with a loop inside the call that starts it: prefill's and the first tokens' time."""
+    """On a GPU, the call that starts a program with a loop takes the time of prefill and first tokens."""
 
     def slow(*arguments: Any, **options: Any) -> Iterator[GenerateResult]:
         results = stream(*arguments, **options)

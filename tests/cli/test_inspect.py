@@ -1,4 +1,4 @@
-"""`minikv inspect`."""
+"""Tests `minikv inspect`."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from support.commands import Run, run_wrongly
 
 @pytest.fixture
 def inspect(run: Run, tmp_path: pathlib.Path, model_directory: pathlib.Path) -> Run:
-    """Runs `minikv inspect --model M ... --out OUT`: exit code, stdout, stderr."""
+    """Returns a function that runs `minikv inspect` with a model and an output directory."""
     return lambda *arguments: run("inspect", "--model", model_directory, "--out", tmp_path / "out", *arguments)
 
 

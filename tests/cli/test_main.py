@@ -1,4 +1,4 @@
-"""The command line as a whole: its commands, its help, its errors."""
+"""Tests the command line as a whole: commands, help, errors."""
 
 import pathlib
 import re
@@ -36,7 +36,7 @@ def test_every_file_of_a_command_is_one():
 
 
 def test_a_command_is_a_file(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
-    """Only the file of the command that is run is imported."""
+    """Only the file of the given command is imported."""
     (tmp_path / "main.py").touch()
     (tmp_path / "helper.py").write_text('"""Helps `minikv greet`: no command."""')
     (tmp_path / "broken.py").write_text('"""`minikv broken`: fail."""\nraise AssertionError')
@@ -71,7 +71,7 @@ def test_user_error_is_one_line_and_exit_code_2(run: Run):
 
 
 def test_output_that_cannot_be_written_is_one_line_and_exit_code_2(shape: str):
-    """As of a shell's `> FILE` on a full disk."""
+    """This happens with a shell's `> FILE` on a full disk."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "minikv_jax.cli.main", "memory", "--config", shape, "--prompt-len", "64"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`minikv memory`."""
+"""Tests `minikv memory`."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""`minikv methods`."""
+"""Tests `minikv methods`."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Values of options that several commands take."""
+"""Tests the values of options that several commands share."""
 
 import pytest
 

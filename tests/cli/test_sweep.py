@@ -1,4 +1,4 @@
-"""`minikv sweep`: what it writes, and how it resumes."""
+"""Tests `minikv sweep`: its files, and how it resumes."""
 
 import csv
 import itertools
@@ -20,7 +20,7 @@ GRID = ("--method", "h2o", "--method", "minikv:tail.length=32", "--sweep", "heav
 
 @pytest.fixture
 def sweep(run: Run, tmp_path: pathlib.Path, model_directory: pathlib.Path) -> Run:
-    """Runs `minikv sweep cases ... --out NAME` on two cases: exit code, stdout, stderr."""
+    """Returns a function that runs `minikv sweep cases` on two cases."""
     rows = [{"prompt_ids": [i % 90 for i in range(n, 3 * n)], "continuation_ids": [7, 8, 9]} for n in (35, 36)]
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -63,7 +63,7 @@ def test_a_killed_sweep_goes_on(sweep: Run, tmp_path: pathlib.Path, monkeypatch:
     original = run_module.measure_each
 
     def killed(model: Any, cases: Any, methods: Any, *rest: Any) -> Any:
-        """The first case's methods, and half of the second's."""
+        """Measures the first case's methods and half of the second's, then fails."""
         measured = original(model, cases, methods, *rest)
         if cases[0].name == "line 1":
             yield from measured
@@ -170,7 +170,7 @@ def test_another_process_is_refused(sweep: Run, tmp_path: pathlib.Path):
 
 @pytest.fixture
 def finished(sweep: Run, tmp_path: pathlib.Path) -> pathlib.Path:
-    """The directory of a sweep of two rows."""
+    """Directory of a finished sweep with two rows."""
     assert sweep("out", "--method", "h2o", "--no-figures")[0] == 0
     return tmp_path / "out"
 

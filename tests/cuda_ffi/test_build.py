@@ -1,4 +1,4 @@
-"""What can be checked of the CUDA kernels without a GPU: they compile without spills, and bad libraries are named."""
+"""Tests the CUDA build without a GPU: kernels compile without spills, and bad libraries are named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 @needs_compiler
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path: pathlib.Path) -> None:
-    """The hot kernels, for one Ampere target and the Hopper one."""
+    """The hot kernels compile for an Ampere and a Hopper target."""
     targets = ("decode_128_2", "decode_128_4", "quantize", "append", "prefill_attention")
     report = build.build(("80", "90a"), directory=tmp_path, targets=targets, report=True)
     assert f"sources={library.source_digest()} architectures=80,90a" in report

@@ -1,4 +1,4 @@
-"""Decode attention on the GPU against float64 attention over the dequantised cache."""
+"""Tests CUDA decode attention against float64 attention over the dequantised cache."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_random_cases(first_seed: int) -> None:
 
 @pytest.mark.parametrize("metadata", ["float16", "float8_e4m3fn"])
 def test_decode_and_append_lower_without_a_gpu(metadata: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is one call of its handler; append gives back every array of the cache in the place of its argument."""
+    """Each is one call of its handler, and append returns every array of the cache in its argument's buffer."""
     monkeypatch.setattr(registration, "load", lambda: None)
     case = Case(metadata=metadata)
     inputs, settings = abstract(cuda_ffi, case), options(cuda_ffi, case)

@@ -1,4 +1,4 @@
-"""Prefill attention on the GPU against the definition in float64, held to twice XLA's own error at the same dtype."""
+"""Tests CUDA prefill attention against float64, within twice XLA's error at the same dtype."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CASES = (
 
 
 def inputs(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """q, k, v and lengths, with NaN in the padding."""
+    """Makes q, k, v and lengths, with NaN in the padding."""
     rng = np.random.default_rng(seed)
     lead = (len(case.lengths), case.tokens)
     arrays = [rng.normal(size=(*lead, n, case.head_dim)) for n in (case.heads, case.kv_heads, case.kv_heads)]

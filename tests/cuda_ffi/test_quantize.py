@@ -1,4 +1,4 @@
-"""Quantisation and append on the GPU: bit-equal to the definition."""
+"""Tests CUDA quantisation and append bit for bit against the definition."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_nan_stays_in_its_group(axis: str) -> None:
 
 
 def write_block(packed: Any, row: int, share: float, block: Any) -> None:
-    """Writes a packed block of one row, as far behind each array's start as `share` of its capacity."""
+    """Writes a packed block of one row, starting at a `share` of each array's capacity."""
     for array, new in zip(jax.tree.leaves(packed), block.arrays, strict=True):
         start = round(share * array.shape[2])
         array[row, :, start : start + new.shape[1]] = new

@@ -1,4 +1,4 @@
-"""Benchmark data from the hub, by way of a local stand-in for it."""
+"""Tests benchmark data from a local stand-in for the hub."""
 
 import io
 import json
@@ -20,7 +20,7 @@ Hub = Callable[[dict[str, bytes]], list[tuple[str, list[str]]]]
 
 @pytest.fixture
 def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Makes these files what every download gives; returns the list of downloads: name and patterns."""
+    """Returns a function that sets the files of every download, and gives a list of downloads (name, patterns)."""
     monkeypatch.setenv("MINIKV_CACHE_DIR", str(tmp_path / "cache"))
     calls: list[tuple[str, list[str]]] = []
 
@@ -72,7 +72,7 @@ def test_longbench_from_the_hubs_archive(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """From the archive to a report that names the data set, its revision and the hash of its files."""
+    """The archive leads to a report with the data set, its revision and the hash of its files."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     row = {"context": "a = 1\n", "input": "", "answers": ["b = 2"], "_id": "x"}
     calls = hub({"data.zip": archive({"data/lcc.jsonl": lines(row), "data/lcc_e.jsonl": lines(row), "README": b"?"})})

@@ -1,4 +1,4 @@
-"""Pictures of sweeps."""
+"""Tests the pictures of sweeps."""
 
 from minikv_jax.evaluation import figures
 
@@ -6,7 +6,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_methods_beyond_the_colours_are_grey():
-    """Those on the frontier keep a colour and a name in the legend, then those given first."""
+    """Methods on the frontier, then those given first, keep a colour and a name in the legend."""
     names = [f"m{i}" for i in range(12)]
     styles = figures.styles(names, {"m11", "m9"})
     named = [name for name in names if styles[name].get("label") == name]

@@ -1,4 +1,4 @@
-"""Token budgets fitted to a share of the full cache's bytes."""
+"""Tests token budgets fitted to a share of the full cache's bytes."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_fitted_budget_is_the_largest_within_its_bytes(name: str, share: float):
 
 
 def with_a_block_more(method: Method) -> Method:
-    """The method with more tokens in the fitted budget: over one packing block of any layer."""
+    """Returns the method with a larger fitted budget, by more than one packing block of any layer."""
     block = 1 if method.quantizer is None else method.quantizer.block
     budget = method.heavy or method.recent
     more = Tokens(budget.count + block) if isinstance(budget, Tokens) else Share(budget.fraction + 0.002 * block)

@@ -1,4 +1,4 @@
-"""Inspections, held against plain computations on a tiny model."""
+"""Tests inspections against plain computations on a tiny model."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def inspections(model: Llama) -> dict[str, Inspection]:
 
 
 def all_layers(model: Llama, ids: list[int]) -> list[LayerInputs]:
-    """q, k, v and column sums of every layer, as a run of exactly these tokens has them."""
+    """Computes q, k, v and column sums of every layer without padding."""
 
     @jax.jit
     def run(ids: jax.Array, lengths: jax.Array) -> list[LayerInputs]:
@@ -66,7 +66,7 @@ def all_layers(model: Llama, ids: list[int]) -> list[LayerInputs]:
 
 
 def test_kept_tokens_are_the_methods_choice(model: Llama, inspections: dict[str, Inspection]):
-    """Sinks, the newest, and the best column sums between them, as many as the layer's budget."""
+    """Kept tokens are the sinks, the newest, and the best column sums in between, up to the layer's budget."""
     assert inspections["full"].kept.all()
     for name, budgets in (("minikv", (25, 25)), ("pyramid", (46, 3))):  # 25 times 13/7 and 1/7
         sinks, kept = METHODS[name].sinks, inspections[name].kept
@@ -144,7 +144,7 @@ def test_errors_are_what_is_read_back_minus_what_was_stored(model: Llama, inspec
 
 
 def test_attention_share_of_windows_and_of_no_attention():
-    """Keys that all look alike, so that a query pays each the same."""
+    """All keys are equal, so that a query attends to each of them equally."""
     q, k = jnp.zeros((3, 2, 4)), jnp.zeros((10, 1, 4))
     kept = jnp.arange(6)[None] % 2 == 0
     share = jax.jit(attention_share, static_argnums=5)

@@ -1,4 +1,4 @@
-"""Teacher-forced and greedy runs of several methods over one prefill."""
+"""Tests teacher-forced and greedy runs of several methods after one prefill."""
 
 import dataclasses
 from typing import Any
@@ -53,7 +53,7 @@ def test_full_is_the_models_own_likelihood(model: Llama):
 
 
 def test_shared_prefill_is_each_methods_own_run(model: Llama):
-    """Greedy answers, and the caches' bytes, are those of `generate`, which prefills for that method."""
+    """Greedy answers and bytes equal those of `generate`, which runs its own prefill."""
     case = random_case(1, 75, 12, max_new_tokens=ROOM)
     (results,) = measure(model, [case], METHODS, ROOM)
     for name, method in METHODS.items():
@@ -105,7 +105,7 @@ def test_generation_ends_at_a_stop_token(model: Llama):
 
 
 def test_nan_is_reported_and_stays_in_its_row(model: Llama):
-    """One token of a continuation embeds to NaN."""
+    """One token of a continuation embeds to NaN and affects only its row."""
     poisoned = tiny_model(max_position_embeddings=256)
     embedding = poisoned.embed_tokens.embedding
     embedding[...] = embedding[...].at[95].set(jnp.nan)

@@ -1,4 +1,4 @@
-"""Means of rows."""
+"""Tests the means of rows."""
 
 from minikv_jax.evaluation.run import means
 

@@ -1,4 +1,4 @@
-"""The grid of a sweep."""
+"""Tests the grid of a sweep."""
 
 from minikv_jax.evaluation.sweep import grid
 from minikv_jax.methods.kivi import MinMax

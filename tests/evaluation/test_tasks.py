@@ -1,4 +1,4 @@
-"""The tasks' cases and scores, without a model; and one task through the command."""
+"""Tests the tasks' cases and scores without a model, and one task through the command."""
 
 import dataclasses
 import json
@@ -232,7 +232,7 @@ def test_longbench_rows_are_checked(longbench: pathlib.Path):
 
 
 def test_cases_of_one_name_are_refused(longbench: pathlib.Path):
-    """Rows of a sweep are told apart by the names."""
+    """Names identify the rows of a sweep."""
     row = {"prompt": "x", "answers": ["y"], "id": "same"}
     write_rows(longbench / "qasper.jsonl", row, row)
     task = LongBench(data=longbench, datasets=("qasper",))

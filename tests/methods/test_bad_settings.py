@@ -1,4 +1,4 @@
-"""A campaign of wrong settings, generated from the fields of every component: each is one error, naming the field."""
+"""Tests wrong settings, generated from the fields of all components: each raises one error naming the field."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ WRONG_TEXT: dict[type, list[str]] = {
 
 
 def beyond(accepted: Any) -> Iterator[Any]:
-    """Values of the right type that a field does not take."""
+    """Lists values of the right type that a field rejects."""
     if accepted.choices:
         yield from ["nosuch", "", accepted.choices[0].upper()] if accepted.kind is str else [0, -1, 5, 7, 10**12]
         return
@@ -65,7 +65,7 @@ def beyond(accepted: Any) -> Iterator[Any]:
 
 
 def held_components() -> Iterator[tuple[str, type[Component], Method]]:
-    """Every component with settings, by its key of `--set`, and a method that holds it."""
+    """Lists every component with settings, its key for `--set`, and a method with it."""
     base = Method(scorer=KNorm(), heavy=4, recent=4)
     for registry, part in ((SCORERS, "scorer"), (BUDGETS, "budget"), (QUANTIZERS, "quantizer")):
         for kind in map(registry.__getitem__, registry):
@@ -76,7 +76,7 @@ def held_components() -> Iterator[tuple[str, type[Component], Method]]:
 
 
 def choices(kind: Any, field: dataclasses.Field[Any]) -> fields.Accepts:
-    """What a field takes, the bits of a quantizer included."""
+    """Returns the accepted values of a field, including a quantizer's bits."""
     accepted = fields.accepts(field)
     assert accepted is not None, f"{kind.__name__}.{field.name}"
     if issubclass(kind, mk.Quantizer) and field.name in ("k_bits", "v_bits"):
@@ -90,7 +90,7 @@ def values(accepted: fields.Accepts) -> list[Any]:
 
 
 class Case(NamedTuple):
-    """A field, as errors name it, a wrong value, and the call that gives it."""
+    """A field's name in errors, a wrong value, and the call with that value."""
 
     owner: str
     name: str
@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
 
 def constructor_cases() -> Iterator[Case]:
-    """Wrong settings in Python."""
+    """Makes the cases of wrong settings in Python."""
     components: list[tuple[Any, dict[str, Any]]] = [(kind, {}) for _, kind, _ in held_components()]
     sampling, packing = {"temperature": 1.0}, {"bits": 2, "group_size": 16, "axis": "tokens"}
     for kind, rest in (*components, (mk.Sampling, sampling), (mk.Packing, packing), (mk.Tokens, {}), (Method, {})):
@@ -112,7 +112,7 @@ def constructor_cases() -> Iterator[Case]:
 
 
 def text_cases() -> Iterator[Case]:
-    """Wrong settings on the command line."""
+    """Makes the cases of wrong settings on the command line."""
     for part, kind, method in held_components():
         for field in dataclasses.fields(cast(Any, kind)):
             accepted = choices(kind, field)
@@ -131,7 +131,7 @@ def text_cases() -> Iterator[Case]:
 
 
 def problem(name: str, call: Callable[[], Any]) -> str:
-    """What is wrong with what the library says; empty if it is one error of its own that names the field."""
+    """Describes what is wrong with the library's error; empty if it is one error that names the field."""
     try:
         call()
     except ValueError as error:
@@ -174,5 +174,5 @@ def test_wrong_settings_are_one_error_each(make: Callable[[], Iterator[Case]]):
     ],
 )
 def test_wrong_options_are_refused_before_the_model_loads(run: Run, options: list[str], message: str):
-    """The model does not exist, and nobody looks for it."""
+    """The model does not exist, which goes unnoticed."""
     assert message in run_wrongly(run, "generate", "--model", "no/such/model", "--prompt", "x", *options)

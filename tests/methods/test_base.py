@@ -1,4 +1,4 @@
-"""Methods as values: what makes two of them equal, what is taken for what, and what is refused."""
+"""Tests methods as values: equality, conversion of settings, and refusals."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from minikv_jax.methods.tova import TOVA
 
 
 def test_a_count_is_not_a_share():
-    """1 == 1.0 in Python: programs compiled for a method, and its results, must not serve the other."""
+    """1 == 1.0 in Python, but programs and results of one method must not serve the other."""
     assert Tokens(1) != Share(1.0)
     share, count = Method(recent=1.0), Method(recent=1)
     assert (share.recent, count.recent) == (Share(1.0), Tokens(1))
@@ -33,7 +33,7 @@ def test_a_count_is_not_a_share():
 
 
 def test_name_and_citation_are_not_part_of_a_methods_identity():
-    """Equal methods are one static argument, and so share a compiled program."""
+    """Equal methods are the same static argument and share compiled programs."""
     method = Method(name="mine", citation="a paper", scorer=H2O(), heavy=0.25, recent=0.25)
     renamed = dataclasses.replace(method, name="another", citation="")
     assert method == renamed
@@ -53,7 +53,7 @@ def test_name_and_citation_are_not_part_of_a_methods_identity():
 
 
 def test_numpys_numbers_are_pythons():
-    """A sweep over `np.arange` gives the methods that plain numbers give."""
+    """A sweep over `np.arange` makes the same methods as plain numbers."""
     values: dict[str, Any] = {"heavy": np.float64(0.25), "recent": np.int64(4), "sinks": np.int32(2)}
     tail: dict[str, Any] = {"length": np.int32(32)}
     bits: dict[str, Any] = {"k_bits": np.int64(4), "v_bits": np.uint8(2)}

@@ -1,4 +1,4 @@
-"""Components of one's own: a plugin in use, and what is said about one that breaks its contract."""
+"""Tests user-defined components: a plugin in use, and errors for broken contracts."""
 
 import itertools
 import pathlib
@@ -70,7 +70,7 @@ def write(directory: pathlib.Path, text: str) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_a_plugin_runs_everywhere(model: Llama, tmp_path: pathlib.Path):
-    """Generate, ragged rows, a second turn, saved and restored; its bytes are known beforehand."""
+    """It generates, continues, is saved and restored, with ragged rows and predicted bytes."""
     names = mk.load_plugin(write(tmp_path, PLUGIN))
     assert names == {
         "scorer": ("late",),
@@ -157,7 +157,7 @@ def test_a_name_of_the_librarys_own_cannot_be_taken(name: str):
 
 
 def test_functions_need_no_name(model: Llama):
-    """A method takes functions as they are; registered, they are also known by name."""
+    """A method accepts plain functions; registered ones also have a name."""
 
     def newest(inputs: mk.LayerInputs) -> jax.Array:
         return jnp.broadcast_to(jnp.arange(inputs.k.shape[1], dtype=jnp.float32), shape_of(inputs))
@@ -313,7 +313,7 @@ def test_a_budget_from_scores_that_breaks_its_contract_is_named():
 
 
 def bfloat16(**methods: Any) -> mk.Quantizer:
-    """Stores bfloat16, but for what `methods` replaces."""
+    """Makes a quantizer that stores bfloat16, with `methods` replaced."""
     members = {
         "encode": lambda self, x, operand: x.astype(jnp.bfloat16),
         "decode": lambda self, stored, operand: stored.astype(jnp.float32),
@@ -359,7 +359,7 @@ def test_bits_of_a_quantizer():
 
 
 def test_the_number_of_a_layer_is_asked_for():
-    """A scorer's is traced; a quantizer that reads it says so, since layers may share a program otherwise."""
+    """A scorer's is traced. A quantizer must declare that it reads it, because layers may share a program."""
 
     class Undeclared(mk.Quantizer):
         def encode(self, x: jax.Array, operand: mk.Operand) -> jax.Array:
@@ -383,7 +383,7 @@ def test_the_number_of_a_layer_is_asked_for():
 
 
 def test_only_a_quantizer_that_keeps_a_rule_claims_its_kernels():
-    """A kernel packs by min/max: it must not stand in for a subclass that encodes in another way."""
+    """A kernel packs by min/max and must not replace a subclass that encodes in another way."""
 
     class Wider(mk.MinMax):
         def encode(self, x: jax.Array, operand: mk.Operand) -> Any:

@@ -1,4 +1,4 @@
-"""Methods by name and changes to them as text."""
+"""Tests methods by name, and changes to them as text."""
 
 import json
 from typing import Any
@@ -98,7 +98,7 @@ def test_changes_are_text(case: str):
 
 
 def test_a_new_component_takes_over_shared_settings():
-    """And drops the others with the component that they belong to."""
+    """Settings that the new component lacks are dropped."""
     snapkv = Method(scorer=SnapKV(observation_window=8, pooling="mean"), heavy=4, recent=4, quantizer=MinMax(k_bits=4))
     changed = lookup.override(snapkv, {"scorer": "twin", "quantizer": "hqq", "iterations": "3"})
     assert changed.scorer == Twin(observation_window=8, pooling="mean")

@@ -1,4 +1,4 @@
-"""Every named method as a whole, prefill to the last decode step, against the naive reference."""
+"""Tests every named method from prefill to the last decode step against the naive reference."""
 
 import dataclasses
 import types
@@ -29,7 +29,7 @@ LENGTHS, BUCKET, STEPS = [150, 97, 36, 3], 160, 40
 
 
 def small(method: Method) -> Method:
-    """The method at the size of these prompts: token counts over 16, and a tail that fills within the steps."""
+    """Shrinks a method to these prompts: token counts divided by 16, and a tail that fills within the steps."""
     counts = {
         name: Tokens(max(1, budget.count // 16))
         for name in ("heavy", "recent")
@@ -39,7 +39,7 @@ def small(method: Method) -> Method:
 
 
 def naive_prefill(model: Projections, method: Method, ids: np.ndarray) -> tuple[np.ndarray, list[Rows]]:
-    """Outputs[B, T, L, N, H] and each layer's caches."""
+    """Computes outputs[B, T, L, N, H] and each layer's caches."""
     q, k, v = (table[:, ids] for table in (model.q, model.k, model.v))
     layers = range(model.config.num_hidden_layers)
     arrays = [(q[layer], k[layer], v[layer], LENGTHS) for layer in layers]
@@ -90,7 +90,7 @@ CASES = [
     ],
 )
 def test_method_matches_naive(name: str, heads: tuple[int, int]):
-    """The same tokens kept, the same codes, the same bytes as foretold, and attention within float32 error."""
+    """Kept tokens, codes and predicted bytes are equal, and attention agrees within float32's error."""
     method = small(lookup.get(name))
     model = projections(2 if method.budget == Uniform() else 4, heads)
     N, K = heads
@@ -102,7 +102,7 @@ def test_method_matches_naive(name: str, heads: tuple[int, int]):
 
     @jax.jit
     def run(ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, KVCache]:
-        """The outputs of all tokens, of which `prefill` returns the last one's, and the cache."""
+        """Computes the outputs of all tokens (`prefill` returns only the last one's) and the cache."""
         outputs = []
 
         def forward(*arguments: Any) -> jax.Array:
@@ -168,7 +168,7 @@ def test_head_dim_must_hold_groups(name: str, message: str):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("query_heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (32, 32, 128)])
 def test_twin_methods_take_no_more_bytes_than_minikv(dtype: str, query_heads: int, kv_heads: int, head_dim: int):
-    """At any prompt length, and half as many from 512 tokens on with at most 128 new ones; the tail is counted."""
+    """This holds at any prompt length; from 512 tokens on, with at most 128 new ones, they take at most half."""
     config = dataclasses.replace(
         projections(4, (query_heads, kv_heads)).config, head_dim=head_dim, max_position_embeddings=131072
     )

@@ -1,4 +1,4 @@
-"""Plugins that break their contracts in ways that the first look does not show: one line with file, line and cause."""
+"""Tests plugins that break their contracts late: one-line errors with file, line and cause."""
 
 import functools
 import pathlib
@@ -75,7 +75,7 @@ def write(directory: pathlib.Path, text: str) -> pathlib.Path:
 
 
 def use(model: mk.Llama) -> None:
-    """Reads the method from text and JSON, then traces a prefill of 64 tokens and a decode step with it."""
+    """Reads the method from text and JSON, and traces a prefill of 64 tokens and a decode step."""
     method = lookup.parse("m:recent=5")
     assert from_dict(to_dict(method)) == method
     ids, lengths = jax.ShapeDtypeStruct((2, 64), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)

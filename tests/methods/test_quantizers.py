@@ -1,4 +1,4 @@
-"""Quantizers beyond min/max against their papers' rules, and rotations through the cache."""
+"""Tests quantizers besides min/max against their papers, and rotations through the cache."""
 
 import functools
 from typing import Any
@@ -79,7 +79,7 @@ def test_matches_naive(quantizer: Quantizer, kind: Kind):
 
 @pytest.mark.parametrize(("kind", "axis"), [("keys", "tokens"), ("values", "channels")])
 def test_hqq(kind: Kind, axis: str):
-    """The error that the solver reaches, below that of min/max, in the layout that the kernels read."""
+    """The error is the reference solver's and below min/max, in the layout that kernels read."""
     rng = np.random.default_rng(1)
     x = rng.standard_t(3, size=(B, K, S, H)).astype(np.float32)
     errors = {}
@@ -102,7 +102,7 @@ def test_hqq(kind: Kind, axis: str):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_turboquant(bits: int):
-    """The nearest levels, and the distortion that the paper states for unit vectors (theorem 1: 0.36, 0.117, ...)."""
+    """Codes are the nearest levels, with the paper's distortion for unit vectors (theorem 1: 0.36, 0.117, ...)."""
     head_dim = 128
     quantizer = TurboQuant(k_bits=bits, v_bits=bits, metadata_dtype="bfloat16")
     x = sample(2, head_dim)
@@ -118,7 +118,7 @@ def test_turboquant(bits: int):
 
 
 def test_lloyd_max_tends_to_the_normal_codebook():
-    """Max 1960, table 1: the levels for a unit normal."""
+    """The levels tend to those for a unit normal (Max 1960, table 1)."""
     np.testing.assert_allclose(lloyd_max(4096, 1) * 64, [-0.7979, 0.7979], atol=2e-3)
     np.testing.assert_allclose(lloyd_max(4096, 2) * 64, [-1.510, -0.4528, 0.4528, 1.510], atol=2e-3)
 
@@ -132,7 +132,7 @@ def test_hadamard_is_orthogonal_and_flat(size: int):
 
 @pytest.mark.parametrize("kind", [Hadamard, TurboQuant])
 def test_rotation_goes_through_the_cache(kind: type[Quantizer]):
-    """Attention over a rotated cache is attention over what was stored, turned back; the tail is exact."""
+    """Attention over a rotated cache equals attention over the tokens rotated back; the tail is exact."""
     method = method_of(kind(k_bits=3, v_bits=3))
     lengths = np.array([64 + 21, 64, 9])
     rng = np.random.default_rng(4)
@@ -174,7 +174,7 @@ def test_rotation_goes_through_the_cache(kind: type[Quantizer]):
     ids=lambda value: type(value).__name__ if isinstance(value, Quantizer) else "",
 )
 def test_bytes_are_counted(quantizer: Quantizer, per_value: float):
-    """As reported, as allocated, and as the format takes on paper, in bits per value."""
+    """Reported bytes equal allocated bytes and the format's bits per value on paper."""
     method = method_of(quantizer)
     model = tiny_config(head_dim=H, num_hidden_layers=1, max_position_embeddings=256)
     report = memory.report(model, method, prompt_length=S, max_new_tokens=64, batch=B, dtype="float32")
@@ -186,7 +186,7 @@ def test_bytes_are_counted(quantizer: Quantizer, per_value: float):
 
 @pytest.mark.parametrize("quantizer", [HQQ(), RTN(), TurboQuant(), FP8()], ids=lambda value: type(value).__name__)
 def test_no_kernel_packs_by_another_rule(quantizer: Quantizer):
-    """A kernel that packs a full tail itself must not stand in for a quantizer with a rule of its own."""
+    """A kernel that packs a full tail must not replace a quantizer with another rule."""
     x = np.zeros((B, S, K, H), np.float32)
     layer = cache_of(method_of(quantizer), x, x, np.full(B, S), 64)
     new, lengths = jnp.zeros((B, 1, K, H)), jnp.ones(B, jnp.int32)
@@ -195,7 +195,7 @@ def test_no_kernel_packs_by_another_rule(quantizer: Quantizer):
 
 
 def test_which_kernels_a_quantizer_claims():
-    """Whatever the rotation, codes by min/max may be packed by a kernel; the plain layout may be read by one."""
+    """Kernels may pack min/max codes with any rotation, and may read the plain layout."""
     kinds = (MinMax, Hadamard, HQQ, RTN, TurboQuant, NVFP4, FP8)
     assert [kind.__name__ for kind in kinds if kind.kernel_packs] == ["MinMax", "Hadamard"]
     assert [kind.__name__ for kind in kinds if kind.kernel_reads] == ["MinMax", "Hadamard", "HQQ"]

@@ -1,4 +1,4 @@
-"""Scorers against their papers' formulas, on ragged rows with NaN in the padding."""
+"""Tests scorers against their papers' formulas, on ragged rows with NaN in the padding."""
 
 import functools
 
@@ -39,7 +39,7 @@ def scores_of(
 
 
 def prompt(lengths: list[int], heads: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random q, k and v of `T` tokens, NaN from each row's length on."""
+    """Makes random q, k and v of `T` tokens, with NaN after each row's length."""
     rng = np.random.default_rng(seed)
     padding = np.arange(T) >= np.array(lengths)[:, None]
     q, k, v = (rng.normal(size=(len(lengths), T, count, H)).astype(np.float32) for count in (*heads, heads[1]))

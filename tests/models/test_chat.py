@@ -1,4 +1,4 @@
-"""Chat templates as token ids, turn by turn."""
+"""Tests chat templates as token ids, turn by turn."""
 
 import sys
 import time

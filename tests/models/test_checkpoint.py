@@ -1,3 +1,5 @@
+"""Tests Orbax checkpoints of models: saving, restoring, and refusals of damaged ones."""
+
 import gc
 import json
 import pathlib
@@ -53,12 +55,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def largest(directory: pathlib.Path) -> pathlib.Path:
-    """The file that holds most of the arrays' bytes."""
+    """Returns the file with most of the arrays' bytes."""
     return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 def damage_directories(directory: pathlib.Path) -> None:
-    """Cuts the files that say where the arrays are."""
+    """Truncates the files that locate the arrays."""
     for path in (directory / "params" / "d").iterdir():
         path.write_bytes(path.read_bytes()[:300])
 
@@ -81,7 +83,7 @@ DAMAGES: dict[str, Callable[[pathlib.Path], object]] = {
 def test_damaged_orbax_is_named_in_one_line(
     saved: pathlib.Path, tmp_path: pathlib.Path, damage: str, capfd: pytest.CaptureFixture[str]
 ):
-    """And TensorStore, whose reads of other arrays end later, prints nothing."""
+    """TensorStore, whose reads of other arrays end later, prints nothing."""
     directory = tmp_path / "damaged"
     shutil.copytree(saved, directory)
     DAMAGES[damage](directory)

@@ -1,3 +1,5 @@
+"""Tests `ModelConfig`: its validation and its JSON form."""
+
 import json
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Tests the decoder: config fields, dtypes, positions, and refusals."""
+
 import dataclasses
 from typing import Any
 
@@ -137,7 +139,7 @@ def test_an_id_outside_the_vocabulary_gives_nan():
     ],
 )
 def test_weight_bytes_are_those_of_the_model(changes: dict):
-    """Bytes that a decode step reads: all parameters but an embedding table that is not the output layer too."""
+    """Bytes that a decode step reads are all parameters, except an embedding that is not also the output layer."""
     config = tiny_config(**changes)
     model = nnx.eval_shape(lambda: Llama(config, dtype="bfloat16", rngs=nnx.Rngs(0)))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,4 +1,4 @@
-"""What a checkpoint names lies in its directory."""
+"""Tests that the files named by a checkpoint lie in its directory."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from minikv_jax.models.huggingface import load_safetensors
 
 
 def point_shard_at(directory: pathlib.Path, name: str) -> None:
-    """Writes a sharded model, the first of whose files is called `name` in the index."""
+    """Writes a sharded model whose index calls the first file `name`."""
     write_hf(directory, tiny_config(), random_tensors(tiny_config()), shards=2)
     index = directory / "model.safetensors.index.json"
     values = json.loads(index.read_text())
@@ -27,7 +27,7 @@ def point_shard_at(directory: pathlib.Path, name: str) -> None:
     "name", ["../outside.safetensors", "{root}/outside.safetensors", "a/../../outside.safetensors", ""]
 )
 def test_a_shard_outside_the_directory_is_refused(tmp_path: pathlib.Path, name: str):
-    """Although the file is there and holds what the index says."""
+    """The file exists and is valid, but is refused."""
     directory, name = tmp_path / "model", name.format(root=tmp_path)
     point_shard_at(directory, name)
     shutil.move(directory / "model-00001-of-00002.safetensors", tmp_path / "outside.safetensors")

@@ -1,3 +1,5 @@
+"""Tests the registry of model families."""
+
 import pathlib
 import sys
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints load right or are refused by one line: seeded mutations of every kind of file."""
+"""Fuzzes every kind of checkpoint file: damaged checkpoints load correctly or are refused in one line."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Kind(NamedTuple):
     """A way to damage a checkpoint.
 
     Attributes:
-      source: of `sources`.
-      weights_change: whether a model with other weights may come of it.
+      source: kind of checkpoint, of `sources`.
+      weights_change: whether the damaged checkpoint may load with other weights.
     """
 
     source: str
@@ -68,7 +68,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A directory of intact checkpoints, by kind."""
+    """Makes a directory of intact checkpoints by kind."""
     root = tmp_path_factory.mktemp("intact")
     write_model(root / "hf")
     (root / "hf" / "generation_config.json").write_text('{"eos_token_id": [3, 5], "temperature": 0.7}')
@@ -94,7 +94,7 @@ def weights(model: Llama) -> dict[str, np.ndarray]:
 
 
 def outcome(directory: pathlib.Path, kind: Kind, intact: Llama) -> str:
-    """Whether the model is the same, another valid one, or refused in one line. All else is an AssertionError."""
+    """Tells whether the model is the same, another valid one, or refused in one line; fails otherwise."""
     try:
         model, tokenizer = load(directory)
         if tokenizer is not None:
@@ -119,7 +119,7 @@ def outcome(directory: pathlib.Path, kind: Kind, intact: Llama) -> str:
 
 
 def check_fields(fields: dict[str, Any], model: Llama) -> None:
-    """What a config says is what the model has: nothing is converted, or taken for something else."""
+    """Checks that the model has the values of the config, without conversions."""
     for name in ("model_type", "hidden_act", *NUMBERS, *FLAGS):
         value = fields.get(name)
         if value is not None:
@@ -129,7 +129,7 @@ def check_fields(fields: dict[str, Any], model: Llama) -> None:
 
 
 def campaign(sources: pathlib.Path, scratch: pathlib.Path, name: str, count: int) -> collections.Counter[str]:
-    """Applies mutations 0 to `count - 1` of a kind, and counts what comes of them."""
+    """Applies mutations 0 to `count - 1` of a kind, and counts the outcomes."""
     kind, counts, failures = KINDS[name], collections.Counter(), []
     intact = load(sources / kind.source)[0]
     for number in range(count):

@@ -1,3 +1,5 @@
+"""Tests models in GGUF files: loading, dequantisation, and refusals."""
+
 import math
 import pathlib
 
@@ -13,7 +15,7 @@ from minikv_jax.models.gguf_file import GGUFFile
 
 
 def random_blocks(shape: tuple[int, int], kind: gguf.GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
-    """Any bytes are valid K-quant blocks but for the float16 scales, which are kept small and finite."""
+    """Makes random K-quant blocks: any bytes, with small and finite float16 scales."""
     size, width = gguf.GGML_QUANT_SIZES[kind]
     scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
     blocks = rng.integers(0, 256, (shape[0], shape[1] // size, width), np.uint8)
@@ -130,7 +132,7 @@ def test_a_missing_epsilon_is_named(tmp_path: pathlib.Path):
 
 
 def test_tensors_that_do_not_follow_each_other_are_refused(tmp_path: pathlib.Path):
-    """A file whose offsets are moved would load with one tensor's bytes as another's."""
+    """Such a file would load with one tensor's bytes as another's."""
     path = tmp_path / "m.gguf"
     write_gguf(path, tiny_config(), random_tensors(tiny_config()))
     content = bytearray(path.read_bytes())

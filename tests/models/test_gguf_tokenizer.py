@@ -1,3 +1,5 @@
+"""Tests tokenizers in GGUF files."""
+
 import pathlib
 from typing import Any
 
@@ -13,7 +15,7 @@ from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
 
 
 def byte_vocabulary(*more: str) -> list[str]:
-    """GPT-2's printable stand-ins for bytes, then merged words."""
+    """Makes a vocabulary of GPT-2's printable characters for bytes, and merged words."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

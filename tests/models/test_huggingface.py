@@ -1,3 +1,5 @@
+"""Tests models in Hugging Face directories: configs, safetensors, and refusals."""
+
 import json
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tokenizer files: what they may hold, and one line for what is wrong."""
+"""Tests tokenizer files: accepted contents, and one-line errors."""
 
 import json
 import pathlib

@@ -1,3 +1,5 @@
+"""Tests the conversion of checkpoint tensors to parameters."""
+
 import dataclasses
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The model against transformers (torch, CPU, float32), module by module and whole."""
+"""Tests the model against transformers (torch, CPU, float32), module by module and as a whole."""
 
 import pathlib
 from typing import Any
@@ -76,7 +76,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Llama]:
-    """A random transformers model, and the same checkpoint in this library."""
+    """Makes a random transformers model, and loads the same checkpoint in this library."""
     model_type, changes = FAMILIES[request.param]
     config = transformers.AutoConfig.for_model(model_type, **TINY | changes)
     torch.manual_seed(0)
@@ -91,10 +91,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def assert_close(ours: jax.Array, theirs: torch.Tensor, roundings: int) -> None:
-    """Both sides round in float32, in different orders: the bound is a count of roundings of the largest value.
+    """Checks equality within a number of float32 roundings of the largest value.
 
-    A sum of n <= 96 terms rounds n times on each side; with random signs that is worth its square root, about 10 for
-    a module. Errors then add up over the layers, and softmax and the activation may amplify them.
+    Both sides round, in different orders. A sum of n <= 96 terms rounds n times on each side, which with random signs
+    amounts to sqrt(n), about 10 per module. Errors add up over layers, and softmax and activation may amplify them.
     """
     expected = theirs.detach().numpy()
     bound = roundings * float(np.finfo(np.float32).eps) * float(np.max(np.abs(expected)))
@@ -205,7 +205,7 @@ PROMPTS = (
 
 
 def transformers_smollm2(path: pathlib.Path) -> Any:
-    """transformers' Llama with the file's weights, read and reordered apart from the library's loader."""
+    """Makes transformers' Llama with the file's weights, read and reordered without the library's loader."""
     config = transformers.LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -243,7 +243,7 @@ def their_smollm2() -> Any:
 
 @pytest.mark.slow
 def test_smollm2_greedy_tokens_of_real_prompts(smollm2: tuple[Llama, Any], their_smollm2: Any):
-    """The compiled loop under `full`, a ragged batch, draws what transformers draws prompt by prompt."""
+    """A ragged batch in the compiled loop under `full` gives transformers' tokens for each prompt."""
     ours, tokenizer = smollm2
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     found = generate(ours, prompts, method="full", max_new_tokens=64, eos_token_ids=()).tokens

@@ -1,4 +1,4 @@
-"""Models split over a mesh: what each device holds, and what loading reads for it."""
+"""Tests models split over a mesh: each device's part, and what loading reads."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "in
 
 
 def shards(model: Llama) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of the parts that devices hold of every parameter."""
+    """Shapes of every parameter's parts on the devices."""
     flat = {".".join(map(str, at)): leaf[...] for at, leaf in nnx.to_flat_state(nnx.state(model))}
     return {name: [shard.data.shape for shard in leaf.addressable_shards] for name, leaf in flat.items()}
 
@@ -77,7 +77,7 @@ def test_loading_reads_each_devices_part_from_safetensors(tmp_path: pathlib.Path
 
 
 def test_loading_reads_each_devices_part_from_gguf(tmp_path: pathlib.Path):
-    """Whose heads of queries and keys are interleaved."""
+    """The heads of queries and keys are interleaved in the file."""
     config = tiny_config(**SIZES | {"hidden_size": 64, "intermediate_size": 128})
     write_gguf(tmp_path / "m.gguf", config, random_tensors(config))
     model = load_gguf(tmp_path / "m.gguf", mesh=meshes.make_mesh({"model": 2}))
@@ -95,7 +95,7 @@ def test_a_saved_model_is_restored_onto_another_mesh(tmp_path: pathlib.Path):
 
 
 def test_a_process_reads_no_more_than_its_devices_hold(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    """Of a tensor that is split by rows in the file; one that is split by columns is read a few rows at a time."""
+    """This holds for tensors split by rows in the file; those split by columns are read a few rows at a time."""
     config = tiny_config(**SIZES)
     write_hf(tmp_path / "m", config, random_tensors(config))
     read: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""No file of a checkpoint is imported or run, whatever it asks for and whatever is typed."""
+"""Tests that no file of a checkpoint is imported or run, whatever the checkpoint or the user says."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ from support.planted import watched, write_sources
 
 
 def test_no_code_of_a_checkpoint_is_run(tmp_path: pathlib.Path):
-    """On the four ways to load, with consent on the standard input. The control shows that running it would be seen."""
+    """All four ways to load are tried, with consent on stdin. The control shows that a run would be detected."""
     marker = tmp_path / "marker"
     known = write_sources(tmp_path / "known", marker, "PreTrainedTokenizerFast")
     unknown = write_sources(tmp_path / "unknown", marker, "PlantedTokenizer")

@@ -1,3 +1,5 @@
+"""Tests rotary embeddings and their scaling."""
+
 import dataclasses
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""All-reduce over the mesh axis "model"."""
+"""Tests all-reduce over the mesh axis "model"."""
 
 import functools
 
@@ -14,7 +14,7 @@ from minikv_jax.ops.all_reduce import KERNEL_BYTES, all_reduce
 
 
 def summed(x: jax.Array, mesh: jax.sharding.Mesh, implementation: str | None, times: int = 1) -> jax.Array:
-    """The sum over "model" of `[data, model, ...]` on every device; more times, that of what was made of it before."""
+    """Sums `[data, model, ...]` over "model" on every device, and repeats this on the result `times` times."""
 
     def reduce(part: jax.Array) -> jax.Array:
         mean = jnp.asarray(1 / mesh.shape["model"], part.dtype)
@@ -44,7 +44,7 @@ def test_every_device_gets_the_sum_of_its_own_rows():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (3, 132), (1, 4), (127, 4096)])
 def test_cuda_sums_like_float32(dtype: str, shape: tuple[int, ...]):
-    """Equal bit by bit on all devices and in every run, also after thousands of calls."""
+    """Sums are bit-equal on all devices and in every run, also after thousands of calls."""
     mesh = meshes.make_mesh({"model": jax.device_count()})
     x = random((1, jax.device_count(), *shape), dtype)
     assert x[0, 0].nbytes <= KERNEL_BYTES

@@ -1,4 +1,4 @@
-"""Append and flush, each step against the naive reference: rows that roll over, pause, or have no room."""
+"""Tests append and flush step by step against the naive reference: rows that flush, pause or are full."""
 
 import dataclasses
 from typing import Any
@@ -49,7 +49,7 @@ def assert_attends(layer: LayerCache, rows: Rows, q: np.ndarray) -> None:
 
 
 def boundary_lengths(method: Method) -> list[int]:
-    """Prompts around every edge that the storage rule knows."""
+    """Prompt lengths around every limit of the storage rule."""
     if method.quantizer is None:
         return [1, 2, 3, 4, 60]
     block, tail = method.quantizer.block, method.tail.length
@@ -59,8 +59,7 @@ def boundary_lengths(method: Method) -> list[int]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_append_rolls_over_like_naive(name: str):
-    """Every row ends its prompt elsewhere and pauses at other steps, so tails fill up at different times; all the slots
-    that are not in use hold NaN from the start."""
+    """Rows have different prompts and pauses, so that tails fill up at different times; unused slots hold NaN."""
     method = METHODS[name]
     lengths = boundary_lengths(method)
     B, T = len(lengths), max(lengths)
@@ -91,7 +90,7 @@ def test_append_rolls_over_like_naive(name: str):
 
 
 def test_a_full_row_can_pause():
-    """A row without room stays as it is while another one goes on."""
+    """A full row stays unchanged while another one continues."""
     rng = np.random.default_rng(7)
     k, v, new_k, new_v = (normal(rng, 2, tokens, K, H) for tokens in (20, 20, 1, 1))
     layer = cache_of(Method(), k, v, np.array([20, 12]))
@@ -103,7 +102,7 @@ def test_a_full_row_can_pause():
 
 @pytest.mark.parametrize("name", ["full", "minikv"])
 def test_append_beyond_the_room_ends(name: str):
-    """A tail that is full and cannot be packed takes no more."""
+    """A full tail that cannot be packed accepts no more tokens."""
     method, rng = METHODS[name], np.random.default_rng(5)
     k, v, new_k, new_v = (normal(rng, 1, tokens, K, H) for tokens in (8, 8, 300, 300))
     layer = cache_of(method, k, v, np.array([8]), 4)
@@ -113,7 +112,7 @@ def test_append_beyond_the_room_ends(name: str):
 
 @pytest.mark.parametrize("name", ["full", "minikv-sinks", "kivi"])
 def test_append_of_many_tokens_is_append_of_each(name: str):
-    """A chunk longer than the tail, with rows that add all, some and none of it."""
+    """A chunk is longer than the tail, and rows append all, some or none of it."""
     method = METHODS[name]
     lengths, counts = [1, 21, 37, 80], np.array([70, 33, 0, 1])
     rng = np.random.default_rng(1)
@@ -129,7 +128,7 @@ def test_append_of_many_tokens_is_append_of_each(name: str):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_short_prompts_stay_in_full_precision(name: str):
-    """A prompt shorter than a group, and an answer shorter than the tail: nothing is ever packed."""
+    """Nothing is packed if the prompt is shorter than a group and the answer shorter than the tail."""
     method = dataclasses.replace(METHODS[name], tail=dataclasses.replace(METHODS[name].tail, length=128))
     lengths = [1, 2, 7]
     rng = np.random.default_rng(2)
@@ -146,7 +145,7 @@ def test_short_prompts_stay_in_full_precision(name: str):
 
 
 def full_layer(method: Method) -> LayerCache:
-    """Two ragged rows that have taken all the tokens that there is room for."""
+    """Makes a layer with two ragged rows that are full."""
     k, v, new = (normal(np.random.default_rng(7), 2, 60, K, H) for _ in range(3))
     layer = cache_of(method, k, v, np.array([60, 31]), 40)
     room = np.asarray(layer.room())
@@ -158,7 +157,7 @@ def full_layer(method: Method) -> LayerCache:
 @pytest.mark.parametrize("tokens", [1, 50])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_token_without_room_is_dropped(name: str, tokens: int):
-    """What the cache holds stays bit for bit, one token at a time or many, however often they come."""
+    """The cache stays bit-equal, for one token or many, however often they come."""
     layer = before = full_layer(METHODS[name])
     new = np.full((2, tokens, K, H), 9.0, np.float32)
     for _ in range(3):
@@ -173,7 +172,7 @@ def test_a_token_without_room_is_dropped(name: str, tokens: int):
 
 @pytest.mark.parametrize("name", ["full", "kivi-sinks"])
 def test_an_overflow_is_reported_where_its_values_are_known(name: str):
-    """By the call itself, or under `jit` by `debug_checks`."""
+    """The call itself reports it, or `debug_checks` does under `jit`."""
     layer, new = full_layer(METHODS[name]), np.zeros((2, 2, K, H), np.float32)
     checked = debug_checks(append)
     for lengths, row in (([0, 2], 1), ([1, 0], 0)):
@@ -218,7 +217,7 @@ def test_wrong_input_is_named(case: str):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_sliding_window_layer(quantized: bool):
-    """Only what the next token can see is kept of the prompt; later, tokens leave the window one by one."""
+    """Of the prompt, only what the next token can see is kept; later, tokens leave the window one by one."""
     window, steps, T, lengths = 40, 37, 70, [70, 12, 40]
     method = Method(quantizer=MinMax(), tail=Tail(length=16)) if quantized else Method()
     rng = np.random.default_rng(5)

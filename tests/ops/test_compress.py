@@ -1,4 +1,4 @@
-"""Compress: a prompt's kept tokens in the regions they belong to, bit for bit as the naive reference stores them."""
+"""Tests compress bit for bit against the naive reference."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ KIVI = Method(quantizer=MinMax(k_bits=4, group_size=32), tail=Tail(length=32, ru
 
 @pytest.mark.parametrize("method", [Method(sinks=3), SINKS, KIVI], ids=["full", "sinks", "kivi"])
 def test_a_prompt_is_stored_like_naive(method: Method):
-    """Rows without a token beyond the sinks, with one fewer and one more than fill a packing block, and many blocks."""
+    """Rows have only sinks, one token less or more than a packing block, or many blocks."""
     lengths = [1, 3, 5, 20, 21, 22, 66, 67, 68, 99, 130]
     rng = np.random.default_rng(0)
     k, v = (normal(rng, len(lengths), 130, K, H) for _ in range(2))
@@ -25,7 +25,7 @@ def test_a_prompt_is_stored_like_naive(method: Method):
 
 
 def test_bfloat16_cache():
-    """Tails keep the model's dtype; codes are those of the bfloat16 numbers."""
+    """Tails keep the model's dtype, and codes are those of the bfloat16 numbers."""
     rng = np.random.default_rng(6)
     k, v = (normal(rng, 2, 60, K, H).astype(jnp.bfloat16) for _ in range(2))
     layer = cache_of(SINKS, k, v, np.array([60, 30]))

@@ -1,4 +1,4 @@
-"""Decode attention over what is stored, against dense float64 softmax maps."""
+"""Tests decode attention over a cache against dense float64 softmax maps."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ METHODS = {
     ids=lambda value: value if isinstance(value, str) else f"N{value[0]}K{value[1]}",
 )
 def test_decode_matches_naive(name: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
-    """Exact softmax over what is stored; rows with nothing packed, nothing in the tail, nothing at all; NaN around."""
+    """Rows may have nothing packed, no tail, or nothing at all; unused slots hold NaN."""
     monkeypatch.setattr("minikv_jax.ops.decode_attention.BLOCK", 64)  # whole blocks and a rest
     (N, K), H, T, method = heads, 32, 150, METHODS[name]
     lengths = np.array([0, 1, 6, 31, 32, 33, 37, 64, 65, 128, 149, 150])
@@ -63,7 +63,7 @@ def test_decode_matches_naive(name: str, heads: tuple[int, int], monkeypatch: py
 
 @pytest.mark.parametrize("name", ["full", "2-bit"])
 def test_decode_in_a_sliding_window(name: str):
-    """Tokens that have left the window stay stored but are not seen."""
+    """Tokens outside the window stay stored but are not seen."""
     N, K, H, T, window, method = 4, 2, 32, 90, 50, METHODS[name]
     lengths = np.array([90, 20])
     rng = np.random.default_rng(5)
@@ -94,7 +94,7 @@ def test_decode_in_a_sliding_window(name: str):
 
 
 def test_weights_are_those_of_the_softmax():
-    """Summed over the query heads of a KV head, zero in empty slots; the output is that of `decode_attention`."""
+    """They are summed over a KV head's query heads and zero in empty slots; the output is `decode_attention`'s."""
     N, K, H, T = 6, 2, 32, 40
     lengths, rng = np.array([0, 1, 40, 23]), np.random.default_rng(6)
     q, k, v = normal(rng, 4, N, H), normal(rng, 4, T, K, H), normal(rng, 4, T, K, H)

@@ -1,4 +1,4 @@
-"""Which implementation runs an op: by name, or the fastest one that takes the case."""
+"""Tests the choice of an op's implementation: by name, or the fastest one that supports the inputs."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def refuse() -> str:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if JAX ran on a GPU, without recorded measurements."""
+    """Pretends that JAX runs on a GPU, without recorded measurements."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="this", compute_capability="9.0")])
     monkeypatch.setattr(dispatch, "recorded", lambda *device: ())
@@ -102,7 +102,7 @@ def test_the_nearest_recorded_shape_decides(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("on_gpu")
 def test_rows_of_the_same_sizes_count_alike(monkeypatch: pytest.MonkeyPatch):
-    """Keys and values are packed in rows of the same sizes: neither alone decides."""
+    """Keys and values are packed in rows of the same sizes, so neither decides alone."""
     rows = [("cuda", 1.0), ("pallas", 3.0), ("cuda", 2.0), ("pallas", 1.9)]
     recorded = tuple({"op": "op", "implementation": name, "sizes": SIZES, "ms": ms} for name, ms in rows)
     for order in (recorded, recorded[::-1]):
@@ -154,7 +154,7 @@ def test_kernels_asked_for_by_name_need_their_gpu(name: str):
 def test_generation_by_pallas_kernels_lowers_without_a_gpu(
     mesh: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Prefill, packing, append with its flush in a loop, and decode: one program, each op by its kernel."""
+    """One program has prefill, packing, append with its flush in a loop, and decode, each by its kernel."""
     monkeypatch.setattr(hopper, "why_unavailable", lambda: None)
     model = tiny_model(dtype="bfloat16", head_dim=64, num_hidden_layers=1, max_position_embeddings=512)
     if mesh is not None:
@@ -177,7 +177,7 @@ def test_generation_by_pallas_kernels_lowers_without_a_gpu(
 
 @pytest.fixture(scope="module")
 def bfloat16_model() -> tuple[Llama, PreTrainedTokenizerBase]:
-    """SmolLM2 in the dtype that the kernels read."""
+    """SmolLM2 in bfloat16, which the kernels read."""
     model, tokenizer = hub.load(hub.DEMO_MODEL, dtype="bfloat16")
     assert tokenizer is not None
     return model, tokenizer
@@ -189,7 +189,7 @@ def bfloat16_model() -> tuple[Llama, PreTrainedTokenizerBase]:
 def test_a_layers_cache_reads_alike(
     name: str, implementation: str, bfloat16_model: tuple[Llama, PreTrainedTokenizerBase]
 ):
-    """The same stored layers by XLA and by the kernel."""
+    """XLA and the kernel attend to the same stored layers."""
     model, _ = bfloat16_model
     rng = np.random.default_rng(0)
     prompt, lengths, method = rng.integers(0, model.config.vocab_size, (1, 700)), np.array([700]), lookup.get(name)
@@ -207,7 +207,7 @@ def test_a_layers_cache_reads_alike(
     "name", ["minikv", "minikv-pyramid", "kivi-2", "kivi-4", "q-hitter", "twin-4bit", "twin-4bit-half"]
 )
 def test_methods_that_the_kernels_run(name: str):
-    """The flagship methods stay within what the CUDA kernels pack and read: 2 or 4 bits, groups of 16 to 128."""
+    """The main methods stay within what CUDA kernels pack and read: 2 or 4 bits, groups of 16 to 128."""
     quantizer = lookup.get(name).quantizer
     assert isinstance(quantizer, MinMax)
     assert quantizer.kernel_packs

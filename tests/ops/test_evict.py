@@ -1,4 +1,4 @@
-"""Eviction during generation against a plain reimplementation: one row and KV head at a time, scores in a dict."""
+"""Tests eviction during generation against a plain version with one row and KV head at a time."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ METHODS = {
 
 
 class Head:
-    """What one KV head of one row holds: tokens by their place in the text, each with a score."""
+    """Cache of one row and KV head: tokens by position in the text, each with a score."""
 
     def __init__(self, scores: np.ndarray, length: int, sinks: int, heavy: Amount, recent: Amount):
         self.sinks = sinks
@@ -69,7 +69,7 @@ class Head:
 
 
 class Text:
-    """Every row's tokens so far, and the caches of all layers; evicts as the papers say."""
+    """All rows' tokens and caches; evicts as in the papers."""
 
     def __init__(self, model: Projections, method: Method, ids: np.ndarray):
         self.model, self.method = model, method
@@ -90,7 +90,7 @@ class Text:
         return np.broadcast_to(last.sum(axis=1, keepdims=True) / q.shape[2], last.shape)
 
     def step(self, row: int, token: int) -> np.ndarray:
-        """Takes a token in; the attention outputs [L, N, H] of its queries."""
+        """Appends a token; returns the attention outputs [L, N, H] of its queries."""
         model, place = self.model, len(self.ids[row])
         self.ids[row].append(token)
         kv_heads, group = model.k.shape[2], model.q.shape[2] // model.k.shape[2]
@@ -122,7 +122,7 @@ class Text:
 
 
 def assert_same(cache: KVCache, text: Text) -> None:
-    """Exactly the tokens that the reference has kept, with its scores."""
+    """Checks for exactly the tokens that the reference has kept, with its scores."""
     for number, layer in enumerate(jax.tree.map(np.asarray, cache.layers)):
         assert layer.eviction is not None
         tail, scores = layer.tail, layer.eviction.scores
@@ -139,7 +139,7 @@ def assert_same(cache: KVCache, text: Text) -> None:
 
 
 def inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt's ids, without repeats, and those of the tokens after it."""
+    """Draws a prompt's ids, without repeats, and those of the next tokens."""
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.permutation(VOCABULARY)[: BUCKET + STEPS] for _ in LENGTHS])
     return ids[:, :BUCKET], ids[:, BUCKET:]
@@ -147,7 +147,7 @@ def inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_decode_evicts_like_naive(name: str):
-    """Ragged rows, grouped queries, a row that pauses and one that is shorter than its budget; bytes as foretold."""
+    """Rows are ragged, one pauses, and one is shorter than its budget; bytes are as predicted."""
     method = METHODS[name]
     model = projections(2, (6, 2))
     llama = cast(Llama, model)
@@ -200,7 +200,7 @@ def test_more_tokens_at_once_are_one_decode_step_each():
 
 
 def test_memory_does_not_grow_with_the_answer(tmp_path: pathlib.Path):
-    """`generate` goes on in the same bytes, however long the answer; a cache from a file goes on alike."""
+    """`generate` keeps the same bytes however long the answer is, also with a restored cache."""
     model = tiny_model(num_hidden_layers=1, max_position_embeddings=400)
     method = Method(scorer=H2O(), heavy=8, recent=8, evict_every=4)
     prompts = [list(range(40)), list(range(50, 59))]
@@ -218,7 +218,7 @@ def test_memory_does_not_grow_with_the_answer(tmp_path: pathlib.Path):
 
 
 def test_variance_grants_counts_beyond_the_prompt():
-    """A count of heavy tokens is reached while the answer grows, whatever rule spreads it."""
+    """A fixed number of heavy tokens is reached as the answer grows, with any budget rule."""
     method = Method(scorer=H2O(), heavy=16, recent=4, budget=Variance(), evict_every=1)
     scores = [jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8))]
     assert budgets_from_scores(method, scores, jnp.asarray([8])).tolist() == [[16], [16]]
@@ -260,7 +260,7 @@ def test_kernels_and_windows_are_refused_by_name():
 
 
 class Decaying(H2O):
-    """A sum in which the past counts less and less."""
+    """Scorer with a sum in which the past decays."""
 
     share_kept: float = 0.5
 
@@ -269,7 +269,7 @@ class Decaying(H2O):
 
 
 class Short(H2O):
-    """Breaks the contract: as many scores whatever it is given."""
+    """Scorer that breaks the contract: it always returns the same number of scores."""
 
     def update(self, scores: jax.Array, weights: jax.Array) -> jax.Array:
         del scores, weights
@@ -277,7 +277,7 @@ class Short(H2O):
 
 
 def test_a_scorer_of_ones_own_goes_on():
-    """`update` is followed, with its settings, and refused if it breaks its contract."""
+    """`update` is used with its settings, and refused if it breaks its contract."""
     method = Method(scorer=Decaying(share_kept=0.25), heavy=4, recent=2, evict_every=100)
     layer = a_layer(Method())
     scores, weights = normal(np.random.default_rng(4), 2, *layer.tail.k.shape[:3])

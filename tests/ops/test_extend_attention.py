@@ -1,4 +1,4 @@
-"""Extend attention: several new tokens over what is stored and over one another, against dense softmax maps."""
+"""Tests extend attention of several new tokens over a cache and one another, against dense softmax maps."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_extend_matches_naive(method: Method):
-    """New tokens see what is stored, as it is stored, and one another causally; padding of new tokens is NaN."""
+    """New tokens see the stored tokens as quantised, and one another causally; their padding is NaN."""
     N, K, H, T, new = 6, 2, 32, 70, 9
     lengths, counts = np.array([0, 3, 70, 66]), np.array([9, 1, 8, 0])
     rng = np.random.default_rng(4)

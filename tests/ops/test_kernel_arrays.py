@@ -1,4 +1,4 @@
-"""A layer's cache as the kernel packages take it, and back."""
+"""Tests the conversion of a layer's cache to the kernel packages' arrays and back."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def layer_of(method: Method) -> LayerCache:
 
 @pytest.mark.parametrize("quantizer", [MinMax(), FLOAT8], ids=["float16", "float8"])
 def test_there_and_back(package: str, quantizer: MinMax):
-    """The arrays are the layer's own, in the package's words; put back they are the layer again."""
+    """The arrays are the layer's own under the package's names; converted back, they are the same layer."""
     layer = layer_of(Method(quantizer=quantizer, tail=TAIL))
     packed, tail, storage = kernel_arrays.regions(layer, package)
     assert dataclasses.astuple(storage) == (quantizer.k_bits, quantizer.v_bits, quantizer.group_size)

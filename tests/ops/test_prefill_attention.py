@@ -1,4 +1,4 @@
-"""Prefill attention and its column sums against dense float64 softmax maps."""
+"""Tests prefill attention and its column sums against dense float64 softmax maps."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ HEADS = [(4, 4), (3, 1), (8, 2), (8, 1)]  # MHA; groups of 3, 4 and 8 query head
 @pytest.mark.parametrize("window", [None, 1, 9, 40])
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"N{heads[0]}K{heads[1]}")
 def test_prefill_matches_naive(heads: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch):
-    """Ragged rows around every edge of small blocks, NaN in the padding of q, k and v."""
+    """Rows end around every edge of small blocks, with NaN in the padding of q, k and v."""
     monkeypatch.setattr("minikv_jax.ops.prefill_attention.BLOCK", 8)
     (N, K), H, T = heads, 16, 37
     lengths = np.array([0, 1, 7, 8, 9, 16, 36, 37])
@@ -68,7 +68,7 @@ def test_prefill_in_16_bits(dtype: type):
 
 
 def test_prefill_memory_is_linear():
-    """No S x S buffer: at S = 4096 one head's map in float32 would be 64 MiB."""
+    """There is no S x S buffer: at S = 4096, one head's float32 map would take 64 MiB."""
     tokens, heads, dim = 4096, 2, 16
     x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.float32)
     run = jax.jit(lambda q, k, v, lengths: prefill_attention(q, k, v, lengths, with_scores=True))

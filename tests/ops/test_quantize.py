@@ -1,4 +1,4 @@
-"""Quantize: the definition's codes by "xla", and what is refused."""
+"""Tests quantize: "xla" against the definition, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_quantize_is_the_definition(packing: Packing):
 
 
 def test_store_packs_as_the_method_does():
-    """Kernels may pack min/max codes only; a quantizer with a layout of its own packs in plain JAX."""
+    """Kernels may pack only min/max codes; a quantizer with another layout packs in plain JAX."""
 
     def stored(kind: Kind, spec: LayerSpec) -> Packed:
         return jax.eval_shape(lambda x: store(x, kind, spec), X)

@@ -1,4 +1,4 @@
-"""The choice of tokens against the naive reference."""
+"""Tests the selection of tokens against the naive reference."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ def choose(
     ids=lambda method: f"heavy{method.heavy}-recent{method.recent}-sinks{method.sinks}",
 )
 def test_matches_naive(method: Method):
-    """Ragged rows, and so few different scores that ties decide most choices."""
+    """Rows are ragged, with so few different scores that ties decide most choices."""
     shape = (len(LENGTHS), 3, TOKENS)
     scores = np.random.default_rng(0).integers(0, 4, shape).astype(np.float32)
     capacity = kept_capacity(method, method.heavy, TOKENS)
@@ -72,7 +72,7 @@ def test_matches_naive(method: Method):
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @hypothesis.given(data=strategies.data(), length=strategies.integers(1, TOKENS), heavy=strategies.integers(0, TOKENS))
 def test_any_scores_choose_as_naive_does(data: strategies.DataObject, length: int, heavy: int):
-    """Scores of any size and sign, infinite or equal; the row's own heavy budget may exceed the row."""
+    """Scores have any size and sign, or are infinite or equal; the heavy budget may exceed the row."""
     values = strategies.floats(width=32, allow_nan=False, allow_subnormal=False)
     # XLA flushes subnormal numbers to zero; largest and infinite scores are one.
     finite = np.finfo(np.float32)
@@ -87,7 +87,7 @@ def test_any_scores_choose_as_naive_does(data: strategies.DataObject, length: in
 
 
 def test_scores_that_are_not_finite_displace_nothing():
-    """Sinks and newest tokens stay whatever a scorer gives; NaN is the lowest score, as minus infinity is."""
+    """Sinks and newest tokens stay whatever the scores; NaN is the lowest score, as is minus infinity."""
     scores = np.zeros((1, 4, TOKENS), np.float32)
     scores[0, 0] = np.nan
     scores[0, 1] = np.inf
@@ -106,7 +106,7 @@ def test_scores_that_are_not_finite_displace_nothing():
 
 
 def test_sliding_window():
-    """Of a prompt whose next token sees `window` tokens, itself included, only the last `window - 1` are kept."""
+    """Only the last `window - 1` tokens are kept, because the next token sees `window` with itself."""
     window, method = 10, dataclasses.replace(SCORED, heavy=3, recent=4, sinks=2)
     scores = np.random.default_rng(1).integers(0, 4, (len(LENGTHS), 2, TOKENS)).astype(np.float32)
     capacity = kept_capacity(method, method.heavy, TOKENS, window)

@@ -1,4 +1,4 @@
-"""The Pallas decode attention: on the GPU against float64 attention; lowering and refusals anywhere."""
+"""Tests Pallas decode attention: against float64 on the GPU; lowering and refusals anywhere."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("metadata", ["float16", FLOAT8])
 @pytest.mark.parametrize("warp", LAYOUTS, ids=str)
 def test_kernel_lowers_without_a_gpu(warp: WarpLayout, metadata: str) -> None:
-    """The packed capacity is a multiple of the group size and of nothing larger."""
+    """The packed capacity is a multiple of the group size, but of nothing larger."""
     case = Case(packed=1024 + warp.group_size, metadata=metadata, **dataclasses.asdict(warp))
     run = functools.partial(launch, **options(pallas_kernels, case))
     lowered = jax.jit(run).trace(*abstract(pallas_kernels, case)).lower(lowering_platforms=("cuda",))

@@ -1,4 +1,4 @@
-"""The Pallas prefill: on the GPU against dense float64 softmax maps; lowering and refusals anywhere."""
+"""Tests Pallas prefill: against dense float64 softmax maps on the GPU; lowering and refusals anywhere."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ROUNDING = float(np.finfo(np.float32).eps) / 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One compiled program; every row has its own length.
+    """Settings of a compiled program, with a length per row.
 
-    On `multiprocessors` of 0 a thread block takes all heads of a group in the second pass, else one.
+    With `multiprocessors` = 0, a thread block of the second pass processes all heads of a group, or else one head.
     """
 
     lengths: tuple[int, ...]
@@ -69,7 +69,7 @@ CASES = {
 
 
 def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Output and column sums in float64."""
+    """Computes output and column sums in float64."""
     out, scores = np.zeros(q.shape), np.zeros((q.shape[0], case.kv_heads, case.tokens))
     for b, n in enumerate(case.lengths):
         ages = np.arange(n)[:, None] - np.arange(n)
@@ -85,14 +85,14 @@ def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, case: Case) -> tuple[np.n
 
 
 def relative_error(got: Any, want: np.ndarray) -> float:
-    """Norm of the difference over the norm; NaN anywhere gives NaN, which no bound admits."""
+    """Norm of the difference relative to the norm; NaN anywhere gives NaN, which exceeds every bound."""
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_matches_dense_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ragged rows, NaN in the padding of q, k and v; zeros come back there, and equal runs are bit-equal."""
+    """Padding of q, k and v is NaN, that of the output zero, and two runs are bit-equal."""
     case = CASES[name]
     monkeypatch.setattr(hopper, "MULTIPROCESSORS", case.multiprocessors)
     rng = np.random.default_rng(len(name))
@@ -141,7 +141,7 @@ def abstract(dtype: Any = jnp.bfloat16, head_dim: int = 128, **changes: Any) -> 
 
 
 def lower(function: Any, *arguments: Any, **options: Any) -> str:
-    """What is compiled for a GPU."""
+    """Lowers a function for a GPU."""
     traced = jax.jit(functools.partial(function, **options)).trace(*arguments)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -220,7 +220,7 @@ def test_heads_are_divided_among_blocks_where_there_are_few() -> None:
 
 
 def test_log2_is_exact_to_a_unit_and_a_half_in_the_last_place() -> None:
-    """The last place of the result, or of 1 for smaller results."""
+    """The unit is that of the result, or of 1 for smaller results."""
     rng = np.random.default_rng(0)
     x = np.exp2(np.concatenate([rng.uniform(-20, 20, 100_000), rng.uniform(-1e-3, 1e-3, 1000), np.arange(-20.0, 20)]))
     exact = np.log2(x.astype(np.float32).astype(np.float64))

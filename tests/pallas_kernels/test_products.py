@@ -1,7 +1,7 @@
-"""The register layouts and products of the decode kernel, lane by lane in NumPy: finds a wrong layout without a GPU.
+"""Tests the register layouts and products of the decode kernel lane by lane in NumPy, without a GPU.
 
-The NumPy warp below knows the tensor cores' instruction (`mma.m16n8k16`) and the transposition (`movmatrix`) alone;
-which token and channel a register holds, and what is multiplied by what, is the kernel's own code.
+The NumPy warp below implements only the tensor cores' instruction (`mma.m16n8k16`) and the transposition (`movmatrix`).
+The kernel's own code decides which token and channel a register holds, and what is multiplied.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LANES = [(lane, *divmod(lane, 4)) for lane in range(32)]  # lane, row, quad
 
 
 def held(x: np.ndarray, layout: Any) -> np.ndarray:
-    """`x` as the threads of a warpgroup hold it: `[4 warps, 32 lanes, registers, elements of one]`."""
+    """Distributes `x` over a warpgroup's threads: `[4 warps, 32 lanes, registers, elements per register]`."""
     tiled = layout.to_mgpu()
     for tile in tiled.tiling.tiles:
         lead = x.ndim - len(tile)
@@ -47,14 +47,14 @@ def held(x: np.ndarray, layout: Any) -> np.ndarray:
 
 
 def put_back(x: np.ndarray, shape: tuple[int, ...], layout: Any) -> np.ndarray:
-    """The array of which the threads hold `x`."""
+    """Collects the array that the threads hold as `x`."""
     whole = np.full(np.prod(shape), np.nan)
     whole[held(np.arange(whole.size).reshape(shape), layout).ravel()] = x.ravel()
     return whole.reshape(shape)
 
 
 def multiply(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
-    """`mma.m16n8k16`: pairs `[4, 32, 2]`, four of a and two of b, to `[4, 32, 4]`."""
+    """Emulates `mma.m16n8k16`: four pairs `[4, 32, 2]` of a and two of b give `[4, 32, 4]`."""
     tall, narrow, out = np.zeros((4, 16, 16)), np.zeros((4, 16, 8)), np.zeros((4, 32, 4))
     for lane, row, quad in LANES:
         for i in range(4):
@@ -69,7 +69,7 @@ def multiply(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
 
 
 class Fragments:
-    """`pallas_kernels.fragments` on the NumPy warps: values instead of MLIR's."""
+    """Emulates `pallas_kernels.fragments` on the NumPy warps, with arrays instead of MLIR values."""
 
     layout = staticmethod(fragments.layout)
 
@@ -113,7 +113,7 @@ class Fragments:
         return list(np.split(np.concatenate(list(acc), -1) + multiply(a, b), 2, -1))
 
     def transposed(self, matrix: np.ndarray) -> np.ndarray:
-        """`movmatrix`."""
+        """Emulates `movmatrix`."""
         whole, out = np.zeros((4, 8, 8)), np.zeros_like(matrix)
         for lane, row, quad in LANES:
             whole[:, row, 2 * quad : 2 * quad + 2] = matrix[:, lane]
@@ -126,7 +126,7 @@ class Fragments:
 
 
 def inline_mgpu(*, arg_types: tuple, return_type: Any) -> Any:
-    """`plgpu.inline_mgpu`: hands each argument over as the threads hold it."""
+    """Emulates `plgpu.inline_mgpu`: passes each argument as the threads hold it."""
     del return_type
     return lambda body: lambda *xs: body(None, *(held(x, t) for x, t in zip(xs, arg_types, strict=True)))
 
@@ -139,7 +139,7 @@ def _numpy_warps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_to_tokens(layout: WarpLayout) -> np.ndarray:
-    """`[4, 128]`: the token of a tile that each row of its logits is for."""
+    """Token of each row of a tile's logits, `[4, 128]`."""
     warp, tile, high, pair, odd = np.indices((4, 8, 2, 4, 2))
     half, slot = np.divmod(tile, 16 // layout.k_bits)
     place = (2 * half + high) * (16 // layout.k_bits) + slot
@@ -147,7 +147,7 @@ def rows_to_tokens(layout: WarpLayout) -> np.ndarray:
 
 
 def rows_to_channels(layout: WarpLayout) -> np.ndarray:
-    """`[H]`: the channel that each row of the output is for."""
+    """Channel of each row of the output, `[H]`."""
     tile, high, row = np.indices((layout.head_dim // 16, 2, 8))
     return (layout.run * row + 2 * tile + high).ravel()
 
@@ -189,7 +189,7 @@ def test_products_with_the_tail(head_dim: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_codes_become_halves_exactly(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bit trick of `fragments.dequantized`, on NumPy's float16: `code * scale + zero`, rounded once."""
+    """The bit trick of `fragments.dequantized` gives `code * scale + zero`, rounded once, in NumPy's float16."""
     rng = np.random.default_rng(0)
     words = rng.integers(0, 1 << 32, 2048, dtype=np.uint32)
     scale, zero = (rng.normal(size=8192) * np.exp(2 * rng.normal(size=8192))).astype(np.float16).reshape(2, 2048, 2)

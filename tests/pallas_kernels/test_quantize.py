@@ -1,4 +1,4 @@
-"""The Pallas quantisation: bit-equal to the definition on the GPU; lowering and refusals anywhere."""
+"""Tests Pallas quantisation: bit-equal to the definition on the GPU; lowering and refusals anywhere."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_nan_stays_in_its_group(axis: str) -> None:
 
 @pytest.mark.gpu
 def test_every_float16_scale_is_inverted_exactly() -> None:
-    """A division by MLIR's own may be off by a unit in the last place: no scale may show it."""
+    """MLIR's division may be off by a unit in the last place, which no scale may show."""
     scales = np.arange(0, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # all from 0 to the largest
     steps = np.random.default_rng(0).uniform(0, 3, (16, scales.size)).astype(np.float32)
     steps[0], steps[1] = 0, 3

@@ -1,4 +1,4 @@
-"""Configurations of the Pallas kernels: what is accepted, what is recorded, and how winners are found."""
+"""Tests configurations of the Pallas kernels: what is accepted and recorded, and how the best is found."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOY = autotune.Op(
 
 
 def _time(program: Any, x: jax.Array) -> float:
-    """Fastest at a width of 8."""
+    """Pretends that a width of 8 is fastest."""
     return float(program(x)[0]) / 8
 
 
