@@ -177,7 +177,7 @@ def test_another_model_or_layout_is_refused(method: Method):
         contracts.check(method, wrong)
     with pytest.raises(ValueError, match=f"the calibration {quantizer.calibration} was learned for k_bits=2, here 4"):
         contracts.check(lookup.override(method, {"k_bits": "4"}), tiny_config())
-    contracts.check(dataclasses.replace(method, heavy=0.1), tiny_config())  # which tokens stay is free
+    contracts.check(dataclasses.replace(method, heavy=0.1), tiny_config())  # the kept tokens may differ
     with pytest.raises(ValueError, match="calibration='': expected a directory that `minikv calibrate` wrote"):
         contracts.check(Method(quantizer=Calibrated()), tiny_config())
     with pytest.raises(FileNotFoundError, match="/no/such holds no saved calibration"):

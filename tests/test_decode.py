@@ -28,7 +28,7 @@ def expected(model: mk.Llama) -> jax.Array:
     return jax.jit(one_shot)(model, IDS)
 
 
-# The two sum in another order; logits here are of size 1, float32 rounds at 1e-7 of that per operation.
+# Sums have different orders; logits here are of size 1, float32 rounds at 1e-7 of that per operation.
 close = functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=2e-5)
 
 

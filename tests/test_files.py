@@ -132,7 +132,7 @@ def test_a_path_that_must_be_new(tmp_path: pathlib.Path):
     ):
         pass
     with files.replacing(tmp_path / "nothing"):
-        pass  # a block that makes nothing
+        pass  # a block that writes nothing
     assert names(tmp_path) == ["new"]
     with pytest.raises(OSError, match=rf"'{tmp_path / 'new'}'$"), files.replacing(tmp_path / "new") as part:
         part.mkdir()
@@ -173,7 +173,7 @@ def test_links_devices_and_the_commands_own_output_stay(tmp_path: pathlib.Path):
     files.write_text("/dev/null", "gone")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     program = "import sys; from minikv_jax import files; print('a', flush=True); files.write_text('/dev/stdout', 'b')"
-    with (tmp_path / "printed").open("w") as stream:  # as of a shell's >
+    with (tmp_path / "printed").open("w") as stream:  # as for a shell's >
         subprocess.run([sys.executable, "-c", program], stdout=stream, check=True)
     assert (tmp_path / "printed").read_text() == "a\nb"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"a\nb"

@@ -244,7 +244,7 @@ def read_download(directory: pathlib.Path) -> None:
         patch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(directory / "hub" / "0"))
         made = locate(pathlib.Path("a/b"), ("*.zip", "*.parquet"))
     for path in made.iterdir():
-        for number, row in files.read_jsonl(path):  # what is read is right, whatever the keys are called
+        for number, row in files.read_jsonl(path):  # what is read is correct, whatever the names of the keys
             assert list(row.values()) == [number - 1, "x" * 50]
 
 

@@ -18,7 +18,7 @@ from minikv_jax.methods.method import Method, Tail
 from minikv_jax.prompts import bucket_length
 
 VOCABULARY = 96
-NEW = 70  # new tokens wherever the number does not matter, so that tests share programs; two tails of `MINIKV32`
+NEW = 70  # new tokens if the number does not matter, so that tests share programs; two tails of `MINIKV32`
 FULL = lookup.get("full")
 MINIKV32 = dataclasses.replace(lookup.get("minikv"), tail=Tail(length=32))
 KIVI = Method(quantizer=MinMax(k_bits=4), tail=Tail(length=32, rule="kivi"))
@@ -263,7 +263,7 @@ def test_what_cannot_be_compiled_ahead_is_named(model: mk.Llama, changes: dict[s
 def test_stream_compiles_before_it_returns(model: mk.Llama, caplog: pytest.LogCaptureFixture):
     """Its steps take the time of prefill and decoding, also if a cache is continued."""
     cache = None
-    for compiled in (("start", "decode_until"), ("start",)):  # the second time the loop's shapes are known
+    for compiled in (("start", "decode_until"), ("start",)):  # the loop's shapes are known the second time
         with jax.log_compiles():
             results = mk.stream(model, prompts(21), cache=cache, max_new_tokens=7, chunk=4)
             for program in compiled:

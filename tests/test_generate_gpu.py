@@ -34,7 +34,7 @@ GREEDY, PROMPT, FORCED = 64, 2048, 512
 ROOT = pathlib.Path(__file__).parents[1]
 LOG = ROOT / "examples" / "log.txt"
 FILES = [
-    *sorted((ROOT / "examples").glob("*.[pt]*")),  # no notebook, whose pictures are no text
+    *sorted((ROOT / "examples").glob("*.[pt]*")),  # except notebooks, which hold pictures
     ROOT / "LICENSE",
     ROOT / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
@@ -94,7 +94,7 @@ def test_ten_thousand_appends_leave_the_bits_of_the_definition() -> None:
         steps = np.arange(0, STEPS, 1 + row) % table
         which = ("k", "v").index(side)
         old, fresh = np.asarray(prompt[which])[row, : capacity.kept], np.asarray(new)[which, steps, row, 0]
-        seen = np.concatenate([old, fresh]).swapaxes(0, 1)  # [K, S, H], all that the row has taken
+        seen = np.concatenate([old, fresh]).swapaxes(0, 1)  # [K, S, H], all tokens of the row
         packed, tail = int(ours.packed.length[row]), int(ours.tail.length[row])
         assert packed + tail == seen.shape[1]
         expected = layout.quantize(seen[:, :packed], 2, 16, {"k": "tokens", "v": "channels"}[side], "float16")

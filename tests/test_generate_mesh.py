@@ -28,8 +28,8 @@ LAYERS, ROWS, NEW = 2, 8, 40
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "intermediate_size": 96}
 SIZES |= {"num_hidden_layers": LAYERS, "max_position_embeddings": 512}
 MESHES = ("data=8", "model=8", "data=2,model=4", "data=4,model=2")
-# Sums over devices are added up in another order. With a quantizer, a number near the edge of two codes may then get
-# the other one, and what follows in its row differs by as much as that changes.
+# Sums over devices have another order. A number on the edge between two codes may then get the other one, which
+# changes the rest of its row a little.
 ROUNDING, ONE_CODE = 2e-5, 0.02
 
 

@@ -22,7 +22,7 @@ from minikv_jax import files
 from minikv_jax.methods import calibrated
 from minikv_jax.models import hub
 
-Check = Callable[[pathlib.Path, list[Any]], None]  # of a directory and the reports
+Check = Callable[[pathlib.Path, list[Any]], None]  # called with the directory and the reports
 
 
 def visible(directory: pathlib.Path) -> set[str]:
@@ -231,7 +231,7 @@ def killed_downloads(directory: pathlib.Path, index: str, kills: int) -> list[in
         assert not path.exists() or path.read_bytes() == WEIGHTS
         counts.append(len(reports))
     path.unlink(missing_ok=True)
-    killed.duration(writers.download_demo, arguments)  # the next run goes well, and clears up
+    killed.duration(writers.download_demo, arguments)  # the next run succeeds and cleans up
     assert path.read_bytes() == WEIGHTS
     assert {file.name for file in directory.iterdir()} == {path.name}
     return counts

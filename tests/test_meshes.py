@@ -64,7 +64,7 @@ def test_a_function_of_rows_and_heads_runs_on_each_devices_own():
     assert set(shapes) <= {(2, 2, 3), x.shape}
     assert (2, 2, 3) in shapes
     assert out.sharding.spec == P("data", "model")
-    np.testing.assert_array_equal(call(x), 2 * x)  # without a mesh it is just called
+    np.testing.assert_array_equal(call(x), 2 * x)  # without a mesh, it is called directly
 
 
 def test_own_heads_are_the_devices_part_of_what_is_known_of_all():

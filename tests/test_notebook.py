@@ -11,7 +11,7 @@ import pytest
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
 
-# In a process of its own: the kernel's machinery warns, which is an error in this one.
+# In a separate process, because the notebook kernel warns, which is an error in this one.
 EXECUTE = """
 import sys
 import nbformat

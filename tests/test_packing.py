@@ -72,7 +72,7 @@ def check_against_layout(x: np.ndarray, result: RoundTrip, block: int, metadata_
 
 @pytest.mark.parametrize("bits", BITS)
 def test_pack_holds_every_code_in_every_lane(bits: int):
-    tokens, channels = 256, 32  # at least as many channels as lanes, so that each code meets each lane
+    tokens, channels = 256, 32  # at least one channel per lane, so that every code meets every lane
     codes = (np.arange(tokens)[:, None] + np.arange(channels)) % 2**bits
     planes = pack(jnp.asarray(codes, jnp.uint32), bits)
     for plane, words, width in zip(planes, layout.pack(codes, bits), layout.PLANES[bits], strict=True):
@@ -95,7 +95,7 @@ def test_pack_has_leading_axes():
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
 def test_quantize_matches_the_layout(bits: int, group_size: int):
-    # Axes and metadata dtypes take turns over the grid; test_metadata holds all of them against one case.
+    # The grid alternates axes and metadata dtypes; test_metadata tests all of them on one case.
     turn = BITS.index(bits) + GROUP_SIZES.index(group_size)
     axis, metadata_dtype = AXES[turn % 2], METADATA_DTYPES[turn % 3]
     block = 32 // min(layout.PLANES[bits]) if axis == "channels" else layout.packing_block(bits, group_size)
@@ -117,7 +117,7 @@ def test_metadata(metadata_dtype: str, dtype: str):
         got = round_trip(x, **arguments)
         assert got.packed.scale.dtype == got.packed.zero.dtype == jnp.dtype(metadata_dtype)
         check_against_layout(x, got, 32, metadata_dtype)
-        if metadata_dtype == "float16":  # not compiled, the same bits
+        if metadata_dtype == "float16":  # uncompiled, with the same bits
             jax.tree.map(np.testing.assert_array_equal, got.packed, encode_minmax(jnp.asarray(x), Packing(**arguments)))
 
 

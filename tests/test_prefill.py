@@ -45,7 +45,7 @@ def at_a_time(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
 
 
 def run(model: mk.Llama, method: Method, lengths: list[int], tokens: int) -> tuple[jax.Array, KVCache]:
-    once = jax.jit(lambda ids, lengths: prefill(model, ids, lengths, method, 40))  # traced anew at every call
+    once = jax.jit(lambda ids, lengths: prefill(model, ids, lengths, method, 40))  # traced again at every call
     return once(random_ids((len(lengths), tokens)), jnp.asarray(lengths, jnp.int32))
 
 
@@ -61,7 +61,7 @@ def test_chunks_equal_one_run(method: Method, chunk: int, monkeypatch: pytest.Mo
     hidden, cache = run(model, method, lengths, 64)
     at_a_time(monkeypatch, chunk)
     hidden_by_chunks, cache_by_chunks = run(model, method, lengths, 64)
-    # Matmuls of other shapes may sum in another order; both are of size 1.
+    # Matmuls of other shapes may sum in another order; numbers have size 1.
     np.testing.assert_allclose(hidden_by_chunks, hidden, atol=1e-5)
 
     def same(by_chunks: jax.Array, at_once: jax.Array) -> None:
@@ -184,7 +184,7 @@ CHANGES |= {
 
 def test_every_setting_has_a_change():
     fields = {field.name for field in dataclasses.fields(Method)}
-    assert set(FIELDS) == fields - {"name", "citation"}  # words about the method, not part of it
+    assert set(FIELDS) == fields - {"name", "citation"}  # not part of the method's identity
     for component, values in SETTINGS.values():
         assert set(values) == set(settings(component))
 
@@ -212,7 +212,7 @@ def numbers(method: Method) -> list[np.ndarray]:
 def test_every_setting_is_read(name: str):
     """Changing any setting changes the shapes or the numbers of a prompt's cache."""
     before, after = CHANGES[name]
-    if shapes(before) == shapes(after):  # what has other shapes need not be computed
+    if shapes(before) == shapes(after):  # different shapes need no computation
         assert not all(map(np.array_equal, numbers(before), numbers(after)))
 
 

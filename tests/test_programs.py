@@ -62,7 +62,7 @@ def test_memory_of_a_long_prompt(name: str, batch: int):
     program = compiled(size)
     shapes = re.findall(r"= (\w+)\[([\d,]+)\]", program.as_text())
     assert max(np.prod([int(n) for n in dims.split(",")]) for _, dims in shapes) < size * size
-    # Whatever is allocated beside arguments and result is the prompt's activations: linear in the prompt.
+    # The allocation besides arguments and result is the prompt's activations, which are linear in its length.
     half = compiled(size // 2).memory_analysis().temp_size_in_bytes
     assert program.memory_analysis().temp_size_in_bytes < 2.2 * half
     cache = cache_shapes(method, batch, size)

@@ -78,7 +78,7 @@ def test_a_name_of_the_librarys_own_is_protected_before_its_first_use():
     assert "is the library's own" in run(code)
 
 
-# Imports what is slow once, then every module in a process of its own.
+# Imports slow packages once, then every module in a separate process.
 FIRST_IMPORTS = """
 import importlib, os, sys
 import jax, flax.nnx, matplotlib.figure, orbax.checkpoint, transformers

@@ -29,7 +29,7 @@ def test_find_agrees_with_the_whole_model(shape: str, tmp_path: pathlib.Path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(deep))
     asked = bench_case(str(path), method="full", batch=3, max_new_tokens=20)
-    # XLA shares buffers of two layers otherwise than of more: seen where the prompt is long.
+    # XLA shares buffers of two layers differently than of more, as long prompts show.
     for one in (dataclasses.replace(asked, batch=1, prompt_len=4096), asked):
         needed = end_to_end.Programs(one).needed_bytes
         assert fit.needed_bytes(one) == pytest.approx(needed, rel=0.03)

@@ -51,7 +51,7 @@ METHODS = [
     scored(budget=Pyramid(beta=20.0)),
     scored(budget=Pyramid(beta=1.0)),
     scored(budget=Pyramid(), heavy=0.5, recent=0.25),  # the lowest layers are cut off at 0.75
-    scored(budget=Pyramid(), heavy=0.7, recent=0.3),  # no room anywhere: all at 0.7
+    scored(budget=Pyramid(), heavy=0.7, recent=0.3),  # no room in any layer, so all get 0.7
     scored(budget=Pyramid(), heavy=0.6, recent=16),
     scored(budget=Pyramid(), heavy=1016, recent=8),
     scored(budget=Pyramid(beta=3.5), heavy=7, recent=0.5),
@@ -135,7 +135,7 @@ def test_variance_budgets(method: Method):
     np.testing.assert_array_equal(got, naive.heavy_tokens(method, scores, LENGTHS.tolist()))
     total = np.array([naive.tokens_of(method.heavy, n) for n in LENGTHS.tolist()]) * len(scores)
     assert (got.sum(axis=0) <= total).all()
-    assert (got.sum(axis=0) > total - len(scores)).all()  # all but what rounding down takes
+    assert (got.sum(axis=0) > total - len(scores)).all()  # all except for rounding down
     long = got[:, LENGTHS > 10]
     assert (np.diff(long, axis=0) <= 0).all()
     assert (long[0] > long[-1]).all()

@@ -26,7 +26,7 @@ def test_generate_reports_a_run_that_fails(run: Run, shape: str, tmp_path: pathl
     assert report["versions"]["jax"] == jax.__version__
     (row,) = report["results"]
     assert (row["method"], row["batch"], row["prompt_len"]) == ("minikv", 3, 70)
-    assert "CUDA" in row["error"]  # there is no such kernel here
+    assert "CUDA" in row["error"]  # the kernel is not available here
     assert row["error"] in text
 
 
@@ -73,7 +73,7 @@ def test_generate_finds_and_measures(run: Run, shape: str, tmp_path: pathlib.Pat
 def test_bad_options_are_refused_before_anything_runs(
     run: Run, options: list[str], message: str, shape: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("minikv_jax.bench.generate.run_task", None)  # nothing may be started
+    monkeypatch.setattr("minikv_jax.bench.generate.run_task", None)  # nothing may start
     (tmp_path / "bad.json").write_text("{")
     given = (option.format(shape=shape, bad=tmp_path / "bad.json") for option in options)
     assert message in run_wrongly(run, "bench", "generate", *given)

@@ -160,7 +160,7 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
         ([*CASES, "{scratch}/kinds.jsonl"], "line 1: prompt_ids is 'a'; accepted: a list"),
         ([*CASES, "{scratch}/ids.jsonl"], "line 1: prompt_ids[1] is -2; accepted: at least 0"),
         ([*CASES, "{scratch}/no-text.jsonl"], "line 1: continuation is ''; accepted: text of at least 1 characters"),
-        # Rows are looked at before the model.
+        # Rows are checked before the model is loaded.
         ([*CASES, "{scratch}/ids.jsonl", "--model", "neither"], "line 1: prompt_ids[1] is -2; accepted: at least 0"),
         ([*CASES, "{scratch}/long.jsonl"], "line 1: 1020 prompt + 10 continuation tokens exceed the model's 1024"),
         ([*CASES, "{scratch}/outside.jsonl"], "line 1: token id 999 is outside the vocabulary"),
@@ -185,7 +185,7 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
         ([*BOOK, "--method", "full", "--context", "2000"], "context=2000 + continuation=120 exceed"),
         ([*BOOK, "--method", "full", "--context", "99", "--limit", "9"], "9 windows of 219 need 1971"),
         (BOOK, "--method"),
-        # Options are looked at before the model.
+        # Options are checked before the model is loaded.
         ([*BOOK, "--method", "full", "--limit", "0", "--model", "nosuch"], "limit=0"),
         ([*BOOK, "--method", "full", "--text", "nosuch", "--model", "neither"], "nosuch does not exist"),
     ],

@@ -38,7 +38,7 @@ def test_what_a_sweep_writes(sweep: Run, tmp_path: pathlib.Path):
     labels = [f"{name}heavy={heavy},recent=0.1" for name in ("h2o:", "minikv:tail.length=32,") for heavy in (0.1, 0.2)]
     assert list(results["points"]) == labels
     tails = [point["fields"]["tail"]["length"] for point in results["points"].values()]
-    assert tails == [64, 64, 32, 32]  # a method's own setting wins over --set
+    assert tails == [64, 64, 32, 32]  # a method's own setting takes precedence over --set
     assert list(results["skipped"]) == ["kivi-2:heavy=0.1,recent=0.1", "kivi-2:heavy=0.2,recent=0.1"]
     assert "needs a scorer" in log
     for label, point in results["points"].items():

@@ -67,7 +67,7 @@ def check(case: Case, seed: int) -> None:
     assert out.dtype == q.dtype
     for i, (name, got) in enumerate((("out", out), ("scores", scores))):
         error, xla = relative_error(np.asarray(got), want[i]), relative_error(in_dtype[i], want[i])
-        # exp2 in hardware is good to two roundings, so scores are held to no less than that.
+        # exp2 in hardware is exact to two roundings, so the bound on scores is no tighter.
         assert error <= 2 * max(xla, 2**-22 if name == "scores" else 0.0), (name, error, xla)
     padding = np.arange(case.tokens) >= lengths[:, None]
     assert not np.asarray(out)[padding].any()

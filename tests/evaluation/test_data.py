@@ -106,7 +106,7 @@ def test_parquet_becomes_lines_and_lines_stay(hub: Hub):
     assert (directory / "passkey.jsonl").read_bytes() == lines({"id": 1})
     (directory / "test.jsonl").write_text("kept")
     assert locate(pathlib.Path("openai/gsm8k"), ("main/*.parquet",)) == directory
-    assert (directory / "test.jsonl").read_text() == "kept"  # not made anew
+    assert (directory / "test.jsonl").read_text() == "kept"  # not made again
     assert locate(directory, ()) == directory
 
 
@@ -124,7 +124,7 @@ def test_downloads_that_cannot_be_read(
     hub(files)
     with pytest.raises(error, match=message):
         locate(pathlib.Path("a/b"), ("data.zip", "*.jsonl"))
-    assert not list((tmp_path / "cache" / "datasets").iterdir())  # nothing half made stays
+    assert not list((tmp_path / "cache" / "datasets").iterdir())  # nothing unfinished remains
 
 
 def test_without_a_network_the_error_says_what_is_wanted(

@@ -17,6 +17,6 @@ def test_the_grid_is_every_combination():
     assert method.quantizer == MinMax(k_bits=4, v_bits=4, group_size=16)
     assert (method.heavy, method.sinks) == (Share(0.2), 4)
     assert [point.label for point in grid(["full"], {})] == ["full"]
-    shared = grid(["h2o", "kivi-2", "nosuch"], {}, (0.25, 0.5))  # what keeps every token has no budget to fit
+    shared = grid(["h2o", "kivi-2", "nosuch"], {}, (0.25, 0.5))  # a method that keeps every token has no budget to fit
     assert [point.label for point in shared] == ["h2o @ 0.25", "h2o @ 0.5", "kivi-2", "nosuch @ 0.25", "nosuch @ 0.5"]
     assert [point.label for point in grid(["kivi-2"], {}, (0.25,), [("recent", "0.5")])] == ["kivi-2 @ 0.25"]

@@ -51,7 +51,7 @@ def test_generated_cases_fill_the_context_and_hide_the_fact_at_its_depth(task: t
         before, _, after = text(case).partition(reference)
         assert before
         assert after
-        if depth in (0.0, 1.0):  # the facts' words and the question's are not filler
+        if depth in (0.0, 1.0):  # words of facts and question do not occur in the filler
             assert (len(before) < 300) if depth == 0 else (len(after) < 300)
         else:
             assert abs(len(before) / len(text(case)) - depth) < 0.25
@@ -156,7 +156,7 @@ def test_longbench_prompts_templates_and_truncation(longbench: pathlib.Path):
     assert len(long.prompt) == 300
     assert text(long).startswith("<|user|>Read: xxx")
     assert text(long).endswith("xxx\nQ: why?\nA:<|end|>\n<|assistant|>")
-    assert text(code) == "a = 1\nNext:\n"  # code goes without a chat template
+    assert text(code) == "a = 1\nNext:\n"  # code has no chat template
     assert answer(code) == "b = 2"
     assert (code.name, code.group) == ("lcc b", "lcc")
 

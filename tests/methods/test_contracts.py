@@ -85,7 +85,7 @@ def test_a_plugin_runs_everywhere(model: Llama, tmp_path: pathlib.Path):
     report = memory.report(model.config, "mine", prompt_length=64, max_new_tokens=40, batch=2, dtype="float32")
     assert result.cache.nbytes == report.bytes
     assert result.cache.packed_bytes == report.packed_bytes > 0
-    # All of the heavy budget went to the last layer: 12 recent and 25 heavy of 64 tokens, and what was generated.
+    # The last layer has the whole heavy budget: 12 recent and 25 heavy of 64 tokens, and the generated ones.
     assert np.asarray(result.cache.kept_tokens).tolist() == [[12 + 40, 8 + 40], [37 + 40, 24 + 40]]
     for row, want in zip(rows, result.tokens, strict=True):
         alone = mk.generate(model, [row], method="mine", max_new_tokens=40, eos_token_ids=())
@@ -121,7 +121,7 @@ def test_settings_of_a_component_of_ones_own(tmp_path: pathlib.Path):
     mine = lookup.get("mine")
     changed: Any = lookup.override(mine, {"base": "2", "heavy": "0.3"})
     assert changed.scorer.base == 2.0
-    assert mine.scorer == type(changed.scorer)()  # as it was
+    assert mine.scorer == type(changed.scorer)()  # unchanged
     with pytest.raises(ValueError, match="base='a': expected a finite number"):
         lookup.override(mine, {"base": "a"})
     with pytest.raises(ValueError, match=r"unknown setting 'lag'.*scorer\.base"):
@@ -265,7 +265,7 @@ def test_an_update_that_breaks_its_contract_is_named():
 
     with pytest.raises(ValueError, match=r"scorer 'Late': update returns float32\[2, 2\] .*: expected .*B, K, C"):
         contracts.check(mk.Method(scorer=Late(), heavy=1, recent=1, evict_every=1), MODEL)
-    contracts.check(mk.Method(scorer=Late(), heavy=1, recent=1), MODEL)  # not asked for
+    contracts.check(mk.Method(scorer=Late(), heavy=1, recent=1), MODEL)  # not called
 
 
 def test_contracts_are_checked_before_anything_runs(model: Llama):

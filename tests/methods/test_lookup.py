@@ -84,7 +84,7 @@ CHANGES = {
     "no quantizer": ({"quantizer": "none", "evict_every": "8"}, lambda m: (m.quantizer, m.evict_every) == (None, 8)),
     "never": ({"evict_every": "None", "sinks": "4"}, lambda m: (m.evict_every, m.sinks) == (None, 4)),
     "named": ({"name": "mine", "citation": "a, b"}, lambda m: (m.name, m.citation) == ("mine", "a, b")),
-    # The new quantizer cannot have the old one's bits, and does not have to.
+    # The new quantizer does not support the old one's bits, and need not.
     "other bits": ({"quantizer": "nvfp4", "k_bits": "4", "v_bits": "4"}, lambda m: m.quantizer == NVFP4()),
 }
 
@@ -160,7 +160,7 @@ def test_a_flag_is_true_or_false():
 
 def test_a_method_and_its_changes_in_one_text():
     method = lookup.parse("h2o:heavy=0.3,recent=7", [("heavy", "0.2"), ("sinks", "4")])
-    assert (method.heavy, method.recent, method.sinks) == (Share(0.3), Tokens(7), 4)  # the text's own win
+    assert (method.heavy, method.recent, method.sinks) == (Share(0.3), Tokens(7), 4)  # the text takes precedence
     assert lookup.parse("h2o") == lookup.get("h2o")
     for wrong in ("h2o:heavy", "h2o:heavy=0.2,recent"):
         with pytest.raises(ValueError, match=r"expected NAME or NAME:KEY=VALUE,KEY=VALUE, got '(heavy|recent)'"):

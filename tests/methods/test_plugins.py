@@ -85,7 +85,7 @@ def use(model: mk.Llama) -> None:
 
 
 BROKEN = {
-    # At another length of prompt than the one that contracts are checked with.
+    # A prompt length other than that of the contract checks.
     "scores of 96 tokens": (
         scorer("return jnp.zeros((i.k.shape[0], i.k.shape[2], 96))"),
         r"scorer 's' returns float32\[2, 2, 96\] \(plugin.py, line 8\): .*\[2, 2, 64\]",

@@ -59,7 +59,7 @@ def test_scores_match_the_formula(scorer: Scorer, heads: tuple[int, int]):
     got = np.asarray(scores_of(scorer, q, k, v, np.array(LENGTHS), sinks=SINKS))
     assert got.shape == (len(LENGTHS), heads[1], T)
     want = naive_methods.prompt_scores(method, q, k, v, LENGTHS, FREQUENCIES)
-    first = SINKS if isinstance(scorer, ExpectedAttention) else 0  # the sinks are kept whatever they score
+    first = SINKS if isinstance(scorer, ExpectedAttention) else 0  # sinks are kept whatever their scores
     for b, n in enumerate(LENGTHS):
         # Exponents up to ~10 carry 16 roundings of float32, of which some 1e-5 remains in the weights.
         np.testing.assert_allclose(got[b, :, first:n], want[b, :, first:n], rtol=2e-5, atol=1e-6)

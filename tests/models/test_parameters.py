@@ -109,7 +109,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: pathlib.Path, kind: str
     tensors["model.norm.weight"][3] = np.nan
     tensors["model.layers.0.mlp.up_proj.weight"][7, 9] = np.inf
     tensors["model.layers.1.self_attn.v_proj.weight"][1, 2] = -np.inf
-    tensors["lm_head.weight"][2, 0] = -1e30  # infinite in float16 alone
+    tensors["lm_head.weight"][2, 0] = -1e30  # infinite only in float16
     write_hf(tmp_path / "hf", config, tensors)
     names = {"hf": ("norm.weight", "0.mlp.up_proj", "1.self_attn.v_proj", "lm_head"),
              "gguf": ("output_norm", "0.ffn_up", "1.attn_v", "output.weight"),

@@ -83,7 +83,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     with torch.no_grad():
         for name, values in theirs.named_parameters():
-            # Large enough for sharp attention; norms and biases away from their initial ones and zeros.
+            # Large enough for sharp attention; norms and biases differ from their initial ones and zeros.
             values.copy_(torch.randn_like(values) * 0.25 + ("norm" in name))
     directory = tmp_path_factory.mktemp("parity") / "model"
     theirs.save_pretrained(directory)
@@ -232,7 +232,7 @@ def transformers_smollm2(path: pathlib.Path) -> Any:
         state[name] = torch.from_numpy(np.array(values))
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not in the state
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not part of the state
     return model.eval()
 
 

@@ -37,7 +37,8 @@ def assert_equal(first: Llama, second: Llama) -> None:
 def test_whole_heads_columns_and_vocabulary_are_split():
     model = shard_model(tiny_model(**SIZES, tie_word_embeddings=True), meshes.make_mesh({"data": 2, "model": 4}))
     held = shards(model)
-    assert held["layers.0.self_attn.qkv_proj.kernel"] == [(48, 64)] * 8  # 2 query heads, a key and a value of 16
+    # 2 query heads, a key head and a value head of 16 channels
+    assert held["layers.0.self_attn.qkv_proj.kernel"] == [(48, 64)] * 8
     assert held["layers.0.self_attn.o_proj.kernel"] == [(32, 48)] * 8
     assert held["layers.0.mlp.gate_up_proj.kernel"] == [(48, 48)] * 8
     assert held["layers.0.mlp.down_proj.kernel"] == [(24, 48)] * 8
@@ -110,7 +111,7 @@ def test_a_process_reads_no_more_than_its_devices_hold(tmp_path: pathlib.Path, m
     hub.load(tmp_path / "m", mesh=meshes.make_mesh({"model": 4}))
     tensors = random_tensors(config)
     for name, tensor in tensors.items():
-        assert sum(size for at, size in read if at == name) == tensor.nbytes  # once in all, whatever the devices
+        assert sum(size for at, size in read if at == name) == tensor.nbytes  # read once in total, however many devices
     most = max(size for _, size in read)
     assert most <= max(tensor.nbytes for name, tensor in tensors.items() if "embed" in name)
 
@@ -132,4 +133,4 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path: pathlib.Path):
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout)
     assert memory["kept"] > 4 * memory["largest"]
-    assert memory["over"] <= memory["largest"] + (32 << 20)  # and what Python and JAX allocate for the work
+    assert memory["over"] <= memory["largest"] + (32 << 20)  # plus the working memory of Python and JAX

@@ -21,7 +21,7 @@ from minikv_jax.ops.decode_attention import decode_attention
 from minikv_jax.ops.select import select_tokens
 
 N, K, H = 6, 2, 32
-APPEND, ATTEND = jax.jit(append), jax.jit(decode_attention)  # a program per method and set of shapes
+APPEND, ATTEND = jax.jit(append), jax.jit(decode_attention)  # one program per method and set of shapes
 
 METHODS = {
     "full": Method(sinks=3),
@@ -163,7 +163,7 @@ def test_a_token_without_room_is_dropped(name: str, tokens: int):
     for _ in range(3):
         layer = APPEND(layer, new, new, np.array([tokens, tokens]), np.zeros((2, tokens), np.int32))
     assert (np.asarray(layer.tail.length) <= layer.tail.capacity).all()
-    assert (np.asarray(layer.tokens - before.tokens) <= 1).all()  # a slot of the tail that could not be packed
+    assert (np.asarray(layer.tokens - before.tokens) <= 1).all()  # a slot of an unpackable tail
     jax.tree.map(np.testing.assert_array_equal, layer.packed, before.packed)
     for tail, old in ((layer.tail.k, before.tail.k), (layer.tail.v, before.tail.v)):
         for b, length in enumerate(before.tail.length.tolist()):

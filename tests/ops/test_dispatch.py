@@ -96,7 +96,7 @@ def test_the_nearest_recorded_shape_decides(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "recorded", lambda *device: recorded)
     assert dispatch.order("op", SIZES) == ("cuda", "pallas", "xla")
     assert dispatch.order("op", SIZES | {"tokens": 50000}) == ("pallas", "cuda", "xla")
-    assert dispatch.order("op", SIZES | {"tokens": 2_000_000}) == ("cuda", "pallas", "xla")  # as good as alike
+    assert dispatch.order("op", SIZES | {"tokens": 2_000_000}) == ("cuda", "pallas", "xla")  # about equal
     assert dispatch.order("another op", SIZES) == ("cuda", "pallas", "xla")
 
 
@@ -115,7 +115,7 @@ def test_records_of_the_same_device_or_else_of_the_same_architecture(tmp_path: p
         report = {"device": device, "compute_capability": capability, "results": [{"op": device}]}
         (tmp_path / f"kernels_{device}.json").write_text(json.dumps(report))
     assert dispatch.recorded("this", "9.0", tmp_path) == ({"op": "this"},)
-    assert dispatch.recorded("another", "9.0", tmp_path) == ({"op": "that"},)  # of one device, not of several
+    assert dispatch.recorded("another", "9.0", tmp_path) == ({"op": "that"},)  # records of one device only
     assert dispatch.recorded("another", "8.0", tmp_path) == ({"op": "older"},)
     assert dispatch.recorded("another", "12.0", tmp_path) == ()
 

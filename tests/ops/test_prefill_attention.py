@@ -59,7 +59,7 @@ def test_prefill_in_16_bits(dtype: type):
     out, scores = ATTEND(q, k, v, lengths, with_scores=True)
     want_out, want_scores = naive.prefill_attention(q, k, v, lengths.tolist())
     assert out.dtype == dtype
-    # Logits and sums are float32, so the scores are as good as ever. Weights are rounded to the dtype before they meet
+    # Logits and sums are float32, so the scores are as exact. Weights are rounded to the dtype before they meet
     # V and the output once more: two roundings, half an eps each, of numbers below max |v| = 4.
     assert_close(scores, want_scores)
     np.testing.assert_allclose(

@@ -63,7 +63,7 @@ def test_matches_naive(method: Method):
             assert kept.tokens[b] == len(want)
             filler = [TOKENS] * (capacity - len(want))
             np.testing.assert_array_equal(kept.positions[b, head], want + filler)
-    # What lies in the padding changes nothing.
+    # The padding's contents do not matter.
     poisoned = np.where(np.arange(TOKENS) < LENGTHS[:, None, None], scores, np.nan)
     again = choose(jnp.asarray(poisoned), jnp.asarray(LENGTHS), heavy, method, capacity)
     np.testing.assert_array_equal(again.positions, kept.positions)
@@ -74,7 +74,7 @@ def test_matches_naive(method: Method):
 def test_any_scores_choose_as_naive_does(data: strategies.DataObject, length: int, heavy: int):
     """Scores have any size and sign, or are infinite or equal; the heavy budget may exceed the row."""
     values = strategies.floats(width=32, allow_nan=False, allow_subnormal=False)
-    # XLA flushes subnormal numbers to zero; largest and infinite scores are one.
+    # XLA flushes subnormal numbers to zero; the largest and infinite scores are equal.
     finite = np.finfo(np.float32)
     row = data.draw(strategies.lists(values, min_size=TOKENS, max_size=TOKENS))
     scores = np.clip(np.array(row, np.float32), finite.min, finite.max)
@@ -99,7 +99,7 @@ def test_scores_that_are_not_finite_displace_nothing():
     newest = list(range(TOKENS - 9, TOKENS - 5))
     assert kept.positions[0, :3].tolist() == [[0, 1, 2, 3, 4, *newest]] * 3
     assert kept.positions[0, 3].tolist() == [0, 1, 3, 5, 7, *newest]
-    # In a window too: tokens that the next one does not see are not taken for those of the lowest score.
+    # Also in a window: tokens that the next one does not see do not count as those with the lowest score.
     first = TOKENS - 5 - 19
     kept = choose(jnp.asarray(scores), length, heavy, method, 7, window=20)
     assert kept.positions[0, 2].tolist() == [first, first + 1, first + 2, *newest]

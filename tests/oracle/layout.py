@@ -19,7 +19,7 @@ DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float32": np.dtype(np.float32),
 }
-SMALLEST = np.finfo(np.float32).tiny  # below it a reciprocal overflows
+SMALLEST = np.finfo(np.float32).tiny  # reciprocals of smaller numbers overflow
 
 
 def packing_block(bits: int, group_size: int) -> int:

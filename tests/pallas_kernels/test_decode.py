@@ -32,7 +32,7 @@ CASES = decode_checks.CASES | {
     "8-bit metadata, groups of 128": Case(metadata=FLOAT8, group_size=128, packed=3072, lengths=((3072, 5), (1280, 9))),
     "8-bit metadata, head_dim 64": Case(metadata=FLOAT8, head_dim=64, lengths=((512, 0), (48, 1))),
     "8-bit metadata, head_dim 64, groups of 64": Case(metadata=FLOAT8, head_dim=64, group_size=64, packed=2048),
-    # 57 factors a row, which no copy can read where they lie.
+    # 57 factors per row, which no copy can read in place.
     "8-bit metadata, capacity between tiles": Case(metadata=FLOAT8, packed=912, lengths=((912, 3), (528, 0))),
     "8-bit metadata, long rows": Case(
         metadata=FLOAT8, packed=16384, tail=64, config=Config(splits=2, stages=3), lengths=((16384, 64), (8208, 1))

@@ -16,8 +16,8 @@ from minikv_jax.ops.prefill_attention import prefill_attention
 from pallas_kernels import column_sums, flash_attention, hopper, tuning
 from pallas_kernels.prefill_attention import Config
 
-# Of the error that XLA makes in the same dtype: both round weights and results to 16 bits, in another order. Where
-# every softmax is over one key, XLA's float32 scores are exact; ours may then be off by one rounding.
+# Relative to XLA's error in the same dtype: both round weights and results to 16 bits, in different orders. If every
+# softmax is over one key, XLA's float32 scores are exact, and the kernel's may be off by one rounding.
 FACTOR = 2
 ROUNDING = float(np.finfo(np.float32).eps) / 2
 

@@ -23,7 +23,7 @@ CASES = [
 @pytest.mark.parametrize(("head_dim", "group_size", "axis", "bits"), CASES)
 def test_quantize_is_the_definition_bit_for_bit(head_dim: int, group_size: int, axis: str, bits: int) -> None:
     rng = np.random.default_rng(head_dim + group_size + bits)
-    # One warpgroup's rows or less, a rest, and many tiles; 3 * 128 tokens are no multiple of a tile.
+    # At most one warpgroup's rows, a remainder, and many tiles; 3 * 128 tokens are not a multiple of a tile.
     for batch, kv_heads, tokens, dtype, metadata in (
         (1, 1, group_size if axis == "tokens" else 16, "bfloat16", "float16"),
         (1, 3, 384, "float32", "bfloat16"),

@@ -53,7 +53,7 @@ def test_tune_times_what_fits_and_returns_the_fastest() -> None:
     assert record["config"]["width"] == 8
     assert (record["case"], record["shape"], record["ms"]) == ({"head_dim": 128}, "H128", 1.0)
     tried = {(row["config"]["width"], row["config"]["stages"]) for row in record["tried"]}
-    assert tried == {(8, 2), (8, 4), (16, 2)}  # a ring of 64 x 4 KB is more than there is
+    assert tried == {(8, 2), (8, 4), (16, 2)}  # a ring of 64 x 4 KB exceeds shared memory
     assert [row["ms"] for row in record["tried"]] == sorted(row["ms"] for row in record["tried"])
 
 

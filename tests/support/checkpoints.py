@@ -128,7 +128,7 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_theta)
     for key, value in (metadata or {}).items():
         value_type = gguf.GGUFValueType.get_type(value)
-        if isinstance(value, int | float) and abs(value) >= 1 << 31:  # it would be of 32 bits
+        if isinstance(value, int | float) and abs(value) >= 1 << 31:  # it would have 32 bits
             value_type = gguf.GGUFValueType.INT64 if isinstance(value, int) else gguf.GGUFValueType.FLOAT64
         writer.add_key_value(key, value, value_type)
     for name, tensor in tensors.items():

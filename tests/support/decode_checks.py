@@ -13,7 +13,7 @@ from oracle.attention import attention, attention_in, relative_error
 from oracle.layout import DTYPES, packing_block
 
 # Bound, in multiples of XLA's error over the dequantised cache in the same dtype: both round weights and results to 16
-# bits, in another order.
+# bits, in different orders.
 FACTOR = 2
 
 
@@ -101,7 +101,7 @@ def make(package: Any, case: Case, seed: int) -> tuple[Inputs, np.ndarray, float
     spread = np.exp(rng.normal(size=(*shape, 1, case.head_dim)))  # channels of different size, as keys have
     k = (rng.normal(size=(*shape, case.packed, case.head_dim)) * spread).astype(dtype)
     v = rng.normal(size=(*shape, case.packed, case.head_dim)).astype(dtype)
-    k[:, :, : case.packed // 4, 0] = 1.0  # groups without range
+    k[:, :, : case.packed // 4, 0] = 1.0  # constant groups
     v[:, 0, :, : case.group_size] = -0.5
     tail_k = (rng.normal(size=(*shape, case.tail, case.head_dim)) * spread).astype(dtype)
     tail_v = rng.normal(size=(*shape, case.tail, case.head_dim)).astype(dtype)

@@ -27,7 +27,8 @@ warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # in the 
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
-Target = Callable[..., None]  # of a connection and arguments: sends None when it begins, and then a report per piece
+# Called with a connection and arguments; sends None at its start, and then a report per piece.
+Target = Callable[..., None]
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def _start(target: Target, arguments: tuple[Any, ...]) -> tuple[ForkServerProces
     """Starts a process and returns once `target` begins."""
     _CONTEXT.set_forkserver_preload(["support.writers"])
     environment = {
-        "PYTHONPATH": os.pathsep.join(sys.path),  # by which the forking process finds what to import
+        "PYTHONPATH": os.pathsep.join(sys.path),  # the forking process finds its imports by it
         "JAX_COMPILATION_CACHE_DIR": _compiled(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

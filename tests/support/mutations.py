@@ -35,7 +35,7 @@ VALUES: tuple[Any, ...] = (
     ),
     *([], [1], [1.5, "a"], ["full_attention"] * 2, {}, {"a": 1}, {"rope_type": "linear", "factor": 2.0}, [[[[]]]]),
 )
-# A GGUF file has no null, no objects, and only integers of 64 bits and lists of one type.
+# GGUF files have no null, no objects, only 64-bit integers, and lists of one type.
 GGUF_VALUES = (
     *(value for value in VALUES if isinstance(value, str | float | bool)),
     *(value for value in VALUES if type(value) is int and abs(value) < 1 << 63),

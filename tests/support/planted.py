@@ -23,8 +23,8 @@ AUTO_MAP = {
     "AutoTokenizer": ["planted.Tokenizer", "planted.Tokenizer"],
 }
 
-# Loads every source, holds a conversation with the first, and at last lets transformers run the code: a control, which
-# must be seen. Prints one JSON object.
+# Loads every source, holds a conversation with the first, and finally lets transformers run the code, as a control
+# that must be detected. Prints one JSON object.
 _PROGRAM = """
 import json, os, sys
 root, sources = os.path.realpath(sys.argv[1]), sys.argv[2:]
