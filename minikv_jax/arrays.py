@@ -36,8 +36,11 @@ def debug_checks(function: Callable[..., R]) -> Callable[..., R]:
       function: takes and returns pytrees of arrays; all arguments are traced.
 
     Returns:
-      A function with the same arguments and results. It raises ValueError after a run in which a token had no room, or
-      a row, token id, position or length was out of range.
+      A function with the same arguments and results, and with the errors below.
+
+    Raises:
+      ValueError: raised by the returned function after a run in which a token had no room, or a row, token id, position
+        or length was out of range.
     """
 
     @jax.jit
@@ -118,7 +121,7 @@ class Contract:
 
     def _check(self, name: str, x: Any, legend: str, accepted: str, dtype_is_accepted: bool) -> None:
         if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
-            raise ValueError(f"{self.function}: {name} was donated to another call: use what that returned")
+            raise ValueError(f"{self.function}: {name} was donated to another call: use the array that it returned")
         letters, shape = legend.split(), getattr(x, "shape", ())
         sizes = {letter: size for letter, size in zip(letters, shape, strict=False) if size} | self.sizes
         if dtype_is_accepted and [sizes.get(letter) for letter in letters] == list(shape):

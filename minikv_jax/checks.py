@@ -14,10 +14,10 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """Returns `value` as a Python int.
+    """Checks that `value` is an integer in `least..most`, and returns it as a Python int.
 
     Raises:
-      ValueError: not an integer, less than `least`, or more than `most`.
+      ValueError: not an integer, or out of range. Without `most` there is no upper limit.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(f"{name}={shown(value)}: expected an integer")

@@ -85,7 +85,7 @@ def read_log(path: pathlib.Path) -> tuple[list[tuple[int, dict[str, Any]]], byte
 
 
 def sha256(path: pathlib.Path) -> str:
-    """The SHA-256 of a file, as hexadecimal text."""
+    """Computes the SHA-256 of a file, as hexadecimal text."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -257,7 +257,7 @@ def _settings(
     log_probabilities: bool,
 ) -> Settings:
     if not isinstance(model, Llama):
-        raise ValueError(f"model is a {type(model).__name__}: expected a Llama, the first of what load gives")
+        raise ValueError(f"model is a {type(model).__name__}: expected a Llama, the first value that load returns")
     new_tokens = integer("max_new_tokens", max_new_tokens, 1)
     check_implementation(implementation)
     if not isinstance(sampling, Sampling):

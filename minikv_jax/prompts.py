@@ -31,7 +31,7 @@ def bucket_length(tokens: int, limit: int | None = None) -> int:
 def pad_prompts(prompts: Any, vocab_size: int, positions: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Pads prompts to int32 ids and lengths. Raises ValueError naming the first prompt that is not token ids."""
     if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str):
-        raise ValueError(f"prompts={prompts!r}: expected sequences of token ids, one a row")
+        raise ValueError(f"prompts={prompts!r}: expected sequences of token ids, one per row")
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one sequence of token ids")
     rows = [_row(index, prompt) for index, prompt in enumerate(prompts)]

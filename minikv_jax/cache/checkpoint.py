@@ -55,7 +55,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
       NotImplementedError: there are several processes.
     """
     if jax.process_count() > 1:
-        raise NotImplementedError(f"{jax.process_count()} processes: a cache is saved by a run of one")
+        raise NotImplementedError(f"{jax.process_count()} processes: a cache can only be saved by a single process")
     tail = cache.layers[0].tail
     batch, kv_heads, _, head_dim = tail.k.shape
     description = {

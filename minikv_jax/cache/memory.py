@@ -48,7 +48,12 @@ class MemoryReport:
         return self.packed_bytes + self.tail_bytes + self.index_bytes
 
     def device_bytes(self, data: int, model: int) -> int:
-        """Bytes on each device of a mesh that splits rows into `data` parts and heads into `model` parts."""
+        """Computes the bytes on each device of a mesh.
+
+        Args:
+          data: number of parts that the rows are split into.
+          model: number of parts that the heads are split into.
+        """
         return (self.bytes - self.row_bytes) // (data * model) + self.row_bytes // data
 
     def step_saved(self, weight_bytes: int) -> float:
@@ -57,7 +62,7 @@ class MemoryReport:
         A step reads the weights once for all rows and, at the end of generation, the whole cache.
 
         Args:
-          weight_bytes: bytes of the weights that a step reads (`weight_bytes(model)`).
+          weight_bytes: bytes of the weights that a step reads, from the function `weight_bytes`.
         """
         return (weight_bytes + self.full_bytes) / (weight_bytes + self.bytes)
 
@@ -91,6 +96,9 @@ def report(
       max_new_tokens: tokens that will be generated per row.
       batch: rows.
       dtype: the model's dtype: "float32", "bfloat16" or "float16".
+
+    Returns:
+      Bytes by part and by layer, and the bytes of an uncompressed cache.
 
     Raises:
       ValueError: a length or batch below 1, an unknown dtype, or a method that does not fit the model.
@@ -143,7 +151,14 @@ def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int,
 
 
 def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
-    """Bytes of the weights that a decode step reads: all except an embedding table used only to look up tokens."""
+    """Computes the bytes of the weights that a decode step reads.
+
+    An embedding table that only looks up tokens is not counted.
+
+    Args:
+      model: config of the model.
+      dtype: the model's dtype: "float32", "bfloat16" or "float16".
+    """
     d, h = model.hidden_size, model.head_dim
     q, kv = model.num_attention_heads * h, model.num_key_value_heads * h
     attention = d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)

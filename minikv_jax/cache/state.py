@@ -167,7 +167,16 @@ class LayerCache:
         return self.packed.length + self.tail.length
 
     def packed_tokens(self, start: Array | int, size: int, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Dequantises `size` packed tokens from `start` on to keys and values `[B, K, size, H]`."""
+        """Dequantises some of the packed tokens.
+
+        Args:
+          start: first token, a multiple of the packing block.
+          size: number of tokens, a multiple of the packing block.
+          dtype: dtype of the result.
+
+        Returns:
+          Keys and values `[B, K, size, H]`, in the basis of the cache.
+        """
         k, v = self.packed.k.tokens(start, size), self.packed.v.tokens(start, size)
         return self.spec.decode(k, "keys", dtype), self.spec.decode(v, "values", dtype)
 
@@ -188,7 +197,11 @@ class LayerCache:
         return free - 1 + blocks * method.flush_block  # the token that fills the tail needs a free packed block
 
     def grow(self, tokens: int) -> LayerCache:
-        """Returns the same layer with room for `tokens` more tokens per row, at most `MAX_TOKENS`."""
+        """Makes room for `tokens` more tokens per row.
+
+        Raises:
+          ValueError: not an int in 0..16777216.
+        """
         tokens = checks.integer("tokens", tokens, 0, MAX_TOKENS)
         if self.method.quantizer is None:
             tail = _pad_region(self.tail, _pad(self.tail.k, tokens), _pad(self.tail.v, tokens), tokens)
@@ -254,10 +267,16 @@ class KVCache:
         return min(int(layer.room().min()) for layer in self.layers)
 
     def grow(self, tokens: int) -> KVCache:
-        """Returns the same cache with room for `tokens` more tokens per row.
+        """Makes room for `tokens` more tokens per row.
+
+        Args:
+          tokens: an int in 0..16777216. Packed regions grow by whole blocks.
+
+        Returns:
+          The same cache with larger capacities.
 
         Raises:
-          ValueError: not an int in 0..16777216.
+          ValueError: not such an int.
         """
         return dataclasses.replace(self, layers=tuple(layer.grow(tokens) for layer in self.layers))
 
@@ -279,6 +298,12 @@ class KVCache:
 
     def tile(self, times: int) -> KVCache:
         """Repeats each row: row `b` becomes rows `b * times .. (b + 1) * times - 1`.
+
+        Args:
+          times: number of copies of each row, at least 1.
+
+        Returns:
+          A cache of `B * times` rows.
 
         Raises:
           ValueError: `times` is not a positive int.

@@ -258,7 +258,7 @@ class Quantizer(Component, abc.ABC):
         return 32
 
     def operand(self, kind: Kind, layer: int) -> Operand:
-        """Returns the operand for the keys or the values of a layer."""
+        """Returns the operand for the keys or the values of layer number `layer`."""
         return Operand(kind, layer if self.by_layer else None)
 
     def bits(self, kind: Kind) -> int:
@@ -266,7 +266,11 @@ class Quantizer(Component, abc.ABC):
         return self.k_bits if kind == "keys" else self.v_bits
 
     def packing(self, kind: Kind) -> Packing:
-        """Returns the packing of keys or values, if kernels can pack or read them."""
+        """Returns the packing of keys or values, if kernels can pack or read them.
+
+        Raises:
+          NotImplementedError: the quantizer has a layout of its own.
+        """
         raise NotImplementedError(f"{type(self).__name__} has a layout of its own")
 
     @abc.abstractmethod
@@ -299,6 +303,10 @@ class Quantizer(Component, abc.ABC):
 
         The whole cache, tail included, then holds `k @ R` (or `v @ R`). Queries are rotated as the keys are, and the
         output is rotated back, so that attention is unchanged.
+
+        Args:
+          operand: keys or values, and of which layer.
+          head_dim: `H`.
         """
         del operand, head_dim
         return None

@@ -76,7 +76,7 @@ class Calibration(NamedTuple):
 def clipped(
     groups: Float[Array, "..."], ranges: Ranges, rule: Packing
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Zero point and step of each group (`packing.grouped`, leading axes `[B, K]`) after clipping its range."""
+    """Computes each group's zero point and step after clipping its range (`packing.grouped`, leading axes `[B, K]`)."""
     low, step = packing.minmax(groups, rule)
     steps = (1 << rule.bits) - 1
     half = step * (steps / 2)
@@ -161,7 +161,7 @@ def is_calibration(path: str | os.PathLike[str]) -> bool:
 def saved_method(path: str | os.PathLike[str]) -> Method:
     """Returns the method described by a saved calibration: the original method with the learned quantizer.
 
-    If no ranges were learned, the quantizer is a `CalibratedRotation`, which kernels can pack too.
+    If no ranges were learned, the quantizer is a `CalibratedRotation`, which kernels can pack as well.
     """
     directory = pathlib.Path(path).resolve()
     base, _, old, _ = _read(directory)
@@ -218,7 +218,7 @@ def _blank(layers: int, heads: int, dim: int, group_size: int) -> Calibration:
     """Makes NumPy arrays of a calibration's shapes. Arrays restored into NumPy stay out of JAX's tracing."""
 
     def blank(*shape: int) -> Any:
-        return np.broadcast_to(np.float32(0), shape)  # takes no memory, whatever the file says
+        return np.broadcast_to(np.float32(0), shape)  # takes no memory, whatever sizes the file gives
 
     def operand(columns: int) -> OperandCalibration:
         ranges = blank(layers, heads, columns)

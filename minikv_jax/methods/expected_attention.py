@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv 2510.00636; https://github.com/NVIDIA/kvpress)."""
+"""Expected Attention (arXiv 2510.00636; https://github.com/NVIDIA/kvpress): scores by future queries' attention."""
 
 from __future__ import annotations
 

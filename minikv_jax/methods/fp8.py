@@ -1,4 +1,4 @@
-"""FP8 (arXiv 2209.05433)."""
+"""FP8 (arXiv 2209.05433): stores keys and values as eight-bit floats."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class FP8(Quantizer):
     """Eight-bit floats without a scale; large values saturate (arXiv 2209.05433, table 1).
 
     Attributes:
+      k_bits, v_bits: bits of a key and of a value, always 8.
       format: "e4m3" or "e5m2", bits of exponent and mantissa.
     """
 

@@ -1,4 +1,4 @@
-"""H2O, heavy-hitter oracle (arXiv 2306.14048; https://github.com/FMInference/H2O)."""
+"""H2O (arXiv 2306.14048; https://github.com/FMInference/H2O): keeps heavy hitters, by accumulated attention."""
 
 from __future__ import annotations
 

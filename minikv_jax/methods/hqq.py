@@ -1,4 +1,4 @@
-"""Half-quadratic quantisation (HQQ, Badri and Shaji 2023; https://github.com/mobiusml/hqq)."""
+"""HQQ (Badri and Shaji 2023; https://github.com/mobiusml/hqq): zero points by half-quadratic splitting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KeyDiff (arXiv 2504.15364)."""
+"""KeyDiff (arXiv 2504.15364): keeps keys that differ most from their mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection by key norm (Devoto et al., arXiv 2406.11430; https://github.com/alessiodevoto/l2compress)."""
+"""KNorm (Devoto et al., arXiv 2406.11430; https://github.com/alessiodevoto/l2compress): keeps keys of small norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LagKV (arXiv 2504.04704)."""
+"""LagKV (arXiv 2504.04704): scores tokens by their spread relative to the tokens after them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LagKV(Scorer):
         count = max(-(-(tokens - sinks) // lag), 1)
 
         def partitions(x: Array) -> Array:
-            """`[B, K, partitions, lag, H]`, zeros after the end."""
+            """Splits tokens into `[B, K, partitions, lag, H]`, with zeros after the end."""
             x = x[:, sinks : sinks + count * lag].astype(jnp.float32)
             x = jnp.pad(x, [(0, 0), (0, count * lag - x.shape[1]), (0, 0), (0, 0)]).swapaxes(1, 2)
             return x.reshape(*x.shape[:2], count, lag, -1)

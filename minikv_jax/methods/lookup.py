@@ -18,7 +18,7 @@ _PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named without the
 
 
 def names() -> tuple[str, ...]:
-    """Lists the names that `get` accepts: the library's methods and those registered since."""
+    """Lists the names of all registered methods, the library's and your own."""
     return tuple(METHODS)
 
 
@@ -27,6 +27,9 @@ def get(name: str) -> Method:
 
     Args:
       name: a method's name, or a directory.
+
+    Returns:
+      The method.
 
     Raises:
       ValueError: an unknown name; the text lists the known ones. Also a damaged calibration.
@@ -41,7 +44,17 @@ def get(name: str) -> Method:
 
 
 def resolve(method: str | Method) -> Method:
-    """Returns a method as given, or looks it up by name. Raises ValueError for anything else."""
+    """Returns a method as given, or looks it up by name.
+
+    Args:
+      method: a `Method`, a method's name, or the directory of a calibration.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: an unknown name, or anything else.
+    """
     if isinstance(method, Method):
         return method
     if not isinstance(method, str):
@@ -56,6 +69,9 @@ def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:
     Args:
       text: `NAME` or `NAME:KEY=VALUE,KEY=VALUE`.
       changes: further changes, as for `override`; those in `text` win.
+
+    Returns:
+      The changed method.
 
     Raises:
       ValueError: an unknown method, setting or value.
@@ -75,7 +91,7 @@ def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:
 
 
 def override(method: Method, changes: Mapping[str, str]) -> Method:
-    """Returns `method` with settings changed by text, as in `--set heavy=0.5`.
+    """Changes settings of a method by text, as in `--set heavy=0.5`.
 
     A key is a field of `Method` (`heavy=0.5` is a share, `heavy=512` a count; `scorer`, `budget` and `quantizer` take
     registered names, `quantizer` and `evict_every` also `none`) or a setting of one of its components: `k_bits`, or
@@ -85,6 +101,9 @@ def override(method: Method, changes: Mapping[str, str]) -> Method:
     Args:
       method: the method to change; it stays as it is.
       changes: values as text, by key.
+
+    Returns:
+      The changed method.
 
     Raises:
       ValueError: an unknown setting, or a value of the wrong type or out of range; the text names both.

@@ -61,11 +61,11 @@ class Share:
 
     @property
     def units(self) -> int:
-        """The fraction in units of 1/10000."""
+        """Fraction in units of 1/10000."""
         return round(self.fraction * SHARE_UNITS)
 
     def tokens(self, length: Length) -> Length:
-        """Tokens granted to a row of `length`: `floor(length * fraction)`."""
+        """Number of tokens granted to a row of `length` tokens: `floor(length * fraction)`."""
         units = self.units
         return length // SHARE_UNITS * units + length % SHARE_UNITS * units // SHARE_UNITS  # exact within 32 bits
 
@@ -97,11 +97,11 @@ class Tokens:
         fields.check(self)
 
     def tokens(self, length: Length) -> Length:
-        """Tokens granted to a row of `length`: the count, or the whole row if it is shorter."""
+        """Number of tokens granted to a row of `length` tokens: the count, or the whole row if it is shorter."""
         return min(self.count, length) if isinstance(length, int) else jnp.minimum(self.count, length)
 
     def granted(self, length: Length) -> Length:
-        """The count, even if the row is shorter: with `evict_every`, the row grows up to it."""
+        """Same as the count, even if the row is shorter: with `evict_every`, the row grows up to it."""
         return self.count if isinstance(length, int) else jnp.full_like(length, self.count)  # pyright: ignore[reportReturnType]
 
     def __bool__(self) -> bool:

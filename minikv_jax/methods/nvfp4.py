@@ -26,6 +26,9 @@ class NVFP4(Quantizer):
 
     A float32 factor per head and block of 32 tokens scales the 8-bit scales. (NVIDIA's format has one per tensor; here
     blocks must not depend on each other.) Computed in plain JAX.
+
+    Attributes:
+      k_bits, v_bits: bits of a code, always 4.
     """
 
     choices: ClassVar[tuple[int, ...]] = (4,)

@@ -1,4 +1,4 @@
-"""PyramidKV (arXiv 2406.02069; https://github.com/Zefan-Cai/KVCache-Factory)."""
+"""PyramidKV (arXiv 2406.02069; https://github.com/Zefan-Cai/KVCache-Factory): budgets that fall over the layers."""
 
 from __future__ import annotations
 

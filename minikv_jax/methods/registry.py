@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         return name in self._built_in
 
     def snapshot(self) -> dict[str, T]:
-        """The entries as they are now."""
+        """Copies the entries."""
         return dict(self._entries)
 
     def restore(self, entries: dict[str, T]) -> None:

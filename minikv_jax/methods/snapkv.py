@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469; https://github.com/FasterDecoding/SnapKV)."""
+"""SnapKV (arXiv 2404.14469; https://github.com/FasterDecoding/SnapKV): scores by the votes of the last queries."""
 
 from __future__ import annotations
 

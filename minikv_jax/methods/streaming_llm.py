@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv 2309.17453; https://github.com/mit-han-lab/streaming-llm)."""
+"""StreamingLLM (arXiv 2309.17453; https://github.com/mit-han-lab/streaming-llm): keeps sinks and the newest tokens."""
 
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method

@@ -1,4 +1,4 @@
-"""TOVA, token omission via attention (arXiv 2401.06104; https://github.com/schwartz-lab-NLP/TOVA)."""
+"""TOVA (arXiv 2401.06104; https://github.com/schwartz-lab-NLP/TOVA): scores by the attention of the last query."""
 
 from __future__ import annotations
 

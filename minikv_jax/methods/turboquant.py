@@ -1,4 +1,4 @@
-"""TurboQuant-MSE (Zandieh et al. 2025, arXiv 2504.19874)."""
+"""TurboQuant-MSE (Zandieh et al. 2025, arXiv 2504.19874): rotates keys and values and stores norm and direction."""
 
 from __future__ import annotations
 

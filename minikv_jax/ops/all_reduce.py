@@ -48,7 +48,7 @@ def _cuda(x: Array, mesh: Mesh) -> Array:
 def _groups(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
     """Lists, for each set of rows, the numbers of the CUDA devices that hold its heads."""
     if jax.process_count() > 1:
-        raise NotImplementedError(f"{jax.process_count()} processes: the CUDA all-reduce is for the GPUs of one")
+        raise NotImplementedError(f"{jax.process_count()} processes: the CUDA all-reduce supports a single process")
     axes = [mesh.axis_names.index(MODEL)]
     rows = mesh.devices.transpose([*(i for i in range(mesh.devices.ndim) if i not in axes), *axes])
     return tuple(tuple(device.local_hardware_id for device in row) for row in rows.reshape(-1, mesh.shape[MODEL]))

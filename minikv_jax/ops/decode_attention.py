@@ -91,7 +91,7 @@ def attend_cache(q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[A
     q = grouped.reshape(batch, kv_heads, -1, dim)
     oldest = None
     if layer.spec.window is not None:
-        oldest = jnp.tile(positions - layer.spec.window, (1, group))[:, None, :, None]  # newer keys are seen
+        oldest = jnp.tile(positions - layer.spec.window, (1, group))[:, None, :, None]  # only newer keys are seen
 
     def region(part: Partial, load: _Load, capacity: int, length: Array, key_positions: Array | None) -> Partial:
         """Adds a region's tokens block by block, reading no block past the longest row."""
