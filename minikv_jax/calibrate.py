@@ -99,7 +99,7 @@ def calibrate(
 
     Raises:
       ValueError: a method that does not fit the model, or that packs nothing of such prompts; no text; texts of
-        different lengths.
+        different lengths; values that are not finite.
     """
     quantizer = check_method(model.config, method)
     if len({(len(prompt), len(after)) for prompt, after in texts}) != 1:
@@ -112,6 +112,8 @@ def calibrate(
         window = model.window(number)
         learned = _learn_layer(samples, key, quantizer=quantizer, sinks=method.sinks, settings=settings, window=window)
         layers.append(jax.device_get(learned))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(layers[-1])):
+            raise ValueError(f"what is learnt of layer {number} is not finite: expected a rate below {settings.rate}")
         done(number + 1)
     calibration, before, after, curve = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return Learnt(calibration, before, after, curve.mean(axis=0))

@@ -9,7 +9,9 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ from minikv_jax import checks, files
 from minikv_jax.schemas import Schema, validate
 
 _ARRAYS = "arrays"
+_CAUSE_LENGTH = 200
 
 
 class Description(Schema):
@@ -120,10 +123,11 @@ def naming_damage(path: pathlib.Path, kind: str) -> Iterator[None]:
     if not isinstance(before, _LateReads):
         sys.unraisablehook = _LateReads(before)
     try:
-        yield
+        with _finishing_first():
+            yield
     except Exception as error:  # Orbax raises bare exceptions, with TensorStore's error as their cause
         _drop_late_reports()
-        raise ValueError(f"{path} is not a complete {kind}: {checks.reason(error.__cause__ or error)}") from None
+        raise ValueError(f"{path} is not a complete {kind}: {_cause(error.__cause__ or error)}") from None
     sys.unraisablehook = before  # after a failure the hook stays: reads may still be running
 
 
@@ -156,9 +160,31 @@ def _is_no_late_report(record: logging.LogRecord) -> bool:
 def orbax_errors() -> Iterator[None]:
     """Turns Orbax's errors for files that it cannot write into an OSError of one line; `replacing` adds the path."""
     try:
-        yield
+        with _finishing_first():
+            yield
     except Exception as error:  # TensorStore raises several kinds
-        raise OSError(errno.EIO, checks.reason(error)) from None
+        raise OSError(errno.EIO, _cause(error)) from None
+
+
+@contextlib.contextmanager
+def _finishing_first() -> Iterator[None]:
+    """Lets Ctrl-C wait for the end of the block: Orbax's threads, stopped half-way, hang or complain at length."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without TensorStore's settings and source lines."""
+    return re.split(r" \[(?:tensorstore_spec|source locations)", checks.reason(error))[0][:_CAUSE_LENGTH]
 
 
 def _check_files(directory: pathlib.Path, sums: Mapping[str, str]) -> None:

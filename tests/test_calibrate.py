@@ -184,6 +184,14 @@ def test_another_model_or_layout_is_refused(method: Method):
         contracts.check(Method(quantizer=Calibrated(calibration="/no/such")), tiny_config())
 
 
+def test_what_is_not_finite_is_not_saved():
+    broken = tiny_model(max_position_embeddings=256)
+    kernel = broken.layers[1].self_attn.qkv_proj.kernel
+    kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"what is learnt of layer 1 is not finite: expected a rate below 0\.02"):
+        calibrate(broken, TEXTS, BASE, Settings(steps=1))
+
+
 def test_what_cannot_be_calibrated_is_named(model: Llama):
     with pytest.raises(ValueError, match="method 'full' has quantizer=None: expected MinMax or Hadamard"):
         calibrate(model, TEXTS, lookup.get("full"))

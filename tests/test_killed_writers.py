@@ -5,6 +5,7 @@ import http.server
 import json
 import pathlib
 import shutil
+import signal
 import threading
 import time
 import zipfile
@@ -135,7 +136,7 @@ WRITERS = {
 }
 
 
-def campaign(writer: Writer, directory: pathlib.Path, kills: int) -> list[int]:
+def campaign(writer: Writer, directory: pathlib.Path, kills: int, by: signal.Signals = signal.SIGKILL) -> list[int]:
     """Kills the writer `kills` times; returns the number of reports of each run."""
     counts = []
     fresh = directory / "first"
@@ -144,7 +145,7 @@ def campaign(writer: Writer, directory: pathlib.Path, kills: int) -> list[int]:
     for number, moment in enumerate(killed.moments(kills, longest)):
         fresh = directory / str(number)
         fresh.mkdir()
-        reports = killed.kill(writer.target, (fresh, *writer.prepare(fresh)), moment)
+        reports = killed.kill(writer.target, (fresh, *writer.prepare(fresh)), moment, by)
         writer.check(fresh, reports)
         shutil.rmtree(fresh)
         counts.append(len(reports))
@@ -162,6 +163,12 @@ def report(capsys: pytest.CaptureFixture[str], kind: str, counts: list[int], sec
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_killed_writer_leaves_nothing_in_part(kind: str, tmp_path: pathlib.Path):
     assert len(campaign(WRITERS[kind], tmp_path, 3)) == 3
+
+
+@pytest.mark.parametrize("kind", ["file", "calibrate", "sweep"])
+def test_an_interrupted_writer_leaves_nothing_in_part(kind: str, tmp_path: pathlib.Path):
+    """As by Ctrl-C."""
+    assert len(campaign(WRITERS[kind], tmp_path, 2, signal.SIGINT)) == 2
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import pathlib
 
 import numpy as np
 
-from minikv_jax.calibrate import Settings, calibrate, check_method
+from minikv_jax import files
+from minikv_jax.calibrate import Learnt, Settings, calibrate, check_method
 from minikv_jax.cli import output, shared
 from minikv_jax.evaluation.run import describe_model
 from minikv_jax.evaluation.task import need_tokenizer, read_text
 from minikv_jax.evaluation.tasks.perplexity import book_windows
 from minikv_jax.methods import calibrated
+from minikv_jax.methods.method import Method
 from minikv_jax.models import hub
 
 
@@ -53,10 +55,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the loss before and after, and saves the calibration."""
     settings = Settings(tuple(arguments.learn.split(",")), arguments.steps, arguments.rate, arguments.seed)
     method = shared.read_method(arguments)
-    if arguments.out.exists():
-        raise FileExistsError(f"--out {arguments.out} exists: a calibration is saved into a new directory")
     texts = {path.name: read_text(path) for path in arguments.text}
+    if len(texts) < len(arguments.text):
+        raise ValueError("--text names two files alike: expected another name for one of them")
     check_method(hub.load_config(arguments.model), method)
+    with files.replacing(arguments.out, patience=0, new=True) as part:  # no other process learns for it meanwhile
+        learnt = _learn(arguments, settings, method, texts, part)
+    tenths = [values.mean() for values in np.array_split(learnt.curve, min(10, len(learnt.curve)))]
+    output.print_rows(
+        {
+            "loss, mean of all layers": f"{learnt.before.mean():.5f} -> {learnt.after.mean():.5f}",
+            "loss while learning": " ".join(f"{value:.5f}" for value in tenths),
+            "layers with a lower loss": str((learnt.after < learnt.before).sum()),
+            "use it with": f"--method {arguments.out}",
+        }
+    )
+    return 0
+
+
+def _learn(
+    arguments: argparse.Namespace, settings: Settings, method: Method, texts: dict[str, str], directory: pathlib.Path
+) -> Learnt:
+    """Learns from windows of the texts, and saves the calibration in `directory`."""
     model, tokenizer = shared.load_model(arguments)
     encode = need_tokenizer(tokenizer).encode
     windows = [
@@ -76,14 +96,5 @@ def run(arguments: argparse.Namespace) -> int:
         "loss_after": learnt.after.tolist(),
         "curve": learnt.curve.tolist(),
     }
-    calibrated.save(learnt.calibration, method, model.config, arguments.out, details)
-    tenths = [part.mean() for part in np.array_split(learnt.curve, min(10, len(learnt.curve)))]
-    output.print_rows(
-        {
-            "loss, mean of all layers": f"{learnt.before.mean():.5f} -> {learnt.after.mean():.5f}",
-            "loss while learning": " ".join(f"{value:.5f}" for value in tenths),
-            "layers with a lower loss": str((learnt.after < learnt.before).sum()),
-            "use it with": f"--method {arguments.out}",
-        }
-    )
-    return 0
+    calibrated.save(learnt.calibration, method, model.config, directory, details)
+    return learnt

@@ -16,7 +16,9 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,10 +32,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _run(_parser().parse_args(argv, argparse.Namespace(command_line=shlex.join(["minikv", *argv]))))
+        with _interrupts_are_raised():
+            return _run(_parser().parse_args(argv, argparse.Namespace(command_line=shlex.join(["minikv", *argv]))))
     except KeyboardInterrupt:
         print("minikv: interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _interrupts_are_raised() -> Iterator[None]:
+    """Raises Ctrl-C again if it came within the garbage collector or a destructor, where Python drops it."""
+    before = sys.unraisablehook
+
+    def hook(report: sys.UnraisableHookArgs) -> None:
+        if isinstance(report.exc_value, KeyboardInterrupt):
+            threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()
+        else:
+            before(report)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from support.commands import Run, run_wrongly
 
+from minikv_jax import files
+
 
 def test_calibrate_then_evaluate(run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
@@ -43,7 +45,11 @@ def test_calibrate_then_evaluate(run: Run, model_directory: pathlib.Path, tmp_pa
     assert rows[0][1:3] != rows[1][1:3]  # the quality differs, the bytes do not
     assert rows[0][-2] == rows[1][-2] != rows[2][-2]
     code, _, err = run(*learn, "--out", out)
-    assert (code, err) == (2, f"minikv: error: --out {out} exists: a calibration is saved into a new directory\n")
+    assert (code, err) == (2, f"minikv: error: {out} exists: give a new path\n")
+    with files.locked(tmp_path / "other"):  # as another process does while it learns
+        assert "other is being written by another process: wait until it ends" in run_wrongly(
+            run, *learn, "--out", tmp_path / "other"
+        )
 
 
 @pytest.mark.parametrize(

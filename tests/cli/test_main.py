@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 from support.commands import Run, run_wrongly
@@ -82,8 +83,18 @@ def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.Monk
     def interrupted(arguments: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minikv_jax.cli.methods.run", interrupted)
-    assert run("methods") == (130, "", "minikv: interrupted\n")
+    class Collected:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt  # which Python drops
+
+    def interrupted_while_collecting(arguments: object) -> int:
+        Collected()
+        threading.Event().wait(10)
+        return 0
+
+    for command in (interrupted, interrupted_while_collecting):
+        monkeypatch.setattr("minikv_jax.cli.methods.run", command)
+        assert run("methods") == (130, "", "minikv: interrupted\n")
 
 
 def test_verbose_shows_where_an_error_comes_from(model_directory: pathlib.Path):

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 from support.commands import Run, run_wrongly
+from support.full_disk import full_disk
 
 from minikv_jax.cache import memory
 from minikv_jax.generate import generate
@@ -32,6 +33,11 @@ def test_memory_prints_the_report(run: Run, model_directory: pathlib.Path, tmp_p
         assert f"{value:,} bytes" in text
     assert f"{expected.full_bytes - expected.bytes:,} bytes ({expected.saved:.1%})" in text
     assert json.loads(out.read_text())["bytes"] == expected.bytes
+    written = out.read_bytes()
+    with full_disk(100):
+        code, _, error = run("memory", "--model", model_directory, *sizes)
+    assert (code, error) == (2, f"minikv: error: [Errno 27] File too large: '{out}'\n")
+    assert out.read_bytes() == written
     weights = memory.weight_bytes(hub.load_config(model_directory), "float32")
     assert f"{weights:,} bytes of weights" in text
     assert f"{(weights + expected.full_bytes) / (weights + expected.bytes):.2f}x (if decoding is memory-bound)" in text

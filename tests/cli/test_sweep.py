@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.commands import Run, run_wrongly
+from support.full_disk import full_disk
 
 import minikv_jax
 from minikv_jax import files
@@ -159,6 +160,29 @@ def test_rows_of_another_version_are_measured_anew(sweep: Run, tmp_path: pathlib
     assert log == f"minikv: 2 rows of h2o measured anew: minikv_jax was {minikv_jax.__version__} and is 9.9\n"
     assert json.loads((tmp_path / "out" / "results.json").read_text())["versions"]["minikv_jax"] == "9.9"
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows
+
+
+def test_a_full_disk_is_one_line_and_the_sweep_goes_on(
+    sweep: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = ("--method", "h2o", "--method", "minikv:tail.length=32", "--no-figures")
+    assert sweep("whole", *command)[0] == 0
+    original, rows = run_module.measure_each, tmp_path / "out" / "rows.jsonl"
+
+    def filling(*arguments: Any) -> Any:
+        """The first method's row, and half of the second's."""
+        measured = original(*arguments)
+        yield next(measured)
+        with full_disk(rows.stat().st_size + 50):
+            yield next(measured)
+
+    monkeypatch.setattr(run_module, "measure_each", filling)
+    code, _, error = sweep("out", *command)
+    assert (code, error) == (2, f"minikv: error: [Errno 27] File too large: '{rows}'\n")
+    assert [row["point"] for _, row in files.read_jsonl(rows)] == ["h2o"]
+    monkeypatch.setattr(run_module, "measure_each", original)
+    assert sweep("out", *command)[::2] == (0, "")
+    assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
 
 
 def test_another_process_is_refused(sweep: Run, tmp_path: pathlib.Path):

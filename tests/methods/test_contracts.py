@@ -1,7 +1,9 @@
 """Tests user-defined components: a plugin in use, and errors for broken contracts."""
 
 import itertools
+import os
 import pathlib
+import sys
 from typing import Any, ClassVar
 
 import jax
@@ -232,6 +234,19 @@ def test_a_plugin_that_fails_half_way_registers_nothing(tmp_path: pathlib.Path):
     assert [registry.snapshot() for registry in REGISTRIES] == before
     assert "mine" not in lookup.names()
     assert set(mk.load_plugin(write(tmp_path, PLUGIN))) == {"scorer", "budget", "quantizer", "method"}
+
+
+def test_an_edited_plugin_runs_as_it_is_now(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    """Python would take the bytecode that it stored, if the file is as long and of the same second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    text = (
+        "import minikv_jax as mk\nmk.register_method(mk.Method(name='mine', scorer=mk.H2O(), heavy=0.{}, recent=0.1))\n"
+    )
+    for digit in (1, 2):
+        path = write(tmp_path, text.format(digit))
+        os.utime(path, (10**9, 10**9))
+        mk.load_plugin(path)
+        assert lookup.get("mine").heavy == mk.Share(digit / 10)
 
 
 def shape_of(inputs: mk.LayerInputs) -> tuple[int, int, int]:

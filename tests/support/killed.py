@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -58,15 +59,17 @@ def _start(target: Target, arguments: tuple[Any, ...]) -> tuple[ForkServerProces
     return process, ours
 
 
-def kill(target: Target, arguments: tuple[Any, ...], after: float) -> list[Any]:
+def kill(target: Target, arguments: tuple[Any, ...], after: float, by: signal.Signals = signal.SIGKILL) -> list[Any]:
     """Kills a process that runs `target` after some seconds of work, and returns its reports."""
     process, ours = _start(target, arguments)
     reports = []
     deadline = time.perf_counter() + after
     while (left := deadline - time.perf_counter()) > 0 and ours.poll(left):
         reports += _received(ours)
-    process.kill()
-    process.join()
+    assert process.pid is not None
+    while process.exitcode is None:  # an interrupt is lost if it comes within Python's garbage collection
+        os.kill(process.pid, by)
+        process.join(2)
     while ours.poll() and (last := _received(ours)):
         reports += last
     ours.close()

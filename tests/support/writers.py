@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -38,9 +39,10 @@ CASES, METHODS = 5, ("h2o", "minikv")
 
 def _again_and_again(connection: Connection, write: Callable[[int], Any]) -> None:
     connection.send(None)
-    for number in itertools.count():
-        write(number)
-        connection.send(number)
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in itertools.count():
+            write(number)
+            connection.send(number)
 
 
 # Values: the same in every process ------------------------------------------------------------------------------------
