@@ -27,7 +27,7 @@ def load_plugin(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
       path: the file.
 
     Returns:
-      The new names by kind: `{"scorer": ("mine",), "method": ("my-method",)}`.
+      The new names, as a tuple for each kind that has some ("scorer", "budget", "quantizer" or "method").
 
     Raises:
       FileNotFoundError: `path` does not exist.
