@@ -19,23 +19,29 @@ from minikv_jax.cache.checkpoint import restore_cache, save_cache
 from minikv_jax.cache.state import KVCache
 from minikv_jax.generate import compile_ahead, generate, stream
 from minikv_jax.methods import lookup
+from minikv_jax.methods.base import Uniform
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.partition import shard_model
 from minikv_jax.programs import Programs, State
 from minikv_jax.sampling import Sampling
 
-LAYERS, ROWS, NEW = 2, 8, 40
+ROWS, NEW = 8, 40
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "intermediate_size": 96}
-SIZES |= {"num_hidden_layers": LAYERS, "max_position_embeddings": 512}
+SIZES |= {"max_position_embeddings": 512}
 MESHES = ("data=8", "model=8", "data=2,model=4", "data=4,model=2")
 # Sums over devices have another order. A number on the edge between two codes may then get the other one, which
 # changes the rest of its row a little.
 ROUNDING, ONE_CODE = 2e-5, 0.02
 
 
+def layers_for(method: str) -> int:
+    """Layers that show what a method does: two if it spreads a budget over them."""
+    return 1 if isinstance(lookup.get(method).budget, Uniform) else 2
+
+
 @functools.cache
-def model() -> Llama:
-    return tiny_model(**SIZES)
+def model(layers: int = 1) -> Llama:
+    return tiny_model(**SIZES, num_hidden_layers=layers)
 
 
 def mesh_of(text: str) -> jax.sharding.Mesh:
@@ -69,7 +75,8 @@ def run(programs: Programs, on: Llama) -> tuple[KVCache, State]:
 
 @functools.cache
 def on_one_device(method: str) -> tuple[KVCache, State]:
-    return run(compiled(model(), method), model())
+    whole = model(layers_for(method))
+    return run(compiled(whole, method), whole)
 
 
 def communication(program: jax.stages.Compiled) -> Counter[str]:
@@ -80,12 +87,12 @@ def communication(program: jax.stages.Compiled) -> Counter[str]:
     return Counter(f"{kind} {re.sub(r'{[^}]*}', '', shape)}" for shape, kind in found)
 
 
-def expected_communication(data: int, shards: int) -> Counter[str]:
+def expected_communication(data: int, shards: int, layers: int = 1) -> Counter[str]:
     """Lists two sums per layer, each device's logits, and whether any row continues."""
     rows = ROWS // data
     expected: Counter[str] = Counter()
     if shards > 1:
-        expected[f"all-reduce f32[{rows},1,48]"] = 2 * LAYERS
+        expected[f"all-reduce f32[{rows},1,48]"] = 2 * layers
         expected[f"all-gather f32[{rows},96]"] = 1
     if data > 1:
         expected["all-reduce pred[]"] = 1
@@ -106,7 +113,7 @@ def stored(cache: KVCache) -> list[np.ndarray]:
 
 
 def check(method: str, mesh: str) -> None:
-    on = shard_model(model(), mesh_of(mesh))
+    on = shard_model(model(layers_for(method)), mesh_of(mesh))
     programs = compiled(on, method)
     prompt, state = run(programs, on)
     expected_prompt, expected = on_one_device(method)
@@ -121,7 +128,7 @@ def check(method: str, mesh: str) -> None:
         assert off.mean() <= (1e-3 if quantised else 0)
     sizes = meshes.parse(mesh)
     shards, data = sizes.get("model", 1), sizes.get("data", 1)
-    assert communication(programs.decode) == expected_communication(data, shards)
+    assert communication(programs.decode) == expected_communication(data, shards, layers_for(method))
     for leaf in jax.tree.leaves(state.cache):  # every part where it belongs
         part = leaf.addressable_shards[0].data.shape
         assert part == (leaf.shape[0] // data, *(n // shards for n in leaf.shape[1:2]), *leaf.shape[2:])
@@ -141,7 +148,7 @@ def test_every_method_on_every_mesh(method: str, mesh: str):
 
 def test_a_tied_vocabulary_costs_one_sum_more():
     """The additional sum looks up the drawn token."""
-    on = shard_model(tiny_model(**SIZES, tie_word_embeddings=True), mesh_of("model=8"))
+    on = shard_model(tiny_model(**SIZES, num_hidden_layers=1, tie_word_embeddings=True), mesh_of("model=8"))
     found = communication(compiled(on, "minikv").decode)
     assert found - expected_communication(1, 8) == Counter({f"all-reduce f32[{ROWS},1,48]": 1})
 
@@ -177,7 +184,7 @@ def test_prompts_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_cache_moves_between_meshes(tmp_path: pathlib.Path):
     """A cache moves through a file or directly, and its rows can be selected."""
-    config = tiny_config(**SIZES)
+    config = tiny_config(**SIZES, num_hidden_layers=1)
     how: dict[str, Any] = {"max_new_tokens": 8, "eos_token_ids": ()}
     on, elsewhere = shard_model(model(), mesh_of("data=2,model=4")), shard_model(model(), mesh_of("data=4,model=2"))
     cache = generate(on, prompts(), method="minikv", **how).cache
