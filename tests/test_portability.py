@@ -1,7 +1,5 @@
 """Tests that generation with "xla" lowers for accelerators that are not present."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,9 +28,10 @@ def test_generation_lowers_for_other_platforms(method: str, mesh: str | None):
         rows = meshes.sharding(model.mesh, meshes.DATA)
     graph, params = nnx.split(model)
     settings = Settings(16, Sampling(temperature=1.0, top_k=8), (3,), "xla", True)
-    shapes: Any = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((4, 64), (4,))]
+    ids = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=rows)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=rows)
     with meshes.use(model.mesh):
-        inputs = Inputs(None, *shapes, jax.random.key(0))
+        inputs = Inputs(None, ids, lengths, jax.random.key(0))
         traced = run.trace(graph, settings, lookup.get(method), params, *inputs)
         text = traced.lower(lowering_platforms=PLATFORMS).as_text()
     assert "while" in text

@@ -94,7 +94,7 @@ def test_hqq(kind: Kind, axis: str):
             got = (gap[b, head].T if axis == "tokens" else gap[b, head]).reshape(-1, 16).mean(axis=-1)
             want = naive_methods.hqq(x[b, head], 2, 16, axis)
             # Scale and zero are stored in float16: 2**-11 of values up to 30 here, mostly below 3. A code at a tie may
-            # go the other way and take its group's solver elsewhere.
+            # round the other way, which changes its group's solution.
             assert np.isclose(got, want, rtol=1e-2, atol=2e-3).mean() > 0.98
             np.testing.assert_allclose(got, want, rtol=0.1, atol=2e-2)
     assert errors[HQQ] < errors[MinMax]
