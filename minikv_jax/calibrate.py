@@ -91,7 +91,7 @@ def calibrate(
       model: the model whose keys and values are stored.
       texts: pairs of a prompt and the tokens that follow it, as token ids; the lengths are the same in all texts.
       method: quantises with `MinMax` or `Hadamard`; rotations start from the quantizer's own basis.
-      settings: what to learn, and for how long.
+      settings: parts to learn, steps and learning rate.
       done: called after each layer with the number of finished layers.
 
     Returns:

@@ -66,7 +66,7 @@ def decode(
       cache: returned by `prefill`, `decode` or `extend`. To update it in place, donate it to your `jax.jit`.
       token: one token id per row, in `0..V-1`.
       active: 1 for rows that take part, 0 for rows whose cache stays as it is.
-      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest one recorded for this GPU that
+      implementation: "xla", "pallas" or "cuda", for all ops; by default the fastest one recorded for this GPU that
         supports the inputs.
 
     Returns:
@@ -137,7 +137,7 @@ def extend(
       cache: returned by `prefill`, `decode` or `extend`. To update it in place, donate it to your `jax.jit`.
       ids: token ids in `0..V-1`, right-padded.
       lengths: new tokens per row, in `0..T`.
-      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest one recorded for this GPU that
+      implementation: "xla", "pallas" or "cuda", for all ops; by default the fastest one recorded for this GPU that
         supports the inputs.
 
     Returns:

@@ -62,14 +62,14 @@ def generate(
       model: the model, from `load` for example. On a mesh, prompts must be a multiple of its axis "data".
       prompts: token ids, one sequence per row; rows may differ in length. Lengths are padded up to a bucket
         (`bucket_length`), so that a new length rarely compiles; the result does not depend on it.
-      method: how new prompts are compressed: a `Method`, or a name (`minikv methods` lists them); "minikv" by default.
+      method: compresses new prompts: a `Method`, or a name (`minikv methods` lists them); "minikv" by default.
       cache: cache of an earlier result, to which the prompts are appended; it keeps its own method. It is donated: use
         the returned cache afterwards.
       max_new_tokens: most tokens to generate per row; an end-of-sequence token ends a row earlier.
-      sampling: how tokens are drawn; greedily by default.
+      sampling: settings of the draw; greedy by default.
       key: PRNG key for sampling; needed if `sampling.temperature > 0`.
       eos_token_ids: ids that end a row; by default the model's. An empty sequence never stops.
-      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU.
+      implementation: "xla", "pallas" or "cuda", for all ops; by default the fastest recorded for this GPU.
       log_probabilities: whether to return the log-probability of every drawn token.
 
     Returns:

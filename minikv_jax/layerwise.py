@@ -125,7 +125,7 @@ def compress_layers(
       layers: returned by `prefill_layers`.
       lengths: valid tokens per row.
       layer_capacities: returned by `capacities` or, for shared programs, `shared_capacities`.
-      implementation: of the ops; None for the fastest recorded one.
+      implementation: implementation of the ops; None for the fastest recorded one.
     """
     lengths = jnp.asarray(lengths)
     by_layer = method.quantizer is not None and method.quantizer.by_layer

@@ -130,7 +130,7 @@ def prefill(
       lengths: tokens of each row, in `1..T`.
       method: a `Method` or a name.
       max_new_tokens: tokens per row that the cache will have room for, at least 0.
-      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU.
+      implementation: "xla", "pallas" or "cuda", for all ops; by default the fastest recorded for this GPU.
 
     Returns:
       The final hidden state of each row's last token, in the model's dtype, and the cache.
@@ -257,7 +257,7 @@ def prefill_layer(
       method: a `Method` or a name.
       max_new_tokens: tokens per row that the cache will have room for, at least 0.
       num_layers: number of the model's layers, on which budgets may depend.
-      implementation: of the ops: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU.
+      implementation: "xla", "pallas" or "cuda", for all ops; by default the fastest recorded for this GPU.
 
     Returns:
       The attention output in `q`'s dtype, zero in the padding, and the layer's cache.

@@ -90,7 +90,7 @@ def load(directory: str | os.PathLike[str], description: Description, like: Any)
     """Reads the arrays written by `save`.
 
     Args:
-      directory: as given to `save`.
+      directory: the directory written by `save`.
       description: returned by `read_description`.
       like: a pytree of the stored structure, shapes and dtypes. A `jax.ShapeDtypeStruct` or JAX array is read as a JAX
         array, a NumPy array as a NumPy array.
@@ -168,9 +168,9 @@ def orbax_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _finishing_first() -> Iterator[None]:
-    """Lets Ctrl-C wait for the end of the block: Orbax's threads, stopped half-way, hang or complain at length."""
+    """Delays Ctrl-C to the end of the block, because Orbax's threads hang or report at length if they are stopped."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread
+        yield  # only the main thread gets signals
         return
     received: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
@@ -183,7 +183,7 @@ def _finishing_first() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong, without TensorStore's settings and source lines."""
+    """Cuts TensorStore's settings and source lines from an error's text."""
     return re.split(r" \[(?:tensorstore_spec|source locations)", checks.reason(error))[0][:_CAUSE_LENGTH]
 
 

@@ -14,7 +14,7 @@ from minikv_jax.methods.registry import REGISTRIES
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Runs what the file says now: stored bytecode passes for newer than an edit within the same second."""
+    """Runs the current text of a file. Stored bytecode may hide an edit made within the same second."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)

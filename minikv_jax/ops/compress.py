@@ -32,7 +32,7 @@ def compress(
       capacity: static sizes of the cache.
       spec: the method, and the layer's window and number.
       eviction: state of a layer that evicts (`start_eviction`).
-      implementation: of the quantize op.
+      implementation: implementation of `quantize`.
     """
     tokens, positions = k.shape[1], kept.positions
     # Filler slots point past the end. They read the last token instead, so that they are finite if the prompt is.
