@@ -49,8 +49,9 @@ def mesh_of(text: str) -> jax.sharding.Mesh:
 
 
 def prompts(rows: int = ROWS, longest: int = 96) -> list[list[int]]:
+    """No token is twice in a row: some scores do not depend on its position, and rounding would decide between the two."""
     rng = np.random.default_rng(5)
-    return [rng.integers(0, 96, size).tolist() for size in rng.integers(longest // 2, longest, rows)]
+    return [rng.permutation(96)[:size].tolist() for size in rng.integers(longest // 2, longest, rows)]
 
 
 def compiled(on: Llama, method: str) -> Programs:
@@ -117,9 +118,9 @@ def check(method: str, mesh: str) -> None:
     programs = compiled(on, method)
     prompt, state = run(programs, on)
     expected_prompt, expected = on_one_device(method)
-    np.testing.assert_array_equal(state.tokens, expected.tokens)
     np.testing.assert_array_equal(state.cache.length, expected.cache.length)
     quantised = lookup.get(method).quantizer is not None
+    np.testing.assert_array_equal(state.tokens, expected.tokens)
     off = np.abs(np.asarray(state.log_probabilities) - np.asarray(expected.log_probabilities))
     assert off.max() <= (ONE_CODE if quantised else ROUNDING)
     assert (off > ROUNDING).mean() <= (0.25 if quantised else 0)
