@@ -49,7 +49,7 @@ def mesh_of(text: str) -> jax.sharding.Mesh:
 
 
 def prompts(rows: int = ROWS, longest: int = 96) -> list[list[int]]:
-    """No token is twice in a row: some scores do not depend on its position, and rounding would decide between the two."""
+    """Rows without repeated tokens, as some scores do not depend on position and rounding would break the tie."""
     rng = np.random.default_rng(5)
     return [rng.permutation(96)[:size].tolist() for size in rng.integers(longest // 2, longest, rows)]
 
