@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import errno
-import logging
 import os
 import pathlib
-import re
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from minikv_jax import checks, files
+from minikv_jax.orbax_errors import naming_damage, naming_failure
 from minikv_jax.schemas import Schema, validate
 
 _ARRAYS = "arrays"
-_CAUSE_LENGTH = 200
 
 
 class Description(Schema):
@@ -60,7 +52,7 @@ def save(directory: str | os.PathLike[str], arrays: Any, description: Mapping[st
     path = pathlib.Path(directory).resolve()
     with files.replacing(path, patience=0, new=True) as part:
         part.mkdir()
-        with orbax_errors(), ocp.StandardCheckpointer() as checkpointer:
+        with naming_failure(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(part / _ARRAYS, _numbered(arrays))
         names = _names(part)
         sums = dict(zip(names, _sha256s([part / name for name in names]), strict=True))
@@ -114,77 +106,6 @@ def load(directory: str | os.PathLike[str], description: Description, like: Any)
         with naming_damage(path, "Orbax checkpoint"):
             restored = checkpointer.restore(path, leaves)
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
-
-
-@contextlib.contextmanager
-def naming_damage(path: pathlib.Path, kind: str) -> Iterator[None]:
-    """Turns Orbax's errors for damaged files into a ValueError of one line that names the path."""
-    before = sys.unraisablehook
-    if not isinstance(before, _LateReads):
-        sys.unraisablehook = _LateReads(before)
-    try:
-        with _finishing_first():
-            yield
-    except Exception as error:  # Orbax raises bare exceptions, with TensorStore's error as their cause
-        _drop_late_reports()
-        raise ValueError(f"{path} is not a complete {kind}: {_cause(error.__cause__ or error)}") from None
-    sys.unraisablehook = before  # after a failure the hook stays: reads may still be running
-
-
-# Orbax reads all arrays at once and closes the event loop at the first failure. The other reads then report their own
-# failures on stderr, in up to forty lines each: as unraisable exceptions, log records and warnings.
-_LATE = re.compile("Event loop is closed|Encountered error while reading array|coroutine '_read_array|tensorstore_spec")
-
-
-class _LateReads:
-    """Drops reports of reads that end after another read has failed. Passes other reports to the previous hook."""
-
-    def __init__(self, before: Callable[[sys.UnraisableHookArgs], Any]):
-        self._before = before
-
-    def __call__(self, report: sys.UnraisableHookArgs) -> None:
-        if not _LATE.search(str(report.exc_value)):
-            self._before(report)
-
-
-def _drop_late_reports() -> None:
-    warnings.filterwarnings("ignore", "coroutine '_read_array", RuntimeWarning)
-    logging.getLogger("asyncio").addFilter(_is_no_late_report)
-
-
-def _is_no_late_report(record: logging.LogRecord) -> bool:
-    return not _LATE.search(record.getMessage())
-
-
-@contextlib.contextmanager
-def orbax_errors() -> Iterator[None]:
-    """Turns Orbax's errors for files that it cannot write into an OSError of one line; `replacing` adds the path."""
-    try:
-        with _finishing_first():
-            yield
-    except Exception as error:  # TensorStore raises several kinds
-        raise OSError(errno.EIO, _cause(error)) from None
-
-
-@contextlib.contextmanager
-def _finishing_first() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the block, because Orbax's threads hang or report at length if they are stopped."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _cause(error: BaseException) -> str:
-    """Cuts TensorStore's settings and source lines from an error's text."""
-    return re.split(r" \[(?:tensorstore_spec|source locations)", checks.reason(error))[0][:_CAUSE_LENGTH]
 
 
 def _check_files(directory: pathlib.Path, sums: Mapping[str, str]) -> None:

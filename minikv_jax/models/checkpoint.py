@@ -19,7 +19,7 @@ from minikv_jax.models.decoder import Llama, resolve_dtype
 from minikv_jax.models.directory import check_links, member
 from minikv_jax.models.parameters import Skeleton, check_depth, raise_misfits, raise_nonfinite
 from minikv_jax.models.partition import check_mesh, placement
-from minikv_jax.saved_arrays import naming_damage, orbax_errors
+from minikv_jax.orbax_errors import naming_damage, naming_failure
 
 if TYPE_CHECKING:
     import orbax.checkpoint
@@ -49,7 +49,7 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
         params=ocp.args.StandardSave(_nest(flat)),
         config=ocp.args.JsonSave(model.config.to_dict() | _COLUMNS),
     )
-    with files.replacing(directory, patience=0, new=True) as part, orbax_errors(), _checkpointer() as checkpointer:
+    with files.replacing(directory, patience=0, new=True) as part, naming_failure(), _checkpointer() as checkpointer:
         checkpointer.save(part, arguments)
 
 
