@@ -18,6 +18,8 @@ from jax.experimental import checkify
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from minikv_jax.checks import shown
+
 R = TypeVar("R")
 
 FLOATING = ("float32", "bfloat16", "float16")
@@ -120,7 +122,7 @@ class Contract:
             checkify.check(jnp.all(condition), f"{self.function}: row {{row}} {text}", row=row, **numbers)
 
     def _check(self, name: str, x: Any, legend: str, accepted: str, dtype_is_accepted: bool) -> None:
-        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
+        if isinstance(x, jax.Array) and not is_traced(x) and x.is_deleted():
             raise ValueError(f"{self.function}: {name} was donated to another call: use the array that it returned")
         letters, shape = legend.split(), getattr(x, "shape", ())
         sizes = {letter: size for letter, size in zip(letters, shape, strict=False) if size} | self.sizes
@@ -133,6 +135,17 @@ class Contract:
         raise ValueError(f"{self.function}: {name} is {given}: expected {accepted} [{', '.join(letters)}]{fixed}")
 
 
+def resolve_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    """Returns a dtype by its name or type. Raises ValueError unless it is one of `FLOATING`."""
+    try:
+        resolved = jnp.dtype("none" if dtype is None else dtype)  # None would be float64
+    except TypeError as error:
+        raise ValueError(f"dtype={shown(dtype)}: expected one of {', '.join(FLOATING)}") from error
+    if resolved.name not in FLOATING:
+        raise ValueError(f"dtype={resolved.name!r}: expected one of {', '.join(FLOATING)}")
+    return resolved
+
+
 def _dtype_name(x: Any) -> str:
     """Returns the dtype that an array has inside JAX; an empty string if `x` is not an array."""
     if not isinstance(x, jax.Array | np.ndarray):
@@ -143,6 +156,11 @@ def _dtype_name(x: Any) -> str:
 
 def known(x: Any) -> np.ndarray | None:
     """Returns the values of an array, or None if it is traced or not entirely in this process."""
-    if isinstance(x, Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    if is_traced(x) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
     return np.asarray(x)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether `x` stands for an array whose values only a run knows."""
+    return isinstance(x, Tracer)

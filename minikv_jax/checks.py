@@ -49,6 +49,12 @@ def number(name: str, value: object) -> None:
         raise ValueError(f"{name}={shown(value)}: expected a number")
 
 
+def flag(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={shown(value)}: expected True or False")
+
+
 def choice(name: str, value: object, choices: tuple) -> None:
     """Checks that `value` is one of `choices`.
 
@@ -66,7 +72,7 @@ def printable(text: str) -> str:
 
 def shown(value: object) -> str:
     """Shortens a value's `repr`, in which control characters are escaped."""
-    return _SHORT.repr(value)
+    return re.sub(r"\s*\n\s*", " ", _SHORT.repr(value))  # arrays have lines
 
 
 _SHORT = reprlib.Repr()

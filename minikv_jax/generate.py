@@ -17,8 +17,9 @@ from jaxtyping import Array, Int
 
 from minikv_jax import meshes
 from minikv_jax.cache.state import KVCache
-from minikv_jax.checks import integer
+from minikv_jax.checks import flag, integer, shown
 from minikv_jax.methods import contracts
+from minikv_jax.methods.base import MAX_TOKENS
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import Llama
@@ -178,7 +179,7 @@ def compile_ahead(
     settings = _settings(model, max_new_tokens, sampling, eos_token_ids, implementation, log_probabilities)
     method = resolve(method)
     contracts.check(method, model.config)
-    integer("batch", batch, 1)
+    integer("batch", batch, 1, MAX_TOKENS)
     check_positions(model, integer("prompt_tokens", prompt_tokens, 1), settings.max_new_tokens)
     graphdef, params = nnx.split(model)
     tokens = bucket_length(prompt_tokens, model.config.max_position_embeddings)
@@ -214,9 +215,7 @@ def _request(
     settings = _settings(model, max_new_tokens, sampling, eos_token_ids, implementation, log_probabilities)
     if sampling.temperature > 0 and key is None:
         raise ValueError("key=None: sampling with a temperature needs a PRNG key")
-    if key is not None and not isinstance(key, jax.Array):
-        raise ValueError(f"key={key!r}: expected a PRNG key, such as jax.random.key(0)")
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else _one_key(key)
     ids, lengths = pad_prompts(prompts, model.config.vocab_size, model.config.max_position_embeddings)
     check_rows(len(lengths), model.mesh)
     check_devices(model, None)
@@ -240,6 +239,18 @@ def _request(
     return _Request(settings, None, _placed(model, Inputs(cache, ids, lengths, key)))
 
 
+def _one_key(key: Any) -> Array:
+    """Returns the key. Raises ValueError unless it is one PRNG key, of `jax.random.key` or `jax.random.PRNGKey`."""
+    try:
+        is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        single = key if is_typed else jax.random.wrap_key_data(key)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"key={shown(key)}: expected a PRNG key, such as jax.random.key(0)") from error
+    if single.shape:
+        raise ValueError(f"key has shape {single.shape}: expected one PRNG key, such as jax.random.key(0)")
+    return key
+
+
 def _placed(model: Llama, inputs: Inputs) -> Inputs:
     """Places the inputs on the model's mesh, if there is one. The cache is there already."""
     if model.mesh is None:
@@ -259,6 +270,7 @@ def _settings(
     if not isinstance(model, Llama):
         raise ValueError(f"model is a {type(model).__name__}: expected a Llama, the first value that load returns")
     new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+    flag("log_probabilities", log_probabilities)
     check_implementation(implementation)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling={sampling!r}: expected a minikv_jax.Sampling")
@@ -267,7 +279,10 @@ def _settings(
 
 
 def _stop_tokens(given: Any, vocab_size: int) -> tuple[int, ...]:
-    ids = np.asarray(given).tolist()
+    try:
+        ids = np.asarray(given).tolist()
+    except ValueError:  # lists of several lengths
+        ids = None
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        raise ValueError(f"eos_token_ids={given!r}: expected a sequence of token ids, 0..{vocab_size - 1}")
+        raise ValueError(f"eos_token_ids={shown(given)}: expected a sequence of token ids, 0..{vocab_size - 1}")
     return tuple(ids)

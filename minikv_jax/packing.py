@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt32
 
 from minikv_jax import fields
+from minikv_jax.arrays import resolve_dtype
 from minikv_jax.fields import setting
 
 Axis = Literal["tokens", "channels"]
@@ -294,10 +295,11 @@ def dequantize(x: QuantizedArray, dtype: jnp.dtype | type = jnp.float32) -> Floa
       The tokens `[..., S, H]` in `dtype`.
 
     Raises:
-      ValueError: `x` is not a `QuantizedArray`.
+      ValueError: `x` is not a `QuantizedArray`, or `dtype` is not a floating-point dtype.
     """
     if not isinstance(x, QuantizedArray):
         raise ValueError(f"dequantize: x is a {type(x).__name__}: expected a QuantizedArray")
+    dtype = resolve_dtype(dtype)
     codes = unpack(x.planes, x.packing.bits).astype(jnp.float32)
     scale = jnp.expand_dims(_restore(x.scale, x.scale_factor), x.packing.reduced)
     zero = jnp.expand_dims(_restore(x.zero, x.zero_factor), x.packing.reduced)

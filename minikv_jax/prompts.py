@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from minikv_jax import meshes
 from minikv_jax.cache.state import KVCache
+from minikv_jax.checks import shown
 from minikv_jax.decode import check_same_model
 from minikv_jax.models.decoder import Llama
 
@@ -30,8 +31,9 @@ def bucket_length(tokens: int, limit: int | None = None) -> int:
 
 def pad_prompts(prompts: Any, vocab_size: int, positions: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Pads prompts to int32 ids and lengths. Raises ValueError naming the first prompt that is not token ids."""
-    if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str):
-        raise ValueError(f"prompts={prompts!r}: expected sequences of token ids, one per row")
+    is_array = isinstance(prompts, np.ndarray | jax.Array)
+    if isinstance(prompts, str) or not (prompts.ndim if is_array else isinstance(prompts, Sequence)):
+        raise ValueError(f"prompts={shown(prompts)}: expected sequences of token ids, one per row")
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one sequence of token ids")
     rows = [_row(index, prompt) for index, prompt in enumerate(prompts)]

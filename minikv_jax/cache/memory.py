@@ -9,9 +9,9 @@ import jax
 from jax.typing import DTypeLike
 
 from minikv_jax.cache.capacity import LayerCapacity, capacities
-from minikv_jax.checks import integer
+from minikv_jax.checks import choice, integer
 from minikv_jax.methods import calls, contracts
-from minikv_jax.methods.base import Quantizer
+from minikv_jax.methods.base import MAX_TOKENS, Quantizer
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
@@ -104,9 +104,8 @@ def report(
       ValueError: a length or batch below 1, an unknown dtype, or a method that does not fit the model.
     """
     for name, value in (("prompt_length", prompt_length), ("max_new_tokens", max_new_tokens), ("batch", batch)):
-        integer(name, value, 1)
-    if dtype not in _BYTES:
-        raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+        integer(name, value, 1, MAX_TOKENS)
+    choice("dtype", dtype, tuple(_BYTES))
     method = resolve(method)
     contracts.check(method, model)
     layers = capacities(model, method, prompt_length, max_new_tokens)

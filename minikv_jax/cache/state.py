@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import checks
-from minikv_jax.arrays import Contract, known
+from minikv_jax.arrays import Contract, is_traced
 from minikv_jax.methods import calls
 from minikv_jax.methods.base import MAX_TOKENS, Kind
 from minikv_jax.methods.method import Method
@@ -262,7 +262,7 @@ class KVCache:
         Raises:
           ValueError: under `jit`, where the lengths are not known; `LayerCache.room` works there.
         """
-        if known(self.length) is None:
+        if is_traced(self.length):
             raise ValueError("KVCache.room reads the lengths, which jit does not know: take LayerCache.room")
         return min(int(layer.room().min()) for layer in self.layers)
 

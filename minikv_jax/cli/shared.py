@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 from jax.sharding import Mesh
 
+from minikv_jax.arrays import FLOATING
 from minikv_jax.checks import read_integer, read_number
 from minikv_jax.cli.output import status
 from minikv_jax.evaluation.fit import SizedMethod
@@ -19,7 +20,6 @@ from minikv_jax.methods import contracts, lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.plugins import load_plugin
 from minikv_jax.models import hub
-from minikv_jax.models.config import DTYPES
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.partition import check_mesh
 from minikv_jax.ops import dispatch
@@ -114,7 +114,7 @@ def add_model(options: _Options, *, required: bool = True) -> None:
 def add_dtype(options: _Options, default: str | None = None) -> None:
     """Adds --dtype."""
     text = default or "float32 on a CPU, bfloat16 elsewhere"
-    options.add_argument("--dtype", choices=DTYPES, default=default, help=f"default: {text}")
+    options.add_argument("--dtype", choices=FLOATING, default=default, help=f"default: {text}")
 
 
 def add_implementation(options: _Options) -> None:

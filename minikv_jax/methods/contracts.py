@@ -25,6 +25,8 @@ def check(method: Method, model: ModelConfig) -> None:
 
     The text names the component, its inputs, what it returned or raised, and what is expected.
     """
+    if not isinstance(model, ModelConfig):
+        raise ValueError(f"model is a {type(model).__name__}: expected a ModelConfig")
     if method.sinks > model.max_position_embeddings:
         raise ValueError(f"sinks={method.sinks}: the model has {model.max_position_embeddings} positions")
     windows = {model.window(layer) for layer in range(model.num_hidden_layers)} - {None}

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from minikv_jax import files
+from minikv_jax.arrays import resolve_dtype
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.decoder import Llama
 from minikv_jax.models.directory import check_links, member
 from minikv_jax.models.parameters import Skeleton, check_depth, raise_misfits, raise_nonfinite
 from minikv_jax.models.partition import check_mesh, placement

@@ -13,8 +13,6 @@ from minikv_jax import schemas
 from minikv_jax.models import bounds, families
 from minikv_jax.models.family import Family
 
-DTYPES = ("float32", "bfloat16", "float16")  # accepted for parameters and activations
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:

@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import meshes
+from minikv_jax.arrays import resolve_dtype
 from minikv_jax.meshes import DATA, MODEL, constrain
-from minikv_jax.models.config import DTYPES, ModelConfig
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.rotary import rotary_tables, rotate
 
 # attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k are normalised and rotated.
@@ -313,17 +314,5 @@ class Llama(nnx.Module):
 def check_model(function: str, model: Any) -> None:
     """Raises ValueError, naming `function`, if its argument `model` is not a model."""
     if not isinstance(getattr(model, "config", None), ModelConfig):
-        raise ValueError(
-            f"{function}: model is a {type(model).__name__}: expected a Llama, the first of what load gives"
-        )
-
-
-def resolve_dtype(dtype: DTypeLike | None) -> jnp.dtype:
-    """Converts a name or type to a model's dtype. Raises ValueError naming the accepted dtypes."""
-    try:
-        resolved = jnp.dtype("none" if dtype is None else dtype)  # NumPy reads None as float64
-    except TypeError as error:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}") from error
-    if resolved.name not in DTYPES:
-        raise ValueError(f"dtype={resolved.name!r}: expected one of {', '.join(DTYPES)}")
-    return resolved
+        kind = type(model).__name__
+        raise ValueError(f"{function}: model is a {kind}: expected a Llama, the first value that load returns")

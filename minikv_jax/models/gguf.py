@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from pydantic import Field
 
 from minikv_jax import checks, schemas
+from minikv_jax.arrays import resolve_dtype
 from minikv_jax.models import bounds, families
 from minikv_jax.models.config import ModelConfig, RopeScaling
-from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.decoder import Llama
 from minikv_jax.models.family import Family
 from minikv_jax.models.gguf_file import GGUFFile
 from minikv_jax.models.parameters import read_parameters

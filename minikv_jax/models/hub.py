@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from minikv_jax import files, meshes
+from minikv_jax.arrays import resolve_dtype
 from minikv_jax.models import checkpoint
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.decoder import Llama
 from minikv_jax.models.directory import member
 from minikv_jax.models.gguf import config_from_gguf, load_gguf
 from minikv_jax.models.gguf_file import GGUFFile

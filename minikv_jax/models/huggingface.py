@@ -14,10 +14,11 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from minikv_jax import checks, schemas
+from minikv_jax.arrays import resolve_dtype
 from minikv_jax.files import read_json
 from minikv_jax.models import bounds, families
 from minikv_jax.models.config import ModelConfig, RopeScaling
-from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.decoder import Llama
 from minikv_jax.models.directory import member
 from minikv_jax.models.family import Fields, RopeFields
 from minikv_jax.models.parameters import read_parameters

@@ -56,6 +56,7 @@ def prefill_attention(
     """
     q, k, v, lengths = prompt_contract("prefill_attention", q, k, v, lengths)
     checks.at_least(1, window=window)
+    checks.flag("with_scores", with_scores)
     batch, tokens, heads, head_dim = q.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
     arguments = (q, k, v, lengths, softmax_scale(scale, head_dim), window, with_scores)

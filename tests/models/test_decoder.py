@@ -11,9 +11,10 @@ from flax import nnx
 from support.dense_attention import dense_logits
 from support.tiny import random_ids, tiny_config, tiny_model
 
+from minikv_jax.arrays import resolve_dtype
 from minikv_jax.cache import memory
 from minikv_jax.models.config import ModelConfig, RopeScaling
-from minikv_jax.models.decoder import Llama, resolve_dtype
+from minikv_jax.models.decoder import Llama
 
 
 def shapes(model: Llama) -> dict[Any, tuple[int, ...]]:
