@@ -1,5 +1,6 @@
 """Tests decode and extend on a model: `full` gives the logits of one pass over the whole sequence."""
 
+import dataclasses
 import functools
 
 import jax
@@ -47,3 +48,39 @@ def test_extend_equals_one_shot_forward(model: mk.Llama, expected: jax.Array):
     hidden, cache = jax.jit(extend)(model, cache, IDS[:, PROMPT:], jnp.array([TOKENS - PROMPT]))
     close(model.logits(hidden), expected[:, PROMPT:])
     assert cache.length.tolist() == [TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("token", "active", "seen", "message"),
+    [
+        (96, 1, 70, r"decode: token lies in 5..96: expected integers in 0..95"),
+        (5, 2, 70, r"decode: active lies in 1..2: expected integers in 0..1"),
+        (5, 1, 128, r"decode: row 1 has seen 128 tokens and gets 1: the model has 128 positions"),
+    ],
+)
+def test_a_compiled_step_reports_values_out_of_range(
+    model: mk.Llama, token: int, active: int, seen: int, message: str
+) -> None:
+    """`debug_checks` says what the step alone would take for granted."""
+    ids = random_ids((2, PROMPT))
+    _, cache = PREFILL(model, ids, jnp.array([PROMPT, PROMPT]))
+    cache = dataclasses.replace(cache, length=jnp.array([PROMPT, seen]))
+    checked = mk.debug_checks(decode)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        checked(model, cache, jnp.array([5, token]), jnp.array([1, active]))
+    fine = jnp.array([5, 5]), jnp.array([1, 0])
+    hidden, stepped = checked(model, cache, *fine)
+    close(hidden, jax.jit(decode)(model, cache, *fine)[0])
+    assert stepped.length.tolist() == [PROMPT + 1, seen]
+
+
+def test_a_compiled_prefill_and_turn_report_values_out_of_range(model: mk.Llama) -> None:
+    ids, lengths = random_ids((2, 8)), jnp.array([8, 3])
+    start = mk.debug_checks(functools.partial(prefill, method="full", max_new_tokens=4))
+    with pytest.raises(ValueError, match=r"^prefill: lengths lies in 0..8: expected integers in 1..8$"):
+        start(model, ids, jnp.array([8, 0]))
+    _, cache = start(model, ids, lengths)
+    turn = mk.debug_checks(extend)
+    with pytest.raises(ValueError, match=r"^append: row 0 gets 5 tokens and has room for 4$"):
+        turn(model, cache, ids, jnp.array([5, 1]))
+    assert turn(model, cache, ids, jnp.array([4, 1]))[1].length.tolist() == [12, 4]
