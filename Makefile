@@ -31,17 +31,20 @@ space := $(subst ,, )
 CHECKS := --jaxtyping-packages=$(subst $(space),$(comma),$(addprefix minikv_jax.,$(strip $(COMPUTING)))),beartype.beartype
 CUDA_SOURCES = $(wildcard cuda_ffi/csrc/*/*.cu cuda_ffi/csrc/*/*.cuh cuda_ffi/csrc/*/*.h)
 
-.PHONY: demo test test-slow test-gpu lint format docs clean
+.PHONY: campaigns demo test test-slow test-gpu lint format docs clean
 
 demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what the cache saved.
 	$(PY) -m minikv_jax.cli.main generate --model smollm2-135m-instruct --method minikv \
 		--prompt-file examples/log.txt --max-new-tokens 64
 
 test: $(TEST)  ## The suite on the CPU, without its slow tests; what needs a GPU is skipped, and counted in the summary.
-	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -m "not slow and not campaign" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(TEST)  ## The slow tests: real models, whole programs, compilation of the CUDA kernels.
 	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -m slow -n $(WORKERS) $(PYTEST_ARGS)
+
+campaigns: $(TEST)  ## Hundreds of damaged files, wrong arguments, kills and random configurations; every method on every mesh.
+	JAX_PLATFORMS=cpu $(PY) -m pytest $(CHECKS) -m campaign -n $(WORKERS) $(PYTEST_ARGS)
 
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)

@@ -387,7 +387,7 @@ def test_damaged_files_are_refused_in_one_line_or_read_right(name: str, tmp_path
     assert fuzz(name, tmp_path, 25, "few").total() == 25
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", KINDS)
 def test_many_damaged_files(name: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     counts = fuzz(name, tmp_path, 120, "many")

@@ -140,7 +140,7 @@ def test_minikv_on_a_mesh(mesh: str):
     check("minikv", mesh)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("method", list(lookup.names()))
 def test_every_method_on_every_mesh(method: str, mesh: str):

@@ -171,7 +171,7 @@ def test_an_interrupted_writer_leaves_nothing_in_part(kind: str, tmp_path: pathl
     assert len(campaign(WRITERS[kind], tmp_path, 2, signal.SIGINT)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("kind", ["save_cache", "sweep", "calibrate"])
 def test_fifty_kills(kind: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     began = time.perf_counter()
@@ -248,7 +248,7 @@ def test_a_killed_download_begins_again(tmp_path: pathlib.Path, index: str):
     assert len(killed_downloads(tmp_path / "cache", index, 2)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_fifty_kills_of_a_download(tmp_path: pathlib.Path, index: str, capsys: pytest.CaptureFixture[str]):
     began = time.perf_counter()
     counts = killed_downloads(tmp_path / "cache", index, 50)

@@ -325,7 +325,7 @@ def test_a_few_configurations(data: strategies.DataObject):
     run(data, [lookup.names().index("minikv-snap"), len(lookup.names()) + 3])
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("part", range(4))  # for as many processes
 def test_many_configurations(part: int):
     count = []

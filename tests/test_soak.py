@@ -97,7 +97,7 @@ def test_what_rows_have_seen_follows_them():
     assert (rows.seen, rows.lengths, rows.origin.tolist()) == ([[1, 9], [2], [2, 7]], [2, 1, 2], [0, 1, 1])
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_every_token_is_kept():
     """Under `full` the last hidden states are those of one pass over all that a row has seen."""
     run = soak(lookup.get("full"), STEPS)
@@ -109,7 +109,7 @@ def test_every_token_is_kept():
     np.testing.assert_allclose(model().logits(run.hidden), logits, atol=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_full_cache_takes_no_more():
     """There is no room for the last 1,500 tokens or more: bit for bit, what is held stays with its row."""
     run = soak(MINIKV, STEPS - 2000, mark=STEPS - 1000)
@@ -120,7 +120,7 @@ def test_a_full_cache_takes_no_more():
         jax.tree.map(np.testing.assert_array_equal, layer, old)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_budget_is_held():
     """A method that evicts stays within its bytes however long it runs."""
     run = soak(Method(scorer=mk.H2O(), heavy=8, recent=8, sinks=2, evict_every=4), 4)

@@ -153,7 +153,7 @@ def test_a_damaged_file_is_refused_or_read_right(sources: pathlib.Path, tmp_path
     assert campaign(sources, tmp_path, name, 6).total() == 6
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", KINDS)
 def test_many_damaged_files_are_refused_or_read_right(sources: pathlib.Path, tmp_path: pathlib.Path, name: str):
     counts = campaign(sources, tmp_path, name, 60)
