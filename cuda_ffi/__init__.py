@@ -4,7 +4,7 @@ Imports nothing from `minikv_jax`: the functions take plain arrays in the layout
 """
 
 from cuda_ffi import registration
-from cuda_ffi.all_reduce import all_reduce
+from cuda_ffi.all_reduce import ALL_REDUCE_BYTES, all_reduce
 from cuda_ffi.append import append
 from cuda_ffi.arrays import Packed, Region, Storage
 from cuda_ffi.decode_attention import decode_attention, decode_unpacked
@@ -22,6 +22,7 @@ def why_unavailable() -> str | None:
 
 
 __all__ = [
+    "ALL_REDUCE_BYTES",
     "Packed",
     "Region",
     "Storage",

@@ -15,18 +15,21 @@ from cuda_ffi.arrays import check_supported
 from cuda_ffi.library import LIBRARY
 from cuda_ffi.quantize import DTYPES
 
-MAX_BYTES = 2 << 20  # of an array
+ALL_REDUCE_BYTES = 2 << 20  # of an array; `kMaxBytes` in collectives/all_reduce.cu
 _KERNEL = "CUDA all-reduce kernel"
 
 
 def all_reduce(x: Float[Array, "*shape"], groups: Sequence[Sequence[int]]) -> Float[Array, "*shape"]:
-    """The sum of the devices' `x` in each group, added up in float32 and equal bit by bit on all of them.
+    """Sums `x` over the devices of each group, in float32. All of them get the same bits.
 
-    To be called for one device's part of an array (inside `jax.shard_map`), by all devices of a group.
+    Call it inside `jax.shard_map`, on all devices of a group.
 
     Args:
-      x: float32, bfloat16 or float16, of a multiple of 8 bytes up to `MAX_BYTES`.
-      groups: CUDA device numbers, as many in each group.
+      x: one device's part: float32, bfloat16 or float16, a multiple of 8 bytes up to `ALL_REDUCE_BYTES`.
+      groups: CUDA device numbers; all groups have the same size.
+
+    Returns:
+      The sum in `x`'s dtype.
 
     Raises:
       ValueError: for groups of different sizes.
@@ -35,8 +38,10 @@ def all_reduce(x: Float[Array, "*shape"], groups: Sequence[Sequence[int]]) -> Fl
     if len({len(group) for group in groups}) != 1:
         raise ValueError(f"groups={groups}: expected groups of one size")
     check_supported(_KERNEL, ("x.dtype", x.dtype.name, DTYPES))
-    if x.nbytes % 8 or x.nbytes > MAX_BYTES:
-        raise NotImplementedError(f"{_KERNEL}: x of {x.nbytes} bytes: supported are multiples of 8 up to {MAX_BYTES}")
+    if x.nbytes % 8 or x.nbytes > ALL_REDUCE_BYTES:
+        raise NotImplementedError(
+            f"{_KERNEL}: x of {x.nbytes} bytes: supported are multiples of 8 up to {ALL_REDUCE_BYTES}"
+        )
     registration.load()
     for group in groups:
         _make_group(tuple(group))

@@ -39,11 +39,8 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
       ValueError: another axis, a size below 1, more devices than there are, or, with several processes, fewer devices
         than all of them.
     """
-    if unknown := [name for name in axes if name not in AXES]:
-        raise ValueError(f"mesh axis {unknown[0]!r}: expected {' or '.join(AXES)}")
+    _check_axes(axes)
     sizes = [axes.get(name, 1) for name in AXES]
-    if wrong := [f"{name}={size}" for name, size in axes.items() if size < 1]:
-        raise ValueError(f"mesh axis {wrong[0]}: expected a size of at least 1")
     devices, count = jax.devices(), int(np.prod(sizes))
     if count > len(devices):
         what = ",".join(f"{name}={size}" for name, size in axes.items())
@@ -56,14 +53,32 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
 
 
 def parse(text: str) -> dict[str, int]:
-    """Reads sizes by axis from a text such as "data=2,model=4". Raises ValueError for any other text."""
+    """Reads sizes by axis from a text such as "data=2,model=4".
+
+    Raises:
+      ValueError: any other text, another axis, or a size below 1.
+    """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"(\w+)=([0-9]{1,6})", part.strip())
         if match is None or match[1] in sizes:
             raise ValueError(f"mesh {text!r}: expected sizes of axes such as data=2,model=4, each axis once")
         sizes[match[1]] = int(match[2])
+    _check_axes(sizes)
     return sizes
+
+
+def _check_axes(axes: Mapping[str, int]) -> None:
+    if unknown := [name for name in axes if name not in AXES]:
+        raise ValueError(f"mesh axis {unknown[0]!r}: expected {' or '.join(AXES)}")
+    if wrong := [f"{name}={size}" for name, size in axes.items() if size < 1]:
+        raise ValueError(f"mesh axis {wrong[0]}: expected a size of at least 1")
+
+
+def check_multiple(what: str, count: int, axis: str, shards: int) -> None:
+    """Raises ValueError unless a number of rows or heads can be split over an axis of `shards` devices."""
+    if count % shards:
+        raise ValueError(f"{count} {what} on a mesh with {axis}={shards}: expected a multiple")
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -148,11 +163,7 @@ def placed_shapes(cache: Result, mesh: Mesh | None) -> Result:
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
         for axis, count in zip(AXES, leaf.shape, strict=False):
-            if count % mesh.shape[axis]:
-                what = "rows" if axis == DATA else "KV heads"
-                raise ValueError(
-                    f"a cache of {count} {what} on a mesh with {axis}={mesh.shape[axis]}: expected a multiple"
-                )
+            check_multiple("rows" if axis == DATA else "KV heads", count, axis, mesh.shape[axis])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, *AXES[: leaf.ndim]))
 
     return jax.tree.map(place, cache)
@@ -218,8 +229,6 @@ def sum_of_products(x: Any, kernel: Any, product: Callable[[Any, Any], Any], red
       product: multiplies a device's own parts.
       reduce: sums the devices' products.
     """
-    if size(MODEL) == 1:
-        return product(x, kernel)
     return jax.shard_map(
         lambda x, kernel: reduce(product(x, kernel)),
         in_specs=(P(DATA, None, MODEL), P(MODEL)),

@@ -151,6 +151,7 @@ def prefill(
     batch, tokens = ids.shape
     plan = _Plan(method, capacities(model.config, method, tokens, max_new_tokens), implementation)
     devices = meshes.size(meshes.DATA)
+    meshes.check_multiple("rows", batch, meshes.DATA, devices)
     own_rows = batch // devices  # of each device along the axis "data"
     chunks = -(-own_rows // max(CHUNK_TOKENS // tokens, 1))
     if chunks <= 1:

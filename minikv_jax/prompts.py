@@ -72,9 +72,7 @@ def check_positions(model: Llama, prompt_tokens: int, new_tokens: int, seen: int
 
 def check_rows(batch: int, mesh: Mesh | None) -> None:
     """Raises ValueError unless the batch is a multiple of the mesh's axis "data"."""
-    rows = 1 if mesh is None else mesh.shape[meshes.DATA]
-    if batch % rows:
-        raise ValueError(f"{batch} rows on a mesh with data={rows}: expected a multiple")
+    meshes.check_multiple("rows", batch, meshes.DATA, 1 if mesh is None else mesh.shape[meshes.DATA])
 
 
 def check_devices(model: Llama, cache: KVCache | None) -> None:

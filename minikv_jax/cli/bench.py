@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cuda_ffi
-from minikv_jax import files
+from minikv_jax import files, meshes
 from minikv_jax.bench import generate, huggingface, kernels
 from minikv_jax.bench.end_to_end import Case
 from minikv_jax.bench.fit import FIELDS
 from minikv_jax.cli import output, shared
+from minikv_jax.models.partition import device_part
 from minikv_jax.ops import dispatch
 
 _METHODS = ("minikv", "full")
@@ -93,7 +94,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     shared.add_dtype(parser, "bfloat16")
     shared.add_implementation(parser)
     parser.add_argument(
-        "--mesh", action="append", metavar="AXIS=N[,AXIS=N]", help="devices, such as data=2,model=4; 1: one; repeatable"
+        "--mesh",
+        action="append",
+        type=shared.argument(_mesh),
+        metavar="AXIS=N[,AXIS=N]",
+        help="devices, such as data=2,model=4, or none for one device; repeatable; default: none",
     )
     parser.add_argument(
         "--compile-ahead",
@@ -113,6 +118,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     dispatch.check_implementation(arguments.implementation)
     cases = list(_cases(arguments))
     ours = [case for case in cases if case.method not in huggingface.METHODS]
+    _check_meshes(cases, arguments.find)
     if arguments.find and len(ours) < len(cases):
         raise ValueError(f"--find {arguments.find}: not with Hugging Face's methods, whose needs are not known ahead")
     for case in cases:  # reports errors before anything runs
@@ -130,12 +136,32 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     return int(all("error" in row for row in bench.report["results"]))
 
 
+def _check_meshes(cases: list[Case], find: str | None) -> None:
+    """Raises ValueError for a case that cannot be split over its mesh, or that would run on one device all the same."""
+    for case in cases:
+        if case.mesh is None:
+            continue
+        if find or case.method in huggingface.METHODS:
+            what = f"--find {find}" if find else case.method
+            raise ValueError(f"--mesh {case.mesh}: not with {what}, which measures one device")
+        meshes.check_multiple("rows", case.batch, meshes.DATA, case.shards(meshes.DATA))
+        device_part(case.config(), case.shards(meshes.MODEL))
+
+
+def _mesh(text: str) -> str | None:
+    """Checks a mesh given as text, and returns it; None for "none"."""
+    if text != "none":
+        meshes.parse(text)
+        return text
+    return None
+
+
 def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """Yields every combination of methods and sizes; the size to be found is 1."""
     prompts = [1] if arguments.find == "prompt" else arguments.prompt_len or [_PROMPT_LEN]
     batches = [1] if arguments.find == "batch" else arguments.batch or [_BATCH]
     news = arguments.max_new_tokens or [_MAX_NEW_TOKENS]
-    sizes = itertools.product(arguments.method or _METHODS, news, prompts, batches, arguments.mesh or ["1"])
+    sizes = itertools.product(arguments.method or _METHODS, news, prompts, batches, arguments.mesh or [None])
     for method, new, prompt_len, batch, mesh in sizes:
         yield Case(
             shape=arguments.shape,
@@ -148,7 +174,7 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
             dtype=arguments.dtype,
             implementation=arguments.implementation,
             plugins=tuple(map(str, arguments.plugin)),
-            mesh=None if mesh == "1" else mesh,
+            mesh=mesh,
         )
 
 

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from minikv_jax import meshes
-from minikv_jax.cli import shared
+from minikv_jax.cli import lost_process, shared
 
 _HEARTBEAT_SECONDS = 20  # a process that was lost is noticed within about twice as long
 
@@ -92,6 +92,6 @@ def ending_together(arguments: argparse.Namespace) -> Iterator[None]:
         if arguments.coordinator is None:
             raise
         reason = " ".join(str(error).split())[:200]
-        print(f"minikv: error: process {jax.process_index()}: another process was lost: {reason}", file=sys.stderr)
-        sys.stderr.flush()
+        failed = "this process failed" if reason.startswith("RESOURCE_EXHAUSTED") else lost_process.LOST
+        print(f"minikv: error: {failed}: {reason}", file=sys.stderr, flush=True)
         os._exit(3)  # an orderly exit would wait for the others

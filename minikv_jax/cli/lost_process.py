@@ -6,6 +6,7 @@
 import re
 import sys
 
+LOST = "another process of this run was lost"
 _ENDED = "Terminating process because the JAX distributed service detected fatal errors"
 _LOG_LINE = re.compile(r"[EF]\d{4} [\d:.]+ +\d+ (coordination_service|client)")
 
@@ -15,7 +16,7 @@ def main() -> None:
     reported = skipping = False
     for line in sys.stdin:
         if _ENDED in line and not reported:
-            print("minikv: error: another process of this run was lost", file=sys.stderr, flush=True)
+            print(f"minikv: error: {LOST}", file=sys.stderr, flush=True)
             reported = True
         skipping = skipping or _LOG_LINE.match(line) is not None
         if not skipping:

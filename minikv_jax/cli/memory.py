@@ -59,8 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _on_each_device(arguments: argparse.Namespace, model: ModelConfig, report: memory.MemoryReport) -> dict[str, int]:
     """Devices of --mesh, and what each holds."""
     data, shards = (arguments.mesh.get(axis, 1) for axis in meshes.AXES)
-    if arguments.batch % data:
-        raise ValueError(f"--batch {arguments.batch} on a mesh with data={data}: expected a multiple")
+    meshes.check_multiple("rows", arguments.batch, meshes.DATA, data)
     weights = memory.weight_bytes(device_part(model, shards), arguments.dtype)
     return {"count": data * shards, "bytes": report.device_bytes(data, shards), "weight_bytes": weights}
 

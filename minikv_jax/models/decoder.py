@@ -93,25 +93,23 @@ def sum_over_devices(x: jax.Array) -> jax.Array:
     return lax.psum(x, MODEL)
 
 
-def _matmul(x: Float[Array, "B T F"], kernel: Float[Array, "F D"], precision: Any) -> Float[Array, "B T D"]:
-    """Computes `x @ kernel` as a matmul, even for a single row.
-
-    For one row and a matrix of fewer than 10^7 numbers, XLA on a GPU would write out all products and sum them later.
-    """
-    rows = x.shape[0] * x.shape[1]
-    if rows > 1 or kernel.size >= 10**7 or jax.default_backend() != "gpu":
-        return jnp.matmul(x, kernel, precision=precision)
-    twice = lax.optimization_barrier(jnp.concatenate([x, x], axis=1))
-    return jnp.matmul(twice, kernel, precision=precision)[:, :1]
-
-
 def _project_by_rows(linear: nnx.Linear, x: Float[Array, "B T F"], reduce: Reduce) -> Float[Array, "B T D"]:
     """Computes `linear(x)` with the rows of its kernel split over the devices of a mesh."""
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _matmul(x, kernel, linear.precision)
+        return jnp.matmul(x, kernel, precision=linear.precision)
 
-    out = constrain(meshes.sum_of_products(x, linear.kernel[...], product, reduce), DATA)
+    def product_of_one_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if x.shape[0] * x.shape[1] > 1 or kernel.size >= 10**7:
+            return product(x, kernel)
+        # On a GPU, XLA turns one row times a matrix below this size into sums over products that it writes out (21 us
+        # for 8 million numbers on an H200). Two equal rows stay a matmul.
+        return product(lax.optimization_barrier(jnp.concatenate([x, x], axis=1)), kernel)[:, :1]
+
+    kernel = linear.kernel[...]
+    split = meshes.size(MODEL) > 1
+    out = meshes.sum_of_products(x, kernel, product_of_one_device, reduce) if split else product(x, kernel)
+    out = constrain(out, DATA)
     return out if linear.bias is None else out + linear.bias[...]
 
 

@@ -20,9 +20,12 @@ from minikv_jax.meshes import MODEL
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import JOINED, Llama, joined
 
-_COLUMNS = re.compile(rf".*\.({'|'.join(JOINED)})\.kernel|lm_head\.kernel")
-_ROWS = re.compile(r".*\.(o_proj|down_proj)\.kernel")
-_BIASES = re.compile(rf".*\.({'|'.join(JOINED)})\.bias")
+_VOCABULARY = {"embed_tokens.embedding": P(MODEL, None), "lm_head.kernel": P(None, MODEL)}
+_LAYERS = {
+    re.compile(rf".*\.({'|'.join(JOINED)})\.kernel"): P(None, MODEL),
+    re.compile(rf".*\.({'|'.join(JOINED)})\.bias"): P(MODEL),
+    re.compile(r".*\.(o_proj|down_proj)\.kernel"): P(MODEL, None),
+}
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
@@ -65,16 +68,11 @@ def vocabulary_parts(config: ModelConfig, shards: int) -> int:
 
 def spec(path: str, config: ModelConfig, shards: int) -> P:
     """Returns the partition of the parameter at a dotted path over `shards` devices along "model"."""
-    if vocabulary_parts(config, shards) == 1 and path in ("lm_head.kernel", "embed_tokens.embedding"):
-        return P()
-    if _COLUMNS.fullmatch(path):
-        return P(None, MODEL)
-    if _ROWS.fullmatch(path):
-        return P(MODEL, None)
-    if _BIASES.fullmatch(path):
-        return P(MODEL)
-    # An embedding that only looks tokens up is whole on every device, so that a lookup needs no communication.
-    return P(MODEL, None) if path == "embed_tokens.embedding" and config.tie_word_embeddings else P()
+    if path in _VOCABULARY:
+        # An embedding that only looks tokens up is whole on every device, so that a lookup needs no communication.
+        looks_up_only = path == "embed_tokens.embedding" and not config.tie_word_embeddings
+        return P() if looks_up_only or vocabulary_parts(config, shards) == 1 else _VOCABULARY[path]
+    return next((split for pattern, split in _LAYERS.items() if pattern.fullmatch(path)), P())
 
 
 def placement(path: str, config: ModelConfig, mesh: Mesh | None) -> jax.sharding.Sharding:
