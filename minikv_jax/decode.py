@@ -15,8 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import KVCache, LayerCache
-from minikv_jax.models.decoder import Llama, check_model
-from minikv_jax.models.projections import Reduce, sum_over_devices
+from minikv_jax.models.decoder import Llama, Reduce, check_model, sum_over_devices
 from minikv_jax.ops.all_reduce import all_reduce
 from minikv_jax.ops.append import append
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _KIND = "minikv_jax checkpoint"
 _CONFIG = "config/metadata"  # the file name that Orbax's JSON handler uses
-_COLUMNS = {"joined_columns": "by KV head"}  # the layout of `projections.Joined`
+_COLUMNS = {"joined_columns": "by KV head"}  # the layout of `decoder.Joined`
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:

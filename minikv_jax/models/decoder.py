@@ -7,8 +7,9 @@ the model's code. Shape letters are those of docs/architecture.md.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,94 @@ from minikv_jax import meshes
 from minikv_jax.arrays import resolve_dtype
 from minikv_jax.meshes import DATA, MODEL, constrain
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.projections import MLP, Reduce, joined, linear, precision, project_by_rows, sum_over_devices
 from minikv_jax.models.rotary import rotary_tables, rotate
 
 # attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k are normalised and rotated.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
+# Sums the devices' partial results of a projection that is split by rows; called inside `jax.shard_map`.
+Reduce = Callable[[jax.Array], jax.Array]
+
 # Tokens per chunk of the MLP and of a prefill: enough to keep a matmul busy, and few enough that the MLP's three arrays
 # of `intermediate_size` take about as much memory as attention does.
 CHUNK_TOKENS = 1 << 14
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+# Projections of the same input are one matmul, so that a decode step runs fewer and longer kernels.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class Joined(NamedTuple):
+    """Column layout of a joined projection: `groups` times [columns of the first part | of the second | ...].
+
+    A group is a KV head with its query heads, or the MLP columns on the same device as that head. Each device can then
+    hold whole groups and needs no columns of the others.
+
+    Attributes:
+      groups: number of groups.
+      widths: columns of each part within a group, in the order of `JOINED`.
+    """
+
+    groups: int
+    widths: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        return self.groups * sum(self.widths)
+
+    def grouped(self, x: Float[Array, "B T C"]) -> Float[Array, "B T groups width"]:
+        """Reshapes the projection's result to its groups."""
+        return constrain(x.reshape(*x.shape[:-1], self.groups, -1), DATA, None, MODEL)
+
+
+def joined(config: ModelConfig, module: str) -> Joined:
+    """Returns the column layout of a joined projection, a key of `JOINED`."""
+    h, kv_heads, wide = config.head_dim, config.num_key_value_heads, config.intermediate_size
+    if module == "qkv_proj":
+        return Joined(kv_heads, (config.num_attention_heads // kv_heads * h, h, h))
+    groups = math.gcd(kv_heads, wide)
+    return Joined(groups, (wide // groups, wide // groups))
+
+
+def _linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
+    return functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, precision=_precision(dtype), rngs=rngs)
+
+
+def _precision(dtype: DTypeLike) -> lax.Precision | None:
+    """The matmul precision that keeps float32 exact; a GPU's default is TF32, with 10 bits of mantissa."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def sum_over_devices(x: jax.Array) -> jax.Array:
+    """Sums `x` over the devices of the axis "model" with XLA's collective."""
+    return lax.psum(x, MODEL)
+
+
+def _project_by_rows(linear: nnx.Linear, x: Float[Array, "B T F"], reduce: Reduce) -> Float[Array, "B T D"]:
+    """Computes `linear(x)` with the rows of its kernel split over the devices of a mesh."""
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.matmul(x, kernel, precision=linear.precision)
+
+    def product_of_one_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if x.shape[0] * x.shape[1] > 1 or kernel.size >= 10**7:
+            return product(x, kernel)
+        # On a GPU, XLA turns one row times a matrix below this size into sums over products that it writes out (21 us
+        # for 8 million numbers on an H200). Two equal rows stay a matmul.
+        return product(lax.optimization_barrier(jnp.concatenate([x, x], axis=1)), kernel)[:, :1]
+
+    kernel = linear.kernel[...]
+    split = meshes.size(MODEL) > 1
+    out = meshes.sum_of_products(x, kernel, product_of_one_device, reduce) if split else product(x, kernel)
+    out = constrain(out, DATA)
+    return out if linear.bias is None else out + linear.bias[...]
 
 
 class RMSNorm(nnx.Module):
@@ -51,11 +131,11 @@ class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv 2305.13245): projections, norms and rotation around a callback `attend`."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        project = functools.partial(linear, dtype=dtype, rngs=rngs)
+        linear = _linear(dtype, rngs)
         d, h, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.joined = joined(config, "qkv_proj")
-        self.qkv_proj = project(d, self.joined.columns, bias=bias)
-        self.o_proj = project(config.num_attention_heads * h, d, bias=config.attention_bias)
+        self.qkv_proj = linear(d, self.joined.columns, use_bias=bias)
+        self.o_proj = linear(config.num_attention_heads * h, d, use_bias=config.attention_bias)
         self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.group, self.head_dim = config.num_attention_heads // config.num_key_value_heads, h
@@ -78,7 +158,22 @@ class Attention(nnx.Module):
         qk = rotate(qk.reshape(batch, tokens, -1, head_dim), cos, sin).reshape(qk.shape)
         q, k = qk[:, :, :, :group].reshape(batch, tokens, -1, head_dim), qk[:, :, :, group]
         out = attend(q, k, v)  # [B, T, N, H]
-        return project_by_rows(self.o_proj, out.reshape(batch, tokens, -1), reduce)
+        return _project_by_rows(self.o_proj, out.reshape(batch, tokens, -1), reduce)
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward block: `down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        linear = functools.partial(_linear(dtype, rngs), use_bias=config.mlp_bias)
+        self.joined = joined(config, "gate_up_proj")
+        self.gate_up_proj = linear(config.hidden_size, self.joined.columns)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "B T D"], reduce: Reduce = sum_over_devices) -> Float[Array, "B T D"]:
+        gate, up = jnp.split(self.joined.grouped(self.gate_up_proj(x)), 2, axis=-1)  # [B, T, groups, F / groups] each
+        return _project_by_rows(self.down_proj, (self.activation(gate) * up).reshape(*x.shape[:-1], -1), reduce)
 
 
 class Layer(nnx.Module):
@@ -154,7 +249,7 @@ class Llama(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else linear(config.hidden_size, config.vocab_size, dtype=self.dtype, rngs=rngs)
+            else _linear(self.dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=False)
         )
 
     def window(self, layer: int) -> int | None:
@@ -201,7 +296,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
         """Computes next-token logits, float32 `[..., V]`, from hidden states `[..., D]` of `forward`."""
-        product = functools.partial(jnp.einsum, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
         with jax.named_scope("logits"):
             if self.lm_head is None:
                 logits = product("...d,vd->...v", hidden, self.embed_tokens.embedding[...])

@@ -21,9 +21,8 @@ from jax.typing import DTypeLike
 
 from minikv_jax import checks
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import Llama
+from minikv_jax.models.decoder import JOINED, Llama, joined
 from minikv_jax.models.partition import check_mesh, placement
-from minikv_jax.models.projections import JOINED, joined
 from minikv_jax.models.tensors import Bounds, Rule, TensorReader, TensorSource
 
 
@@ -116,7 +115,7 @@ def _place(
 
 
 def _read_part(reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], bounds: Bounds) -> np.ndarray:
-    """Reads a block of a parameter, and joins the columns of several tensors by group (`projections.Joined`)."""
+    """Reads a block of a parameter, and joins the columns of several tensors by group (`decoder.Joined`)."""
     if len(tensors) == 1:
         ((path, (name, rule)),) = tensors.items()
         return reader.block(name, rule, path, bounds)

@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 from minikv_jax import meshes
 from minikv_jax.meshes import MODEL
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import Llama
-from minikv_jax.models.projections import JOINED, joined
+from minikv_jax.models.decoder import JOINED, Llama, joined
 
 _VOCABULARY = {"embed_tokens.embedding": P(MODEL, None), "lm_head.kernel": P(None, MODEL)}
 _LAYERS = {
