@@ -8,6 +8,7 @@ tokens stay.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import KVCache, LayerCache
-from minikv_jax.models.decoder import Llama, Reduce, check_model, sum_over_devices
+from minikv_jax.models.decoder import Llama, check_model
+from minikv_jax.models.projections import Reduce, sum_over_devices
+from minikv_jax.models.rotary import row_positions
 from minikv_jax.ops.all_reduce import all_reduce
 from minikv_jax.ops.append import append
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights
@@ -81,11 +84,11 @@ def decode(
     token = contract.integers("token", token, "B", 0, model.config.vocab_size - 1)
     active = contract.integers("active", active, "B", 0, 1)
     _check_positions(contract, model, cache, active)
-    positions = cache.length[:, None]
+    positions, soft_cap = cache.length[:, None], model.config.attn_logit_softcapping
     layers: list[LayerCache] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        out, new = decode_layer(cache.layers[layer], q, k, v, active, positions, implementation)
+        out, new = decode_layer(cache.layers[layer], q, k, v, active, positions, implementation, soft_cap)
         layers.append(new)
         return out
 
@@ -108,14 +111,16 @@ def decode_layer(
     active: Int[Array, "B"],
     positions: Int[Array, "B 1"],
     implementation: str | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
     """Runs one layer's part of a decode step. Returns its attention output, and its cache with the new token."""
+    how: dict[str, Any] = {"soft_cap": soft_cap, "implementation": implementation}
     new = append(layer, k, v, active, positions, implementation)
     state = new.eviction
     if state is not None and state.scores is not None:
-        out, weights = decode_attention_weights(q[:, 0], new, implementation=implementation)
+        out, weights = decode_attention_weights(q[:, 0], new, **how)
     else:
-        out, weights = decode_attention(q[:, 0], new, positions[:, 0], implementation=implementation), None
+        out, weights = decode_attention(q[:, 0], new, positions[:, 0], **how), None
     return out[:, None], new if state is None else evict(new, state, weights, active)
 
 
@@ -153,12 +158,14 @@ def extend(
     _check_positions(contract, model, cache, lengths)
     if cache.layers[0].eviction is not None:
         return _extend_by_steps(model, cache, ids, lengths, implementation)
-    positions = cache.length[:, None] + jnp.arange(ids.shape[1])
+    positions = row_positions(ids.shape[1], lengths, cache.length, by_length=model.config.rope_by_length)
+    soft_cap = model.config.attn_logit_softcapping
     layers: list[LayerCache] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         old = cache.layers[layer]
-        out = extend_attention(q, k, v, old, lengths, positions, implementation=implementation)
+        how: dict[str, Any] = {"soft_cap": soft_cap, "implementation": implementation}
+        out = extend_attention(q, k, v, old, lengths, positions, **how)
         layers.append(append(old, k, v, lengths, positions, implementation))
         return out
 

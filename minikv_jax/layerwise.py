@@ -21,9 +21,9 @@ from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
 from minikv_jax.decode import decode_layer
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.method import Method
-from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.config import ModelConfig, Rope
 from minikv_jax.models.decoder import Layer, Llama
-from minikv_jax.models.rotary import inverse_frequencies, rotary_tables
+from minikv_jax.models.rotary import inverse_frequencies, rotary_tables, row_positions
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept
 from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
@@ -63,13 +63,18 @@ def prefill_layers(
     ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
     x, layers = model.embed(ids), []
     for number, layer in enumerate(model.layers):
-        case = {"window": model.window(number), "column_sums": column_sums, "implementation": implementation}
+        case = {
+            "window": model.window(number),
+            "rope": model.config.rope(number),
+            "column_sums": column_sums,
+            "implementation": implementation,
+        }
         x, seen = _prefill_layer(layer, x, lengths, model=model.config, **case)
         layers.append(seen)
     return model.norm(last_valid(x, lengths)), layers
 
 
-@functools.partial(jax.jit, static_argnames=("model", "window", "column_sums", "implementation"))
+@functools.partial(jax.jit, static_argnames=("model", "window", "rope", "column_sums", "implementation"))
 def _prefill_layer(
     layer: Layer,
     x: Float[Array, "B T D"],
@@ -77,6 +82,7 @@ def _prefill_layer(
     *,
     model: ModelConfig,
     window: int | None,
+    rope: Rope,
     column_sums: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "B T D"], PromptLayer]:
@@ -84,13 +90,20 @@ def _prefill_layer(
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         out, sums = prefill_attention(
-            q, k, v, lengths, window=window, with_scores=column_sums, implementation=implementation
+            q,
+            k,
+            v,
+            lengths,
+            window=window,
+            soft_cap=model.attn_logit_softcapping,
+            with_scores=column_sums,
+            implementation=implementation,
         )
         seen.append(PromptLayer(q, k, v, sums))
         return out
 
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return layer(x, *rotary_tables(model, positions), attend), seen[0]
+    positions = row_positions(x.shape[1], lengths, by_length=rope.by_length)
+    return layer(x, *rotary_tables(rope, positions), attend), seen[0]
 
 
 def shared_capacities(
@@ -132,7 +145,7 @@ def compress_layers(
     # Layers of equal specs share a program: the number is part of one only if the quantizer reads it.
     specs = [LayerSpec(method, model.window(number), number if by_layer else 0) for number in range(len(layers))]
     scored = [
-        _score_layer(layer, np.int32(number), lengths, model=model, spec=spec)
+        _score_layer(layer, np.int32(number), lengths, model=model, rope=model.rope(number), spec=spec)
         for number, (layer, spec) in enumerate(zip(layers, specs, strict=True))
     ]
     scores, are_numbers = zip(*scored, strict=True)
@@ -145,13 +158,20 @@ def compress_layers(
     return Compressed(cache, [kept for _, kept in made], functools.reduce(jnp.logical_and, are_numbers))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "spec"))
+@functools.partial(jax.jit, static_argnames=("model", "rope", "spec"))
 def _score_layer(
-    layer: PromptLayer, number: Int[Array, ""], lengths: Int[Array, "B"], *, model: ModelConfig, spec: LayerSpec
+    layer: PromptLayer,
+    number: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    *,
+    model: ModelConfig,
+    rope: Rope,
+    spec: LayerSpec,
 ) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
     """Scores a layer's tokens. Also returns, per row, whether all scores are numbers."""
-    frequencies = jnp.asarray(inverse_frequencies(model))
-    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies)
+    frequencies = jnp.asarray(inverse_frequencies(rope, lengths))
+    soft_cap = model.attn_logit_softcapping
+    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, soft_cap=soft_cap)
     scores = score(inputs, spec.method)
     padding = jnp.arange(scores.shape[-1]) >= lengths[:, None, None]
     return scores, jnp.all(~jnp.isnan(scores) | padding, axis=(1, 2))
@@ -182,13 +202,14 @@ def decode_step(
     """Decodes one token per row layer by layer, with the results of `decode.decode`. The cache is donated."""
     positions = cache.length[:, None]
     x, layers = model.embed(token[:, None]), []
-    for layer, old in zip(model.layers, cache.layers, strict=True):
-        x, new = _decode_layer(layer, old, x, positions, active, model=model.config, implementation=implementation)
+    for number, (layer, old) in enumerate(zip(model.layers, cache.layers, strict=True)):
+        case = {"rope": model.config.rope(number), "soft_cap": model.config.attn_logit_softcapping}
+        x, new = _decode_layer(layer, old, x, positions, active, **case, implementation=implementation)
         layers.append(new)
     return model.norm(x)[:, 0], KVCache(tuple(layers), cache.length + active)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "implementation"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("rope", "soft_cap", "implementation"), donate_argnames="cache")
 def _decode_layer(
     layer: Layer,
     cache: LayerCache,
@@ -196,14 +217,15 @@ def _decode_layer(
     positions: Int[Array, "B 1"],
     active: Int[Array, "B"],
     *,
-    model: ModelConfig,
+    rope: Rope,
+    soft_cap: float | None,
     implementation: str | None,
 ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
     updated: list[LayerCache] = []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        out, new = decode_layer(cache, q, k, v, active, positions, implementation)
+        out, new = decode_layer(cache, q, k, v, active, positions, implementation, soft_cap)
         updated.append(new)
         return out
 
-    return layer(x, *rotary_tables(model, positions), attend), updated[0]
+    return layer(x, *rotary_tables(rope, positions), attend), updated[0]

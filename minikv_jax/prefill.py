@@ -30,18 +30,19 @@ from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama, check_model
-from minikv_jax.models.rotary import inverse_frequencies
+from minikv_jax.models.rotary import inverse_frequencies, row_positions
 from minikv_jax.ops.compress import compress, start_eviction
 from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept, select
-from minikv_jax.ops.shapes import prompt_contract
+from minikv_jax.ops.shapes import prompt_contract, soft_cap_value
 
 
 def layer_inputs(model: ModelConfig, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
-    """Adds the layer's window, number and RoPE frequencies, from the model's config, to its arrays."""
-    frequencies = jnp.asarray(inverse_frequencies(model))
-    return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies)
+    """Adds the layer's window, number, RoPE frequencies and soft cap, from the model's config, to its arrays."""
+    frequencies = jnp.asarray(inverse_frequencies(model.rope(layer), lengths))
+    soft_cap = model.attn_logit_softcapping
+    return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies, soft_cap=soft_cap)
 
 
 def attend(
@@ -54,6 +55,7 @@ def attend(
         inputs.v,
         inputs.lengths,
         window=inputs.window,
+        soft_cap=inputs.soft_cap,
         with_scores=method.scorer.needs_column_sums,
         implementation=implementation,
     )
@@ -202,7 +204,7 @@ def _prefill_rows(
         # Makes the layer before the next one begins, so that its full K and V can be freed.
         return lax.optimization_barrier((out, make(inputs, scores, budgets[number])))[0]
 
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    positions = row_positions(ids.shape[1], lengths, by_length=model.config.rope_by_length)
     hidden = model.forward(ids, positions, attend_layer)
     if waits:
         counts = heavy_tokens(method, num_layers, lengths, [scores for _, scores in waiting])
@@ -298,13 +300,16 @@ def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
     q, k, v, lengths = prompt_contract("prefill_layer", inputs.q, inputs.k, inputs.v, inputs.lengths)
     frequencies = inputs.frequencies
     if frequencies is not None:
-        frequencies = Contract("prefill_layer", F=q.shape[3] // 2).floating("frequencies", frequencies, "F", "float32")
+        contract = Contract("prefill_layer", B=q.shape[0], F=q.shape[3] // 2)
+        legend = "B F" if getattr(frequencies, "ndim", 1) == 2 else "F"
+        frequencies = contract.floating("frequencies", frequencies, legend, "float32")
+    soft_cap = soft_cap_value(inputs.soft_cap)
     checks.at_least(1, window=inputs.window)
     layer: Any = inputs.layer
     if isinstance(layer, jax.Array) and layer.ndim == 0 and known(layer) is not None:
         layer = layer.item()
     layer = checks.integer("layer", layer, 0, checks.integer("num_layers", num_layers, 1) - 1)
-    return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies)
+    return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies, soft_cap=soft_cap)
 
 
 def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
@@ -328,9 +333,10 @@ def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | No
     batch, tokens = ids.shape
     known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
     known = contract.integers("lengths", known, "B", 0, tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
+    positions = row_positions(tokens, known, by_length=model.config.rope_by_length)
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
-        return prefill_attention(q, k, v, known, window=model.config.window(layer))[0]
+        config = model.config
+        return prefill_attention(q, k, v, known, window=config.window(layer), soft_cap=config.attn_logit_softcapping)[0]
 
     return model.logits(model.forward(ids, positions, attend_layer))

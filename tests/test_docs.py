@@ -46,7 +46,7 @@ def test_a_method_of_ones_own(model_directory: pathlib.Path, capsys: pytest.Capt
 
 def test_a_family_of_ones_own():
     family = run_page("add-a-model-family.md")["FAMILY"]
-    assert family.qk_norm
+    assert family.design.qk_norm == "head"
     assert family.fields.model_fields["max_position_embeddings"].default == 32768
 
 

@@ -161,9 +161,19 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     d, h = model.hidden_size, model.head_dim
     q, kv = model.num_attention_heads * h, model.num_key_value_heads * h
     attention = d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
-    mlp = 3 * d * model.intermediate_size + ((2 * model.intermediate_size + d) if model.mlp_bias else 0)
-    norms = 2 * d + (2 * h if model.qk_norm else 0)
+    inner = (2 if model.design.gated_mlp else 1) * model.intermediate_size
+    mlp = d * (inner + model.intermediate_size) + (inner + d if model.mlp_bias else 0)
+    norms = _norm_weights(model)
     return _BYTES[dtype] * (model.num_hidden_layers * (attention + mlp + norms) + d + model.vocab_size * d)
+
+
+def _norm_weights(model: ModelConfig) -> int:
+    """Number of weights of a layer's norms."""
+    design, h = model.design, model.head_dim
+    width = {None: 0, "head": 2 * h}.get(design.qk_norm, h * (model.num_attention_heads + model.num_key_value_heads))
+    before = 0 if not design.pre_norms else 1 if design.parallel else 2
+    count = (before + 2 * design.post_norms) * model.hidden_size + width
+    return {"layer_norm_plain": 0, "layer_norm": 2, "layer_norm_1p": 2}.get(design.norm, 1) * count
 
 
 def _index_bytes(method: Method, layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:

@@ -81,8 +81,10 @@ class LayerInputs(NamedTuple):
         unless the scorer needs them.
       window: sliding window of the layer in tokens; None if every query sees all earlier keys.
       layer: number of the layer. Scorers get a traced int32 scalar, because layers of equal shapes may share a program.
-      frequencies: float32 `[H/2]`, radians per position by which RoPE turned channels (i, i + H/2); None if unknown.
+      frequencies: float32 `[H/2]`, radians per position by which RoPE turned channels (i, i + H/2), 0 for unrotated
+        ones; `[B, H/2]` if they differ by row; None if unknown.
       sinks: number of leading tokens that the method keeps whatever their scores.
+      soft_cap: attention logits `x` became `soft_cap * tanh(x / soft_cap)`; None if they did not.
     """
 
     q: Float[Array, "B T N H"]
@@ -92,8 +94,9 @@ class LayerInputs(NamedTuple):
     column_sums: Float[Array, "B K T"] | None = None
     window: int | None = None
     layer: Int[Array, ""] | int = 0
-    frequencies: Float[Array, "F"] | None = None
+    frequencies: Float[Array, "*B F"] | None = None
     sinks: int = 0
+    soft_cap: float | None = None
 
 
 class Scorer(Component, abc.ABC):

@@ -42,6 +42,7 @@ class ExpectedAttention(Scorer):
         kv_heads = k.shape[2]
         positions = jnp.arange(tokens)
         used = (positions >= inputs.sinks) & (positions < lengths[:, None])  # [B, T]
+        frequencies = jnp.atleast_2d(frequencies)[:, None]  # [B, 1, H/2], or the same for all rows
         mean, covariance = _moments(q, used, positions[:, None] * frequencies)
 
         ahead = (lengths[:, None] + jnp.arange(self.future))[..., None] * frequencies  # [B, future, H/2]
@@ -61,11 +62,11 @@ class ExpectedAttention(Scorer):
 
 
 def _moments(
-    q: Float[Array, "B T N H"], used: Array, angles: Float[Array, "T F"]
+    q: Float[Array, "B T N H"], used: Array, angles: Float[Array, "#B T F"]
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N H H"]]:
     """Mean and covariance of the `used` queries before RoPE."""
     count = jnp.maximum(jnp.sum(used, axis=1), 1)[:, None, None]
-    plain = rotate(q.astype(jnp.float32), jnp.cos(angles)[None], -jnp.sin(angles)[None])
+    plain = rotate(q.astype(jnp.float32), jnp.cos(angles), -jnp.sin(angles))
     plain = jnp.where(used[..., None, None], plain, 0.0)
     mean = jnp.sum(plain, axis=1) / count  # [B, N, H]
     centred = jnp.where(used[..., None, None], plain - mean[:, None], 0.0)

@@ -27,7 +27,10 @@ def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
         seen = keys <= positions[:, :, None]  # [B, w, T]
         if window is not None:
             seen &= keys > positions[:, :, None] - window
-        logits = jnp.where(seen[:, None, None], logits * dim**-0.5, -jnp.inf)
+        logits = logits * dim**-0.5
+        if inputs.soft_cap is not None:
+            logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)
+        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
         top = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
         total = jnp.sum(weights, axis=-1, keepdims=True)

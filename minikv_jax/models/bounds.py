@@ -19,12 +19,15 @@ Token = Annotated[int, Field(ge=0, lt=1 << 24)]
 Epsilon = Annotated[float, Field(ge=1e-20, le=1)]
 RopeBase = Annotated[float, Field(ge=1, le=1e20)]  # float32 holds its powers and their inverses
 RopeFactor = Annotated[float, Field(ge=1e-6, le=1e6)]
-Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+Blend = Annotated[float, Field(ge=0, le=MOST_WIDTH)]
+Multiplier = Annotated[float, Field(ge=1e-6, le=1e6)]
+Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 # Lists in JSON, tuples in Python.
 Tokens = Annotated[tuple[Token, ...], Strict(False)]
 LayerTypes = Annotated[tuple[LayerType, ...], Strict(False)]
+LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 12)], ...], Strict(False)]
 RopeFactors = Annotated[tuple[RopeFactor, ...], Strict(False)]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from minikv_jax import schemas
 from minikv_jax.models import bounds, families
+from minikv_jax.models.design import Design
 from minikv_jax.models.family import Family
 
 
@@ -19,25 +20,40 @@ class RopeScaling:
     """Scaling of the rotary frequencies `theta ** (-2i / H)` for longer contexts.
 
     Attributes:
-      rope_type: "linear" divides all frequencies by `factor`. "llama3" divides the slow ones by `factor`, keeps the
-        fast ones and blends in between (Llama 3.1, arXiv 2407.21783). "factors" divides frequency `i` by `factors[i]`,
-        which is how a GGUF file stores "llama3".
-      factor: the divisor of "linear" and "llama3".
+      rope_type: "linear" divides all frequencies by `factor`. "llama3" and "yarn" (arXiv 2309.00071) divide the slow
+        ones by `factor`, keep the fast ones and blend in between, "llama3" in the number of turns (Llama 3.1, arXiv
+        2407.21783) and "yarn" in the number of the frequency. "factors" divides frequency `i` by `factors[i]`, which is
+        how a GGUF file stores "llama3"; "longrope" (arXiv 2402.13753) does so with `long_factors` instead if the
+        sequence is longer than the original context. "dynamic" raises the base with the length of a longer sequence.
+      factor: the divisor of "linear", "llama3" and "yarn"; the growth of "dynamic".
       low_freq_factor: "llama3" scales fully what turns fewer times than this over the original context.
       high_freq_factor: "llama3" leaves unchanged what turns more often than this.
-      original_max_position_embeddings: the original context of "llama3", in tokens.
-      factors: `H / 2` divisors of "factors", empty otherwise.
+      original_max_position_embeddings: the original context, in tokens.
+      factors: a divisor for each frequency of "factors" and "longrope", empty otherwise.
+      long_factors: as `factors`, for "longrope" beyond the original context.
+      attention_factor: queries and keys are multiplied by this as they are rotated ("yarn", "longrope").
+      first_blended, last_blended: "yarn" keeps the frequencies up to the first number, divides those from the second on
+        and blends in between.
 
     Raises:
       ValueError: a value is not accepted. The message names the first such field.
     """
 
-    rope_type: Literal["linear", "llama3", "factors"]
+    rope_type: Literal["linear", "llama3", "factors", "yarn", "longrope", "dynamic"]
     factor: bounds.RopeFactor = 1.0
     low_freq_factor: bounds.RopeFactor = 1.0
     high_freq_factor: bounds.RopeFactor = 4.0
     original_max_position_embeddings: bounds.Positions = 8192
     factors: bounds.RopeFactors = ()
+    long_factors: bounds.RopeFactors = ()
+    attention_factor: bounds.RopeFactor = 1.0
+    first_blended: bounds.Blend = 0.0
+    last_blended: bounds.Blend = 1.0
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the sequence."""
+        return self.rope_type in ("dynamic", "longrope")
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field whose value is not accepted."""
@@ -46,6 +62,29 @@ class RopeScaling:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
             )
+        if self.rope_type == "yarn" and not self.first_blended < self.last_blended:
+            raise ValueError(f"first_blended={self.first_blended} must be below last_blended={self.last_blended}")
+
+
+class Rope(NamedTuple):
+    """How a layer rotates queries and keys (Su et al., arXiv 2104.09864). The numbers of channels are even.
+
+    Attributes:
+      head_dim: channels per head, `H`.
+      rotated: leading channels that are rotated; 0 if the layer has no RoPE. See `rotary.channel_order`.
+      theta: base of the frequencies `theta ** (-2i / rotated)`.
+      scaling: their scaling, if any.
+    """
+
+    head_dim: int
+    rotated: int
+    theta: float
+    scaling: RopeScaling | None
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the sequence."""
+        return self.scaling is not None and self.scaling.by_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,17 +100,28 @@ class ModelConfig:
       num_attention_heads: query heads, `N`, a multiple of `K`.
       num_key_value_heads: KV heads, `K`.
       head_dim: channels per head, `H`, an even number.
-      hidden_act: activation of the MLP: "silu", "gelu", "gelu_pytorch_tanh" or "relu".
+      hidden_act: activation of the MLP, a key of `mlp.ACTIVATIONS`.
       max_position_embeddings: the longest context, in tokens.
       rms_norm_eps: epsilon of the norms.
       rope_theta: base of the rotary frequencies.
       rope_scaling: their scaling, if any.
+      local_rope_theta: base in the layers with a sliding window, where nothing scales the frequencies; None if these
+        layers rotate as the others.
+      rotary_dim: channels of a head that are rotated, an even number; None for all.
+      unrotated_layers: numbers of the layers without RoPE.
       attention_bias: biases in the q, k, v and o projections.
       mlp_bias: biases in the MLP.
       tie_word_embeddings: the embedding also serves as the output projection.
       sliding_window: keys that a query sees, itself included; None for all of them.
       layer_types: "full_attention" or "sliding_attention" for each layer. None: `sliding_window` applies to all layers.
       eos_token_ids: tokens that end a text.
+      embedding_multiplier: factor of the embeddings.
+      attention_multiplier: factor of the attention logits; None for `head_dim ** -0.5`.
+      residual_multiplier: factor of what attention and MLP add to the residual stream.
+      logit_multiplier: factor of the output logits.
+      attn_logit_softcapping: attention logits `x` become `c tanh(x / c)` (Gemma 2, arXiv 2408.00118); None: unchanged.
+      final_logit_softcapping: the same of the output logits.
+      own_design: how the layers are built, if it is not the family's design.
 
     Raises:
       ValueError: a value is not accepted. The message names the first such field.
@@ -96,6 +146,16 @@ class ModelConfig:
     sliding_window: bounds.Positions | None = None  # a query sees this many keys, itself included
     layer_types: bounds.LayerTypes | None = None
     eos_token_ids: bounds.Tokens = ()  # any of these ends a text
+    local_rope_theta: bounds.RopeBase | None = None
+    rotary_dim: bounds.Width | None = None
+    unrotated_layers: bounds.LayerNumbers = ()
+    embedding_multiplier: bounds.Multiplier = 1.0
+    attention_multiplier: bounds.Multiplier | None = None
+    residual_multiplier: bounds.Multiplier = 1.0
+    logit_multiplier: bounds.Multiplier = 1.0
+    attn_logit_softcapping: bounds.Multiplier | None = None
+    final_logit_softcapping: bounds.Multiplier | None = None
+    own_design: Design | None = None
 
     @property
     def family(self) -> Family:
@@ -103,14 +163,26 @@ class ModelConfig:
         return families.get(self.model_type)
 
     @property
-    def qkv_bias(self) -> bool:
-        """Whether the q, k and v projections have biases."""
-        return self.attention_bias or self.family.qkv_bias
+    def design(self) -> Design:
+        """How the layers are built."""
+        return self.own_design or self.family.design
 
     @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised per head before the rotation."""
-        return self.family.qk_norm
+    def qkv_bias(self) -> bool:
+        """Whether the q, k and v projections have biases."""
+        return self.attention_bias or self.design.qkv_bias
+
+    @property
+    def rope_by_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of the sequence."""
+        return self.rope_scaling is not None and self.rope_scaling.by_length
+
+    def rope(self, layer: int) -> Rope:
+        """How a layer rotates its queries and keys."""
+        rotated = 0 if layer in self.unrotated_layers else self.rotary_dim or self.head_dim
+        if self.local_rope_theta is not None and self.window(layer) is not None:
+            return Rope(self.head_dim, rotated, self.local_rope_theta, None)
+        return Rope(self.head_dim, rotated, self.rope_theta, self.rope_scaling)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer in tokens; None if the layer sees all keys."""
@@ -127,9 +199,10 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs of channels")
-        _check_scaling(self)
+        for name, size in (("head_dim", self.head_dim), ("rotary_dim", self.rotary_dim or 0)):
+            if size % 2:
+                raise ValueError(f"{name}={size} must be even: the rotary embedding turns pairs of channels")
+        _check_rope(self)
         if any(token >= self.vocab_size for token in self.eos_token_ids):
             raise ValueError(f"eos_token_ids={self.eos_token_ids} must lie in 0..{self.vocab_size - 1} (vocab_size)")
         _check_windows(self)
@@ -153,10 +226,11 @@ class ModelConfig:
           ValueError: a field is unknown, missing or not accepted. The message names `source` and the first such field.
         """
         values = dict(values)
-        if isinstance(scaling := values.get("rope_scaling"), Mapping):
-            fields = schemas.validate(schemas.of(RopeScaling), scaling, source=f"{os.fspath(source)}: rope_scaling")
-            with schemas.naming(source):
-                values["rope_scaling"] = RopeScaling(**dict(fields))
+        for name, part in (("rope_scaling", RopeScaling), ("own_design", Design)):
+            if isinstance(given := values.get(name), Mapping):
+                fields = schemas.validate(schemas.of(part), given, source=f"{os.fspath(source)}: {name}")
+                with schemas.naming(source):
+                    values[name] = part(**dict(fields))
         fields = schemas.validate(schemas.of(cls), values, source=source)
         with schemas.naming(source):
             return cls(**dict(fields))
@@ -170,16 +244,23 @@ def _check_fields(value: ModelConfig | RopeScaling) -> None:
         object.__setattr__(value, name, field)
 
 
-def _check_scaling(config: ModelConfig) -> None:
-    """Raises ValueError if the number of rope factors does not match the scaling type and the head size."""
-    if config.rope_scaling is None:
-        return
-    needed = config.head_dim // 2 if config.rope_scaling.rope_type == "factors" else 0
-    if len(config.rope_scaling.factors) != needed:
+def _check_rope(config: ModelConfig) -> None:
+    """Raises ValueError if rotary settings do not match the head size or the layers."""
+    if (rotated := config.rotary_dim or 0) > config.head_dim:
+        raise ValueError(f"rotary_dim={rotated} exceeds head_dim={config.head_dim}")
+    if any(layer >= config.num_hidden_layers for layer in config.unrotated_layers):
         raise ValueError(
-            f"rope_scaling of type {config.rope_scaling.rope_type!r} has {len(config.rope_scaling.factors)} factors, "
-            f"head_dim={config.head_dim} needs {needed}"
+            f"unrotated_layers={config.unrotated_layers} must lie in 0..{config.num_hidden_layers - 1} "
+            "(num_hidden_layers)"
         )
+    if (scaling := config.rope_scaling) is None:
+        return
+    kind, pairs = scaling.rope_type, (rotated or config.head_dim) // 2
+    for name, kinds in (("factors", ("factors", "longrope")), ("long_factors", ("longrope",))):
+        count, needed = len(getattr(scaling, name)), pairs if kind in kinds else 0
+        if count != needed:
+            size = f"head_dim={config.head_dim}" if config.rotary_dim is None else f"rotary_dim={rotated}"
+            raise ValueError(f"rope_scaling of type {kind!r} has {count} {name}, {size} needs {needed}")
 
 
 def _check_windows(config: ModelConfig) -> None:

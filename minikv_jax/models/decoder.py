@@ -1,4 +1,4 @@
-"""The decoder of all model families in Flax NNX: Llama, Mistral, Qwen2 and Qwen3 differ only in their config.
+"""The decoder of all model families in Flax NNX: they differ only in their config (`config.py`, `design.py`).
 
 The model has no cache and calls no attention op. Attention is a callback, so prefill, decode and one-shot runs share
 the model's code. Shape letters are those of docs/architecture.md.
@@ -7,9 +7,8 @@ the model's code. Shape letters are those of docs/architecture.md.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,168 +21,37 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import meshes
 from minikv_jax.arrays import resolve_dtype
 from minikv_jax.meshes import DATA, MODEL, constrain
+from minikv_jax.models.attention import Attention
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.rotary import rotary_tables, rotate
+from minikv_jax.models.mlp import MLP
+from minikv_jax.models.norms import Norm
+from minikv_jax.models.projections import Reduce, linear, precision, sum_over_devices
+from minikv_jax.models.rotary import rotary_tables
 
 # attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k are normalised and rotated.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-
-# Sums the devices' partial results of a projection that is split by rows; called inside `jax.shard_map`.
-Reduce = Callable[[jax.Array], jax.Array]
 
 # Tokens per chunk of the MLP and of a prefill: enough to keep a matmul busy, and few enough that the MLP's three arrays
 # of `intermediate_size` take about as much memory as attention does.
 CHUNK_TOKENS = 1 << 14
 
-_ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
-
-
-# Projections of the same input are one matmul, so that a decode step runs fewer and longer kernels.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-class Joined(NamedTuple):
-    """Column layout of a joined projection: `groups` times [columns of the first part | of the second | ...].
-
-    A group is a KV head with its query heads, or the MLP columns on the same device as that head. Each device can then
-    hold whole groups and needs no columns of the others.
-
-    Attributes:
-      groups: number of groups.
-      widths: columns of each part within a group, in the order of `JOINED`.
-    """
-
-    groups: int
-    widths: tuple[int, ...]
-
-    @property
-    def columns(self) -> int:
-        return self.groups * sum(self.widths)
-
-    def grouped(self, x: Float[Array, "B T C"]) -> Float[Array, "B T groups width"]:
-        """Reshapes the projection's result to its groups."""
-        return constrain(x.reshape(*x.shape[:-1], self.groups, -1), DATA, None, MODEL)
-
-
-def joined(config: ModelConfig, module: str) -> Joined:
-    """Returns the column layout of a joined projection, a key of `JOINED`."""
-    h, kv_heads, wide = config.head_dim, config.num_key_value_heads, config.intermediate_size
-    if module == "qkv_proj":
-        return Joined(kv_heads, (config.num_attention_heads // kv_heads * h, h, h))
-    groups = math.gcd(kv_heads, wide)
-    return Joined(groups, (wide // groups, wide // groups))
-
-
-def _linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
-    return functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, precision=_precision(dtype), rngs=rngs)
-
-
-def _precision(dtype: DTypeLike) -> lax.Precision | None:
-    """The matmul precision that keeps float32 exact; a GPU's default is TF32, with 10 bits of mantissa."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def sum_over_devices(x: jax.Array) -> jax.Array:
-    """Sums `x` over the devices of the axis "model" with XLA's collective."""
-    return lax.psum(x, MODEL)
-
-
-def _project_by_rows(linear: nnx.Linear, x: Float[Array, "B T F"], reduce: Reduce) -> Float[Array, "B T D"]:
-    """Computes `linear(x)` with the rows of its kernel split over the devices of a mesh."""
-
-    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.matmul(x, kernel, precision=linear.precision)
-
-    def product_of_one_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if x.shape[0] * x.shape[1] > 1 or kernel.size >= 10**7:
-            return product(x, kernel)
-        # On a GPU, XLA turns one row times a matrix below this size into sums over products that it writes out (21 us
-        # for 8 million numbers on an H200). Two equal rows stay a matmul.
-        return product(lax.optimization_barrier(jnp.concatenate([x, x], axis=1)), kernel)[:, :1]
-
-    kernel = linear.kernel[...]
-    split = meshes.size(MODEL) > 1
-    out = meshes.sum_of_products(x, kernel, product_of_one_device, reduce) if split else product(x, kernel)
-    out = constrain(out, DATA)
-    return out if linear.bias is None else out + linear.bias[...]
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last axis, reduced in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, features: int, epsilon: float, *, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return normal.astype(x.dtype) * scale
-
-
-class Attention(nnx.Module):
-    """Grouped-query self-attention (arXiv 2305.13245): projections, norms and rotation around a callback `attend`."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = _linear(dtype, rngs)
-        d, h, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.joined = joined(config, "qkv_proj")
-        self.qkv_proj = linear(d, self.joined.columns, use_bias=bias)
-        self.o_proj = linear(config.num_attention_heads * h, d, use_bias=config.attention_bias)
-        self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.group, self.head_dim = config.num_attention_heads // config.num_key_value_heads, h
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        cos: Float[Array, "B T H2"],
-        sin: Float[Array, "B T H2"],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-        reduce: Reduce = sum_over_devices,
-    ) -> Float[Array, "B T D"]:
-        group, head_dim = self.group, self.head_dim
-        batch, tokens, _ = x.shape
-        qkv = self.joined.grouped(self.qkv_proj(x)).reshape(batch, tokens, -1, group + 2, head_dim)
-        qk, v = qkv[:, :, :, : group + 1], qkv[:, :, :, -1]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = jnp.concatenate([self.q_norm(qk[:, :, :, :group]), self.k_norm(qk[:, :, :, group:])], axis=3)
-        # Queries and keys are rotated together, which saves a kernel per layer.
-        qk = rotate(qk.reshape(batch, tokens, -1, head_dim), cos, sin).reshape(qk.shape)
-        q, k = qk[:, :, :, :group].reshape(batch, tokens, -1, head_dim), qk[:, :, :, group]
-        out = attend(q, k, v)  # [B, T, N, H]
-        return _project_by_rows(self.o_proj, out.reshape(batch, tokens, -1), reduce)
-
-
-class MLP(nnx.Module):
-    """Gated feed-forward block: `down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = functools.partial(_linear(dtype, rngs), use_bias=config.mlp_bias)
-        self.joined = joined(config, "gate_up_proj")
-        self.gate_up_proj = linear(config.hidden_size, self.joined.columns)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
-        self.activation = _ACTIVATIONS[config.hidden_act]
-
-    def __call__(self, x: Float[Array, "B T D"], reduce: Reduce = sum_over_devices) -> Float[Array, "B T D"]:
-        gate, up = jnp.split(self.joined.grouped(self.gate_up_proj(x)), 2, axis=-1)  # [B, T, groups, F / groups] each
-        return _project_by_rows(self.down_proj, (self.activation(gate) * up).reshape(*x.shape[:-1], -1), reduce)
-
 
 class Layer(nnx.Module):
-    """One pre-norm transformer layer: attention and MLP, each added to its input."""
+    """One transformer layer: attention and MLP, each added to its input (`Design` says where the norms are)."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        design = config.design
+
+        def norm(present: bool) -> Norm | None:
+            return Norm(config, config.hidden_size, dtype=dtype) if present else None
+
+        self.input_layernorm = norm(design.pre_norms)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention_output_norm = norm(design.post_norms)
+        self.post_attention_layernorm = norm(design.pre_norms and not design.parallel)  # of the MLP's input
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp_output_norm = norm(design.post_norms)
+        self.parallel, self.multiplier = design.parallel, config.residual_multiplier
 
     def __call__(
         self,
@@ -193,10 +61,25 @@ class Layer(nnx.Module):
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         reduce: Reduce = sum_over_devices,
     ) -> Float[Array, "B T D"]:
+        def mlp(x: jax.Array) -> jax.Array:
+            return self._branch(self.mlp_output_norm, self.mlp(x, reduce))
+
         with jax.named_scope("attention"):
-            x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, reduce)
+            normal = _through(self.input_layernorm, x)
+            attended = x + self._branch(self.attention_output_norm, self.self_attn(normal, cos, sin, attend, reduce))
         with jax.named_scope("mlp"):
-            return _by_chunks(lambda x: x + self.mlp(self.post_attention_layernorm(x), reduce), x)
+            if self.parallel:
+                return attended + _by_chunks(mlp, normal)
+            return _by_chunks(lambda x: x + mlp(_through(self.post_attention_layernorm, x)), attended)
+
+    def _branch(self, norm: Norm | None, out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns what is added to the residual stream for the output of attention or the MLP."""
+        out = _through(norm, out)
+        return out if self.multiplier == 1.0 else out * self.multiplier
+
+
+def _through(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return x if norm is None else norm(x)
 
 
 def _by_chunks(function: Callable[[jax.Array], jax.Array], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -245,11 +128,11 @@ class Llama(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs
         )
         self.layers = nnx.List([build() for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=self.dtype)
+        self.norm = Norm(config, config.hidden_size, dtype=self.dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else _linear(self.dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=False)
+            else linear(self.dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=config.design.head_bias)
         )
 
     def window(self, layer: int) -> int | None:
@@ -259,7 +142,10 @@ class Llama(nnx.Module):
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds token ids `[B, T]` as the first layer's input `[B, T, D]`. Ids outside the vocabulary become NaN."""
         with jax.named_scope("embed"):
-            return constrain(jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill"), DATA)
+            x = jnp.take(self.embed_tokens.embedding[...], ids, axis=0, mode="fill")
+            if self.config.embedding_multiplier != 1.0:
+                x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
+            return constrain(x, DATA)
 
     def forward(
         self,
@@ -287,26 +173,34 @@ class Llama(nnx.Module):
             raise ValueError(
                 f"{ids.shape[1]} tokens do not fit max_position_embeddings={self.config.max_position_embeddings}"
             )
-        cos, sin = rotary_tables(self.config, positions)  # [B, T, H/2]
+        ropes = [self.config.rope(index) for index in range(len(self.layers))]
+        tables = {rope: rotary_tables(rope, positions) for rope in dict.fromkeys(ropes)}  # [B, T, H/2] each
         x = self.embed(ids)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                x = layer(x, cos, sin, functools.partial(attend, index), reduce)
+                x = layer(x, *tables[ropes[index]], functools.partial(attend, index), reduce)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
         """Computes next-token logits, float32 `[..., V]`, from hidden states `[..., D]` of `forward`."""
-        product = functools.partial(jnp.einsum, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, precision=precision(self.dtype), preferred_element_type=jnp.float32)
         with jax.named_scope("logits"):
             if self.lm_head is None:
                 logits = product("...d,vd->...v", hidden, self.embed_tokens.embedding[...])
             else:
                 logits = product("...d,dv->...v", hidden, self.lm_head.kernel[...])
+                if self.lm_head.bias is not None:
+                    bias = self.lm_head.bias[...].astype(jnp.float32)
+                    logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
             if self.config.vocab_size % meshes.size(MODEL) == 0:
                 logits = constrain(
                     logits, DATA, *[None] * (logits.ndim - 2), MODEL
                 )  # devices exchange logits, not weights
-            return constrain(logits, DATA)
+            logits = constrain(logits, DATA)
+            if self.config.logit_multiplier != 1.0:
+                logits = logits * self.config.logit_multiplier
+            cap = self.config.final_logit_softcapping
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def check_model(function: str, model: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from minikv_jax.models import bounds
+from minikv_jax.models.design import LLAMA, Design
 from minikv_jax.schemas import Schema
 
 # The sliding window, and the type of every layer (None: the window applies to all layers).
@@ -96,8 +97,7 @@ class Family:
       model_type: its name in a Hugging Face config.json.
       fields: the fields read from a config.json. It lists `attention_bias` and `mlp_bias` only if transformers reads
         them for this family.
-      qkv_bias: the q, k and v projections always have biases, and o has none.
-      qk_norm: queries and keys are normalised per head before the rotation.
+      design: how the layers are built.
       windows: returns the sliding window and the layer types from `fields`. None: the architecture has no windows.
       gguf_architecture: its `general.architecture` in a GGUF file. If families share one, a file with a sliding window
         belongs to the family that has `windows`.
@@ -107,8 +107,7 @@ class Family:
 
     model_type: str
     fields: type[Fields]
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    design: Design = LLAMA
     windows: Callable[[Any], Windows] | None = None
     gguf_architecture: str | None = None
     gguf_interleaved: bool = False

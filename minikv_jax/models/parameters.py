@@ -21,8 +21,9 @@ from jax.typing import DTypeLike
 
 from minikv_jax import checks
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import JOINED, Llama, joined
+from minikv_jax.models.decoder import Llama
 from minikv_jax.models.partition import check_mesh, placement
+from minikv_jax.models.projections import JOINED, joined
 from minikv_jax.models.tensors import Bounds, Rule, TensorReader, TensorSource
 
 

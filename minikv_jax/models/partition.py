@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec as P
 from minikv_jax import meshes
 from minikv_jax.meshes import MODEL
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.decoder import JOINED, Llama, joined
+from minikv_jax.models.decoder import Llama
+from minikv_jax.models.projections import JOINED, joined
 
 _VOCABULARY = {"embed_tokens.embedding": P(MODEL, None), "lm_head.kernel": P(None, MODEL)}
 _LAYERS = {
-    re.compile(rf".*\.({'|'.join(JOINED)})\.kernel"): P(None, MODEL),
-    re.compile(rf".*\.({'|'.join(JOINED)})\.bias"): P(MODEL),
+    re.compile(rf".*\.({'|'.join((*JOINED, 'up_proj'))})\.kernel"): P(None, MODEL),
+    re.compile(rf".*\.({'|'.join((*JOINED, 'up_proj'))})\.bias"): P(MODEL),
     re.compile(r".*\.(o_proj|down_proj)\.kernel"): P(MODEL, None),
 }
 

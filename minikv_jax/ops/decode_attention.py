@@ -14,7 +14,7 @@ from minikv_jax.arrays import INT32_MAX, Contract
 from minikv_jax.cache.state import LayerCache
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
-from minikv_jax.ops.shapes import layer_contract, softmax_scale
+from minikv_jax.ops.shapes import Scaling, layer_contract, scaling
 from minikv_jax.packing import MAX_BLOCK
 
 BLOCK = MAX_BLOCK  # cached tokens read at a time in plain JAX; a multiple of every packing block
@@ -28,6 +28,7 @@ def decode_attention(
     positions: Int[Array, "B"] | None = None,
     *,
     scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B N H"]:
     """Attends with one query per row over all tokens of a layer's cache, read as stored (MiniKV section 3.4).
@@ -37,6 +38,8 @@ def decode_attention(
       layer: the layer's cache.
       positions: the queries' positions; needed only if the layer has a sliding window.
       scale: factor of the logits, positive; `H ** -0.5` by default.
+      soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); by default they stay.
+        Only "xla" computes it.
       implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU that supports the inputs.
 
     Returns:
@@ -52,7 +55,7 @@ def decode_attention(
     quantizer = layer.method.quantizer
     sizes = {"batch": batch, "tokens": layer.packed.capacity + layer.tail.capacity, "heads": heads}
     sizes |= {"kv_heads": layer.tail.k.shape[1], "head_dim": head_dim, "bits": quantizer.k_bits if quantizer else 16}
-    arguments = (layer.spec.to_basis(q, "keys"), layer, positions, softmax_scale(scale, head_dim))
+    arguments = (layer.spec.to_basis(q, "keys"), layer, positions, scaling(scale, soft_cap, head_dim))
     heads = (1, 1, None)
     out = dispatch.run("decode_attention", implementation, sizes, _IMPLEMENTATIONS, *arguments, heads=heads)
     return layer.spec.from_basis(out, "values")
@@ -76,12 +79,14 @@ def query_positions(contract: Contract, positions: Array | None, layer: LayerCac
     return jnp.zeros([contract.sizes[letter] for letter in legend.split()], jnp.int32)
 
 
-def _xla(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
+def _xla(q: Array, layer: LayerCache, positions: Array, scale: Scaling) -> Array:
     part = attend_cache(q[:, None], layer, positions[:, None], scale)
     return finish(part, q.shape[1] // layer.tail.k.shape[1], q.dtype)[:, 0]
 
 
-def attend_cache(q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[Array, "B T"], scale: float) -> Partial:
+def attend_cache(
+    q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[Array, "B T"], scale: Scaling
+) -> Partial:
     """Attends with new queries over a layer's whole cache. The result has queries group-major (`Q = G * T`).
 
     `positions` are the queries' own and matter only with a sliding window.
@@ -124,18 +129,20 @@ def attend_cache(q: Float[Array, "B T N H"], layer: LayerCache, positions: Int[A
     return part
 
 
-def _pallas(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
+def _pallas(q: Array, layer: LayerCache, positions: Array, scale: Scaling) -> Array:
     del positions  # no kernel supports a window
+    factor = scale.without_soft_cap("decode_attention", "pallas")
     packed, tail, storage = kernel_arrays.regions(layer, "pallas")
-    return dispatch.package("pallas").decode_attention(q, packed, tail, storage=storage, scale=scale)
+    return dispatch.package("pallas").decode_attention(q, packed, tail, storage=storage, scale=factor)
 
 
-def _cuda(q: Array, layer: LayerCache, positions: Array, scale: float) -> Array:
+def _cuda(q: Array, layer: LayerCache, positions: Array, scale: Scaling) -> Array:
     del positions
+    factor = scale.without_soft_cap("decode_attention", "cuda")
     packed, tail, storage = kernel_arrays.regions(layer, "cuda")
     if layer.method.quantizer is None:
-        return dispatch.package("cuda").decode_unpacked(q, tail, scale=scale)  # cuDNN's
-    return dispatch.package("cuda").decode_attention(q, packed, tail, storage=storage, scale=scale)
+        return dispatch.package("cuda").decode_unpacked(q, tail, scale=factor)  # cuDNN's
+    return dispatch.package("cuda").decode_attention(q, packed, tail, storage=storage, scale=factor)
 
 
 _IMPLEMENTATIONS = {"xla": _xla, "pallas": _pallas, "cuda": _cuda}
@@ -146,6 +153,7 @@ def decode_attention_weights(
     layer: LayerCache,
     *,
     scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K C"]]:
     """Runs `decode_attention` over a full-precision cache. Also returns the attention weight of each tail slot.
@@ -161,12 +169,12 @@ def decode_attention_weights(
         raise ValueError(
             f"quantizer={layer.method.quantizer}, window={layer.spec.window}: weights are of full-precision tails only"
         )
-    arguments = (q, layer, softmax_scale(scale, q.shape[-1]))
+    arguments = (q, layer, scaling(scale, soft_cap, q.shape[-1]))
     implementations = {"xla": _xla_weights}
     return dispatch.run("decode_attention_weights", implementation, {}, implementations, *arguments, heads=(1, 1))
 
 
-def _xla_weights(q: Array, layer: LayerCache, scale: float) -> tuple[Array, Array]:
+def _xla_weights(q: Array, layer: LayerCache, scale: Scaling) -> tuple[Array, Array]:
     kv_heads = layer.tail.k.shape[1]
     part = attend_cache(q[:, None], layer, jnp.zeros((q.shape[0], 1), jnp.int32), scale)
     seen = (jnp.arange(layer.tail.capacity) < layer.tail.length[:, None])[:, None, None]  # [B, 1, 1, C]

@@ -11,7 +11,7 @@ from minikv_jax.ops import dispatch
 from minikv_jax.ops.decode_attention import attend_cache, query_positions
 from minikv_jax.ops.online_softmax import finish, merge
 from minikv_jax.ops.prefill_attention import causal_attention
-from minikv_jax.ops.shapes import layer_contract, softmax_scale
+from minikv_jax.ops.shapes import Scaling, layer_contract, scaling
 
 
 def extend_attention(
@@ -23,6 +23,7 @@ def extend_attention(
     positions: Int[Array, "B T"] | None = None,
     *,
     scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attends with several new tokens per row: over the cache, and causally over each other in full precision.
@@ -33,6 +34,7 @@ def extend_attention(
       lengths: new tokens per row, in `0..T`.
       positions: the queries' positions; needed only if the layer has a sliding window.
       scale: factor of the logits, positive; `H ** -0.5` by default.
+      soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); by default they stay.
       implementation: "xla", which is the default and the only one.
 
     Returns:
@@ -50,7 +52,7 @@ def extend_attention(
     positions = query_positions(contract, positions, layer, "B T")
     spec = layer.spec
     q, k, v = spec.to_basis(q, "keys"), spec.to_basis(k, "keys"), spec.to_basis(v, "values")
-    arguments = (q, k, v, layer, lengths, positions, softmax_scale(scale, q.shape[-1]))
+    arguments = (q, k, v, layer, lengths, positions, scaling(scale, soft_cap, q.shape[-1]))
     heads = (2, 2, 2, 1, None, None)
     out = dispatch.run(
         "extend_attention", implementation, {}, {"xla": _xla}, *arguments, heads=heads, outputs=heads_at(2)
@@ -59,7 +61,7 @@ def extend_attention(
 
 
 def _xla(
-    q: Array, k: Array, v: Array, layer: LayerCache, lengths: Array, positions: Array, scale: float
+    q: Array, k: Array, v: Array, layer: LayerCache, lengths: Array, positions: Array, scale: Scaling
 ) -> Float[Array, "B T N H"]:
     new = causal_attention(q, k, v, lengths, scale, layer.spec.window)
     part = merge(attend_cache(q, layer, positions, scale), new)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from minikv_jax.ops.shapes import Scaling
+
 _EXACT = {"preferred_element_type": jnp.float32, "precision": lax.Precision.HIGHEST}
 
 
@@ -47,7 +49,7 @@ def attend(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     seen: Array,
-    scale: float,
+    scale: Scaling,
 ) -> Partial:
     """Attends with `Q` queries over those of `S` keys that `seen` (broadcastable to `[B, K, Q, S]`) allows."""
     masked = logits(q, k, seen, scale)
@@ -59,9 +61,9 @@ def attend(
     return Partial(acc, top, jnp.sum(weights, axis=-1))
 
 
-def logits(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], seen: Array, scale: float) -> Array:
-    """Computes scaled products in float32; minus infinity for keys that are not seen."""
-    return jnp.where(seen, jnp.einsum("bkqh,bksh->bkqs", q, k, **_EXACT) * scale, -jnp.inf)
+def logits(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], seen: Array, scale: Scaling) -> Array:
+    """Computes the attention logits in float32; minus infinity for keys that are not seen."""
+    return jnp.where(seen, scale.logits(jnp.einsum("bkqh,bksh->bkqs", q, k, **_EXACT)), -jnp.inf)
 
 
 def finish(part: Partial, group: int, dtype: jnp.dtype) -> Float[Array, "B T N H"]:

@@ -18,7 +18,7 @@ from minikv_jax import checks
 from minikv_jax.meshes import heads_at
 from minikv_jax.ops import dispatch
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
-from minikv_jax.ops.shapes import prompt_contract, softmax_scale
+from minikv_jax.ops.shapes import Scaling, prompt_contract, scaling
 
 BLOCK = 256  # tokens per block in plain JAX
 
@@ -32,6 +32,7 @@ def prefill_attention(
     lengths: Int[Array, "B"],
     *,
     scale: float | None = None,
+    soft_cap: float | None = None,
     window: int | None = None,
     with_scores: bool = False,
     implementation: str | None = None,
@@ -42,6 +43,8 @@ def prefill_attention(
       q, k, v: queries, keys and values after RoPE, right-padded; float32, bfloat16 or float16.
       lengths: valid tokens per row, in `0..T`. The padding may hold anything, including NaN.
       scale: factor of the logits, positive; `H ** -0.5` by default.
+      soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); by default they stay.
+        Only "xla" computes it.
       window: sliding window in tokens: query `t` sees the keys `t - window < s <= t`. By default it sees all `s <= t`.
       with_scores: whether to return the sums of the softmax map over the row's queries and the `G` query heads of each
         KV head. Memory stays linear in `T`.
@@ -59,7 +62,7 @@ def prefill_attention(
     checks.flag("with_scores", with_scores)
     batch, tokens, heads, head_dim = q.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
-    arguments = (q, k, v, lengths, softmax_scale(scale, head_dim), window, with_scores)
+    arguments = (q, k, v, lengths, scaling(scale, soft_cap, head_dim), window, with_scores)
     return dispatch.run(
         "prefill_attention",
         implementation,
@@ -71,7 +74,7 @@ def prefill_attention(
     )
 
 
-def _xla(q: Array, k: Array, v: Array, lengths: Array, scale: float, window: int | None, with_scores: bool) -> Scored:
+def _xla(q: Array, k: Array, v: Array, lengths: Array, scale: Scaling, window: int | None, with_scores: bool) -> Scored:
     part = causal_attention(q, k, v, lengths, scale, window)
     out = finish(part, q.shape[2] // k.shape[2], q.dtype)
     return out, column_sums(q, k, lengths, part, scale, window) if with_scores else None
@@ -129,7 +132,7 @@ def causal_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     lengths: Int[Array, "B"],
-    scale: float,
+    scale: Scaling,
     window: int | None = None,
 ) -> Partial:
     """Pass 1: unnormalised causal attention of right-padded rows, queries group-major (`Q = G * T`)."""
@@ -167,7 +170,7 @@ def column_sums(
     k: Float[Array, "B T K H"],
     lengths: Int[Array, "B"],
     part: Partial,
-    scale: float,
+    scale: Scaling,
     window: int | None = None,
 ) -> Float[Array, "B K T"]:
     """Pass 2: sums the softmax map over its queries, recomputing it block by block from pass 1's log-sum-exp."""
@@ -196,10 +199,11 @@ def column_sums(
 
 
 def _kernel(
-    implementation: str, q: Array, k: Array, v: Array, lengths: Array, scale: float, window: int | None, scores: bool
+    implementation: str, q: Array, k: Array, v: Array, lengths: Array, scale: Scaling, window: int | None, scores: bool
 ) -> Scored:
+    factor = scale.without_soft_cap("prefill_attention", implementation)
     kernel = dispatch.package(implementation).prefill_attention
-    return kernel(q, k, v, lengths, scale=scale, window=window, with_scores=scores)
+    return kernel(q, k, v, lengths, scale=factor, window=window, with_scores=scores)
 
 
 _IMPLEMENTATIONS = {

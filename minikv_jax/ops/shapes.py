@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from minikv_jax.arrays import Contract
@@ -11,6 +12,40 @@ from minikv_jax.cache.state import LayerCache
 from minikv_jax.fields import Accepts
 
 _SCALE = Accepts(float, above=0)
+
+
+class Scaling(NamedTuple):
+    """Turns products of queries and keys into attention logits.
+
+    Attributes:
+      factor: factor of the products.
+      soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); None: they stay.
+    """
+
+    factor: float
+    soft_cap: float | None = None
+
+    def logits(self, products: Array) -> Array:
+        scaled = products * self.factor
+        return scaled if self.soft_cap is None else self.soft_cap * jnp.tanh(scaled / self.soft_cap)
+
+    def without_soft_cap(self, op: str, implementation: str) -> float:
+        """Returns the factor for a kernel without soft caps. Raises NotImplementedError if there is one."""
+        if self.soft_cap is not None:
+            raise NotImplementedError(
+                f"{op}: soft_cap={self.soft_cap} is computed by implementation='xla' only, not by {implementation!r}"
+            )
+        return self.factor
+
+
+def scaling(scale: float | None, soft_cap: float | None, head_dim: int) -> Scaling:
+    """Returns how products become logits. Raises ValueError for a scale or cap that is not positive and finite."""
+    return Scaling(softmax_scale(scale, head_dim), soft_cap_value(soft_cap))
+
+
+def soft_cap_value(soft_cap: float | None) -> float | None:
+    """Returns the soft cap, or None. Raises ValueError unless it is positive and finite."""
+    return None if soft_cap is None else _SCALE.value("soft_cap", soft_cap)
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:

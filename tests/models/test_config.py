@@ -53,9 +53,12 @@ def test_numpys_numbers_become_pythons():
         ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; accepted: at most 4096"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; accepted: a finite number"),
         ({"rope_theta": float("nan")}, "rope_theta is nan; accepted: a finite number"),
-        ({"hidden_act": "swiglu"}, "hidden_act is 'swiglu'; accepted: 'silu', 'gelu', 'gelu_pytorch_tanh' or 'relu'"),
+        ({"hidden_act": "swiglu"}, "hidden_act is 'swiglu'; accepted: 'silu', 'gelu', 'gelu_new', "),
         ({"layer_types": ("full", "full")}, r"layer_types\[0\] is 'full'; accepted: 'full_attention' or"),
         ({"layer_types": ("full_attention",)}, "names 1 layers, num_hidden_layers=2"),
+        ({"rotary_dim": 18}, "rotary_dim=18 exceeds head_dim=16"),
+        ({"rotary_dim": 7}, "rotary_dim=7 must be even"),
+        ({"unrotated_layers": (2,)}, r"unrotated_layers=\(2,\) must lie in 0..1"),
         ({"sliding_window": 0}, "ModelConfig: sliding_window is 0; accepted: at least 1"),
     ],
 )
@@ -67,7 +70,8 @@ def test_values_that_are_not_accepted_are_named(changes: dict[str, Any], message
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_type": "yarn"}, "rope_type is 'yarn'; accepted: 'linear', 'llama3' or 'factors'"),
+        ({"rope_type": "su"}, "rope_type is 'su'; accepted: 'linear', 'llama3', 'factors', 'yarn', 'longrope' or"),
+        ({"rope_type": "yarn", "first_blended": 2.0}, "first_blended=2.0 must be below last_blended=1.0"),
         ({"rope_type": "linear", "factor": 0.0}, "factor is 0.0; accepted: at least 1e-06"),
         ({"rope_type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
         (

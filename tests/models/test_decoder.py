@@ -15,6 +15,7 @@ from minikv_jax.arrays import resolve_dtype
 from minikv_jax.cache import memory
 from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.design import Design
 
 
 def shapes(model: Llama) -> dict[Any, tuple[int, ...]]:
@@ -40,6 +41,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tie_word_embeddings": {"tie_word_embeddings": True},
     "sliding_window": {"sliding_window": 3},
     "layer_types": {"layer_types": ("full_attention", "sliding_attention")},
+    "local_rope_theta": {"local_rope_theta": 100.0},
+    "rotary_dim": {"rotary_dim": 8},
+    "unrotated_layers": {"unrotated_layers": (1,)},
+    "embedding_multiplier": {"embedding_multiplier": 3.0},
+    "attention_multiplier": {"attention_multiplier": 2.0},
+    "residual_multiplier": {"residual_multiplier": 0.5},
+    "logit_multiplier": {"logit_multiplier": 0.5},
+    "attn_logit_softcapping": {"attn_logit_softcapping": 0.1},
+    "final_logit_softcapping": {"final_logit_softcapping": 2.0},
+    "own_design": {"own_design": Design(parallel=True)},
 }
 # max_position_embeddings has a test of its own; eos_token_ids belongs to generate.
 ELSEWHERE = {"max_position_embeddings", "eos_token_ids"}

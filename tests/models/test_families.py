@@ -20,13 +20,14 @@ def test_every_file_is_a_family():
 
 def test_a_new_family_is_a_new_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "newcomer.py").write_text(
-        "from minikv_jax.models.family import Family, Fields\n"
+        "from minikv_jax.models.design import Design\nfrom minikv_jax.models.family import Family, Fields\n"
         "class Fields(Fields):\n"
         "    head_dim: int = 8\n"
         "    mlp_bias: bool = False\n"
         "    span: int\n"
         "FAMILY = Family(\n"
-        "    model_type='new-comer', fields=Fields, qk_norm=True, windows=lambda fields: (fields.span, None)\n"
+        "    model_type='new-comer', fields=Fields, design=Design(qk_norm='head'),\n"
+        "    windows=lambda fields: (fields.span, None)\n"
         ")\n"
     )
     fields = tiny_config().to_dict() | {"model_type": "new-comer", "span": 7, "mlp_bias": True, "attention_bias": True}
@@ -36,7 +37,7 @@ def test_a_new_family_is_a_new_file(tmp_path: pathlib.Path, monkeypatch: pytest.
     monkeypatch.delitem(sys.modules, f"{families.__name__}.newcomer")
     config = config_from_hf(fields)
     assert (config.model_type, config.head_dim, config.window(1)) == ("new-comer", 8, 7)
-    assert config.qk_norm
+    assert config.design.qk_norm == "head"
     assert config.mlp_bias
     assert not config.attention_bias  # a switch that the family does not read
     with pytest.raises(ValueError, match="the config: span is '7'; accepted: an integer"):

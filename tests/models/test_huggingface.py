@@ -99,7 +99,7 @@ def test_qwen_layer_types_win_over_max_window_layers():
 
 def test_qwen3_normalises_queries_and_keys_and_defaults_its_head_dim():
     config = config_from_hf(hf("qwen3"))
-    assert config.qk_norm
+    assert config.design.qk_norm == "head"
     assert not config.qkv_bias
     assert config.head_dim == 128
 

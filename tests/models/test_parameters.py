@@ -53,7 +53,7 @@ def test_gguf_fills_every_parameter(tmp_path: pathlib.Path, family: str):
     model = load_gguf(tmp_path / "m.gguf")
     # A GGUF file says "llama" for Mistral without a window; float32 metadata rounds the epsilon.
     assert model.config.num_key_value_heads == config.num_key_value_heads
-    assert (model.config.qkv_bias, model.config.qk_norm) == (config.qkv_bias, config.qk_norm)
+    assert (model.config.qkv_bias, model.config.design.qk_norm) == (config.qkv_bias, config.design.qk_norm)
     assert model.config.tie_word_embeddings == config.tie_word_embeddings
     assert_holds(model, tensors)
 

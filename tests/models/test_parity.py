@@ -134,7 +134,7 @@ def test_projections(pair: tuple[Any, Llama]):
 
 def test_query_and_key_norms(pair: tuple[Any, Llama]):
     theirs, ours = pair
-    assert ours.config.qk_norm == hasattr(theirs.model.layers[1].self_attn, "q_norm")
+    assert (ours.config.design.qk_norm is not None) == hasattr(theirs.model.layers[1].self_attn, "q_norm")
     x = np.random.default_rng(0).standard_normal((2, T, 4, ours.config.head_dim), np.float32)
     for name in ("q_norm", "k_norm"):
         module = getattr(ours.layers[1].self_attn, name)
@@ -165,7 +165,7 @@ def test_rotary_tables(pair: tuple[Any, Llama]):
     theirs, ours = pair
     positions = np.arange(64, dtype=np.int32)[None]
     expected = theirs.model.rotary_emb(torch.zeros(1), torch.from_numpy(positions))
-    for mine, other in zip(rotary_tables(ours.config, jnp.asarray(positions)), expected, strict=True):
+    for mine, other in zip(rotary_tables(ours.config.rope(0), jnp.asarray(positions)), expected, strict=True):
         # An angle of up to 64 radians is rounded by up to 64 * eps / 2; both halves of their table are the same.
         assert_close(mine, other[..., : other.shape[-1] // 2], 32)
 
@@ -175,7 +175,7 @@ def test_layers(pair: tuple[Any, Llama]):
     ids, lengths = random_ids((2, T)), jnp.full((2,), T, jnp.int32)
     with torch.no_grad():
         states = theirs.model(torch.from_numpy(np.array(ids)), output_hidden_states=True).hidden_states
-    tables = rotary_tables(ours.config, jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (2, T)))
+    tables = rotary_tables(ours.config.rope(0), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (2, T)))
     for index in range(2):  # transformers shows the last layer's output only after the final norm
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = ours.window(index)) -> jax.Array:

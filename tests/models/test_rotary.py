@@ -27,15 +27,15 @@ LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embed
     ],
 )
 def test_every_scaling_field_is_read(change: dict[str, Any]):
-    before = inverse_frequencies(tiny_config(rope_scaling=LLAMA3))
-    after = inverse_frequencies(tiny_config(rope_scaling=dataclasses.replace(LLAMA3, **change)))
+    before = inverse_frequencies(tiny_config(rope_scaling=LLAMA3).rope(0))
+    after = inverse_frequencies(tiny_config(rope_scaling=dataclasses.replace(LLAMA3, **change)).rope(0))
     assert before.dtype == after.dtype == np.float32
     assert not np.allclose(before, after, rtol=1e-3)
 
 
 def test_llama3_scaling_keeps_fast_and_divides_slow_frequencies():
-    plain = inverse_frequencies(tiny_config(head_dim=64))
-    scaled = inverse_frequencies(tiny_config(head_dim=64, rope_scaling=LLAMA3))
+    plain = inverse_frequencies(tiny_config(head_dim=64).rope(0))
+    scaled = inverse_frequencies(tiny_config(head_dim=64, rope_scaling=LLAMA3).rope(0))
     wavelengths = 2 * np.pi / plain
     np.testing.assert_array_equal(scaled[wavelengths < 16 / 4], plain[wavelengths < 16 / 4])
     np.testing.assert_allclose(scaled[wavelengths > 16], plain[wavelengths > 16] / 8, rtol=1e-6)
@@ -47,7 +47,7 @@ def test_rotation_depends_on_the_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(at: int, distance: int) -> jax.Array:
-        turned = [rotate(x, *rotary_tables(config, jnp.array([[p]]))) for x, p in ((q, at + distance), (k, at))]
+        turned = [rotate(x, *rotary_tables(config.rope(0), jnp.array([[p]]))) for x, p in ((q, at + distance), (k, at))]
         return jnp.sum(turned[0] * turned[1])
 
     # float32 angles of up to 60 radians are off by 60 * 2**-24, which a product of two unit rotations doubles.

@@ -51,7 +51,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
             shapes |= {f"{at}self_attn.{name}_proj.bias": (rows,)} if config.qkv_bias else {}
         shapes[at + "self_attn.o_proj.weight"] = (d, n)
         shapes |= {at + "self_attn.o_proj.bias": (d,)} if config.attention_bias else {}
-        if config.qk_norm:
+        if config.design.qk_norm:
             shapes |= {at + "self_attn.q_norm.weight": (h,), at + "self_attn.k_norm.weight": (h,)}
         for name, shape in (("gate", (i, d)), ("up", (i, d)), ("down", (d, i))):
             shapes[f"{at}mlp.{name}_proj.weight"] = shape

@@ -13,6 +13,8 @@ def dense_attend(model: Llama):
         groups = q.shape[2] // k.shape[2]
         k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
         logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        cap = model.config.attn_logit_softcapping
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])[None, :]
         window = model.window(layer)
         seen = (distance >= 0) & (distance < (q.shape[1] if window is None else window))

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from minikv_jax.models import bounds, family
+from minikv_jax.models.design import Design
 
 
 class Fields(family.Fields):
@@ -41,4 +42,10 @@ def windows(fields: Fields) -> family.Windows:
     return window, None if set(types) == {"sliding_attention"} else types
 
 
-FAMILY = family.Family(model_type="qwen2", fields=Fields, qkv_bias=True, windows=windows, gguf_architecture="qwen2")
+FAMILY = family.Family(
+    model_type="qwen2",
+    fields=Fields,
+    design=Design(qkv_bias=True),
+    windows=windows,
+    gguf_architecture="qwen2",
+)

@@ -1,6 +1,7 @@
 """Qwen3 (arXiv 2505.09388): Qwen2 with query and key norms instead of biases, and an independent head size."""
 
 from minikv_jax.models import bounds, family
+from minikv_jax.models.design import Design
 from minikv_jax.models.families import qwen2
 
 
@@ -12,5 +13,9 @@ class Fields(qwen2.Fields):
 
 
 FAMILY = family.Family(
-    model_type="qwen3", fields=Fields, qk_norm=True, windows=qwen2.windows, gguf_architecture="qwen3"
+    model_type="qwen3",
+    fields=Fields,
+    design=Design(qk_norm="head"),
+    windows=qwen2.windows,
+    gguf_architecture="qwen3",
 )

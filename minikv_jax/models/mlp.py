@@ -1,0 +1,46 @@
+"""The feed-forward block, gated or not."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from minikv_jax.meshes import DATA, MODEL, constrain
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.projections import Reduce, joined, linear, project_by_rows, sum_over_devices
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class MLP(nnx.Module):
+    """Feed-forward block: `down(act(gate(x)) * up(x))` (arXiv 2002.05202), or `down(act(up(x)))` without a gate."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        build = functools.partial(linear(dtype, rngs), use_bias=config.mlp_bias)
+        gated = config.design.gated_mlp
+        self.joined = joined(config, "gate_up_proj")
+        self.gate_up_proj = build(config.hidden_size, self.joined.columns) if gated else None
+        self.up_proj = None if gated else build(config.hidden_size, config.intermediate_size)
+        self.down_proj = build(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "B T D"], reduce: Reduce = sum_over_devices) -> Float[Array, "B T D"]:
+        if self.gate_up_proj is not None:
+            gate, up = jnp.split(self.joined.grouped(self.gate_up_proj(x)), 2, axis=-1)  # [B, T, groups, F / groups]
+            inner = (self.activation(gate) * up).reshape(*x.shape[:-1], -1)
+        else:
+            assert self.up_proj is not None
+            inner = constrain(self.activation(self.up_proj(x)), DATA, None, MODEL)
+        return project_by_rows(self.down_proj, inner, reduce)
