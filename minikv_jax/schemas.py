@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import pydantic
 
 from minikv_jax import checks
@@ -97,6 +98,18 @@ def of(dataclass: type) -> type[Schema]:
         for field in dataclasses.fields(dataclass)
     }
     return pydantic.create_model(dataclass.__name__, __base__=Schema, **fields)
+
+
+def check_fields(value: Any) -> None:
+    """Checks the fields of a frozen dataclass against their annotations, and replaces NumPy's numbers by Python's.
+
+    Raises:
+      ValueError: a field that does not fit, by name.
+    """
+    kind = type(value)
+    values = {name: field.item() if isinstance(field, np.generic) else field for name, field in vars(value).items()}
+    for name, field in validate(of(kind), values, source=kind.__name__):
+        object.__setattr__(value, name, field)
 
 
 @contextlib.contextmanager

@@ -152,7 +152,8 @@ def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int,
 def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     """Computes the bytes of the weights that a decode step reads.
 
-    An embedding table that only looks up tokens is not counted.
+    An embedding table that only looks up tokens is not counted. All experts of a mixture are, though a step of few rows
+    reads few of them.
 
     Args:
       model: config of the model.
@@ -163,8 +164,24 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     attention = d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
     inner = (2 if model.design.gated_mlp else 1) * model.intermediate_size
     mlp = d * (inner + model.intermediate_size) + (inner + d if model.mlp_bias else 0)
-    norms = _norm_weights(model)
-    return _BYTES[dtype] * (model.num_hidden_layers * (attention + mlp + norms) + d + model.vocab_size * d)
+    norms, layers, sparse = _norm_weights(model), model.num_hidden_layers, 0
+    if model.experts is not None:
+        sparse = layers - len(set(model.experts.dense_layers))
+    experts = sparse * _expert_weights(model) if sparse else 0
+    total = layers * (attention + norms) + (layers - sparse) * mlp + experts
+    return _BYTES[dtype] * (total + d + model.vocab_size * d)
+
+
+def _expert_weights(model: ModelConfig) -> int:
+    """Number of weights of a layer's mixture of experts."""
+    experts, d = model.experts, model.hidden_size
+    assert experts is not None
+    one = 3 * d * experts.intermediate_size + (2 * experts.intermediate_size + d if experts.bias else 0)
+    shared = 3 * d * experts.shared_size + (
+        2 * experts.shared_size + d if experts.shared_size and model.mlp_bias else 0
+    )
+    router = experts.count * (d + experts.router_bias + experts.correction_bias)
+    return experts.count * one + shared + router
 
 
 def _norm_weights(model: ModelConfig) -> int:

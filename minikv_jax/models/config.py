@@ -7,11 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from minikv_jax import schemas
 from minikv_jax.models import bounds, families
 from minikv_jax.models.design import Design
+from minikv_jax.models.experts import Experts
 from minikv_jax.models.family import Family
 
 
@@ -57,7 +56,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field whose value is not accepted."""
-        _check_fields(self)
+        schemas.check_fields(self)
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
@@ -121,6 +120,7 @@ class ModelConfig:
       logit_multiplier: factor of the output logits.
       attn_logit_softcapping: attention logits `x` become `c tanh(x / c)` (Gemma 2, arXiv 2408.00118); None: unchanged.
       final_logit_softcapping: the same of the output logits.
+      experts: the mixture of experts in place of the MLP; None if there is none.
       own_design: how the layers are built, if it is not the family's design.
 
     Raises:
@@ -155,6 +155,7 @@ class ModelConfig:
     logit_multiplier: bounds.Multiplier = 1.0
     attn_logit_softcapping: bounds.Multiplier | None = None
     final_logit_softcapping: bounds.Multiplier | None = None
+    experts: Experts | None = None
     own_design: Design | None = None
 
     @property
@@ -193,7 +194,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field whose value is not accepted."""
         families.get(self.model_type)
-        _check_fields(self)
+        schemas.check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -206,6 +207,7 @@ class ModelConfig:
         if any(token >= self.vocab_size for token in self.eos_token_ids):
             raise ValueError(f"eos_token_ids={self.eos_token_ids} must lie in 0..{self.vocab_size - 1} (vocab_size)")
         _check_windows(self)
+        _check_experts(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the config to JSON values for `from_dict`."""
@@ -226,7 +228,7 @@ class ModelConfig:
           ValueError: a field is unknown, missing or not accepted. The message names `source` and the first such field.
         """
         values = dict(values)
-        for name, part in (("rope_scaling", RopeScaling), ("own_design", Design)):
+        for name, part in (("rope_scaling", RopeScaling), ("experts", Experts), ("own_design", Design)):
             if isinstance(given := values.get(name), Mapping):
                 fields = schemas.validate(schemas.of(part), given, source=f"{os.fspath(source)}: {name}")
                 with schemas.naming(source):
@@ -234,14 +236,6 @@ class ModelConfig:
         fields = schemas.validate(schemas.of(cls), values, source=source)
         with schemas.naming(source):
             return cls(**dict(fields))
-
-
-def _check_fields(value: ModelConfig | RopeScaling) -> None:
-    """Checks every field against its annotation, and replaces NumPy's numbers by Python's."""
-    values = {name: field.item() if isinstance(field, np.generic) else field for name, field in vars(value).items()}
-    fields = schemas.validate(schemas.of(type(value)), values, source=type(value).__name__)
-    for name, field in fields:
-        object.__setattr__(value, name, field)
 
 
 def _check_rope(config: ModelConfig) -> None:
@@ -276,3 +270,11 @@ def _check_windows(config: ModelConfig) -> None:
             f"sliding_window={config.sliding_window} disagrees with layer_types={config.layer_types}: "
             "a window needs sliding_attention layers, and they need a window"
         )
+
+
+def _check_experts(config: ModelConfig) -> None:
+    """Raises ValueError if `experts` names a dense layer that does not exist."""
+    dense = () if config.experts is None else config.experts.dense_layers
+    if any(layer >= config.num_hidden_layers for layer in dense):
+        last = config.num_hidden_layers - 1
+        raise ValueError(f"experts.dense_layers={dense} must lie in 0..{last} (num_hidden_layers)")

@@ -24,6 +24,7 @@ from minikv_jax.meshes import DATA, MODEL, constrain
 from minikv_jax.models.attention import Attention
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.mlp import MLP
+from minikv_jax.models.moe import SparseMLP
 from minikv_jax.models.norms import Norm
 from minikv_jax.models.projections import Reduce, linear, precision, sum_over_devices
 from minikv_jax.models.rotary import rotary_tables
@@ -39,8 +40,8 @@ CHUNK_TOKENS = 1 << 14
 class Layer(nnx.Module):
     """One transformer layer: attention and MLP, each added to its input (`Design` says where the norms are)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        design = config.design
+    def __init__(self, config: ModelConfig, number: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        design, sparse = config.design, config.experts is not None and config.experts.in_layer(number)
 
         def norm(present: bool) -> Norm | None:
             return Norm(config, config.hidden_size, dtype=dtype) if present else None
@@ -49,7 +50,7 @@ class Layer(nnx.Module):
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.attention_output_norm = norm(design.post_norms)
         self.post_attention_layernorm = norm(design.pre_norms and not design.parallel)  # of the MLP's input
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = (SparseMLP if sparse else MLP)(config, dtype=dtype, rngs=rngs)
         self.mlp_output_norm = norm(design.post_norms)
         self.parallel, self.multiplier = design.parallel, config.residual_multiplier
 
@@ -127,7 +128,7 @@ class Llama(nnx.Module):
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs
         )
-        self.layers = nnx.List([build() for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([build(number) for number in range(config.num_hidden_layers)])
         self.norm = Norm(config, config.hidden_size, dtype=self.dtype)
         self.lm_head = (
             None

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from minikv_jax.meshes import DATA, MODEL, constrain
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.projections import Reduce, joined, linear, project_by_rows, sum_over_devices
+from minikv_jax.models.projections import Reduce, linear, mlp_columns, project_by_rows, sum_over_devices
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -27,13 +27,13 @@ ACTIVATIONS = {
 class MLP(nnx.Module):
     """Feed-forward block: `down(act(gate(x)) * up(x))` (arXiv 2002.05202), or `down(act(up(x)))` without a gate."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        build = functools.partial(linear(dtype, rngs), use_bias=config.mlp_bias)
+    def __init__(self, config: ModelConfig, size: int | None = None, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        build, size = functools.partial(linear(dtype, rngs), use_bias=config.mlp_bias), size or config.intermediate_size
         gated = config.design.gated_mlp
-        self.joined = joined(config, "gate_up_proj")
+        self.joined = mlp_columns(config, size)
         self.gate_up_proj = build(config.hidden_size, self.joined.columns) if gated else None
-        self.up_proj = None if gated else build(config.hidden_size, config.intermediate_size)
-        self.down_proj = build(config.intermediate_size, config.hidden_size)
+        self.up_proj = None if gated else build(config.hidden_size, size)
+        self.down_proj = build(size, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Float[Array, "B T D"], reduce: Reduce = sum_over_devices) -> Float[Array, "B T D"]:

@@ -8,6 +8,7 @@ each parameter is read in the model's dtype. The host holds one part at a time b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -116,13 +117,21 @@ def _place(
 
 
 def _read_part(reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], bounds: Bounds) -> np.ndarray:
-    """Reads a block of a parameter, and joins the columns of several tensors by group (`decoder.Joined`)."""
+    """Reads a block of a parameter: of its only tensor, of joined ones, or of the experts stacked in it."""
+    owners = {number: dict(own) for number, own in itertools.groupby(tensors.items(), lambda item: _expert(item[0]))}
+    if None in owners:
+        return _read_joined(reader, tensors, bounds)
+    (first, last), *rest = bounds
+    return np.stack([_read_joined(reader, owners[number], tuple(rest)) for number in range(first, last)])
+
+
+def _read_joined(reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], bounds: Bounds) -> np.ndarray:
+    """Reads a block of a parameter, and joins the columns of several tensors by group (`projections.Joined`)."""
     if len(tensors) == 1:
         ((path, (name, rule)),) = tensors.items()
         return reader.block(name, rule, path, bounds)
     *rows, (start, stop) = bounds
-    module = _joined_module(next(iter(tensors)))
-    layout = joined(reader.config, module)
+    layout = joined(reader.config, _joined_path(next(iter(tensors))))
     width = layout.columns // layout.groups
     first, last = start // width, stop // width
     blocks = []
@@ -133,20 +142,33 @@ def _read_part(reader: TensorReader, tensors: Mapping[str, tuple[str, Rule]], bo
     return grouped.reshape(*grouped.shape[:-2], -1)
 
 
-def _joined_module(path: str) -> str:
-    """Returns the joined projection that a part belongs to."""
-    return next(module for module, parts in JOINED.items() if path.split(".")[-2] in parts)
+def _expert(path: str) -> int | None:
+    """Returns the number of the expert that a part belongs to, or None."""
+    match = re.search(r"\.experts\.(\d+)\.", path)
+    return int(match[1]) if match else None
+
+
+def _joined_path(path: str) -> str:
+    """Returns the path of the joined projection that a part belongs to, without an expert's number."""
+    *parents, part, _ = path.split(".")
+    module = next(module for module, parts in JOINED.items() if part in parts)
+    return ".".join((*(name for name in parents if not name.isdigit()), module))
 
 
 def _parts(config: ModelConfig, path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that fill a parameter: its own, or those of the projections it joins, in order."""
+    """Names and shapes that fill a parameter: its own, or those of the projections it joins and experts it stacks."""
     *parents, module, kind = path.split(".")
     if module not in JOINED:
-        return {path: shape}
-    layout = joined(config, module)
+        names, sizes = (module,), shape[-1:]
+    else:
+        layout = joined(config, ".".join((*parents, module)))
+        names, sizes = JOINED[module], [layout.groups * width for width in layout.widths]
+    stacked = parents[-1:] == ["experts"]
+    owners = [[str(number)] for number in range(shape[0])] if stacked else [[]]
     return {
-        ".".join((*parents, name, kind)): (*shape[:-1], layout.groups * width)
-        for name, width in zip(JOINED[module], layout.widths, strict=True)
+        ".".join((*parents, *owner, name, kind)): (*shape[stacked:-1], size)
+        for owner in owners
+        for name, size in zip(names, sizes, strict=True)
     }
 
 

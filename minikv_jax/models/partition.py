@@ -19,10 +19,13 @@ from minikv_jax import meshes
 from minikv_jax.meshes import MODEL
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
-from minikv_jax.models.projections import JOINED, joined
+from minikv_jax.models.projections import JOINED, mlp_columns
 
 _VOCABULARY = {"embed_tokens.embedding": P(MODEL, None), "lm_head.kernel": P(None, MODEL)}
 _LAYERS = {
+    re.compile(r".*\.experts\.gate_up_proj\.kernel"): P(None, None, MODEL),
+    re.compile(r".*\.experts\.gate_up_proj\.bias"): P(None, MODEL),
+    re.compile(r".*\.experts\.down_proj\.kernel"): P(None, MODEL, None),
     re.compile(rf".*\.({'|'.join((*JOINED, 'up_proj'))})\.kernel"): P(None, MODEL),
     re.compile(rf".*\.({'|'.join((*JOINED, 'up_proj'))})\.bias"): P(MODEL),
     re.compile(r".*\.(o_proj|down_proj)\.kernel"): P(MODEL, None),
@@ -49,17 +52,26 @@ def device_part(config: ModelConfig, shards: int) -> ModelConfig:
     units = {
         "num_key_value_heads": config.num_key_value_heads,
         "num_attention_heads": config.num_key_value_heads,
-        "intermediate_size": joined(config, "gate_up_proj").groups,
+        "intermediate_size": mlp_columns(config, config.intermediate_size).groups,
     }
     for name, count in units.items():
-        if count % shards:
-            raise ValueError(
-                f"mesh axis model={shards}: {name}={getattr(config, name)} cannot be split into {shards} equal parts "
-                "of whole KV heads; use a divisor of the KV heads, and the axis data for the other devices"
-            )
-    sizes = {name: getattr(config, name) // shards for name in units}
+        _check_split(name, getattr(config, name), count, shards)
+    sizes: dict[str, Any] = {name: getattr(config, name) // shards for name in units}
+    if config.experts is not None:
+        own = {name: getattr(config.experts, name) for name in ("intermediate_size", "shared_size")}
+        for name, size in own.items():
+            _check_split(f"experts.{name}", size, mlp_columns(config, size).groups, shards)
+        sizes["experts"] = dataclasses.replace(config.experts, **{name: size // shards for name, size in own.items()})
     sizes["vocab_size"] = config.vocab_size // vocabulary_parts(config, shards)
     return dataclasses.replace(config, **sizes, eos_token_ids=())
+
+
+def _check_split(name: str, size: int, units: int, shards: int) -> None:
+    if units % shards:
+        raise ValueError(
+            f"mesh axis model={shards}: {name}={size} cannot be split into {shards} equal parts "
+            "of whole KV heads; use a divisor of the KV heads, and the axis data for the other devices"
+        )
 
 
 def vocabulary_parts(config: ModelConfig, shards: int) -> int:

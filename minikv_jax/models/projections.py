@@ -48,13 +48,21 @@ class Joined(NamedTuple):
         return constrain(x.reshape(*x.shape[:-1], self.groups, -1), DATA, None, MODEL)
 
 
-def joined(config: ModelConfig, module: str) -> Joined:
-    """Returns the column layout of a joined projection, a key of `JOINED`."""
-    h, kv_heads, wide = config.head_dim, config.num_key_value_heads, config.intermediate_size
+def joined(config: ModelConfig, path: str) -> Joined:
+    """Returns the column layout of the joined projection at a dotted path, which ends in a key of `JOINED`."""
+    *_, parent, module = "", *path.split(".")
+    h, kv_heads, experts = config.head_dim, config.num_key_value_heads, config.experts
     if module == "qkv_proj":
         return Joined(kv_heads, (config.num_attention_heads // kv_heads * h, h, h))
-    groups = math.gcd(kv_heads, wide)
-    return Joined(groups, (wide // groups, wide // groups))
+    if experts is not None and parent in ("experts", "shared_expert"):
+        return mlp_columns(config, experts.intermediate_size if parent == "experts" else experts.shared_size)
+    return mlp_columns(config, config.intermediate_size)
+
+
+def mlp_columns(config: ModelConfig, size: int) -> Joined:
+    """Returns the column layout of the joined projection of an MLP with `size` hidden channels."""
+    groups = math.gcd(config.num_key_value_heads, size)
+    return Joined(groups, (size // groups, size // groups))
 
 
 def linear(dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:

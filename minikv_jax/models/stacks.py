@@ -1,0 +1,104 @@
+"""Reads checkpoints that store the matrices of all experts in one tensor, as if each expert had tensors of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from minikv_jax.models.tensors import TensorSource
+
+_Read = Callable[[int, int], np.ndarray]  # rows from the first to before the last
+
+# Values of the 4-bit floats of mxfp4, sign bit last (OCP Microscaling Formats 1.0, section 5.3.3).
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A rule that cuts a tensor `[E, ...]` into tensors of single experts.
+
+    Attributes:
+      pattern: a regular expression that must match the tensor's whole name.
+      parts: names of an expert's tensors, with the groups of the match and "{expert}" filled in. Each gets an equal
+        share of the rows.
+      transposed: the matrices are `[in, out]`; tensors of single experts are `[out, in]`.
+      alternating: the parts' rows take turns, instead of one part following the other.
+    """
+
+    pattern: str
+    parts: tuple[str, ...]
+    transposed: bool = False
+    alternating: bool = False
+
+
+def unstack(source: TensorSource, stacks: Sequence[Stack]) -> TensorSource:
+    """Returns the source with the tensors of single experts in place of those that `stacks` match."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    readers: dict[str, _Read] = {}
+    for name, shape in source.shapes.items():
+        found = ((stack, match) for stack in stacks if (match := re.fullmatch(stack.pattern, name)))
+        stack, match = next(found, (None, None))
+        if stack is None or match is None or len(shape) < 2 or shape[0] > 1 << 16:
+            shapes[name] = shape
+            readers[name] = functools.partial(source.read_rows, name)
+            continue
+        for part, part_shape, reader in _parts(source, name, stack, match):
+            shapes[part], readers[part] = part_shape, reader
+    return dataclasses.replace(source, shapes=shapes, read_rows=lambda name, *rows: readers[name](*rows))
+
+
+def _parts(
+    source: TensorSource, name: str, stack: Stack, match: re.Match[str]
+) -> Iterator[tuple[str, tuple[int, ...], _Read]]:
+    """Yields name, shape and reader of each part of each expert."""
+    count, *shape = source.shapes[name]
+    rows, *columns = shape[::-1] if stack.transposed else shape
+    names, step = stack.parts, len(stack.parts)
+    size = rows // step
+
+    @functools.lru_cache(maxsize=1)  # a matrix is read in several pieces, one after the other
+    def matrix(expert: int) -> np.ndarray:
+        (own,) = source.read_rows(name, expert, expert + 1)
+        return own.T if stack.transposed else own
+
+    def read(expert: int, number: int, start: int, stop: int) -> np.ndarray:
+        if stack.alternating:
+            return matrix(expert)[number + step * start : number + step * stop : step]
+        return matrix(expert)[number * size + start : number * size + stop]
+
+    for expert in range(count):
+        for number, part in enumerate(names):
+            named = match.expand(part).format(expert=expert)
+            yield named, (size, *columns), functools.partial(read, expert, number)
+
+
+def from_mxfp4(
+    shapes: Mapping[str, tuple[int, ...]], read_rows: Callable[[str, int, int], np.ndarray]
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str, int, int], np.ndarray]]:
+    """Replaces tensors in mxfp4, stored as NAME_blocks and NAME_scales, by NAME in float32, in the same order of axes.
+
+    Args:
+      shapes: shapes of the stored tensors. Blocks are uint8 `[..., G, 16]`, two numbers in a byte, and scales uint8
+        `[..., G]`: exponents of two plus 127.
+      read_rows: reads a slice of the first axis of a stored tensor.
+
+    Returns:
+      The shapes and the reader of all tensors.
+    """
+    packed = {name.removesuffix("_blocks") for name in shapes if name.endswith("_blocks")}
+    plain = {name: shape for name, shape in shapes.items() if name.rsplit("_", 1)[0] not in packed}
+    blocks = {name: shapes[f"{name}_blocks"] for name in packed}
+
+    def read(name: str, start: int, stop: int) -> np.ndarray:
+        if name not in packed:
+            return read_rows(name, start, stop)
+        codes, scales = (read_rows(f"{name}_{part}", start, stop) for part in ("blocks", "scales"))
+        pairs = np.stack([_FP4[codes & 15], _FP4[codes >> 4]], axis=-1)  # the low half comes first
+        values = np.ldexp(pairs.reshape(*scales.shape, -1), scales[..., None].astype(np.int32) - 127)
+        return values.reshape(*scales.shape[:-1], -1)
+
+    return plain | {name: (*shape[:-2], shape[-2] * shape[-1] * 2) for name, shape in blocks.items()}, read
