@@ -125,6 +125,8 @@ def check_method(model: ModelConfig, method: Method) -> MinMax:
     if not isinstance(quantizer, MinMax) or type(quantizer) not in _STARTING_POINTS:
         expected = " or ".join(kind.__name__ for kind in _STARTING_POINTS)
         raise ValueError(f"method {method.name!r} has quantizer={quantizer}: expected {expected}")
+    if model.attn_logit_softcapping is not None or model.design.attention_sinks:
+        raise ValueError(f"a model of type {model.model_type!r}: soft caps and attention sinks cannot be calibrated")
     contracts.check(method, model)
     return quantizer
 
@@ -153,7 +155,7 @@ def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
         _, whole = prefill_layers(model, ids, length + len(after), False, None)
         rows = [
             _sample(q, k, v, chosen.positions, layer.packed.length, prompt=len(prompt))
-            for (q, k, v, _), chosen, layer in zip(whole, kept, cache.layers, strict=True)
+            for (q, k, v, *_), chosen, layer in zip(whole, kept, cache.layers, strict=True)
         ]
         by_text.append(jax.device_get(rows))
     return [jax.tree.map(lambda *rows: np.concatenate(rows), *layer) for layer in zip(*by_text, strict=True)]

@@ -84,11 +84,12 @@ def decode(
     token = contract.integers("token", token, "B", 0, model.config.vocab_size - 1)
     active = contract.integers("active", active, "B", 0, 1)
     _check_positions(contract, model, cache, active)
-    positions, soft_cap = cache.length[:, None], model.config.attn_logit_softcapping
+    positions = cache.length[:, None]
     layers: list[LayerCache] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        out, new = decode_layer(cache.layers[layer], q, k, v, active, positions, implementation, soft_cap)
+        how: dict[str, Any] = {"implementation": implementation, **model.softmax_options(layer)}
+        out, new = decode_layer(cache.layers[layer], q, k, v, active, positions, **how)
         layers.append(new)
         return out
 
@@ -112,9 +113,10 @@ def decode_layer(
     positions: Int[Array, "B 1"],
     implementation: str | None = None,
     soft_cap: float | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
     """Runs one layer's part of a decode step. Returns its attention output, and its cache with the new token."""
-    how: dict[str, Any] = {"soft_cap": soft_cap, "implementation": implementation}
+    how: dict[str, Any] = {"soft_cap": soft_cap, "sink_logits": sink_logits, "implementation": implementation}
     new = append(layer, k, v, active, positions, implementation)
     state = new.eviction
     if state is not None and state.scores is not None:
@@ -159,12 +161,11 @@ def extend(
     if cache.layers[0].eviction is not None:
         return _extend_by_steps(model, cache, ids, lengths, implementation)
     positions = row_positions(ids.shape[1], lengths, cache.length, by_length=model.config.rope_by_length)
-    soft_cap = model.config.attn_logit_softcapping
     layers: list[LayerCache] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         old = cache.layers[layer]
-        how: dict[str, Any] = {"soft_cap": soft_cap, "implementation": implementation}
+        how: dict[str, Any] = {"implementation": implementation, **model.softmax_options(layer)}
         out = extend_attention(q, k, v, old, lengths, positions, **how)
         layers.append(append(old, k, v, lengths, positions, implementation))
         return out

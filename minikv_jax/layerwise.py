@@ -36,6 +36,7 @@ class PromptLayer(NamedTuple):
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     column_sums: Float[Array, "B K T"] | None
+    sink_logits: Float[Array, "N"] | None
 
 
 class Compressed(NamedTuple):
@@ -96,10 +97,11 @@ def _prefill_layer(
             lengths,
             window=window,
             soft_cap=model.attn_logit_softcapping,
+            sink_logits=layer.sink_logits,
             with_scores=column_sums,
             implementation=implementation,
         )
-        seen.append(PromptLayer(q, k, v, sums))
+        seen.append(PromptLayer(q, k, v, sums, layer.sink_logits))
         return out
 
     positions = row_positions(x.shape[1], lengths, by_length=rope.by_length)
@@ -170,8 +172,8 @@ def _score_layer(
 ) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
     """Scores a layer's tokens. Also returns, per row, whether all scores are numbers."""
     frequencies = jnp.asarray(inverse_frequencies(rope, lengths))
-    soft_cap = model.attn_logit_softcapping
-    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, soft_cap=soft_cap)
+    softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
+    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, **softmax)
     scores = score(inputs, spec.method)
     padding = jnp.arange(scores.shape[-1]) >= lengths[:, None, None]
     return scores, jnp.all(~jnp.isnan(scores) | padding, axis=(1, 2))
@@ -224,7 +226,8 @@ def _decode_layer(
     updated: list[LayerCache] = []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        out, new = decode_layer(cache, q, k, v, active, positions, implementation, soft_cap)
+        how: dict[str, Any] = {"implementation": implementation, "soft_cap": soft_cap}
+        out, new = decode_layer(cache, q, k, v, active, positions, sink_logits=layer.sink_logits, **how)
         updated.append(new)
         return out
 

@@ -28,7 +28,6 @@ from minikv_jax.methods import calls, contracts
 from minikv_jax.methods.base import MAX_TOKENS, LayerInputs, ScoredBudget
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
-from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama, check_model
 from minikv_jax.models.rotary import inverse_frequencies, row_positions
 from minikv_jax.ops.compress import compress, start_eviction
@@ -38,11 +37,11 @@ from minikv_jax.ops.select import Kept, select
 from minikv_jax.ops.shapes import prompt_contract, soft_cap_value
 
 
-def layer_inputs(model: ModelConfig, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
-    """Adds the layer's window, number, RoPE frequencies and soft cap, from the model's config, to its arrays."""
-    frequencies = jnp.asarray(inverse_frequencies(model.rope(layer), lengths))
-    soft_cap = model.attn_logit_softcapping
-    return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies, soft_cap=soft_cap)
+def layer_inputs(model: Llama, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
+    """Adds the layer's window, number, RoPE frequencies, soft cap and sink logits, from the model, to its arrays."""
+    config, softmax = model.config, model.softmax_options(layer)
+    frequencies = jnp.asarray(inverse_frequencies(config.rope(layer), lengths))
+    return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies, **softmax)
 
 
 def attend(
@@ -56,6 +55,7 @@ def attend(
         inputs.lengths,
         window=inputs.window,
         soft_cap=inputs.soft_cap,
+        sink_logits=inputs.sink_logits,
         with_scores=method.scorer.needs_column_sums,
         implementation=implementation,
     )
@@ -195,7 +195,7 @@ def _prefill_rows(
         return layer
 
     def attend_layer(number: int, q: Array, k: Array, v: Array) -> Array:
-        inputs = layer_inputs(model.config, number, q, k, v, lengths)
+        inputs = layer_inputs(model, number, q, k, v, lengths)
         out, inputs = attend(inputs, method, plan.implementation)
         scores = score(inputs, method)
         if waits:
@@ -297,7 +297,7 @@ def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
     """Checks a layer's arrays and numbers. Raises ValueError naming the first that is wrong."""
     if not isinstance(inputs, LayerInputs):
         raise ValueError(f"prefill_layer: inputs is a {type(inputs).__name__}: expected a LayerInputs")
-    q, k, v, lengths = prompt_contract("prefill_layer", inputs.q, inputs.k, inputs.v, inputs.lengths)
+    q, k, v, lengths, _ = prompt_contract("prefill_layer", *inputs[:4], inputs.sink_logits)
     frequencies = inputs.frequencies
     if frequencies is not None:
         contract = Contract("prefill_layer", B=q.shape[0], F=q.shape[3] // 2)
@@ -309,7 +309,8 @@ def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
     if isinstance(layer, jax.Array) and layer.ndim == 0 and known(layer) is not None:
         layer = layer.item()
     layer = checks.integer("layer", layer, 0, checks.integer("num_layers", num_layers, 1) - 1)
-    return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies, soft_cap=soft_cap)
+    softmax: dict[str, Any] = {"soft_cap": soft_cap, "sink_logits": inputs.sink_logits}
+    return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies, **softmax)
 
 
 def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
@@ -336,7 +337,6 @@ def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | No
     positions = row_positions(tokens, known, by_length=model.config.rope_by_length)
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
-        config = model.config
-        return prefill_attention(q, k, v, known, window=config.window(layer), soft_cap=config.attn_logit_softcapping)[0]
+        return prefill_attention(q, k, v, known, window=model.window(layer), **model.softmax_options(layer))[0]
 
     return model.logits(model.forward(ids, positions, attend_layer))

@@ -128,7 +128,7 @@ def test_a_single_layer_is_prefilled_as_in_the_model(name: str):
     layers: list[LayerCache] = []
 
     def attend(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        inputs = layer_inputs(model.config, number, q, k, v, lengths)
+        inputs = layer_inputs(model, number, q, k, v, lengths)
         out, layer = prefill_layer(inputs, method, 9, num_layers=2)
         layers.append(layer)
         return out

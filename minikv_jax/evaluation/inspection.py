@@ -29,6 +29,7 @@ from minikv_jax.methods.registry import SCORERS
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.select import Kept
+from minikv_jax.ops.shapes import Scaling
 from minikv_jax.prompts import bucket_length
 
 
@@ -156,8 +157,10 @@ def _inspect(
     cache, kept, scored = compress_layers(model, method, layers, length, sizes, implementation)
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
     shares = [
-        attention_share(kept_tokens, q, k, length[0], later.queries, model.window(layer))
-        for layer, (kept_tokens, q, k) in enumerate(zip(maps, later.q, later.k, strict=True))
+        attention_share(
+            kept_tokens, q, k, length[0], later.queries, model.window(number), model.attn_logit_softcapping, sinks
+        )
+        for number, (kept_tokens, q, k, (*_, sinks)) in enumerate(zip(maps, later.q, later.k, layers, strict=True))
     ]
     fields = {
         "scored": scored[0],
@@ -170,7 +173,7 @@ def _inspect(
     if method.quantizer is None:
         return fields | dict.fromkeys(names)
     errors = [
-        _errors(layer, choice, k, v) for layer, choice, (_, k, v, _) in zip(cache.layers, kept, layers, strict=True)
+        _errors(layer, choice, k, v) for layer, choice, (_, k, v, *_) in zip(cache.layers, kept, layers, strict=True)
     ]
     return fields | {name: jnp.stack(values) for name, values in zip(names, zip(*errors, strict=True), strict=True)}
 
@@ -188,6 +191,8 @@ def attention_share(
     first: Int[Array, ""],
     count: Int[Array, ""],
     window: int | None = None,
+    soft_cap: float | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
 ) -> Float[Array, "K"]:
     """Computes the fraction of attention to the prompt that falls on kept keys.
 
@@ -200,6 +205,7 @@ def attention_share(
       first: position of the first query.
       count: number of queries.
       window: sliding window in tokens. A query sees the keys up to its own position within the window.
+      soft_cap, sink_logits: as in `prefill_attention`.
 
     Returns:
       Fractions `[K]`, float32; 1 if no query sees the prompt.
@@ -212,7 +218,12 @@ def attention_share(
     seen = key <= position
     if window is not None:
         seen &= key > position - window
-    weights = jax.nn.softmax(jnp.where(seen, logits * dim**-0.5, -jnp.inf), axis=-1)
+    logits = Scaling(dim**-0.5, soft_cap).logits(logits)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    if sink_logits is not None:
+        sinks = sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(sinks, (*logits.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :keys]
     asked = jnp.arange(queries)[:, None] < count
     weights = jnp.sum(jnp.where(asked & (key < first), weights, 0.0), axis=(1, 2))  # [K, S]
     size = min(keys, kept.shape[1])

@@ -85,6 +85,8 @@ class LayerInputs(NamedTuple):
         ones; `[B, H/2]` if they differ by row; None if unknown.
       sinks: number of leading tokens that the method keeps whatever their scores.
       soft_cap: attention logits `x` became `soft_cap * tanh(x / soft_cap)`; None if they did not.
+      sink_logits: logit per query head that the layer's softmax has beside the keys' (attention sinks of gpt-oss), in
+        its denominator only; None if it has none.
     """
 
     q: Float[Array, "B T N H"]
@@ -97,6 +99,7 @@ class LayerInputs(NamedTuple):
     frequencies: Float[Array, "*B F"] | None = None
     sinks: int = 0
     soft_cap: float | None = None
+    sink_logits: Float[Array, "N"] | None = None
 
 
 class Scorer(Component, abc.ABC):

@@ -17,6 +17,9 @@ def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
     batch, tokens, heads, dim = q.shape
     kv_heads, keys = k.shape[2], jnp.arange(tokens)
     voters = min(size, _VOTERS)
+    sinks = None
+    if inputs.sink_logits is not None:
+        sinks = inputs.sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
 
     def add(block: Array | int, votes: Array) -> Array:
         back = block * voters + jnp.arange(voters)  # 0 for the row's last query
@@ -32,8 +35,13 @@ def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
             logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
         top = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
+        if sinks is not None:
+            top = jnp.maximum(top, sinks)
+        top = jnp.where(jnp.isfinite(top), top, 0.0)
+        weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sinks is not None:
+            total += jnp.exp(sinks - top)
         return votes + jnp.sum(weights / jnp.where(total == 0, 1.0, total), axis=(2, 3))
 
     votes = jnp.zeros((batch, kv_heads, tokens), jnp.float32)

@@ -28,6 +28,8 @@ class Attention(nnx.Module):
         self.group, self.head_dim = config.num_attention_heads // config.num_key_value_heads, h
         self.q_norm = _head_norm(config, self.group, dtype)
         self.k_norm = _head_norm(config, 1, dtype)
+        sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), dtype)) if config.design.attention_sinks else None
+        self.sink_logits = sinks
         self.norm_after_rope = config.design.qk_norm_after_rope
         # The ops divide logits by sqrt(H); queries carry the rest of the model's own scale.
         self.query_scale = 1.0 if config.attention_multiplier is None else config.attention_multiplier * h**0.5

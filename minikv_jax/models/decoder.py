@@ -73,6 +73,12 @@ class Layer(nnx.Module):
                 return attended + _by_chunks(mlp, normal)
             return _by_chunks(lambda x: x + mlp(_through(self.post_attention_layernorm, x)), attended)
 
+    @property
+    def sink_logits(self) -> Float[Array, "N"] | None:
+        """Logits of the attention sinks, which attention ops add to the softmax's denominator; None without sinks."""
+        sinks = self.self_attn.sink_logits
+        return None if sinks is None else sinks[...]
+
     def _branch(self, norm: Norm | None, out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns what is added to the residual stream for the output of attention or the MLP."""
         out = _through(norm, out)
@@ -139,6 +145,10 @@ class Llama(nnx.Module):
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None if it sees all keys."""
         return self.config.window(layer)
+
+    def softmax_options(self, layer: int) -> dict[str, Any]:
+        """The arguments of the attention ops that change a layer's softmax: `soft_cap` and `sink_logits`."""
+        return {"soft_cap": self.config.attn_logit_softcapping, "sink_logits": self.layers[layer].sink_logits}
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds token ids `[B, T]` as the first layer's input `[B, T, D]`. Ids outside the vocabulary become NaN."""

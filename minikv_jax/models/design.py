@@ -23,6 +23,7 @@ class Design:
       qk_norm: norms of queries and keys: over each head ("head"), over each head with weights of its own ("each_head"),
         over all heads at once ("projection"), or none.
       qk_norm_after_rope: they come after the rotation.
+      attention_sinks: every query head has a learnt logit in the softmax's denominator (gpt-oss, arXiv 2508.10925).
       gated_mlp: the MLP multiplies its activation by a second projection.
       head_bias: the output projection has a bias.
     """
@@ -34,6 +35,7 @@ class Design:
     qkv_bias: bool = False
     qk_norm: Literal["head", "each_head", "projection"] | None = None
     qk_norm_after_rope: bool = False
+    attention_sinks: bool = False
     gated_mlp: bool = True
     head_bias: bool = False
 

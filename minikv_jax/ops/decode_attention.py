@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from minikv_jax.arrays import INT32_MAX, Contract
 from minikv_jax.cache.state import LayerCache
 from minikv_jax.ops import dispatch, kernel_arrays
-from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
-from minikv_jax.ops.shapes import Scaling, layer_contract, scaling
+from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, merge_sinks, split_heads
+from minikv_jax.ops.shapes import Scaling, layer_contract, refuse_sinks, scaling, sinks_by_row
 from minikv_jax.packing import MAX_BLOCK
 
 BLOCK = MAX_BLOCK  # cached tokens read at a time in plain JAX; a multiple of every packing block
@@ -29,6 +29,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B N H"]:
     """Attends with one query per row over all tokens of a layer's cache, read as stored (MiniKV section 3.4).
@@ -40,6 +41,8 @@ def decode_attention(
       scale: factor of the logits, positive; `H ** -0.5` by default.
       soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); by default they stay.
         Only "xla" computes it.
+      sink_logits: a learnt logit per query head, which enlarges the softmax's denominator like one more key whose value
+        is zero (attention sinks of gpt-oss); none by default. Computed by "xla" only.
       implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU that supports the inputs.
 
     Returns:
@@ -51,12 +54,13 @@ def decode_attention(
     """
     contract, q = _query_contract("decode_attention", q, layer)
     positions = query_positions(contract, positions, layer, "B")
+    sinks = sinks_by_row(contract, sink_logits)
     batch, heads, head_dim = q.shape
     quantizer = layer.method.quantizer
     sizes = {"batch": batch, "tokens": layer.packed.capacity + layer.tail.capacity, "heads": heads}
     sizes |= {"kv_heads": layer.tail.k.shape[1], "head_dim": head_dim, "bits": quantizer.k_bits if quantizer else 16}
-    arguments = (layer.spec.to_basis(q, "keys"), layer, positions, scaling(scale, soft_cap, head_dim))
-    heads = (1, 1, None)
+    arguments = (layer.spec.to_basis(q, "keys"), layer, positions, sinks, scaling(scale, soft_cap, head_dim))
+    heads = (1, 1, None, 1)
     out = dispatch.run("decode_attention", implementation, sizes, _IMPLEMENTATIONS, *arguments, heads=heads)
     return layer.spec.from_basis(out, "values")
 
@@ -79,8 +83,8 @@ def query_positions(contract: Contract, positions: Array | None, layer: LayerCac
     return jnp.zeros([contract.sizes[letter] for letter in legend.split()], jnp.int32)
 
 
-def _xla(q: Array, layer: LayerCache, positions: Array, scale: Scaling) -> Array:
-    part = attend_cache(q[:, None], layer, positions[:, None], scale)
+def _xla(q: Array, layer: LayerCache, positions: Array, sinks: Array | None, scale: Scaling) -> Array:
+    part = merge_sinks(attend_cache(q[:, None], layer, positions[:, None], scale), sinks)
     return finish(part, q.shape[1] // layer.tail.k.shape[1], q.dtype)[:, 0]
 
 
@@ -129,14 +133,16 @@ def attend_cache(
     return part
 
 
-def _pallas(q: Array, layer: LayerCache, positions: Array, scale: Scaling) -> Array:
+def _pallas(q: Array, layer: LayerCache, positions: Array, sinks: Array | None, scale: Scaling) -> Array:
+    refuse_sinks("decode_attention", "pallas", sinks)
     del positions  # no kernel supports a window
     factor = scale.without_soft_cap("decode_attention", "pallas")
     packed, tail, storage = kernel_arrays.regions(layer, "pallas")
     return dispatch.package("pallas").decode_attention(q, packed, tail, storage=storage, scale=factor)
 
 
-def _cuda(q: Array, layer: LayerCache, positions: Array, scale: Scaling) -> Array:
+def _cuda(q: Array, layer: LayerCache, positions: Array, sinks: Array | None, scale: Scaling) -> Array:
+    refuse_sinks("decode_attention", "cuda", sinks)
     del positions
     factor = scale.without_soft_cap("decode_attention", "cuda")
     packed, tail, storage = kernel_arrays.regions(layer, "cuda")
@@ -154,6 +160,7 @@ def decode_attention_weights(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K C"]]:
     """Runs `decode_attention` over a full-precision cache. Also returns the attention weight of each tail slot.
@@ -164,19 +171,19 @@ def decode_attention_weights(
       ValueError: queries of another shape or dtype than the cache's, a quantised cache or one with a sliding window.
       NotImplementedError: an `implementation` other than "xla".
     """
-    _, q = _query_contract("decode_attention_weights", q, layer)
+    contract, q = _query_contract("decode_attention_weights", q, layer)
     if layer.method.quantizer is not None or layer.spec.window is not None:
         raise ValueError(
             f"quantizer={layer.method.quantizer}, window={layer.spec.window}: weights are of full-precision tails only"
         )
-    arguments = (q, layer, scaling(scale, soft_cap, q.shape[-1]))
+    arguments = (q, layer, sinks_by_row(contract, sink_logits), scaling(scale, soft_cap, q.shape[-1]))
     implementations = {"xla": _xla_weights}
-    return dispatch.run("decode_attention_weights", implementation, {}, implementations, *arguments, heads=(1, 1))
+    return dispatch.run("decode_attention_weights", implementation, {}, implementations, *arguments, heads=(1, 1, 1))
 
 
-def _xla_weights(q: Array, layer: LayerCache, scale: Scaling) -> tuple[Array, Array]:
+def _xla_weights(q: Array, layer: LayerCache, sinks: Array | None, scale: Scaling) -> tuple[Array, Array]:
     kv_heads = layer.tail.k.shape[1]
-    part = attend_cache(q[:, None], layer, jnp.zeros((q.shape[0], 1), jnp.int32), scale)
+    part = merge_sinks(attend_cache(q[:, None], layer, jnp.zeros((q.shape[0], 1), jnp.int32), scale), sinks)
     seen = (jnp.arange(layer.tail.capacity) < layer.tail.length[:, None])[:, None, None]  # [B, 1, 1, C]
     masked = logits(split_heads(q[:, None], kv_heads)[:, :, :, 0], layer.tail.k, seen, scale)
     top, total = (jnp.where(part.total > 0, x, 1.0)[..., None] for x in (part.top, part.total))

@@ -9,9 +9,9 @@ from minikv_jax.cache.state import LayerCache
 from minikv_jax.meshes import heads_at
 from minikv_jax.ops import dispatch
 from minikv_jax.ops.decode_attention import attend_cache, query_positions
-from minikv_jax.ops.online_softmax import finish, merge
+from minikv_jax.ops.online_softmax import finish, merge, merge_sinks
 from minikv_jax.ops.prefill_attention import causal_attention
-from minikv_jax.ops.shapes import Scaling, layer_contract, scaling
+from minikv_jax.ops.shapes import Scaling, layer_contract, scaling, sinks_by_row
 
 
 def extend_attention(
@@ -24,6 +24,7 @@ def extend_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attends with several new tokens per row: over the cache, and causally over each other in full precision.
@@ -35,6 +36,8 @@ def extend_attention(
       positions: the queries' positions; needed only if the layer has a sliding window.
       scale: factor of the logits, positive; `H ** -0.5` by default.
       soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); by default they stay.
+      sink_logits: a learnt logit per query head, which enlarges the softmax's denominator like one more key whose value
+        is zero (attention sinks of gpt-oss); none by default.
       implementation: "xla", which is the default and the only one.
 
     Returns:
@@ -52,8 +55,9 @@ def extend_attention(
     positions = query_positions(contract, positions, layer, "B T")
     spec = layer.spec
     q, k, v = spec.to_basis(q, "keys"), spec.to_basis(k, "keys"), spec.to_basis(v, "values")
-    arguments = (q, k, v, layer, lengths, positions, scaling(scale, soft_cap, q.shape[-1]))
-    heads = (2, 2, 2, 1, None, None)
+    sinks = sinks_by_row(contract, sink_logits)
+    arguments = (q, k, v, layer, lengths, positions, sinks, scaling(scale, soft_cap, q.shape[-1]))
+    heads = (2, 2, 2, 1, None, None, 1)
     out = dispatch.run(
         "extend_attention", implementation, {}, {"xla": _xla}, *arguments, heads=heads, outputs=heads_at(2)
     )
@@ -61,10 +65,17 @@ def extend_attention(
 
 
 def _xla(
-    q: Array, k: Array, v: Array, layer: LayerCache, lengths: Array, positions: Array, scale: Scaling
+    q: Array,
+    k: Array,
+    v: Array,
+    layer: LayerCache,
+    lengths: Array,
+    positions: Array,
+    sinks: Array | None,
+    scale: Scaling,
 ) -> Float[Array, "B T N H"]:
     new = causal_attention(q, k, v, lengths, scale, layer.spec.window)
-    part = merge(attend_cache(q, layer, positions, scale), new)
+    part = merge_sinks(merge(attend_cache(q, layer, positions, scale), new), sinks)
     out = finish(part, q.shape[2] // k.shape[2], q.dtype)
     valid = jnp.arange(q.shape[1]) < lengths[:, None]
     return jnp.where(valid[..., None, None], out, 0)

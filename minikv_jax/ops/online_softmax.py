@@ -44,6 +44,16 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(acc, top, a.total * scale_a + b.total * scale_b)
 
 
+def merge_sinks(part: Partial, sink_logits: Float[Array, "B N"] | None) -> Partial:
+    """Adds one more key per query head, with these logits and a value of zero, to the softmax; none changes nothing."""
+    if sink_logits is None:
+        return part
+    kv_heads, queries = part.top.shape[1:]
+    tops = sink_logits.astype(jnp.float32).reshape(-1, kv_heads, sink_logits.shape[1] // kv_heads)
+    tops = jnp.repeat(tops, queries // tops.shape[2], axis=2)  # group-major
+    return merge(part, Partial(jnp.zeros_like(part.acc), tops, jnp.ones_like(tops)))
+
+
 def attend(
     q: Float[Array, "B K Q H"],
     k: Float[Array, "B K S H"],

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import checks
 from minikv_jax.meshes import heads_at
 from minikv_jax.ops import dispatch
-from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, split_heads
-from minikv_jax.ops.shapes import Scaling, prompt_contract, scaling
+from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, merge_sinks, split_heads
+from minikv_jax.ops.shapes import Scaling, prompt_contract, refuse_sinks, scaling
 
 BLOCK = 256  # tokens per block in plain JAX
 
@@ -34,6 +34,7 @@ def prefill_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
     with_scores: bool = False,
     implementation: str | None = None,
 ) -> Scored:
@@ -46,6 +47,8 @@ def prefill_attention(
       soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); by default they stay.
         Only "xla" computes it.
       window: sliding window in tokens: query `t` sees the keys `t - window < s <= t`. By default it sees all `s <= t`.
+      sink_logits: a learnt logit per query head, which enlarges the softmax's denominator like one more key whose value
+        is zero (attention sinks of gpt-oss); none by default. Computed by "xla" only.
       with_scores: whether to return the sums of the softmax map over the row's queries and the `G` query heads of each
         KV head. Memory stays linear in `T`.
       implementation: "xla", "pallas" or "cuda"; by default the fastest recorded for this GPU that supports the inputs.
@@ -57,25 +60,34 @@ def prefill_attention(
       ValueError: an array of another shape or dtype, a length out of range, a scale or window that is not positive.
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
-    q, k, v, lengths = prompt_contract("prefill_attention", q, k, v, lengths)
+    q, k, v, lengths, sinks = prompt_contract("prefill_attention", q, k, v, lengths, sink_logits)
     checks.at_least(1, window=window)
     checks.flag("with_scores", with_scores)
     batch, tokens, heads, head_dim = q.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
-    arguments = (q, k, v, lengths, scaling(scale, soft_cap, head_dim), window, with_scores)
+    arguments = (q, k, v, lengths, sinks, scaling(scale, soft_cap, head_dim), window, with_scores)
     return dispatch.run(
         "prefill_attention",
         implementation,
         sizes,
         _IMPLEMENTATIONS,
         *arguments,
-        heads=(2, 2, 2, None),
+        heads=(2, 2, 2, None, 1),
         outputs=(heads_at(2), heads_at(1)),
     )
 
 
-def _xla(q: Array, k: Array, v: Array, lengths: Array, scale: Scaling, window: int | None, with_scores: bool) -> Scored:
-    part = causal_attention(q, k, v, lengths, scale, window)
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    sinks: Array | None,
+    scale: Scaling,
+    window: int | None,
+    with_scores: bool,
+) -> Scored:
+    part = merge_sinks(causal_attention(q, k, v, lengths, scale, window), sinks)
     out = finish(part, q.shape[2] // k.shape[2], q.dtype)
     return out, column_sums(q, k, lengths, part, scale, window) if with_scores else None
 
@@ -199,8 +211,17 @@ def column_sums(
 
 
 def _kernel(
-    implementation: str, q: Array, k: Array, v: Array, lengths: Array, scale: Scaling, window: int | None, scores: bool
+    implementation: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    sinks: Array | None,
+    scale: Scaling,
+    window: int | None,
+    scores: bool,
 ) -> Scored:
+    refuse_sinks("prefill_attention", implementation, sinks)
     factor = scale.without_soft_cap("prefill_attention", implementation)
     kernel = dispatch.package(implementation).prefill_attention
     return kernel(q, k, v, lengths, scale=factor, window=window, with_scores=scores)

@@ -55,8 +55,13 @@ def softmax_scale(scale: float | None, head_dim: int) -> float:
     return _SCALE.value("scale", scale)
 
 
-def prompt_contract(function: str, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Array, Array, Array, Array]:
-    """Checks the arrays of a prompt's attention: `[B, T, N, H]`, twice `[B, T, K, H]`, and `[B]`.
+def prompt_contract(
+    function: str, q: Any, k: Any, v: Any, lengths: Any, sink_logits: Any = None
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """Checks the arrays of a prompt's attention: `[B, T, N, H]`, twice `[B, T, K, H]`, `[B]`, and `[N]` or None.
+
+    Returns:
+      The arrays, the last one repeated for every row.
 
     Raises:
       ValueError: an array of another shape or dtype, or a length that is not in `0..T`.
@@ -65,7 +70,28 @@ def prompt_contract(function: str, q: Any, k: Any, v: Any, lengths: Any) -> tupl
     q = contract.floating("q", q, "B T N H")
     k, v = (contract.floating(name, x, "B T K H", q.dtype) for name, x in (("k", k), ("v", v)))
     contract.heads()
-    return q, k, v, contract.integers("lengths", lengths, "B", 0, contract.sizes["T"])
+    lengths = contract.integers("lengths", lengths, "B", 0, contract.sizes["T"])
+    return q, k, v, lengths, sinks_by_row(contract, sink_logits)
+
+
+def sinks_by_row(contract: Contract, sink_logits: Any) -> Array | None:
+    """Checks the sink logits `[N]` and repeats them for every row, as meshes split arrays by rows and heads.
+
+    Raises:
+      ValueError: another shape or dtype.
+    """
+    if sink_logits is None:
+        return None
+    sink_logits = contract.floating("sink_logits", sink_logits, "N")
+    return jnp.broadcast_to(sink_logits, (contract.sizes["B"], contract.sizes["N"]))
+
+
+def refuse_sinks(op: str, implementation: str, sink_logits: Array | None) -> None:
+    """Raises NotImplementedError if there are attention sinks, for implementations that do not compute them."""
+    if sink_logits is not None:
+        raise NotImplementedError(
+            f"{op}: sink_logits are computed by implementation='xla' only, not by {implementation!r}"
+        )
 
 
 def layer_contract(function: str, layer: Any) -> Contract:

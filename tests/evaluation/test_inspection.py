@@ -55,7 +55,7 @@ def all_layers(model: Llama, ids: list[int]) -> list[LayerInputs]:
         layers: list[LayerInputs] = []
 
         def attend_layer(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            out, inputs = attend(layer_inputs(model.config, number, q, k, v, lengths), MINIKV)
+            out, inputs = attend(layer_inputs(model, number, q, k, v, lengths), MINIKV)
             layers.append(inputs)
             return out
 

@@ -39,7 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def settings(**changes: Any) -> Experts:
-    return Experts(**{"count": 8, "per_token": 3, "intermediate_size": 40} | changes)
+    fields: dict[str, Any] = {"count": 8, "per_token": 3, "intermediate_size": 40}
+    return Experts(**fields | changes)
 
 
 def sparse_mlp(experts: Experts) -> SparseMLP:
@@ -171,7 +172,9 @@ def test_a_split_model_gives_the_same_logits(axes: dict[str, int]):
     want = jax.jit(one_shot)(model, ids)
     mesh = meshes.make_mesh(axes)
     split = shard_model(model, mesh)
-    kernel = split.layers[1].mlp.experts.gate_up_proj.kernel[...]
+    mlp = split.layers[1].mlp
+    assert isinstance(mlp, SparseMLP)
+    kernel = mlp.experts.gate_up_proj.kernel[...]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 48, 80 // axes["model"])}
     with jax.set_mesh(mesh):
         got = jax.jit(one_shot)(split, ids)

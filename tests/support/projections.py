@@ -27,6 +27,9 @@ class Projections:
     def window(self, layer: int) -> int | None:
         return self.config.window(layer)
 
+    def softmax_options(self, layer: int) -> dict[str, None]:
+        return {"soft_cap": None, "sink_logits": None}
+
     def forward(
         self, ids: jax.Array, positions: jax.Array, attend: Callable[..., jax.Array], *reduce: object
     ) -> jax.Array:
