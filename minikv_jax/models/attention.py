@@ -74,6 +74,6 @@ def _head_norm(config: ModelConfig, group: int, dtype: DTypeLike) -> Norm | None
         case "head":
             return Norm(config, config.head_dim, dtype=dtype)
         case "each_head":
-            return Norm(config, *heads, dtype=dtype)
+            return Norm(config, *heads, stored=(heads[0] * group, config.head_dim), dtype=dtype)
         case "projection":
             return Norm(config, *heads, axes=3, dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -16,17 +16,29 @@ from minikv_jax.schemas import Schema
 Windows = tuple[int | None, bounds.LayerTypes | None]
 
 
+RopeType = Literal["default", "linear", "llama3", "yarn", "longrope", "su", "dynamic"]
+
+
 class RopeFields(Schema):
     """Rotary settings of a config.json. Null keys count as left out."""
 
-    rope_type: Literal["default", "linear", "llama3"] | None = None
-    type: Literal["default", "linear", "llama3"] | None = None  # older name of `rope_type`
+    rope_type: RopeType | None = None
+    type: RopeType | None = None  # older name of `rope_type`
     rope_theta: bounds.RopeBase | None = None
     factor: bounds.RopeFactor | None = None
     low_freq_factor: bounds.RopeFactor | None = None
     high_freq_factor: bounds.RopeFactor | None = None
     original_max_position_embeddings: bounds.Positions | None = None
-    partial_rotary_factor: bounds.One = None
+    partial_rotary_factor: bounds.Share | None = None
+    short_factor: bounds.RopeFactors = ()
+    long_factor: bounds.RopeFactors = ()
+    attention_factor: bounds.RopeFactor | None = None
+    beta_fast: bounds.RopeFactor | None = None
+    beta_slow: bounds.RopeFactor | None = None
+    mscale: bounds.RopeFactor | None = None
+    mscale_all_dim: bounds.RopeFactor | None = None
+    truncate: bool | None = None
+    alpha: bounds.RopeFactor | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -34,11 +46,17 @@ class RopeFields(Schema):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+class RopeByLayerType(Schema):
+    """Rotary settings for each type of layer, in a config.json of transformers 5."""
+
+    full_attention: RopeFields | None = None
+    sliding_attention: RopeFields | None = None
+
+
 class Fields(Schema, extra="ignore"):
     """Fields of a config.json that all families read; a family adds its own, with the defaults of transformers.
 
-    Unlisted fields are ignored, as in transformers. Those after the blank line belong to computations of other
-    architectures, and are accepted only if they are off.
+    Other keys are accepted only if they have no effect on the logits or are off (`other_keys.py`).
     """
 
     vocab_size: bounds.Vocabulary
@@ -52,41 +70,17 @@ class Fields(Schema, extra="ignore"):
     max_position_embeddings: bounds.Positions
     rms_norm_eps: bounds.Epsilon = 1e-6
     rope_theta: bounds.RopeBase | None = None
-    rope_parameters: RopeFields | None = None  # transformers 5
+    rope_parameters: RopeFields | RopeByLayerType | None = None  # transformers 5
     rope_scaling: RopeFields | None = None  # transformers before 5
     original_max_position_embeddings: bounds.Positions | None = None
     tie_word_embeddings: bool | None = False
     eos_token_id: bounds.Token | bounds.Tokens | None = None
 
-    quantization_config: None = None
-    compression_config: None = None
-    partial_rotary_factor: bounds.One = None
-    rotary_pct: bounds.One = None
-    embedding_multiplier: bounds.One = None
-    residual_multiplier: bounds.One = None
-    logits_scaling: bounds.One = None
-    logit_scale: bounds.One = None
-    scale_emb: bounds.One = None
-    attention_multiplier: float | None = None  # replaces head_dim ** -0.5
-    query_pre_attn_scalar: float | None = None  # replaces head_dim
-    attn_logit_softcapping: None = None
-    final_logit_softcapping: None = None
-    clip_qkv: None = None
-    attention_chunk_size: None = None
-    scale_depth: None = None
-    dim_model_base: None = None
-    no_rope_layers: list[Literal[1]] | None = None
-    no_rope_layer_interval: None = None
-    use_qk_norm: bounds.Off = None
-    qk_layernorm: bounds.Off = None
-    attn_temperature_tuning: bounds.Off = None
-    rope_interleave: bounds.Off = None
-    use_parallel_residual: bounds.Off = None
-    parallel_attn: bounds.Off = None
-    alibi: bounds.Off = None
-    add_cross_attention: bounds.Off = None
-    is_encoder_decoder: bounds.Off = None
-    use_bidirectional_attention: bounds.Off = None
+
+def no_settings(fields: Fields) -> dict[str, Any]:
+    """Returns no values: the family reads nothing beside the fields of all families."""
+    del fields
+    return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +93,12 @@ class Family:
         them for this family.
       design: how the layers are built.
       windows: returns the sliding window and the layer types from `fields`. None: the architecture has no windows.
+      settings: returns further values of a `ModelConfig` from `fields`.
+      names: names of modules in Hugging Face files that are not Llama's, and ours, relative to the layer or the model.
+      rope_theta: base of the rotary frequencies if a config.json gives none.
+      rope_interleaved: Hugging Face's attention rotates neighbouring channels, not the halves of a head.
+      rotary_share: share of a head's channels that is rotated if a config.json gives none; None: all are, always.
+      rope_by_layer_type: layers with a sliding window have rotary settings of their own.
       gguf_architecture: its `general.architecture` in a GGUF file. If families share one, a file with a sliding window
         belongs to the family that has `windows`.
       gguf_interleaved: GGUF files interleave the two halves of every q and k head channel by channel, because llama.cpp
@@ -109,5 +109,23 @@ class Family:
     fields: type[Fields]
     design: Design = LLAMA
     windows: Callable[[Any], Windows] | None = None
+    settings: Callable[[Any], dict[str, Any]] = no_settings
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rope_theta: float = 10000.0
+    rope_interleaved: bool = False
+    rotary_share: float | None = None
+    rope_by_layer_type: bool = False
     gguf_architecture: str | None = None
     gguf_interleaved: bool = False
+
+
+def layer_windows(window: int | None, types: bounds.LayerTypes) -> Windows:
+    """Returns the windows of layers of the given types: none if no layer has one."""
+    if "sliding_attention" not in types:
+        return None, None
+    return window, None if set(types) == {"sliding_attention"} else types
+
+
+def every(period: int, layers: int) -> bounds.LayerTypes:
+    """Returns layer types of which each `period`-th is full attention and the others have a window."""
+    return tuple("sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers))

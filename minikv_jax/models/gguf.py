@@ -38,14 +38,6 @@ RULES = (
     Rule(r"blk\.(\d+)\.ffn_(gate|up|down)\.bias", r"layers.\1.mlp.\2_proj.bias"),
 )
 
-# Rules for families with interleaved q and k, tried before `RULES`.
-INTERLEAVED_RULES = (
-    Rule(r"blk\.(\d+)\.attn_q\.weight", r"layers.\1.self_attn.q_proj.kernel", heads="num_attention_heads"),
-    Rule(r"blk\.(\d+)\.attn_k\.weight", r"layers.\1.self_attn.k_proj.kernel", heads="num_key_value_heads"),
-    Rule(r"blk\.(\d+)\.attn_q\.bias", r"layers.\1.self_attn.q_proj.bias", heads="num_attention_heads"),
-    Rule(r"blk\.(\d+)\.attn_k\.bias", r"layers.\1.self_attn.k_proj.bias", heads="num_key_value_heads"),
-)
-
 
 class _Settings(schemas.Schema, extra="ignore"):
     """Metadata keys of an architecture. Those after the blank line are accepted only if they are off."""
@@ -120,7 +112,8 @@ def load_gguf(
         origin=str(file.path),
         shapes={name: tensor.shape for name, tensor in file.tensors.items()},
         read_rows=file.read_rows,
-        rules=INTERLEAVED_RULES + RULES if config.family.gguf_interleaved else RULES,
+        rules=RULES,
+        interleaved=config.family.gguf_interleaved,
     )
     return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
 

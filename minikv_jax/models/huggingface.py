@@ -16,26 +16,16 @@ from safetensors import SafetensorError, safe_open
 from minikv_jax import checks, schemas
 from minikv_jax.arrays import resolve_dtype
 from minikv_jax.files import read_json
-from minikv_jax.models import bounds, families
-from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models import bounds, families, other_keys
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.directory import member
-from minikv_jax.models.family import Fields, RopeFields
+from minikv_jax.models.huggingface_rope import rope_settings
+from minikv_jax.models.huggingface_tensors import rules, split_fused
 from minikv_jax.models.parameters import read_parameters
-from minikv_jax.models.tensors import Rule, TensorSource
+from minikv_jax.models.tensors import TensorSource
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-
-RULES = (
-    Rule(r"model\.embed_tokens\.weight", "embed_tokens.embedding"),
-    Rule(r"model\.norm\.weight", "norm.scale"),
-    Rule(r"lm_head\.weight", "lm_head.kernel"),
-    Rule(r"model\.layers\.(\d+)\.(input_layernorm|post_attention_layernorm)\.weight", r"layers.\1.\2.scale"),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.([qk]_norm)\.weight", r"layers.\1.self_attn.\2.scale"),
-    Rule(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.weight", r"layers.\1.\2.\3.kernel"),
-    Rule(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.bias", r"layers.\1.\2.\3.bias"),
-    Rule(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),  # Llama 2 files; computed from the config
-)
 
 
 def load_safetensors(
@@ -72,8 +62,10 @@ def load_safetensors(
         origin=str(directory),
         shapes={name: tuple(tensor.get_shape()) for name, tensor in slices.items()},
         read_rows=lambda name, start, stop: slices[name][start:stop],
-        rules=RULES,
+        rules=rules(config),
+        interleaved=config.family.rope_interleaved,
     )
+    source = split_fused(source, config)
     return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
 
 
@@ -116,65 +108,42 @@ def _config_from_fields(given: Mapping[str, Any], source: str | os.PathLike[str]
     """Makes the ModelConfig from the fields of a config.json; see `config_from_hf`."""
     with schemas.naming(source):
         family = families.get(given.get("model_type"))
+    others = other_keys.check(given, [f.alias or name for name, f in family.fields.model_fields.items()], source)
     fields = schemas.validate(family.fields, given, source=source)
     eos = fields.eos_token_id
     with schemas.naming(source):
-        theta, scaling = _rope(fields)
+        head_dim = fields.head_dim or fields.hidden_size // fields.num_attention_heads
         window, layer_types = (None, None) if family.windows is None else family.windows(fields)
-        config = ModelConfig(
-            model_type=family.model_type,
-            vocab_size=fields.vocab_size,
-            hidden_size=fields.hidden_size,
-            intermediate_size=fields.intermediate_size,
-            num_hidden_layers=fields.num_hidden_layers,
-            num_attention_heads=fields.num_attention_heads,
-            num_key_value_heads=fields.num_key_value_heads or fields.num_attention_heads,
-            head_dim=fields.head_dim or fields.hidden_size // fields.num_attention_heads,
-            hidden_act=fields.hidden_act,
-            max_position_embeddings=fields.max_position_embeddings,
-            rms_norm_eps=fields.rms_norm_eps,
-            rope_theta=theta,
-            rope_scaling=scaling,
+        values: dict[str, Any] = {
+            "model_type": family.model_type,
+            "vocab_size": fields.vocab_size,
+            "hidden_size": fields.hidden_size,
+            "intermediate_size": fields.intermediate_size,
+            "num_hidden_layers": fields.num_hidden_layers,
+            "num_attention_heads": fields.num_attention_heads,
+            "num_key_value_heads": fields.num_key_value_heads or fields.num_attention_heads,
+            "head_dim": head_dim,
+            "hidden_act": fields.hidden_act,
+            "max_position_embeddings": fields.max_position_embeddings,
+            "rms_norm_eps": fields.rms_norm_eps,
             **{name: bool(getattr(fields, name, None)) for name in ("attention_bias", "mlp_bias")},
-            tie_word_embeddings=bool(fields.tie_word_embeddings),
-            sliding_window=window,
-            layer_types=layer_types,
-            eos_token_ids=() if eos is None else eos if isinstance(eos, tuple) else (eos,),
-        )
-        _check_attention_scale(fields, config.head_dim)
-    return config
+            "tie_word_embeddings": bool(fields.tie_word_embeddings),
+            "sliding_window": window,
+            "layer_types": layer_types,
+            "eos_token_ids": () if eos is None else eos if isinstance(eos, tuple) else (eos,),
+        }
+        values |= family.settings(fields)
+        values |= rope_settings(family, fields, head_dim, getattr(fields, "partial_rotary_factor", None))
+        _check_attention_scale(others, head_dim)
+        return ModelConfig(**values)
 
 
-def _check_attention_scale(fields: Fields, head_dim: int) -> None:
-    """Raises ValueError if attention scores are not scaled by `head_dim ** -0.5`."""
+def _check_attention_scale(others: other_keys.Settings, head_dim: int) -> None:
+    """Raises ValueError if a family that does not read a scale of attention has one beside `head_dim ** -0.5`."""
     for name, plain in (("attention_multiplier", head_dim**-0.5), ("query_pre_attn_scalar", head_dim)):
-        value = getattr(fields, name)
+        value = getattr(others, name)
         if value is not None and not math.isclose(value, plain, rel_tol=1e-6):
             raise ValueError(f"{name} is {value}; accepted: {plain}, which head_dim={head_dim} gives")
-
-
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Reads rotary base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    given = [rope for rope in (fields.rope_parameters, fields.rope_scaling) if rope is not None] or [RopeFields()]
-    first, *others = [_rope_of(rope, fields) for rope in given]
-    if others not in ([], [first]):
-        raise ValueError(f"rope_parameters give {first}, and rope_scaling {others[0]}; accepted: one of them")
-    return first
-
-
-def _rope_of(rope: RopeFields, fields: Fields) -> tuple[float, RopeScaling | None]:
-    kind = rope.rope_type or rope.type or "default"
-    theta = rope.rope_theta or fields.rope_theta or 10000.0
-    if kind == "default":
-        return theta, None
-    names = ["factor"] if kind == "linear" else ["factor", "low_freq_factor", "high_freq_factor"]
-    if missing := [name for name in names if getattr(rope, name) is None]:
-        raise ValueError(f"rope_type={kind!r} needs {', '.join(missing)} in the rope parameters")
-    values: dict[str, Any] = {name: getattr(rope, name) for name in names}
-    if kind == "llama3":
-        original = rope.original_max_position_embeddings or fields.original_max_position_embeddings
-        values["original_max_position_embeddings"] = original or fields.max_position_embeddings
-    return theta, RopeScaling(rope_type=kind, **values)
 
 
 class _Index(schemas.Schema, extra="ignore"):

@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import pytest
+from support.checkpoints import hf_config
 from support.tiny import tiny_config
 
 from minikv_jax.models import families
@@ -30,8 +31,8 @@ def test_a_new_family_is_a_new_file(tmp_path: pathlib.Path, monkeypatch: pytest.
         "    windows=lambda fields: (fields.span, None)\n"
         ")\n"
     )
-    fields = tiny_config().to_dict() | {"model_type": "new-comer", "span": 7, "mlp_bias": True, "attention_bias": True}
-    del fields["head_dim"], fields["rope_scaling"], fields["layer_types"]
+    fields = hf_config(tiny_config(), model_type="new-comer", span=7, mlp_bias=True)
+    del fields["head_dim"], fields["sliding_window"]
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     monkeypatch.setattr(families, "FAMILIES", families.discover())
     monkeypatch.delitem(sys.modules, f"{families.__name__}.newcomer")

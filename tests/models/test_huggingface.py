@@ -122,17 +122,20 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (hf("gpt2"), "model_type='gpt2'.*llama, mistral, qwen2, qwen3"),
+        (hf("gpt2"), "model_type='gpt2': expected one of .*llama, .*mistral, .*qwen2, qwen3"),
         ({"hidden_size": 4}, "model_type=None: expected one of"),
         ({"model_type": "llama", "hidden_size": 48}, "the config lacks vocab_size, intermediate_size"),
         (hf(hidden_act="swiglu"), "hidden_act is 'swiglu'; accepted: 'silu', 'gelu'"),
         (
-            hf(rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 32}),
-            "rope_scaling.rope_type is 'yarn'; accepted: 'default', 'lin.* .and 1 more.",
+            hf(rope_scaling={"rope_type": "mrope", "factor": 4.0, "sections": 32}),
+            "rope_scaling.rope_type is 'mrope'; accepted: 'default', 'lin.* .and 1 more.",
         ),
         (hf(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "needs low_freq_factor, high_freq_factor"),
         (hf(rope_scaling={"type": "linear", "factor": 0.0}), "rope_scaling.factor is 0.0; accepted: at least 1e-06"),
-        (hf(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "rope_parameters: unknown keys 'full_attention'"),
+        (
+            hf(rope_parameters={"full_attention": {"rope_theta": 1.0}}),
+            "rope_parameters differ by type of layer",
+        ),
         (hf(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; accepted: 1, which changes nothing"),
         (hf(logits_scaling=8.0), "logits_scaling is 8.0; accepted: 1, which changes nothing"),
         (hf(residual_multiplier=float("nan")), "residual_multiplier is nan; accepted: a finite number"),
@@ -141,11 +144,24 @@ def test_directory_takes_stop_tokens_from_the_generation_config(tmp_path):
         (hf(query_pre_attn_scalar=256), "query_pre_attn_scalar is 256.0; accepted: 12, which head_dim=12 gives"),
         (hf(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0; accepted: null"),
         (hf(no_rope_layers=[1, 1, 0]), r"no_rope_layers\[2\] is 0; accepted: 1"),
+        (
+            hf(window_of_heads=3, deepnorm=True, _note=1, off=None),
+            "'window_of_heads': 3, 'deepnorm': True: not known for",
+        ),
+        (hf("mistral", attention_bias=True), "'attention_bias': True: not known for model_type 'mistral'"),
+        (hf(sliding_window=8), "'sliding_window': 8: not known for model_type 'llama', and may change the logits"),
+        (hf("gemma2", rope_interleave=True), "rope_interleave is True; accepted: False"),
+        (hf("granite", logits_scaling=0.0), "logits_scaling is 0.0; accepted: at least 1e-06"),
+        (hf("phi", qk_layernorm=True), "qk_layernorm is True; accepted: False"),
+        (hf("seed_oss", attention_bias=False, attention_out_bias=True), "attention_out_bias is True; accepted: False"),
+        (hf("exaone4", sliding_window_pattern="LLLG"), "sliding_window_pattern is 'LLLG'; accepted: layer_types"),
+        (hf("gemma3_text", rope_parameters={"sliding_attention": {"rope_type": "linear"}}), "accepted: 'default'"),
+        (hf(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "needs short_factor, long_factor"),
         (hf(use_qk_norm=True), "use_qk_norm is True; accepted: False"),
         (hf(rope_scaling={"rope_type": "default", "mrope_section": [2]}), "rope_scaling: unknown keys 'mrope_section'"),
         (
             hf(rope_parameters={"rope_theta": 5.0}, rope_scaling={"type": "linear", "factor": 2}),
-            "accepted: one of them",
+            "rope_parameters give rope_theta=5.0, None, and rope_scaling rope_theta=1.*accepted: one",
         ),
         (hf(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}; accepted: null"),
         (hf(num_key_value_heads=3), "num_attention_heads=4.*num_key_value_heads=3"),
@@ -192,7 +208,8 @@ def test_arithmetic_that_changes_nothing_is_accepted():
         "use_qk_norm": False,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "factor": None},
         "use_cache": True,
-        "anything": {"else": 1},
+        "torch_dtype": "bfloat16",
+        "_anything": {"else": 1},
     }
     assert config_from_hf(hf(**neutral)) == config_from_hf(hf())
 

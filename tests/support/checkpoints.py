@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.family import Fields
 
 Tensors = dict[str, np.ndarray]
 F32 = gguf.GGMLQuantizationType.F32
@@ -62,10 +63,10 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
 
 def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
     """Makes the config.json of a model without windows and rope scaling."""
-    raw = config.to_dict() | {"eos_token_id": list(config.eos_token_ids)}
-    for name in ("eos_token_ids", "layer_types", "rope_scaling"):
-        del raw[name]
-    return raw | changes
+    names = {"model_type", "sliding_window", *Fields.model_fields} - {"rope_scaling"}
+    names |= {name for name in ("attention_bias", "mlp_bias") if name in config.family.fields.model_fields}
+    raw = {name: value for name, value in config.to_dict().items() if name in names}
+    return raw | {"eos_token_id": list(config.eos_token_ids)} | changes
 
 
 def write_hf(directory: pathlib.Path, config: ModelConfig, tensors: Mapping[str, np.ndarray], shards: int = 1) -> None:

@@ -1,0 +1,42 @@
+"""Gemma 3, text (arXiv 2503.19786): Gemma 2 with norms of queries and keys, and five local layers to a global one."""
+
+import dataclasses
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from minikv_jax.models import bounds, family
+from minikv_jax.models.families import gemma2
+
+
+class Fields(gemma2.Fields):
+    """Fields of a config.json in addition to those of Gemma 2."""
+
+    max_position_embeddings: bounds.Positions = 131072
+    sliding_window_pattern: Annotated[int, Field(ge=1)] = 6
+    rope_local_base_freq: bounds.RopeBase = 10000.0
+    attn_logit_softcapping: bounds.Multiplier | None = None
+    final_logit_softcapping: bounds.Multiplier | None = None
+
+
+def windows(fields: Fields) -> family.Windows:
+    """Returns the window, which applies to all but each sixth layer unless `layer_types` says otherwise."""
+    types = fields.layer_types or family.every(fields.sliding_window_pattern, fields.num_hidden_layers)
+    return family.layer_windows(fields.sliding_window, types)
+
+
+def settings(fields: Fields) -> dict[str, Any]:
+    """Returns Gemma 2's settings and the rotary base of the layers with a window."""
+    return gemma2.settings(fields) | {"local_rope_theta": fields.rope_local_base_freq}
+
+
+FAMILY = family.Family(
+    model_type="gemma3_text",
+    fields=Fields,
+    design=dataclasses.replace(gemma2.DESIGN, qk_norm="head"),
+    windows=windows,
+    settings=settings,
+    names=gemma2.NAMES,
+    rope_theta=1000000.0,
+    rope_by_layer_type=True,
+)

@@ -1,0 +1,20 @@
+"""Hunyuan dense (Tencent): Llama with norms of queries and keys after the rotation."""
+
+from minikv_jax.models import bounds, family
+from minikv_jax.models.design import Design
+
+
+class Fields(family.Fields):
+    """Fields of a config.json in addition to those of all families."""
+
+    max_position_embeddings: bounds.Positions = 2048
+    rms_norm_eps: bounds.Epsilon = 1e-5
+    attention_bias: bool | None = False
+
+
+FAMILY = family.Family(
+    model_type="hunyuan_v1_dense",
+    fields=Fields,
+    design=Design(qk_norm="head", qk_norm_after_rope=True),
+    names={"self_attn.query_layernorm": "self_attn.q_norm", "self_attn.key_layernorm": "self_attn.k_norm"},
+)

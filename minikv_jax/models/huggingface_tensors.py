@@ -1,0 +1,76 @@
+"""Names of tensors in Hugging Face checkpoints, and those that hold several projections."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.projections import JOINED
+from minikv_jax.models.tensors import Rule, TensorSource
+
+_LAYER = r"model\.layers\.(\d+)\."
+_RULES = (
+    Rule(r"model\.embed_tokens\.weight", "embed_tokens.embedding"),
+    Rule(r"model\.norm\.weight", "norm.scale"),
+    Rule(r"model\.norm\.bias", "norm.bias"),
+    Rule(r"lm_head\.weight", "lm_head.kernel"),
+    Rule(r"lm_head\.bias", "lm_head.bias"),
+    Rule(_LAYER + r"(input_layernorm|post_attention_layernorm)\.weight", r"layers.\1.\2.scale"),
+    Rule(_LAYER + r"(input_layernorm|post_attention_layernorm)\.bias", r"layers.\1.\2.bias"),
+    Rule(_LAYER + r"self_attn\.([qk]_norm)\.weight", r"layers.\1.self_attn.\2.scale"),
+    Rule(_LAYER + r"(self_attn|mlp)\.(\w+_proj)\.weight", r"layers.\1.\2.\3.kernel"),
+    Rule(_LAYER + r"(self_attn|mlp)\.(\w+_proj)\.bias", r"layers.\1.\2.\3.bias"),
+    Rule(r"model\.rotary_emb\.inv_freq", None),  # of older files; computed from the config
+    Rule(_LAYER + r"self_attn\.rotary_emb\.inv_freq", None),
+)
+
+
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """Returns the rules of a model's family: its own names (`Family.names`) before those of Llama."""
+    own: list[Rule] = []
+    for theirs, ours in config.family.names.items():
+        before, to = (r"model\.", ours) if ours == "norm" else (_LAYER, rf"layers.\1.{ours}")
+        weight = "kernel" if ours.endswith("_proj") else "scale"
+        own += [
+            Rule(rf"{before}{re.escape(theirs)}\.{name}", f"{to}.{kind}")
+            for name, kind in (("weight", weight), ("bias", "bias"))
+        ]
+    return (*own, *_RULES)
+
+
+def split_fused(source: TensorSource, config: ModelConfig) -> TensorSource:
+    """Presents the parts of fused tensors (`qkv_proj`, `gate_up_proj`) as tensors of their own.
+
+    Raises:
+      ValueError: a fused tensor has another number of rows than its parts.
+    """
+    h = config.head_dim
+    rows = {
+        "qkv_proj": (config.num_attention_heads * h, config.num_key_value_heads * h, config.num_key_value_heads * h),
+        "gate_up_proj": (config.intermediate_size,) * 2,
+    }
+    shapes, places = dict(source.shapes), {}
+    for name, shape in source.shapes.items():
+        match = re.fullmatch(r"(.*\.(?:self_attn|mlp))\.(qkv_proj|gate_up_proj)\.(weight|bias)", name)
+        if match is None:
+            continue
+        module, fused, kind = match.groups()
+        if shape[0] != sum(rows[fused]):
+            raise ValueError(f"{source.origin}: {name} has {shape[0]} rows, the config needs {sum(rows[fused])}")
+        del shapes[name]
+        start = 0
+        for part, count in zip(JOINED[fused], rows[fused], strict=True):
+            shapes[f"{module}.{part}.{kind}"] = (count, *shape[1:])
+            places[f"{module}.{part}.{kind}"] = (name, start)
+            start += count
+    if not places:
+        return source
+
+    def read_rows(name: str, start: int, stop: int) -> np.ndarray:
+        whole, first = places.get(name, (name, 0))
+        return source.read_rows(whole, first + start, first + stop)
+
+    return dataclasses.replace(source, shapes=shapes, read_rows=read_rows)
