@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minikv_jax import checks
@@ -32,7 +32,7 @@ def first_turn(tokenizer: PreTrainedTokenizerBase, message: str, reply: str = ""
     Raises:
       ValueError: the tokenizer has no chat template, or the template fails.
     """
-    return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": message}]) + reply)
+    return _encode(tokenizer, render(tokenizer, [{"role": "user", "content": message}]) + reply)
 
 
 def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int) -> list[int]:
@@ -50,7 +50,7 @@ def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int)
       ValueError: the tokenizer has no chat template, or the template fails or drops earlier replies.
     """
     turns = [("user", "?"), ("assistant", _REPLY), ("user", message)]
-    text = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    text = render(tokenizer, [{"role": role, "content": content} for role, content in turns])
     _, reply, rest = text.partition(_REPLY)
     if not reply:
         raise _failure(tokenizer, "it drops earlier replies, and cannot continue a conversation")
@@ -60,17 +60,35 @@ def next_turn(tokenizer: PreTrainedTokenizerBase, message: str, last_token: int)
     return ids[1:] if ids[:1] == [last_token] else ids
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, open_last: bool = False
+) -> str:
     """Renders a conversation with the tokenizer's chat template.
 
     A template is a program that comes with the model. transformers runs it in jinja2's sandbox. Any exception there, or
     an endless loop, becomes one ValueError here.
+
+    Args:
+      tokenizer: a tokenizer with a chat template.
+      messages: turns, each with a `role` and a `content`.
+      open_last: leave the last turn open, for the model to go on with, instead of opening a reply.
+
+    Returns:
+      The text, with the template's special tokens.
+
+    Raises:
+      ValueError: the tokenizer has no chat template, or the template fails.
     """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: pass plain text")
     try:
         with _deadline():
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=not open_last,
+                continue_final_message=open_last,
+                tokenize=False,
+            )
     except Exception as error:
         raise _failure(tokenizer, f"{type(error).__name__}: {checks.reason(error)}") from error
     if not isinstance(text, str) or not text.strip():
