@@ -33,6 +33,7 @@ def test_these_pages_have_python():
         "add-a-method.md",
         "add-a-model-family.md",
         "add-a-task.md",
+        "lm-eval.md",
         "memory.md",
         "scale.md",
     ]
@@ -56,6 +57,11 @@ def test_a_task_of_ones_own():
     assert (case.name, case.max_new_tokens) == ("France", 8)
     assert byte_tokenizer().decode(list(case.continuation)) == "Paris"
     assert (task.score(case, "It is Paris."), task.score(case, "It is Rome.")) == (1.0, 0.0)
+
+
+def test_a_language_model_for_the_harness(model_directory: pathlib.Path):
+    lm = run_page("lm-eval.md", model_directory)["lm"]
+    assert (lm.method.name, lm.batch_size, len(lm.tok_encode("lamp"))) == ("minikv", 8, 4)
 
 
 def test_a_mesh(model_directory: pathlib.Path, capsys: pytest.CaptureFixture[str]):

@@ -96,6 +96,7 @@ def test_differences_and_recovered_shares(tmp_path: pathlib.Path):
     our_row, paper_row, difference = text.rows[place : place + 3]
     assert our_row[lcc] == "54.00"
     assert (paper_row[lcc], difference[lcc]) == ("58.38", "-4.38")
+    assert paper.recovered is not None
     assert difference[-1] == f"{100 * (52 / 55 - paper.recovered):+.1f}"
     assert paper_row[text.columns.index("Qasper")] == "21.01"  # not run, but printed
 

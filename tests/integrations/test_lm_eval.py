@@ -42,7 +42,8 @@ PAIRS = requests("loglikelihood", [(context, text) for context in CONTEXTS for t
 
 
 def test_full_agrees_with_the_harness_model_of_transformers(model_directory: pathlib.Path, loaded: Loaded):
-    theirs = HFLM(pretrained=str(model_directory), device="cpu", dtype="float32", batch_size=4)
+    make: Any = HFLM
+    theirs = make(pretrained=str(model_directory), device="cpu", dtype="float32", batch_size=4)
     ours = CompressedLM(*loaded, "full", batch_size=4)
     texts = requests("loglikelihood_rolling", [(TEXT * 2,), ("",)])
     assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=1e-3)
@@ -171,7 +172,9 @@ def _without_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def test_not_finite_logits_are_counted(loaded: Loaded):
     model = tiny_model(vocab_size=259, max_position_embeddings=256)
-    model.norm.scale[...] = model.norm.scale[...].at[0].set(jnp.nan)
+    scale = model.norm.scale
+    assert scale is not None
+    scale[...] = scale[...].at[0].set(jnp.nan)
     lm = CompressedLM(model, loaded[1], "full")
     lm.loglikelihood(PAIRS[3:4])
     lm.generate_until(requests("generate_until", [(TEXT, {"max_gen_toks": 4})]))
