@@ -159,9 +159,7 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
       model: config of the model.
       dtype: the model's dtype: "float32", "bfloat16" or "float16".
     """
-    d, h = model.hidden_size, model.head_dim
-    q, kv = model.num_attention_heads * h, model.num_key_value_heads * h
-    attention = d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
+    d, attention = model.hidden_size, _attention_weights(model)
     inner = (2 if model.design.gated_mlp else 1) * model.intermediate_size
     mlp = d * (inner + model.intermediate_size) + (inner + d if model.mlp_bias else 0)
     norms, layers, sparse = _norm_weights(model), model.num_hidden_layers, 0
@@ -170,6 +168,19 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     experts = sparse * _expert_weights(model) if sparse else 0
     total = layers * (attention + norms) + (layers - sparse) * mlp + experts
     return _BYTES[dtype] * (total + d + model.vocab_size * d)
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    """Number of weights of a layer's attention without norms."""
+    d, h, heads, latent = model.hidden_size, model.head_dim, model.num_attention_heads, model.latent
+    q, kv = heads * h, model.num_key_value_heads * h
+    if latent is None:
+        return d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
+    rotated = model.rotary_dim or h
+    queries = (d + q) * latent.query_rank if latent.query_rank else d * q
+    keys = d * (latent.kv_rank + rotated) + latent.kv_rank * heads * (h - rotated + latent.value_dim)
+    biases = latent.query_rank + latent.kv_rank + rotated + d if model.attention_bias else 0
+    return queries + keys + heads * latent.value_dim * d + biases + latent.query_rank + latent.kv_rank
 
 
 def _expert_weights(model: ModelConfig) -> int:

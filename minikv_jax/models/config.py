@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from minikv_jax import schemas
 from minikv_jax.models import bounds, families
-from minikv_jax.models.design import Design
+from minikv_jax.models.design import Design, Latent
 from minikv_jax.models.experts import Experts
 from minikv_jax.models.family import Family
 
@@ -121,6 +121,7 @@ class ModelConfig:
       attn_logit_softcapping: attention logits `x` become `c tanh(x / c)` (Gemma 2, arXiv 2408.00118); None: unchanged.
       final_logit_softcapping: the same of the output logits.
       experts: the mixture of experts in place of the MLP; None if there is none.
+      latent: sizes of multi-head latent attention; None for plain attention.
       own_design: how the layers are built, if it is not the family's design.
 
     Raises:
@@ -156,6 +157,7 @@ class ModelConfig:
     attn_logit_softcapping: bounds.Multiplier | None = None
     final_logit_softcapping: bounds.Multiplier | None = None
     experts: Experts | None = None
+    latent: Latent | None = None
     own_design: Design | None = None
 
     @property
@@ -228,7 +230,12 @@ class ModelConfig:
           ValueError: a field is unknown, missing or not accepted. The message names `source` and the first such field.
         """
         values = dict(values)
-        for name, part in (("rope_scaling", RopeScaling), ("experts", Experts), ("own_design", Design)):
+        for name, part in (
+            ("rope_scaling", RopeScaling),
+            ("experts", Experts),
+            ("latent", Latent),
+            ("own_design", Design),
+        ):
             if isinstance(given := values.get(name), Mapping):
                 fields = schemas.validate(schemas.of(part), given, source=f"{os.fspath(source)}: {name}")
                 with schemas.naming(source):

@@ -23,6 +23,7 @@ from minikv_jax.arrays import resolve_dtype
 from minikv_jax.meshes import DATA, MODEL, constrain
 from minikv_jax.models.attention import Attention
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.latent_attention import LatentAttention
 from minikv_jax.models.mlp import MLP
 from minikv_jax.models.moe import SparseMLP
 from minikv_jax.models.norms import Norm
@@ -47,7 +48,7 @@ class Layer(nnx.Module):
             return Norm(config, config.hidden_size, dtype=dtype) if present else None
 
         self.input_layernorm = norm(design.pre_norms)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = (Attention if config.latent is None else LatentAttention)(config, dtype=dtype, rngs=rngs)
         self.attention_output_norm = norm(design.post_norms)
         self.post_attention_layernorm = norm(design.pre_norms and not design.parallel)  # of the MLP's input
         self.mlp = (SparseMLP if sparse else MLP)(config, dtype=dtype, rngs=rngs)

@@ -40,4 +40,21 @@ class Design:
     head_bias: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Attributes:
+      query_rank: channels of the queries' latent; 0 if queries are projected from the layer's input.
+      kv_rank: channels of the latent of keys and values.
+      value_dim: channels per head of the values, at most those of the keys (`ModelConfig.head_dim`).
+      interleaved: checkpoints rotate neighbouring channels, not the halves of the rotated ones.
+    """
+
+    query_rank: int
+    kv_rank: int
+    value_dim: int
+    interleaved: bool = True
+
+
 LLAMA = Design()

@@ -1,4 +1,4 @@
-"""`Experts`: the shape of a mixture of experts, and how its router chooses. Families differ by these values."""
+"""`Experts`: the shape of a mixture of experts, and how its router chooses. `Stack`: how files store its weights."""
 
 from __future__ import annotations
 
@@ -72,3 +72,21 @@ class Experts:
     def in_layer(self, layer: int) -> bool:
         """Whether a layer has experts."""
         return layer not in self.dense_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A rule that cuts a tensor `[E, ...]` into tensors of single experts.
+
+    Attributes:
+      pattern: a regular expression that must match the tensor's whole name.
+      parts: names of an expert's tensors, with the groups of the match and "{expert}" filled in. Each gets an equal
+        share of the rows.
+      transposed: the matrices are `[in, out]`; tensors of single experts are `[out, in]`.
+      alternating: the parts' rows take turns, instead of one part following the other.
+    """
+
+    pattern: str
+    parts: tuple[str, ...]
+    transposed: bool = False
+    alternating: bool = False

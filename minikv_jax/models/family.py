@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from minikv_jax.models import bounds
 from minikv_jax.models.design import LLAMA, Design
+from minikv_jax.models.experts import Stack
 from minikv_jax.schemas import Schema
 
 # The sliding window, and the type of every layer (None: the window applies to all layers).
@@ -83,6 +84,14 @@ def no_settings(fields: Fields) -> dict[str, Any]:
     return {}
 
 
+def one_of(fields: Fields, *names: str, default: int) -> int:
+    """Returns the value that a file gives under one of several names. Raises ValueError if they disagree."""
+    given = {name: value for name in names if (value := getattr(fields, name)) is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{' and '.join(f'{name}={value}' for name, value in given.items())} disagree")
+    return next(iter(given.values()), default)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: its architecture and the names in its files.
@@ -94,7 +103,10 @@ class Family:
       design: how the layers are built.
       windows: returns the sliding window and the layer types from `fields`. None: the architecture has no windows.
       settings: returns further values of a `ModelConfig` from `fields`.
-      names: names of modules in Hugging Face files that are not Llama's, and ours, relative to the layer or the model.
+      names: names of modules in Hugging Face files that are not Llama's, and ours, relative to the layer or the model;
+        "*" stands for the number of an expert.
+      stacks: tensors of Hugging Face files that hold the matrices of all experts.
+      predicts_further: files may have layers beyond the model's, which predict later tokens and are not read.
       rope_theta: base of the rotary frequencies if a config.json gives none.
       rope_interleaved: Hugging Face's attention rotates neighbouring channels, not the halves of a head.
       rotary_share: share of a head's channels that is rotated if a config.json gives none; None: all are, always.
@@ -111,6 +123,8 @@ class Family:
     windows: Callable[[Any], Windows] | None = None
     settings: Callable[[Any], dict[str, Any]] = no_settings
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
+    predicts_further: bool = False
     rope_theta: float = 10000.0
     rope_interleaved: bool = False
     rotary_share: float | None = None

@@ -23,6 +23,7 @@ from minikv_jax.models.directory import member
 from minikv_jax.models.huggingface_rope import rope_settings
 from minikv_jax.models.huggingface_tensors import rules, split_fused
 from minikv_jax.models.parameters import read_parameters
+from minikv_jax.models.stacks import from_mxfp4, unstack
 from minikv_jax.models.tensors import TensorSource
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -56,16 +57,20 @@ def load_safetensors(
     handles = _open_shards(directory)
     slices = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
     types = {name: tensor.get_dtype() for name, tensor in slices.items()}
-    if refused := sorted(f"{name} ({kind})" for name, kind in types.items() if kind not in FLOAT_TYPES):
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    shapes, read_rows = from_mxfp4(shapes, lambda name, start, stop: slices[name][start:stop])
+    if refused := sorted(
+        f"{name} ({kind})" for name, kind in types.items() if name in shapes and kind not in FLOAT_TYPES
+    ):
         raise ValueError(f"{directory}: tensors of a type that is not plain floating point: {checks.listed(refused)}")
     source = TensorSource(
         origin=str(directory),
-        shapes={name: tuple(tensor.get_shape()) for name, tensor in slices.items()},
-        read_rows=lambda name, start, stop: slices[name][start:stop],
+        shapes=shapes,
+        read_rows=read_rows,
         rules=rules(config),
         interleaved=config.family.rope_interleaved,
     )
-    source = split_fused(source, config)
+    source = split_fused(unstack(source, config.family.stacks), config)
     return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
 
 
@@ -133,7 +138,9 @@ def _config_from_fields(given: Mapping[str, Any], source: str | os.PathLike[str]
             "eos_token_ids": () if eos is None else eos if isinstance(eos, tuple) else (eos,),
         }
         values |= family.settings(fields)
-        values |= rope_settings(family, fields, head_dim, getattr(fields, "partial_rotary_factor", None))
+        own = values.get("rotary_dim")  # of a family whose heads have channels that are never rotated
+        rope = rope_settings(family, fields, own or head_dim, getattr(fields, "partial_rotary_factor", None))
+        values |= rope | {"rotary_dim": rope["rotary_dim"] or own}
         _check_attention_scale(others, head_dim)
         return ModelConfig(**values)
 

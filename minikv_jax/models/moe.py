@@ -28,25 +28,6 @@ from minikv_jax.models.projections import Reduce, linear, mlp_columns, precision
 _MOST_BLOCK, _LEAST_BLOCK = 128, 8  # tokens of a block: enough to keep a matmul busy, few enough to waste little
 
 
-class Router(nnx.Module):
-    """Chooses the experts of each token, and their weights."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        assert config.experts is not None
-        self.experts = config.experts
-        self.gate = linear(dtype, rngs)(config.hidden_size, self.experts.count, use_bias=self.experts.router_bias)
-        zeros = jnp.zeros((self.experts.count,), dtype)
-        self.correction_bias = nnx.Param(zeros) if self.experts.correction_bias else None
-
-    def __call__(self, x: Float[Array, "S D"]) -> tuple[Float[Array, "S k"], Int[Array, "S k"]]:
-        """Returns weights, float32, and numbers of the experts of each token."""
-        gate = self.gate
-        logits = jnp.matmul(x, gate.kernel[...], precision="highest", preferred_element_type=jnp.float32)
-        logits = logits if gate.bias is None else logits + gate.bias[...].astype(jnp.float32)
-        bias = None if self.correction_bias is None else self.correction_bias[...].astype(jnp.float32)
-        return route(logits, self.experts, bias)
-
-
 def route(
     logits: Float[Array, "S E"], experts: Experts, correction_bias: Float[Array, "E"] | None = None
 ) -> tuple[Float[Array, "S k"], Int[Array, "S k"]]:
@@ -114,7 +95,9 @@ class SparseMLP(nnx.Module):
         assert config.experts is not None
         self.settings = config.experts
         self.groups = mlp_columns(config, config.experts.intermediate_size).groups
-        self.router = Router(config, dtype=dtype, rngs=rngs)
+        settings, zeros = config.experts, jnp.zeros((config.experts.count,), dtype)
+        self.router_proj = linear(dtype, rngs)(config.hidden_size, settings.count, use_bias=settings.router_bias)
+        self.correction_bias = nnx.Param(zeros) if settings.correction_bias else None
         self.experts = Stacks(config, dtype=dtype, rngs=rngs)
         size = config.experts.shared_size
         self.shared_expert = MLP(config, size, dtype=dtype, rngs=rngs) if size else None
@@ -122,13 +105,20 @@ class SparseMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], reduce: Reduce = sum_over_devices) -> Float[Array, "B T D"]:
         batch, tokens, d = x.shape
-        weights, numbers = (y.reshape(batch, tokens, -1) for y in self.router(x.reshape(-1, d)))
+        weights, numbers = (y.reshape(batch, tokens, -1) for y in self.route(x.reshape(-1, d)))
         stacks = self.experts.gate_up_proj.arrays, self.experts.down_proj.arrays
         if meshes.size(MODEL) * meshes.size(DATA) == 1:
             out = self._of_one_device(x, weights, numbers, *stacks)
         else:
             out = self._of_all_devices(x, weights, numbers, stacks, reduce)
         return out if self.shared_expert is None else out + self.shared_expert(x, reduce)
+
+    def route(self, x: Float[Array, "S D"]) -> tuple[Float[Array, "S k"], Int[Array, "S k"]]:
+        """Returns weights, float32, and numbers of the experts of each token."""
+        router, bias = self.router_proj, self.correction_bias
+        logits = jnp.matmul(x, router.kernel[...], precision="highest", preferred_element_type=jnp.float32)
+        logits = logits if router.bias is None else logits + router.bias[...].astype(jnp.float32)
+        return route(logits, self.settings, None if bias is None else bias[...].astype(jnp.float32))
 
     def _of_all_devices(
         self, x: Array, weights: Array, numbers: Array, stacks: tuple[Weights, Weights], reduce: Reduce

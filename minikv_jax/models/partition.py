@@ -28,6 +28,7 @@ _LAYERS = {
     re.compile(r".*\.experts\.down_proj\.kernel"): P(None, MODEL, None),
     re.compile(rf".*\.({'|'.join((*JOINED, 'up_proj'))})\.kernel"): P(None, MODEL),
     re.compile(rf".*\.({'|'.join((*JOINED, 'up_proj'))})\.bias"): P(MODEL),
+    re.compile(r".*\.(q_b_proj|kv_b_proj)\.kernel"): P(None, MODEL),
     re.compile(r".*\.(o_proj|down_proj)\.kernel"): P(MODEL, None),
 }
 

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from minikv_jax.models.experts import Stack
 from minikv_jax.models.tensors import TensorSource
 
 _Read = Callable[[int, int], np.ndarray]  # rows from the first to before the last
 
 # Values of the 4-bit floats of mxfp4, sign bit last (OCP Microscaling Formats 1.0, section 5.3.3).
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """A rule that cuts a tensor `[E, ...]` into tensors of single experts.
-
-    Attributes:
-      pattern: a regular expression that must match the tensor's whole name.
-      parts: names of an expert's tensors, with the groups of the match and "{expert}" filled in. Each gets an equal
-        share of the rows.
-      transposed: the matrices are `[in, out]`; tensors of single experts are `[out, in]`.
-      alternating: the parts' rows take turns, instead of one part following the other.
-    """
-
-    pattern: str
-    parts: tuple[str, ...]
-    transposed: bool = False
-    alternating: bool = False
 
 
 def unstack(source: TensorSource, stacks: Sequence[Stack]) -> TensorSource:
@@ -79,17 +63,17 @@ def _parts(
 def from_mxfp4(
     shapes: Mapping[str, tuple[int, ...]], read_rows: Callable[[str, int, int], np.ndarray]
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str, int, int], np.ndarray]]:
-    """Replaces tensors in mxfp4, stored as NAME_blocks and NAME_scales, by NAME in float32, in the same order of axes.
+    """Replaces tensors in mxfp4, stored as NAME_blocks and NAME_scales, by NAME in float32.
 
     Args:
-      shapes: shapes of the stored tensors. Blocks are uint8 `[..., G, 16]`, two numbers in a byte, and scales uint8
-        `[..., G]`: exponents of two plus 127.
+      shapes: shapes of the stored tensors. Blocks are uint8 `[E, out, G, 16]`, two numbers in a byte, and scales uint8
+        `[E, out, G]`: exponents of two plus 127. The others are `[E, 32 G, out]`, as gpt-oss has them in bfloat16.
       read_rows: reads a slice of the first axis of a stored tensor.
 
     Returns:
       The shapes and the reader of all tensors.
     """
-    packed = {name.removesuffix("_blocks") for name in shapes if name.endswith("_blocks")}
+    packed = {name.removesuffix("_blocks") for name, shape in shapes.items() if _is_packed(name, shape, shapes)}
     plain = {name: shape for name, shape in shapes.items() if name.rsplit("_", 1)[0] not in packed}
     blocks = {name: shapes[f"{name}_blocks"] for name in packed}
 
@@ -99,6 +83,11 @@ def from_mxfp4(
         codes, scales = (read_rows(f"{name}_{part}", start, stop) for part in ("blocks", "scales"))
         pairs = np.stack([_FP4[codes & 15], _FP4[codes >> 4]], axis=-1)  # the low half comes first
         values = np.ldexp(pairs.reshape(*scales.shape, -1), scales[..., None].astype(np.int32) - 127)
-        return values.reshape(*scales.shape[:-1], -1)
+        return values.reshape(*scales.shape[:-1], -1).swapaxes(1, 2)
 
-    return plain | {name: (*shape[:-2], shape[-2] * shape[-1] * 2) for name, shape in blocks.items()}, read
+    return plain | {name: (shape[0], 2 * math.prod(shape[2:]), shape[1]) for name, shape in blocks.items()}, read
+
+
+def _is_packed(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    scales = shapes.get(f"{name.removesuffix('_blocks')}_scales")
+    return name.endswith("_blocks") and len(shape) == 4 and shape[3] == 16 and scales == shape[:3]

@@ -85,11 +85,11 @@ def naive(layer: SparseMLP, x: np.ndarray) -> np.ndarray:
     """Computes the layer for tokens `[S, D]` in float64, one expert of one token at a time."""
     experts, out = layer.settings, np.zeros_like(x, np.float64)
     state = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(layer)))
-    router, stacks = state["router"], state["experts"]
+    router, stacks = state["router_proj"], state["experts"]
     zeros = np.zeros(experts.count)
     for t, token in enumerate(x.astype(np.float64)):
-        logits = token @ router["gate"]["kernel"] + router["gate"].get("bias", zeros)
-        for number, weight in naive_route(logits, experts, router.get("correction_bias", zeros)).items():
+        logits = token @ router["kernel"] + router.get("bias", zeros)
+        for number, weight in naive_route(logits, experts, state.get("correction_bias", zeros)).items():
             gate_up, down = ({k: v[number] for k, v in stacks[name].items()} for name in ("gate_up_proj", "down_proj"))
             inner = (token * (weight if experts.weighted_inputs else 1)) @ gate_up["kernel"] + gate_up.get("bias", 0)
             gate, up = np.split(inner.reshape(layer.groups, -1), 2, axis=-1)
@@ -131,7 +131,7 @@ def test_all_tokens_may_choose_one_expert():
 
 def test_a_token_reads_only_its_experts():
     """NaN in the weights of all other experts does not reach it."""
-    layer, run = sparse_mlp(settings(count=16)), jax.jit(lambda layer, x: (layer(x), layer.router(x[0])[1]))
+    layer, run = sparse_mlp(settings(count=16)), jax.jit(lambda layer, x: (layer(x), layer.route(x[0])[1]))
     x = jnp.ones((1, 1, 48))
     want, numbers = run(layer, x)
     others = ~np.isin(np.arange(16), numbers)[:, None, None]

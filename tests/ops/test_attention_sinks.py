@@ -1,7 +1,5 @@
 """Tests attention sinks, logits in the softmax's denominator only, against dense float64 softmax maps."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,8 @@ from minikv_jax.ops.decode_attention import decode_attention, decode_attention_w
 from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
 
+PREFILL = jax.jit(prefill_attention, static_argnames=("window", "with_scores", "implementation"))
+DECODE = jax.jit(decode_attention, static_argnames=("implementation",))
 B, T, N, K, H = 2, 21, 4, 2, 16
 SINKS = np.array([-3.0, 0.5, 4.0, 0.0], np.float32)
 LENGTHS = np.array([T, 13])
@@ -47,8 +47,7 @@ def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_prefill_and_its_scores(window: int | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("minikv_jax.ops.prefill_attention.BLOCK", 8)
     q, k, v = arrays()
-    run = jax.jit(functools.partial(prefill_attention, window=window, with_scores=True))
-    out, sums = run(q, k, v, LENGTHS, sink_logits=SINKS)
+    out, sums = PREFILL(q, k, v, LENGTHS, sink_logits=SINKS, window=window, with_scores=True)
     for b, n in enumerate(LENGTHS):
         weights = attention_map(q[b, :n], k[b, :n], window)
         assert_close(out[b, :n], output(weights, v[b, :n]))
@@ -62,7 +61,7 @@ def test_prefill_and_its_scores(window: int | None, monkeypatch: pytest.MonkeyPa
 def test_decode_and_extend():
     q, k, v = arrays()
     layer = cache_of(Method(), k, v, LENGTHS)
-    out = jax.jit(decode_attention)(q[:, 0], layer, sink_logits=SINKS)
+    out = DECODE(q[:, 0], layer, sink_logits=SINKS)
     same, weights = jax.jit(decode_attention_weights)(q[:, 0], layer, sink_logits=SINKS)
     np.testing.assert_array_equal(same, out)
     new_q, new_k, new_v = (x[:, ::-1][:, :3] for x in (q, k, v))
@@ -78,9 +77,9 @@ def test_decode_and_extend():
 
 def test_devices_of_a_mesh_have_their_own_heads():
     q, k, v = arrays()
-    want, _ = prefill_attention(q, k, v, LENGTHS, sink_logits=SINKS)
+    want, _ = PREFILL(q, k, v, LENGTHS, sink_logits=SINKS)
     with jax.set_mesh(meshes.make_mesh({"data": 2, "model": 2})):
-        got, _ = jax.jit(prefill_attention)(q, k, v, LENGTHS, sink_logits=SINKS)
+        got, _ = PREFILL(q, k, v, LENGTHS, sink_logits=SINKS)
     assert_close(got, want)
 
 
@@ -88,13 +87,13 @@ def test_devices_of_a_mesh_have_their_own_heads():
 def test_kernels_refuse_them_by_name(implementation: str):
     q, k, v = arrays()
     with pytest.raises(NotImplementedError, match=f"prefill_attention: sink_logits .* not by '{implementation}'"):
-        prefill_attention(q, k, v, LENGTHS, sink_logits=SINKS, implementation=implementation)
+        PREFILL(q, k, v, LENGTHS, sink_logits=SINKS, implementation=implementation)
     layer = cache_of(Method(), k, v, LENGTHS)
     with pytest.raises(NotImplementedError, match=f"decode_attention: sink_logits .* not by '{implementation}'"):
-        decode_attention(q[:, 0], layer, sink_logits=SINKS, implementation=implementation)
+        DECODE(q[:, 0], layer, sink_logits=SINKS, implementation=implementation)
 
 
 def test_another_number_of_them_is_named():
     q, k, v = arrays()
     with pytest.raises(ValueError, match=r"sink_logits .*3"):
-        prefill_attention(q, k, v, LENGTHS, sink_logits=SINKS[:3])
+        PREFILL(q, k, v, LENGTHS, sink_logits=SINKS[:3])

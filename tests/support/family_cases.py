@@ -53,6 +53,22 @@ class Kind:
 
 
 _LONG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+_QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,  # as transformers has it: the rotated channels
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 KINDS: dict[str, Kind] = {
     "Llama 2": Kind("llama", {"num_key_value_heads": 4}),
     "Llama 3": Kind("llama", _rope(rope_type="default", rope_theta=500000.0)),
@@ -114,6 +130,30 @@ KINDS: dict[str, Kind] = {
     "Arcee": Kind("arcee"),
     "Nemotron": Kind("nemotron"),
     "Seed-OSS": Kind("seed_oss", H16),
+    "Mixtral": Kind("mixtral", {"num_local_experts": 5}),
+    "Mixtral, windows, tied": Kind("mixtral", {"num_local_experts": 4, "tie_word_embeddings": True} | WINDOW | H16),
+    "Qwen3-MoE": Kind("qwen3_moe", {"norm_topk_prob": True} | _QWEN3_MOE | H16),
+    "Qwen3-MoE, dense layers": Kind(
+        "qwen3_moe", {"mlp_only_layers": [2], "decoder_sparse_step": 2, "num_hidden_layers": 4} | _QWEN3_MOE
+    ),
+    "gpt-oss": Kind(
+        "gpt_oss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "swiglu_limit": 0.6,
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+        }
+        | WINDOW
+        | H16,
+    ),
+    "DeepSeek-V3": Kind("deepseek_v3", _DEEPSEEK),
+    "DeepSeek-V3, YaRN": Kind(
+        "deepseek_v3",
+        _DEEPSEEK
+        | {"q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 1.0}},
+    ),
     "Hunyuan dense": Kind("hunyuan_v1_dense", {"rope_parameters": DYNAMIC | {"alpha": 1000.0}} | H16),
 }
 
@@ -125,7 +165,8 @@ def write_kind(kind: Kind, directory: pathlib.Path) -> Any:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     with torch.no_grad():
-        for name, values in model.named_parameters():
+        biases = [(name, values) for name, values in model.named_buffers() if name.endswith("correction_bias")]
+        for name, values in [*model.named_parameters(), *biases]:
             # Large enough for sharp attention; norms and biases differ from their initial ones and zeros.
             values.copy_(torch.randn_like(values) * 0.25 + ("norm" in name and "bias" not in name))
     model.save_pretrained(directory)
