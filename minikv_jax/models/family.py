@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -92,6 +92,35 @@ def one_of(fields: Fields, *names: str, default: int) -> int:
     return next(iter(given.values()), default)
 
 
+def no_gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns no values: the metadata of all families say it all."""
+    del values, tensors
+    return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gguf:
+    """A family's GGUF files.
+
+    Attributes:
+      architecture: their `general.architecture`. If families share one, a file with a sliding window belongs to the
+        family that has `windows`.
+      interleaved: they interleave the two halves of every q and k head channel by channel, because llama.cpp rotates
+        neighbouring channels in this architecture.
+      plus_one: the weights of norms are stored with one added.
+      names: names of a layer's modules that stand for others than usual (`gguf.RULES`), and ours.
+      reads: fields of `gguf_settings.Settings` that this family reads; elsewhere they are refused.
+      settings: returns values of a `ModelConfig` from the `gguf_settings.Settings` and the names of the tensors.
+    """
+
+    architecture: str
+    interleaved: bool = False
+    plus_one: bool = False
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    settings: Callable[[Any, Collection[str]], dict[str, Any]] = no_gguf_settings
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: its architecture and the names in its files.
@@ -111,10 +140,7 @@ class Family:
       rope_interleaved: Hugging Face's attention rotates neighbouring channels, not the halves of a head.
       rotary_share: share of a head's channels that is rotated if a config.json gives none; None: all are, always.
       rope_by_layer_type: layers with a sliding window have rotary settings of their own.
-      gguf_architecture: its `general.architecture` in a GGUF file. If families share one, a file with a sliding window
-        belongs to the family that has `windows`.
-      gguf_interleaved: GGUF files interleave the two halves of every q and k head channel by channel, because llama.cpp
-        rotates neighbouring channels in this architecture.
+      gguf: its GGUF files; None if llama.cpp does not know the family.
     """
 
     model_type: str
@@ -129,8 +155,7 @@ class Family:
     rope_interleaved: bool = False
     rotary_share: float | None = None
     rope_by_layer_type: bool = False
-    gguf_architecture: str | None = None
-    gguf_interleaved: bool = False
+    gguf: Gguf | None = None
 
 
 def layer_windows(window: int | None, types: bounds.LayerTypes) -> Windows:

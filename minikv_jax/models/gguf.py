@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import Annotated, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from pydantic import Field
 
 from minikv_jax import checks, schemas
 from minikv_jax.arrays import resolve_dtype
-from minikv_jax.models import bounds, families
+from minikv_jax.models import bounds, families, gguf_settings
 from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.decoder import Llama
-from minikv_jax.models.family import Family
+from minikv_jax.models.family import Family, Gguf
+from minikv_jax.models.fused import Parts, projection_rows, split_fused
 from minikv_jax.models.gguf_file import GGUFFile
 from minikv_jax.models.parameters import read_parameters
 from minikv_jax.models.tensors import Rule, TensorSource
 
-ARCHITECTURES = tuple(dict.fromkeys(f.gguf_architecture for f in families.FAMILIES.values() if f.gguf_architecture))
+ARCHITECTURES = tuple(dict.fromkeys(f.gguf.architecture for f in families.FAMILIES.values() if f.gguf))
 
-RULES = (
+# Norms of a layer, by their names in GGUF files.
+_NORMS = {
+    "attn_norm": "input_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "attention_output_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "mlp_output_norm",
+}
+_RULES = (
     Rule(r"token_embd\.weight", "embed_tokens.embedding"),
     Rule(r"output_norm\.weight", "norm.scale"),
+    Rule(r"output_norm\.bias", "norm.bias"),
     Rule(r"output\.weight", "lm_head.kernel"),
-    Rule(r"rope_freqs\.weight", None),  # becomes the config's rope_scaling
-    Rule(r"blk\.(\d+)\.attn_norm\.weight", r"layers.\1.input_layernorm.scale"),
-    Rule(r"blk\.(\d+)\.ffn_norm\.weight", r"layers.\1.post_attention_layernorm.scale"),
-    Rule(r"blk\.(\d+)\.attn_([qk])_norm\.weight", r"layers.\1.self_attn.\2_norm.scale"),
+    Rule(r"output\.bias", "lm_head.bias"),
+    Rule(r"rope_(freqs|factors_long|factors_short)\.weight", None),  # become the config's rope_scaling
     Rule(r"blk\.(\d+)\.attn_([qkv])\.weight", r"layers.\1.self_attn.\2_proj.kernel"),
     Rule(r"blk\.(\d+)\.attn_([qkv])\.bias", r"layers.\1.self_attn.\2_proj.bias"),
     Rule(r"blk\.(\d+)\.attn_output\.weight", r"layers.\1.self_attn.o_proj.kernel"),
@@ -39,39 +48,17 @@ RULES = (
 )
 
 
-class _Settings(schemas.Schema, extra="ignore"):
-    """Metadata keys of an architecture. Those after the blank line are accepted only if they are off."""
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """Returns the rules of a model's family."""
+    norms = _NORMS | dict(_gguf(config.family).names)
+    weights = (Rule(rf"blk\.(\d+)\.{theirs}\.weight", rf"layers.\1.{ours}.scale") for theirs, ours in norms.items())
+    biases = (Rule(rf"blk\.(\d+)\.{theirs}\.bias", rf"layers.\1.{ours}.bias") for theirs, ours in norms.items())
+    return (*weights, *biases, *_RULES)
 
-    context_length: bounds.Positions
-    embedding_length: bounds.Width
-    block_count: bounds.Layers
-    feed_forward_length: bounds.Width | list[bounds.Width]
-    heads: bounds.Heads | list[bounds.Heads] = Field(alias="attention.head_count")
-    kv_heads: bounds.Heads | list[bounds.Heads] | None = Field(None, alias="attention.head_count_kv")
-    key_length: bounds.Width | None = Field(None, alias="attention.key_length")
-    value_length: bounds.Width | None = Field(None, alias="attention.value_length")
-    rotated_length: bounds.Width | None = Field(None, alias="rope.dimension_count")
-    epsilon: bounds.Epsilon = Field(alias="attention.layer_norm_rms_epsilon")
-    sliding_window: Annotated[int, Field(ge=0, lt=1 << 31)] = Field(0, alias="attention.sliding_window")
-    vocab_size: bounds.Vocabulary | None = None
-    rope_base: bounds.RopeBase = Field(10000.0, alias="rope.freq_base")
-    scaling_type: Literal["none", "linear"] = Field("none", alias="rope.scaling.type")
-    scaling_factor: bounds.RopeFactor | None = Field(None, alias="rope.scaling.factor")
 
-    rope_scale: bounds.One = Field(None, alias="rope.scale_linear")
-    rope_attention_factor: bounds.One = Field(None, alias="rope.scaling.attn_factor")
-    rope_sections: None = Field(None, alias="rope.dimension_sections")
-    attention_scale: None = Field(None, alias="attention.scale")
-    attention_clamp: None = Field(None, alias="attention.clamp_kqv")
-    alibi_bias: None = Field(None, alias="attention.max_alibi_bias")
-    causal: Literal[True] = Field(True, alias="attention.causal")
-    attn_logit_softcapping: None = None
-    final_logit_softcapping: None = None
-    logit_scale: bounds.One = None
-    residual_scale: bounds.One = None
-    embedding_scale: bounds.One = None
-    use_parallel_residual: bounds.Off = None
-    expert_count: Literal[0] | None = None
+def _gguf(family: Family) -> Gguf:
+    assert family.gguf is not None
+    return family.gguf
 
 
 class _StopTokens(schemas.Schema, extra="ignore"):
@@ -112,10 +99,27 @@ def load_gguf(
         origin=str(file.path),
         shapes={name: tensor.shape for name, tensor in file.tensors.items()},
         read_rows=file.read_rows,
-        rules=RULES,
-        interleaved=config.family.gguf_interleaved,
+        rules=rules(config),
+        interleaved=_gguf(config.family).interleaved,
+        plus_one=_gguf(config.family).plus_one,
     )
+    source = split_fused(source, _fused(config, file))
     return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
+
+
+def _fused(config: ModelConfig, file: GGUFFile) -> dict[str, Parts]:
+    """Returns the tensors that hold several projections: q, k and v, or the MLP's gate and up."""
+    heads, wide = projection_rows(config, "qkv_proj"), projection_rows(config, "gate_up_proj")
+    fused: dict[str, Parts] = {}
+    for name in file.tensors:
+        block, _, rest = name.rpartition(".attn_qkv.")
+        if block:
+            fused[name] = {f"{block}.attn_{part}.{rest}": rows for part, rows in zip("qkv", heads, strict=True)}
+        block, _, rest = name.rpartition(".ffn_up.")
+        if block and config.design.gated_mlp and f"{block}.ffn_gate.{rest}" not in file.tensors:
+            parts = (f"{block}.ffn_gate.{rest}", name)
+            fused[name] = dict(zip(parts, wide, strict=True))
+    return fused
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
@@ -126,48 +130,77 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     """
     architecture = file.metadata.get("general.architecture")
     checks.choice(f"{file.path}: general.architecture", architecture, ARCHITECTURES)
-    values = file.section(_Settings, str(architecture))
+    values = file.section(gguf_settings.Settings, str(architecture))
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
     stops = file.section(_StopTokens, "tokenizer.ggml")
+    family = _family(str(architecture), windowed=values.sliding_window > 0)
+    epsilon = _epsilon(family, values, file)
+    gguf_settings.check_unread(file.metadata, str(architecture), _gguf(family).reads, file.path)
     with schemas.naming(file.path):
-        heads = _one_for_all_layers("attention.head_count", values.heads, values.block_count)
+        layers = values.block_count
+        heads = _one_for_all_layers("attention.head_count", values.heads, layers)
         head_dim = values.key_length or values.embedding_length // heads
-        for name, size in (
-            ("attention.value_length", values.value_length),
-            ("rope.dimension_count", values.rotated_length),
-        ):
-            if size not in (None, head_dim):
-                raise ValueError(f"{architecture}.{name} is {size}; accepted: the head size {head_dim}")
-        return ModelConfig(
-            model_type=_family(str(architecture), windowed=values.sliding_window > 0).model_type,
-            vocab_size=values.vocab_size or file.tensors["token_embd.weight"].shape[0],
-            hidden_size=values.embedding_length,
-            intermediate_size=_one_for_all_layers(
-                "feed_forward_length", values.feed_forward_length, values.block_count
-            ),
-            num_hidden_layers=values.block_count,
-            num_attention_heads=heads,
-            num_key_value_heads=_one_for_all_layers(
-                "attention.head_count_kv", values.kv_heads or heads, values.block_count
-            ),
-            head_dim=head_dim,
-            max_position_embeddings=values.context_length,
-            rms_norm_eps=values.epsilon,
-            rope_theta=values.rope_base,
-            rope_scaling=_rope_scaling(file, values),
-            attention_bias="blk.0.attn_output.bias" in file.tensors,
-            mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-            tie_word_embeddings="output.weight" not in file.tensors,
-            sliding_window=values.sliding_window or None,
-            eos_token_ids=tuple(dict.fromkeys(token for _, token in stops if token is not None)),
-        )
+        settings: dict[str, Any] = {
+            "model_type": family.model_type,
+            "vocab_size": values.vocab_size or file.tensors["token_embd.weight"].shape[0],
+            "hidden_size": values.embedding_length,
+            "intermediate_size": _one_for_all_layers("feed_forward_length", values.feed_forward_length, layers),
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": _one_for_all_layers("attention.head_count_kv", values.kv_heads or heads, layers),
+            "head_dim": head_dim,
+            "hidden_act": family.fields.model_fields["hidden_act"].default,
+            "max_position_embeddings": values.context_length,
+            "rms_norm_eps": epsilon,
+            "rope_theta": values.rope_base,
+            "rotary_dim": _rotary_dim(family, values, str(architecture), head_dim),
+            "rope_scaling": _rope_scaling(file, values),
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "sliding_window": values.sliding_window or None,
+            "eos_token_ids": tuple(dict.fromkeys(token for _, token in stops if token is not None)),
+        }
+        settings |= _biases(family, file)
+        settings |= _gguf(family).settings(values, file.tensors.keys())
+        return ModelConfig(**settings)
 
 
 def _family(architecture: str, *, windowed: bool) -> Family:
     """Returns the family of an architecture. If several share it, windows in the file decide."""
-    candidates = [family for family in families.FAMILIES.values() if family.gguf_architecture == architecture]
+    candidates = [f for f in families.FAMILIES.values() if f.gguf is not None and f.gguf.architecture == architecture]
     return next((family for family in candidates if (family.windows is not None) == windowed), candidates[0])
+
+
+def _epsilon(family: Family, values: gguf_settings.Settings, file: GGUFFile) -> float:
+    """Returns the epsilon of the family's kind of norm."""
+    kind = "layer_norm_epsilon" if family.design.norm.startswith("layer_norm") else "layer_norm_rms_epsilon"
+    epsilon = values.layer_norm_epsilon if kind == "layer_norm_epsilon" else values.epsilon
+    if epsilon is None:
+        raise ValueError(f"{file.path} lacks {_gguf(family).architecture}.attention.{kind}")
+    return epsilon
+
+
+def _rotary_dim(family: Family, values: gguf_settings.Settings, architecture: str, head_dim: int) -> int | None:
+    """Returns the number of rotated channels, if the family may rotate a part of them."""
+    if values.value_length not in (None, head_dim):
+        raise ValueError(
+            f"{architecture}.attention.value_length is {values.value_length}; accepted: the head size {head_dim}"
+        )
+    if family.rotary_share is None and values.rotated_length not in (None, head_dim):
+        raise ValueError(
+            f"{architecture}.rope.dimension_count is {values.rotated_length}; accepted: the head size {head_dim}"
+        )
+    return None if values.rotated_length == head_dim else values.rotated_length
+
+
+def _biases(family: Family, file: GGUFFile) -> dict[str, Any]:
+    """Returns which projections of attention have biases, as the tensors tell."""
+    out = "blk.0.attn_output.bias" in file.tensors
+    inputs = any(f"blk.0.attn_{name}.bias" in file.tensors for name in ("q", "qkv"))
+    if inputs and not out and not family.design.qkv_bias:
+        return {"own_design": dataclasses.replace(family.design, qkv_bias=True)}
+    return {"attention_bias": out}
 
 
 def _one_for_all_layers(key: str, value: int | list[int], layers: int) -> int:
@@ -179,18 +212,34 @@ def _one_for_all_layers(key: str, value: int | list[int], layers: int) -> int:
     return value[0]
 
 
-def _rope_scaling(file: GGUFFile, values: _Settings) -> RopeScaling | None:
-    """Reads the rope scaling: Llama 3's is a tensor of per-frequency divisors, a linear one is metadata."""
+def _rope_scaling(file: GGUFFile, values: gguf_settings.Settings) -> RopeScaling | None:
+    """Reads the rope scaling: divisors of the frequencies are tensors, a linear one is metadata."""
     linear = values.scaling_type == "linear"
     if linear and values.scaling_factor is None:
         raise ValueError("rope.scaling.type is 'linear', but there is no rope.scaling.factor")
-    divisors = file.tensors.get("rope_freqs.weight")
-    if divisors is None:
+    names = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+    given = [name for name in names if name in file.tensors]
+    if not given:
         return RopeScaling(rope_type="linear", factor=values.scaling_factor or 1.0) if linear else None
     if linear:
-        raise ValueError("both rope.scaling.type 'linear' and rope_freqs.weight are given; accepted: one of them")
-    if len(divisors.shape) != 1 or divisors.shape[0] > bounds.MOST_WIDTH:
-        raise ValueError(f"rope_freqs.weight is {list(divisors.shape)}; accepted: one number for each pair of channels")
+        raise ValueError(f"both rope.scaling.type 'linear' and {given[0]} are given; accepted: one of them")
     file.check_types()
-    factors = file.read_rows("rope_freqs.weight", 0, divisors.shape[0]).tolist()
-    return RopeScaling(rope_type="factors", factors=tuple(factors))
+    divisors = [_divisors(file, name) for name in given]
+    if given == ["rope_freqs.weight"]:
+        return RopeScaling(rope_type="factors", factors=divisors[0])
+    if given != list(names[1:]) or values.original_context is None:
+        raise ValueError(f"{', '.join(given)}; accepted: both factors and rope.scaling.original_context_length")
+    return RopeScaling(
+        rope_type="longrope",
+        factors=divisors[0],
+        long_factors=divisors[1],
+        original_max_position_embeddings=values.original_context,
+        attention_factor=values.rope_attention_factor or 1.0,
+    )
+
+
+def _divisors(file: GGUFFile, name: str) -> tuple[float, ...]:
+    shape = file.tensors[name].shape
+    if len(shape) != 1 or shape[0] > bounds.MOST_WIDTH:
+        raise ValueError(f"{name} is {list(shape)}; accepted: one number for each pair of channels")
+    return tuple(file.read_rows(name, 0, shape[0]).tolist())

@@ -20,8 +20,9 @@ from minikv_jax.models import bounds, families, other_keys
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.directory import member
+from minikv_jax.models.fused import split_fused
 from minikv_jax.models.huggingface_rope import rope_settings
-from minikv_jax.models.huggingface_tensors import rules, split_fused
+from minikv_jax.models.huggingface_tensors import fused, rules
 from minikv_jax.models.parameters import read_parameters
 from minikv_jax.models.stacks import from_mxfp4, unstack
 from minikv_jax.models.tensors import TensorSource
@@ -70,7 +71,8 @@ def load_safetensors(
         rules=rules(config),
         interleaved=config.family.rope_interleaved,
     )
-    source = split_fused(unstack(source, config.family.stacks), config)
+    source = unstack(source, config.family.stacks)
+    source = split_fused(source, fused(config, source.shapes))
     return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
 
 

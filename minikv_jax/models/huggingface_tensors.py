@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-
-import numpy as np
+from collections.abc import Iterable
 
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.fused import Parts, projection_rows
 from minikv_jax.models.projections import JOINED
-from minikv_jax.models.tensors import Rule, TensorSource
+from minikv_jax.models.tensors import Rule
 
 _LAYER = r"model\.layers\.(\d+)\."
 _RULES = (
@@ -50,36 +49,12 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     return (*own, *_RULES)
 
 
-def split_fused(source: TensorSource, config: ModelConfig) -> TensorSource:
-    """Presents the parts of fused tensors (`qkv_proj`, `gate_up_proj`) as tensors of their own.
-
-    Raises:
-      ValueError: a fused tensor has another number of rows than its parts.
-    """
-    h = config.head_dim
-    rows = {
-        "qkv_proj": (config.num_attention_heads * h, config.num_key_value_heads * h, config.num_key_value_heads * h),
-        "gate_up_proj": (config.intermediate_size,) * 2,
-    }
-    shapes, places = dict(source.shapes), {}
-    for name, shape in source.shapes.items():
-        match = re.fullmatch(r"(.*\.(?:self_attn|mlp))\.(qkv_proj|gate_up_proj)\.(weight|bias)", name)
-        if match is None:
-            continue
-        module, fused, kind = match.groups()
-        if shape[0] != sum(rows[fused]):
-            raise ValueError(f"{source.origin}: {name} has {shape[0]} rows, the config needs {sum(rows[fused])}")
-        del shapes[name]
-        start = 0
-        for part, count in zip(JOINED[fused], rows[fused], strict=True):
-            shapes[f"{module}.{part}.{kind}"] = (count, *shape[1:])
-            places[f"{module}.{part}.{kind}"] = (name, start)
-            start += count
-    if not places:
-        return source
-
-    def read_rows(name: str, start: int, stop: int) -> np.ndarray:
-        whole, first = places.get(name, (name, 0))
-        return source.read_rows(whole, first + start, first + stop)
-
-    return dataclasses.replace(source, shapes=shapes, read_rows=read_rows)
+def fused(config: ModelConfig, names: Iterable[str]) -> dict[str, Parts]:
+    """Returns the tensors that hold several projections (`qkv_proj`, `gate_up_proj`), with their parts."""
+    found: dict[str, Parts] = {}
+    for name in names:
+        if match := re.fullmatch(r"(.*\.(?:self_attn|mlp))\.(qkv_proj|gate_up_proj)\.(weight|bias)", name):
+            module, joined, kind = match.groups()
+            parts = (f"{module}.{part}.{kind}" for part in JOINED[joined])
+            found[name] = dict(zip(parts, projection_rows(config, joined), strict=True))
+    return found

@@ -18,4 +18,5 @@ FAMILY = family.Family(
     model_type="arcee",
     fields=Fields,
     design=Design(gated_mlp=False),
+    gguf=family.Gguf(architecture="arcee", interleaved=True),
 )

@@ -1,6 +1,7 @@
 """Command R (Cohere): LayerNorm without bias, attention and MLP in parallel, scaled logits."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import Field
@@ -26,6 +27,12 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {"logit_multiplier": fields.logit_scale or 1.0, "own_design": design}
 
 
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the factor of the logits, and the norms of queries and keys if there are any."""
+    design = dataclasses.replace(FAMILY.design, qk_norm="each_head" if "blk.0.attn_q_norm.weight" in tensors else None)
+    return {"logit_multiplier": values.logit_scale or 1.0, "own_design": design}
+
+
 FAMILY = family.Family(
     model_type="cohere",
     fields=Fields,
@@ -33,4 +40,5 @@ FAMILY = family.Family(
     settings=settings,
     rope_theta=500000.0,
     rope_interleaved=True,
+    gguf=family.Gguf(architecture="command-r", interleaved=True, reads=("logit_scale",), settings=gguf_settings),
 )

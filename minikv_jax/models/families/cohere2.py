@@ -1,5 +1,6 @@
 """Command R7B and Command A (Cohere, arXiv 2504.00698): Command R with windows; layers without one have no RoPE."""
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -36,6 +37,20 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {"logit_multiplier": fields.logit_scale or 1.0, "unrotated_layers": full}
 
 
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the factor of the logits, and the windows of three of four layers; the others have no RoPE."""
+    del tensors
+    types = family.every(4, values.block_count)
+    window, layer_types = family.layer_windows(values.sliding_window or None, types)
+    full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    return {
+        "logit_multiplier": values.logit_scale or 1.0,
+        "sliding_window": window,
+        "layer_types": layer_types,
+        "unrotated_layers": full,
+    }
+
+
 FAMILY = family.Family(
     model_type="cohere2",
     fields=Fields,
@@ -43,4 +58,5 @@ FAMILY = family.Family(
     windows=windows,
     settings=settings,
     rope_interleaved=True,
+    gguf=family.Gguf(architecture="cohere2", interleaved=True, reads=("logit_scale",), settings=gguf_settings),
 )

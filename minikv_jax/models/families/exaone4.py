@@ -1,5 +1,6 @@
 """EXAONE 4 (arXiv 2507.11407): norms after attention and MLP, and no RoPE in the layers without a window."""
 
+from collections.abc import Collection
 from typing import Any
 
 from minikv_jax.models import bounds, family
@@ -41,6 +42,17 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {"unrotated_layers": tuple(i for i, kind in enumerate(_types(fields)) if kind == "full_attention")}
 
 
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the windows of three of four layers, and the others without RoPE, if there are windows."""
+    del tensors
+    if not values.sliding_window:
+        return {}
+    types = family.every(4, values.block_count)
+    window, layer_types = family.layer_windows(values.sliding_window, types)
+    full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    return {"sliding_window": window, "layer_types": layer_types, "unrotated_layers": full}
+
+
 FAMILY = family.Family(
     model_type="exaone4",
     fields=Fields,
@@ -48,4 +60,5 @@ FAMILY = family.Family(
     windows=windows,
     settings=settings,
     names=olmo2.NAMES,
+    gguf=family.Gguf(architecture="exaone4", settings=gguf_settings),
 )

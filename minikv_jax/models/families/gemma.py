@@ -1,5 +1,6 @@
 """Gemma 1 (arXiv 2403.08295): scaled embeddings, norms that multiply by one plus their weight, a GELU MLP."""
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import Field
@@ -30,4 +31,18 @@ def settings(fields: Fields) -> dict[str, Any]:
 
 
 DESIGN = Design(norm="rms_norm_1p")
-FAMILY = family.Family(model_type="gemma", fields=Fields, design=DESIGN, settings=settings)
+
+
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the values of a GGUF file that are the same for all models of the family."""
+    del tensors
+    return {"embedding_multiplier": values.embedding_length**0.5}
+
+
+FAMILY = family.Family(
+    model_type="gemma",
+    fields=Fields,
+    design=DESIGN,
+    settings=settings,
+    gguf=family.Gguf(architecture="gemma", plus_one=True, settings=gguf_settings),
+)

@@ -1,6 +1,7 @@
 """Gemma 2 (arXiv 2408.00118): Gemma with norms on both sides, soft caps, and a window in every other layer."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from minikv_jax.models import bounds, family
@@ -39,6 +40,29 @@ NAMES = {
     "post_feedforward_layernorm": "mlp_output_norm",
 }
 DESIGN = dataclasses.replace(gemma.DESIGN, post_norms=True)
+
+
+def gguf_values(values: Any, *, largest: int, period: int) -> dict[str, Any]:
+    """Returns what GGUF files leave to the architecture, whose model of `largest` layers scales attention otherwise."""
+    heads, layers = values.heads, values.block_count
+    size = values.embedding_length / heads if layers == largest else values.key_length
+    window, types = family.layer_windows(values.sliding_window or None, family.every(period, layers))
+    return {
+        "embedding_multiplier": values.embedding_length**0.5,
+        "attention_multiplier": size**-0.5,
+        "attn_logit_softcapping": values.attn_logit_softcapping,
+        "final_logit_softcapping": values.final_logit_softcapping,
+        "sliding_window": window,
+        "layer_types": types,
+    }
+
+
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the values of a GGUF file. A window applies to every other layer; 27B has 46 layers."""
+    del tensors
+    return gguf_values(values, largest=46, period=2)
+
+
 FAMILY = family.Family(
     model_type="gemma2",
     fields=Fields,
@@ -46,4 +70,10 @@ FAMILY = family.Family(
     windows=windows,
     settings=settings,
     names=NAMES,
+    gguf=family.Gguf(
+        architecture="gemma2",
+        plus_one=True,
+        reads=("attn_logit_softcapping", "final_logit_softcapping"),
+        settings=gguf_settings,
+    ),
 )

@@ -1,6 +1,7 @@
 """Gemma 3, text (arXiv 2503.19786): Gemma 2 with norms of queries and keys, and five local layers to a global one."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -30,6 +31,13 @@ def settings(fields: Fields) -> dict[str, Any]:
     return gemma2.settings(fields) | {"local_rope_theta": fields.rope_local_base_freq}
 
 
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the values of a GGUF file. A window applies to all but each sixth layer; 27B has 62 layers."""
+    del tensors
+    local = {"local_rope_theta": values.local_rope_base or 10000.0}
+    return gemma2.gguf_values(values, largest=62, period=6) | local
+
+
 FAMILY = family.Family(
     model_type="gemma3_text",
     fields=Fields,
@@ -39,4 +47,10 @@ FAMILY = family.Family(
     names=gemma2.NAMES,
     rope_theta=1000000.0,
     rope_by_layer_type=True,
+    gguf=family.Gguf(
+        architecture="gemma3",
+        plus_one=True,
+        reads=("final_logit_softcapping", "local_rope_base"),
+        settings=gguf_settings,
+    ),
 )

@@ -22,4 +22,5 @@ FAMILY = family.Family(
     names={"post_self_attn_layernorm": "attention_output_norm", "post_mlp_layernorm": "mlp_output_norm"},
     rope_interleaved=True,
     rotary_share=0.5,
+    gguf=family.Gguf(architecture="glm4", interleaved=True),
 )

@@ -85,5 +85,4 @@ FAMILY = family.Family(
         Stack(_EXPERTS + "down_proj", (r"\1.{expert}.down_proj.weight",), transposed=True),
         Stack(_EXPERTS + "down_proj_bias", (r"\1.{expert}.down_proj.bias",)),
     ),
-    gguf_architecture=None,
 )

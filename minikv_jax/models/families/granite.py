@@ -1,5 +1,6 @@
 """Granite 3 (https://arxiv.org/abs/2405.04324): Llama with factors of embeddings, attention, residuals and logits."""
 
+from collections.abc import Collection
 from typing import Any
 
 from minikv_jax.models import bounds, family
@@ -23,4 +24,25 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {name: getattr(fields, name) for name in names} | {"logit_multiplier": 1 / fields.logits_scaling}
 
 
-FAMILY = family.Family(model_type="granite", fields=Fields, settings=settings)
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the factors in a GGUF file."""
+    del tensors
+    return {
+        "embedding_multiplier": values.embedding_scale or 1.0,
+        "attention_multiplier": values.attention_scale,
+        "residual_multiplier": values.residual_scale or 1.0,
+        "logit_multiplier": 1 / (values.logit_scale or 1.0),
+    }
+
+
+FAMILY = family.Family(
+    model_type="granite",
+    fields=Fields,
+    settings=settings,
+    gguf=family.Gguf(
+        architecture="granite",
+        interleaved=True,
+        reads=("attention_scale", "embedding_scale", "residual_scale", "logit_scale"),
+        settings=gguf_settings,
+    ),
+)

@@ -17,4 +17,5 @@ FAMILY = family.Family(
     fields=Fields,
     design=Design(qk_norm="head", qk_norm_after_rope=True),
     names={"self_attn.query_layernorm": "self_attn.q_norm", "self_attn.key_layernorm": "self_attn.k_norm"},
+    gguf=family.Gguf(architecture="hunyuan-dense"),
 )

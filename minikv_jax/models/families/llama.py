@@ -11,4 +11,4 @@ class Fields(family.Fields):
     mlp_bias: bool | None = False
 
 
-FAMILY = family.Family(model_type="llama", fields=Fields, gguf_architecture="llama", gguf_interleaved=True)
+FAMILY = family.Family(model_type="llama", fields=Fields, gguf=family.Gguf(architecture="llama", interleaved=True))

@@ -19,6 +19,5 @@ FAMILY = family.Family(
     model_type="mistral",
     fields=Fields,
     windows=windows,
-    gguf_architecture="llama",  # llama.cpp has no architecture of its own for Mistral
-    gguf_interleaved=True,
+    gguf=family.Gguf(architecture="llama", interleaved=True),  # llama.cpp has no architecture of its own for Mistral
 )

@@ -40,6 +40,5 @@ FAMILY = family.Family(
         "block_sparse_moe.experts.*.w2": "mlp.experts.*.down_proj",
         "block_sparse_moe.experts.*.w3": "mlp.experts.*.up_proj",
     },
-    gguf_architecture="llama",
-    gguf_interleaved=True,
+    gguf=family.Gguf(architecture="llama", interleaved=True),
 )

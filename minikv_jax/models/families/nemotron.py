@@ -22,4 +22,5 @@ FAMILY = family.Family(
     fields=Fields,
     design=Design(norm="layer_norm_1p", gated_mlp=False),
     rotary_share=0.5,
+    gguf=family.Gguf(architecture="nemotron", plus_one=True),
 )

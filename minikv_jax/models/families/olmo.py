@@ -25,4 +25,5 @@ FAMILY = family.Family(
     fields=Fields,
     design=Design(norm="layer_norm_plain"),
     settings=settings,
+    gguf=family.Gguf(architecture="olmo", interleaved=True),
 )

@@ -14,4 +14,11 @@ class Fields(family.Fields):
 
 DESIGN = Design(pre_norms=False, post_norms=True, qk_norm="projection")
 NAMES = {"post_attention_layernorm": "attention_output_norm", "post_feedforward_layernorm": "mlp_output_norm"}
-FAMILY = family.Family(model_type="olmo2", fields=Fields, design=DESIGN, names=NAMES)
+
+FAMILY = family.Family(
+    model_type="olmo2",
+    fields=Fields,
+    design=DESIGN,
+    names=NAMES,
+    gguf=family.Gguf(architecture="olmo2"),
+)

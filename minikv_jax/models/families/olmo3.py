@@ -1,5 +1,6 @@
 """OLMo 3: OLMo 2 with windows in three of four layers, which rotate without scaling."""
 
+from collections.abc import Collection
 from typing import Any
 
 from minikv_jax.models import bounds, family
@@ -23,6 +24,13 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {"local_rope_theta": fields.rope_theta or FAMILY.rope_theta}
 
 
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the windows of three of four layers, which rotate without scaling."""
+    del tensors
+    window, types = family.layer_windows(values.sliding_window, family.every(4, values.block_count))
+    return {"sliding_window": window, "layer_types": types, "local_rope_theta": values.rope_base}
+
+
 FAMILY = family.Family(
     model_type="olmo3",
     fields=Fields,
@@ -32,4 +40,5 @@ FAMILY = family.Family(
     names=olmo2.NAMES,
     rope_theta=500000.0,
     rope_by_layer_type=True,
+    gguf=family.Gguf(architecture="olmo2", settings=gguf_settings),
 )

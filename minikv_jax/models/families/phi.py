@@ -28,4 +28,5 @@ FAMILY = family.Family(
         "mlp.fc2": "mlp.down_proj",
     },
     rotary_share=0.5,
+    gguf=family.Gguf(architecture="phi2"),
 )

@@ -25,4 +25,5 @@ FAMILY = family.Family(
     fields=Fields,
     windows=lambda fields: (fields.sliding_window, None),
     rotary_share=1.0,
+    gguf=family.Gguf(architecture="phi3", reads=("rope_attention_factor",)),
 )

@@ -47,5 +47,5 @@ FAMILY = family.Family(
     fields=Fields,
     design=Design(qkv_bias=True),
     windows=windows,
-    gguf_architecture="qwen2",
+    gguf=family.Gguf(architecture="qwen2"),
 )

@@ -17,5 +17,5 @@ FAMILY = family.Family(
     fields=Fields,
     design=Design(qk_norm="head"),
     windows=qwen2.windows,
-    gguf_architecture="qwen3",
+    gguf=family.Gguf(architecture="qwen3"),
 )

@@ -50,5 +50,5 @@ FAMILY = family.Family(
     design=Design(qk_norm="head"),
     windows=windows,
     settings=settings,
-    gguf_architecture="qwen3moe",
+    gguf=family.Gguf(architecture="qwen3moe"),
 )

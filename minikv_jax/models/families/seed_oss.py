@@ -26,4 +26,9 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {"attention_bias": fields.attention_out_bias, "own_design": design}
 
 
-FAMILY = family.Family(model_type="seed_oss", fields=Fields, settings=settings, gguf_architecture="seed_oss")
+FAMILY = family.Family(
+    model_type="seed_oss",
+    fields=Fields,
+    settings=settings,
+    gguf=family.Gguf(architecture="seed_oss", names={"post_attention_norm": "post_attention_layernorm"}),
+)

@@ -1,5 +1,6 @@
 """SmolLM3: Llama without RoPE in every fourth layer."""
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
@@ -45,10 +46,17 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {"unrotated_layers": _unrotated(fields)}
 
 
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the layers without RoPE: every fourth one."""
+    del tensors
+    return {"unrotated_layers": tuple(range(3, values.block_count, 4))}
+
+
 FAMILY = family.Family(
     model_type="smollm3",
     fields=Fields,
     windows=windows,
     settings=settings,
     rope_theta=2000000.0,
+    gguf=family.Gguf(architecture="smollm3", interleaved=True, settings=gguf_settings),
 )

@@ -1,6 +1,7 @@
 """StableLM (arXiv 2402.17834): LayerNorm, a quarter of the channels rotated, and optional parallel blocks."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import Field
@@ -27,10 +28,18 @@ def settings(fields: Fields) -> dict[str, Any]:
     return {"own_design": design}
 
 
+def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the layers' design."""
+    biased = "blk.0.attn_q.bias" in tensors
+    parallel = bool(values.use_parallel_residual)
+    return {"own_design": dataclasses.replace(FAMILY.design, qkv_bias=biased, parallel=parallel)}
+
+
 FAMILY = family.Family(
     model_type="stablelm",
     fields=Fields,
     design=Design(norm="layer_norm"),
     settings=settings,
     rotary_share=0.25,
+    gguf=family.Gguf(architecture="stablelm", reads=("use_parallel_residual",), settings=gguf_settings),
 )

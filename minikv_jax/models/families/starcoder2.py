@@ -32,4 +32,5 @@ FAMILY = family.Family(
     windows=lambda fields: (fields.sliding_window, None),
     settings=settings,
     names={"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    gguf=family.Gguf(architecture="starcoder2"),
 )

@@ -1,0 +1,116 @@
+"""Tests GGUF files of every family that llama.cpp has: equal to the Hugging Face checkpoint, parameter by parameter.
+
+The `gguf` package gives the tensors' names. What llama.cpp's converter changes is repeated here by hand: the order of
+channels, one added to the weights of some norms, and factors that have other names.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+from support.checkpoints import Tensors, interleave_heads
+from support.family_cases import KINDS, write_kind
+
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.gguf import load_gguf
+from minikv_jax.models.huggingface import load_safetensors
+
+# Kind, architecture, whether the converter interleaves q and k, and what it writes beside the sizes.
+CASES: list[tuple[str, str, bool, dict[str, Any]]] = [
+    ("Gemma", "gemma", False, {}),
+    ("Gemma 2", "gemma2", False, {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+    ("Gemma 3", "gemma3", False, {}),
+    ("Phi-1, Phi-1.5, Phi-2", "phi2", False, {"rope.dimension_count": 6}),
+    ("Phi-3", "phi3", False, {}),
+    ("OLMo", "olmo", True, {}),
+    ("OLMo 2", "olmo2", False, {}),
+    ("OLMo 3", "olmo2", False, {}),
+    (
+        "Granite 3",
+        "granite",
+        True,
+        {"embedding_scale": 12.0, "attention.scale": 0.3, "residual_scale": 0.22, "logit_scale": 8.0},
+    ),
+    ("SmolLM3, tied", "smollm3", True, {}),
+    ("EXAONE 4", "exaone4", False, {}),
+    ("StarCoder2", "starcoder2", False, {}),
+    ("StableLM", "stablelm", False, {"rope.dimension_count": 6, "use_parallel_residual": False}),
+    ("StableLM, parallel", "stablelm", False, {"rope.dimension_count": 6, "use_parallel_residual": True}),
+    ("Command R", "command-r", False, {"logit_scale": 0.0625}),
+    ("Command R7B", "cohere2", False, {"logit_scale": 0.0625}),
+    ("GLM-4-0414", "glm4", False, {"rope.dimension_count": 8}),
+    ("Arcee", "arcee", True, {}),
+    ("Nemotron", "nemotron", False, {"rope.dimension_count": 6}),
+    ("Seed-OSS", "seed_oss", False, {}),
+    ("Hunyuan dense", "hunyuan-dense", False, {}),
+]
+PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
+# Patterns of layers, which the architecture has and tiny models do not follow; and the design, which is compared whole.
+APART = {"layer_types", "unrotated_layers", "own_design"}
+
+
+def write(path: pathlib.Path, architecture: str, config: ModelConfig, tensors: Tensors, more: dict[str, Any]) -> None:
+    """Writes Hugging Face tensors under the names of the `gguf` package."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_theta)
+    layer_norm = config.design.norm.startswith("layer_norm")
+    (writer.add_layer_norm_eps if layer_norm else writer.add_layer_norm_rms_eps)(config.rms_norm_eps)
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    for key, value in more.items():
+        writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
+    known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
+    for name, tensor in tensors.items():
+        renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert renamed is not None, name
+        writer.add_tensor(renamed, np.ascontiguousarray(tensor, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize(("name", "architecture", "interleaves", "more"), CASES)
+def test_parameters_equal_the_hugging_face_checkpoint(
+    name: str, architecture: str, interleaves: bool, more: dict, tmp_path: pathlib.Path
+):
+    write_kind(KINDS[name], tmp_path / "hf")
+    expected = load_safetensors(tmp_path / "hf")
+    config = expected.config
+    if architecture in ("gemma2", "gemma3"):  # the file does not say query_pre_attn_scalar; it is the head size
+        config = dataclasses.replace(config, attention_multiplier=config.head_dim**-0.5)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    for key, tensor in tensors.items():
+        for letter, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            if interleaves and f"self_attn.{letter}_proj" in key:
+                tensors[key] = interleave_heads(tensor, heads)
+        if architecture in PLUS_ONE and key.endswith("norm.weight"):
+            tensors[key] = tensor + 1
+    write(tmp_path / "m.gguf", architecture, config, tensors, more)
+    found = load_gguf(tmp_path / "m.gguf")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-7 if architecture in PLUS_ONE else 0),
+        nnx.state(found),
+        nnx.state(expected),
+    )
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in APART:
+            mine, theirs = getattr(found.config, field.name), getattr(config, field.name)
+            same = mine == pytest.approx(theirs, rel=1e-6) if isinstance(theirs, float) else mine == theirs
+            assert same, (field.name, mine, theirs)
+    assert found.config.design == config.design
