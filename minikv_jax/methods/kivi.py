@@ -59,7 +59,8 @@ def word_tokens(quantizer: Quantizer) -> int:
 KIVI_2 = register_method(
     Method(
         name="kivi-2",
-        citation="KIVI, arXiv 2402.02750: every token, 2 bits in groups of 32, the last 128 in full precision",
+        citation="KIVI, arXiv 2402.02750: every token, 2 bits in groups of 32, the last 128 values and the keys since "
+        "the last multiple of 128 in full precision",
         quantizer=MinMax(k_bits=2, v_bits=2, group_size=32),
         tail=Tail(length=128, rule="kivi"),
     )

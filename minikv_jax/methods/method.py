@@ -132,7 +132,9 @@ class Tail(Component):
     Attributes:
       length: tokens, a multiple of the quantizer's packing block. The sinks come on top.
       rule: "minikv" packs the whole tail when it has `length` tokens; of the prompt, it leaves only what does not fill
-        a packing block. "kivi" packs block by block, so that the newest `length` tokens always stay.
+        a packing block. "kivi" quantises as KIVI's code does: keys in whole runs of `length`, so that the rest of a
+        division by `length` stays, and values one by one, so that the newest `length` stay. Blocks are packed later
+        (`docs/packed-layout.md`).
     """
 
     length: int = setting(default=128, at_least=1, at_most=MAX_WINDOW)

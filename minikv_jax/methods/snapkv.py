@@ -15,8 +15,8 @@ from minikv_jax.methods.votes import pool, window_votes
 class SnapKV(Scorer):
     """Votes of the last queries, pooled along tokens (SnapKV section 4, arXiv 2404.14469).
 
-    All tokens are pooled. (SnapKV's own code pools only those before the window, so that votes for keys of the window
-    do not reach the few tokens just before it.)
+    Only the tokens before the window are pooled, as in SnapKV's own code, so that votes for keys of the window do not
+    reach the tokens just before it. Keep the window itself by a `recent` budget of its size, as `snapkv` does.
 
     Attributes:
       observation_window: number of last queries that vote.
@@ -38,7 +38,8 @@ class SnapKV(Scorer):
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         votes = window_votes(inputs, self.observation_window)
-        return pool(votes, inputs.lengths, self.pooling, self.pooling_kernel)
+        before_window = inputs.lengths - self.observation_window
+        return pool(votes, before_window, self.pooling, self.pooling_kernel)
 
 
 register_method(

@@ -13,17 +13,17 @@ from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.registry import register_method, register_scorer
 from minikv_jax.methods.snapkv import SnapKV
-from minikv_jax.methods.votes import rank, window_votes
+from minikv_jax.methods.votes import pool, rank, window_votes
 
 
 @register_scorer("twin")
 class Twin(SnapKV):
     """Keeps the first choices of two votes (minikv_jax; docs/results.md).
 
-    A token's score is the better of its ranks in the two votes, negated. One vote is SnapKV's, of the last
-    `observation_window` queries, pooled. It finds whole passages that the end of the prompt, often a question, asks
-    for. The other is of the last `long_window` queries, not pooled. It finds single tokens that the text keeps coming
-    back to, which a few queries do not show. Ranks, unlike a sum, do not let one vote drown out the other.
+    A token's score is the better of its ranks in the two votes, negated. One vote is that of SnapKV, of the last
+    `observation_window` queries, with all tokens pooled. It finds whole passages that the end of the prompt, often a
+    question, asks for. The other is of the last `long_window` queries, not pooled. It finds single tokens that the text
+    keeps coming back to, which a few queries do not show. Ranks, unlike a sum, do not let one vote drown out the other.
 
     Attributes:
       long_window: number of last queries in the second vote.
@@ -32,7 +32,8 @@ class Twin(SnapKV):
     long_window: int = setting(default=256, at_least=1, at_most=MAX_WINDOW)
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
-        short = super().score(inputs)
+        votes = window_votes(inputs, self.observation_window)
+        short = pool(votes, inputs.lengths, self.pooling, self.pooling_kernel)
         long = window_votes(inputs, self.long_window)
         return -jnp.minimum(rank(short), rank(long)).astype(jnp.float32)
 

@@ -49,17 +49,21 @@ def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
 
 
 def pool(votes: Float[Array, "B K T"], lengths: Int[Array, "B"], kind: str, kernel: int) -> Float[Array, "B K T"]:
-    """Pools votes along tokens by "max" or "mean" (`kind`) over `kernel` tokens, an odd number; zero in the padding."""
-    valid = jnp.arange(votes.shape[-1]) < lengths[:, None, None]
+    """Pools the first `lengths` votes of a row by "max" or "mean" (`kind`) over `kernel` tokens, an odd number.
+
+    Returns:
+      The pooled votes; those after the first `lengths` as they are.
+    """
+    pooled_tokens = jnp.arange(votes.shape[-1]) < lengths[:, None, None]
     reach = kernel // 2
     dims, padding = (1, 1, kernel), ((0, 0), (0, 0), (reach, reach))
     if kind == "max":
-        votes = jnp.where(valid, votes, -jnp.inf)
-        pooled = lax.reduce_window(votes, -jnp.inf, lax.max, dims, (1, 1, 1), padding)
+        inner = jnp.where(pooled_tokens, votes, -jnp.inf)
+        pooled = lax.reduce_window(inner, -jnp.inf, lax.max, dims, (1, 1, 1), padding)
     else:
-        votes = jnp.where(valid, votes, 0.0)
-        pooled = lax.reduce_window(votes, 0.0, lax.add, dims, (1, 1, 1), padding) / kernel
-    return jnp.where(valid, pooled, 0.0)
+        inner = jnp.where(pooled_tokens, votes, 0.0)
+        pooled = lax.reduce_window(inner, 0.0, lax.add, dims, (1, 1, 1), padding) / kernel
+    return jnp.where(pooled_tokens, pooled, votes)
 
 
 def rank(scores: Float[Array, "B K T"]) -> Int[Array, "B K T"]:

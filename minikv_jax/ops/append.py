@@ -14,6 +14,7 @@ from minikv_jax.cache.state import LayerCache, Region
 from minikv_jax.meshes import call_split, specs
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.ops.quantize import store
+from minikv_jax.ops.round_tail import round_tail, tokens_after_sinks
 from minikv_jax.ops.shapes import layer_contract
 
 
@@ -65,6 +66,8 @@ def _append(
     if layer.method.quantizer is None:
         return _append_once(layer, k, v, lengths, positions, implementation)
     if k.shape[2] == 1:
+        held = tokens_after_sinks(layer)
+        layer = round_tail(layer, held, held + jnp.minimum(lengths, layer.room()))
         sizes = {"batch": k.shape[0], "kv_heads": k.shape[1], "head_dim": k.shape[3]}
         arguments = (layer, k, v, lengths, positions)
         heads = (1, 1, 1, None, None)
@@ -73,7 +76,8 @@ def _append(
     def step(state: tuple[LayerCache, Array]) -> tuple[LayerCache, Array]:
         layer, done = state
         count = jnp.minimum(lengths - done, layer.free())
-        layer = _write_tail(layer, k, v, positions, done, count)
+        held, admitted = tokens_after_sinks(layer), jnp.minimum(count, layer.room())
+        layer = round_tail(_write_tail(layer, k, v, positions, done, count), held, held + admitted)
         return _flush(layer, implementation), done + count
 
     def goes_on(state: tuple[LayerCache, Array]) -> Array:

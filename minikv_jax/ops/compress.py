@@ -9,6 +9,7 @@ from minikv_jax.cache.capacity import LayerCapacity
 from minikv_jax.cache.state import Eviction, LayerCache, LayerSpec, Region, empty_region
 from minikv_jax.methods.method import Method
 from minikv_jax.ops.quantize import store
+from minikv_jax.ops.round_tail import round_tail, tokens_after_sinks
 from minikv_jax.ops.select import Kept
 
 
@@ -24,7 +25,7 @@ def compress(
     """Makes a layer's cache from the kept prompt tokens.
 
     The oldest tokens after the sinks are packed, as many as fill whole packing blocks. The others form the tail, which
-    under the "kivi" rule includes the newest `tail.length` tokens.
+    under the "kivi" rule includes the newest `tail.length` tokens (`round_tail` quantises some of them).
 
     Args:
       k, v: the prompt's keys (after RoPE) and values.
@@ -46,7 +47,8 @@ def compress(
     packed, tail = _split(spec.to_basis(kept_k, "keys"), spec.to_basis(kept_v, "values"), kept, capacity, spec)
     stored_k = store(packed.k, "keys", spec, implementation).pad_tokens(capacity.packed)
     stored_v = store(packed.v, "values", spec, implementation).pad_tokens(capacity.packed)
-    return LayerCache(Region(stored_k, stored_v, packed.length, packed.positions), tail, eviction, spec)
+    layer = LayerCache(Region(stored_k, stored_v, packed.length, packed.positions), tail, eviction, spec)
+    return round_tail(layer, jnp.zeros_like(kept.tokens), tokens_after_sinks(layer))
 
 
 def _tail_of_all(k: Array, v: Array, kept: Kept, capacity: LayerCapacity, spec: LayerSpec) -> Region[Array]:

@@ -25,7 +25,7 @@ METHODS = {
         quantizer=MinMax(k_bits=3, v_bits=8, metadata_dtype="float8_e4m3fn"), tail=Tail(length=64), sinks=1
     ),
     "kivi-sinks": Method(
-        quantizer=MinMax(k_bits=1, v_bits=4, metadata_dtype="float8_e4m3fn"),
+        quantizer=MinMax(k_bits=1, v_bits=4, metadata_dtype="bfloat16"),
         tail=Tail(length=32, rule="kivi"),
         sinks=4,
     ),

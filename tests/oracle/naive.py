@@ -73,8 +73,12 @@ def window_scores(
     pooling: str,
     pooling_kernel: int,
     window: int | None = None,
+    pools_window: bool = False,
 ) -> np.ndarray:
-    """Computes SnapKV's votes[B,K,T]: the map's last rows, summed over queries and heads and pooled over tokens."""
+    """Computes SnapKV's votes[B,K,T]: the map's last rows, summed over queries and heads and pooled over tokens.
+
+    `pools_window` says whether the tokens of the observation window are pooled too.
+    """
     B, T, N, H = q.shape
     K = k.shape[2]
     scores = np.zeros((B, K, T))
@@ -83,8 +87,9 @@ def window_scores(
             kv_head = head // (N // K)
             attention = causal_map(q[b, :n, head], k[b, :n, kv_head], H**-0.5, window)
             scores[b, kv_head, :n] += attention[max(0, n - observation_window) :].sum(axis=0)
+        pooled = n if pools_window else max(0, n - observation_window)
         for kv_head in range(K):
-            scores[b, kv_head, :n] = pool(scores[b, kv_head, :n], pooling, pooling_kernel)
+            scores[b, kv_head, :pooled] = pool(scores[b, kv_head, :pooled], pooling, pooling_kernel)
     return scores
 
 
@@ -93,7 +98,8 @@ def twin_window_scores(q: np.ndarray, k: np.ndarray, lengths: Sequence[int], sco
     windows = [(scorer.observation_window, scorer.pooling, scorer.pooling_kernel), (scorer.long_window, "max", 1)]
     places = np.zeros((2, *k.shape[:1], k.shape[2], k.shape[1]))
     for i, (size, pooling, kernel) in enumerate(windows):
-        votes = window_scores(q, k, lengths, observation_window=size, pooling=pooling, pooling_kernel=kernel)
+        how = {"observation_window": size, "pooling": pooling, "pooling_kernel": kernel}
+        votes = window_scores(q, k, lengths, **how, pools_window=True)
         for row, head in np.ndindex(votes.shape[:2]):
             order = sorted(range(votes.shape[2]), key=lambda token: (-votes[row, head, token], token))
             places[i, row, head, order] = range(len(order))
@@ -226,6 +232,7 @@ class HeadCache:
     packed_k: list[layout.Packed] = dataclasses.field(default_factory=list)
     packed_v: list[layout.Packed] = dataclasses.field(default_factory=list)
     tail: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    rounded: tuple[int, int] = (0, 0)  # keys and values after the sinks that the "kivi" rule has quantised
 
     @classmethod
     def compress(cls, method: Method, k: np.ndarray, v: np.ndarray, positions: Sequence[int]) -> HeadCache:
@@ -240,6 +247,7 @@ class HeadCache:
             stay = not_sinks - max(not_sinks - method.tail.length, 0) // block * block
         while len(cache.tail) > method.sinks + stay:
             cache.pack_oldest(block)
+        cache.round_tail()
         return cache
 
     @property
@@ -256,9 +264,35 @@ class HeadCache:
         if method.tail.rule == "minikv" and len(self.tail) == method.sinks + method.tail.length:
             self.pack_oldest(method.tail.length)
         elif method.tail.rule == "kivi":
+            self.round_tail()
             block = packing_block(self.quantizer)
             if len(self.tail) == method.sinks + method.tail.length + block:
                 self.pack_oldest(block)
+
+    def round_tail(self) -> None:
+        """In the "kivi" rule, keys before the last full run and values before the newest `length` become rounded."""
+        method, length = self.method, self.method.tail.length
+        if method.tail.rule != "kivi":
+            return
+        packed = sum(len(x.codes) for x in self.packed_k)
+        seen = packed + len(self.tail) - method.sinks
+        due = max(seen - 1, 0) // length * length, max(seen - length, 0)
+        block, quantizer = packing_block(self.quantizer), self.quantizer
+        kinds = ((quantizer.k_bits, "tokens"), (quantizer.v_bits, "channels"))
+        for kind, (bits, axis) in enumerate(kinds):
+            for start in range(packed, due[kind], block):
+                slots = range(method.sinks + start - packed, method.sinks + start - packed + block)
+                x = np.stack([self.tail[slot][kind] for slot in slots])
+                x = layout.quantize(x, bits, quantizer.group_size, axis, quantizer.metadata_dtype, block).dequantize()
+                for slot, value in zip(slots, x.astype(self.tail[0][0].dtype), strict=True):
+                    if self.rounded[kind] <= packed + slot - method.sinks < due[kind]:
+                        k, v = self.tail[slot]
+                        self.tail[slot] = (value, v) if kind == 0 else (k, value)
+        self.rounded = due
+
+    def adopt(self, kind: int, tail: np.ndarray) -> None:
+        """Takes the keys (`kind` 0) or values (1) of the tail from an array."""
+        self.tail = [(x, v) if kind == 0 else (k, x) for (k, v), x in zip(self.tail, tail, strict=False)]
 
     def pack_oldest(self, count: int) -> None:
         sinks, quantizer, block = self.method.sinks, self.quantizer, packing_block(self.quantizer)
