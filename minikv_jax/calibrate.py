@@ -31,8 +31,10 @@ from minikv_jax.methods.calibrated import Calibration, OperandCalibration, Range
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.quarot import Hadamard
+from minikv_jax.models import windows
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.windows import Window
 from minikv_jax.packing import Packing
 
 LEARNABLE = ("ranges", "rotation")
@@ -182,7 +184,7 @@ def _sample(
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "sinks", "settings", "window"))
 def _learn_layer(
-    samples: _Samples, key: Array, *, quantizer: MinMax, sinks: int, settings: Settings, window: int | None
+    samples: _Samples, key: Array, *, quantizer: MinMax, sinks: int, settings: Settings, window: Window | None
 ) -> tuple[Calibration, Array, Array, Array]:
     """Learns a layer's calibration. Returns it with the mean loss before and after, and the loss of every step."""
     texts, _, _, dim = samples.q.shape
@@ -239,7 +241,7 @@ def _calibration(free: Calibration, bases: tuple[Array, Array], learn: tuple[str
 
 
 def _loss(
-    calibration: Calibration, sample: _Samples, quantizer: MinMax, sinks: int, window: int | None
+    calibration: Calibration, sample: _Samples, quantizer: MinMax, sinks: int, window: Window | None
 ) -> Float[Array, ""]:
     """Squared error of one text's attention over its stored tokens, relative to the size of the exact output."""
     exact = _attend(sample, sample.k, sample.v, window)
@@ -248,14 +250,14 @@ def _loss(
     return jnp.sum((_attend(sample, k, v, window) - exact) ** 2) / jnp.sum(exact**2)
 
 
-def _attend(sample: _Samples, k: Float[Array, "K S H"], v: Float[Array, "K S H"], window: int | None) -> Array:
+def _attend(sample: _Samples, k: Float[Array, "K S H"], v: Float[Array, "K S H"], window: Window | None) -> Array:
     """Attention output `[K, G, Q, H]` of the queries, whose tokens are in the last slots."""
     queries, heads, dim = sample.q.shape
     q = sample.q.reshape(queries, k.shape[0], heads // k.shape[0], dim)
     asking, positions = sample.positions[:, -queries:, None], sample.positions[:, None]  # [K, Q, 1] and [K, 1, S]
     seen = positions <= asking
     if window is not None:
-        seen &= positions > asking - window
+        seen &= positions >= windows.oldest(window, asking)
     logits = jnp.einsum("qkgh,ksh->kgqs", q, k, precision="highest") * dim**-0.5
     weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
     return jnp.einsum("kgqs,ksh->kgqh", weights, v, precision="highest")

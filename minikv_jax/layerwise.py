@@ -23,7 +23,8 @@ from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig, Rope
 from minikv_jax.models.decoder import Layer, Llama
-from minikv_jax.models.rotary import inverse_frequencies, rotary_tables, row_positions
+from minikv_jax.models.rotary import inverse_frequencies, rotary_tables, row_positions, tuned
+from minikv_jax.models.windows import Window
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept
 from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
@@ -82,14 +83,16 @@ def _prefill_layer(
     lengths: Int[Array, "B"],
     *,
     model: ModelConfig,
-    window: int | None,
+    window: Window | None,
     rope: Rope,
     column_sums: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "B T D"], PromptLayer]:
     seen: list[PromptLayer] = []
+    positions = row_positions(x.shape[1], lengths, by_length=rope.by_length)
 
     def attend(q: Array, k: Array, v: Array) -> Array:
+        q = tuned(q, rope, positions)
         out, sums = prefill_attention(
             q,
             k,
@@ -104,7 +107,6 @@ def _prefill_layer(
         seen.append(PromptLayer(q, k, v, sums, layer.sink_logits))
         return out
 
-    positions = row_positions(x.shape[1], lengths, by_length=rope.by_length)
     return layer(x, *rotary_tables(rope, positions), attend), seen[0]
 
 
@@ -227,7 +229,9 @@ def _decode_layer(
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         how: dict[str, Any] = {"implementation": implementation, "soft_cap": soft_cap}
-        out, new = decode_layer(cache, q, k, v, active, positions, sink_logits=layer.sink_logits, **how)
+        out, new = decode_layer(
+            cache, tuned(q, rope, positions), k, v, active, positions, sink_logits=layer.sink_logits, **how
+        )
         updated.append(new)
         return out
 

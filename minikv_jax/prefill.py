@@ -28,6 +28,7 @@ from minikv_jax.methods import calls, contracts
 from minikv_jax.methods.base import MAX_TOKENS, LayerInputs, ScoredBudget
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
+from minikv_jax.models import windows
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama, check_model
 from minikv_jax.models.rotary import inverse_frequencies, row_positions
 from minikv_jax.ops.compress import compress, start_eviction
@@ -304,7 +305,7 @@ def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
         legend = "B F" if getattr(frequencies, "ndim", 1) == 2 else "F"
         frequencies = contract.floating("frequencies", frequencies, legend, "float32")
     soft_cap = soft_cap_value(inputs.soft_cap)
-    checks.at_least(1, window=inputs.window)
+    windows.check(inputs.window)
     layer: Any = inputs.layer
     if isinstance(layer, jax.Array) and layer.ndim == 0 and known(layer) is not None:
         layer = layer.item()

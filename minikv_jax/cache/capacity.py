@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from minikv_jax.cache.budgets import layer_budgets
 from minikv_jax.methods.method import Amount, Method
+from minikv_jax.models import windows
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.windows import Window
 
 
 class LayerCapacity(NamedTuple):
@@ -23,7 +25,7 @@ class LayerCapacity(NamedTuple):
 
 
 def layer_capacity(
-    method: Method, heavy: Amount, prompt_tokens: int, max_new_tokens: int, window: int | None = None
+    method: Method, heavy: Amount, prompt_tokens: int, max_new_tokens: int, window: Window | None = None
 ) -> LayerCapacity:
     """Computes the capacities of a layer with budget `heavy` for prompts of at most `prompt_tokens`."""
     kept = kept_capacity(method, heavy, prompt_tokens, window)
@@ -38,10 +40,10 @@ def layer_capacity(
     return LayerCapacity(kept, packed, full_precision + method.flush_block)
 
 
-def kept_capacity(method: Method, heavy: Amount, tokens: int, window: int | None = None) -> int:
+def kept_capacity(method: Method, heavy: Amount, tokens: int, window: Window | None = None) -> int:
     """Most tokens that a row of at most `tokens` keeps with budget `heavy`, sinks included."""
     kept = method.sinks + method.recent.tokens(tokens) + heavy.tokens(tokens)
-    return min(kept, tokens if window is None else min(tokens, window - 1))
+    return min(kept, tokens if window is None else min(tokens, windows.size(window) - 1))
 
 
 def largest_row(method: Method, heavy: Amount, prompt_tokens: int) -> int:

@@ -15,19 +15,27 @@ from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Reg
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.records import Count, MethodRecord, Size, to_method
 from minikv_jax.methods.registry import to_dict
+from minikv_jax.models import windows
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.windows import Chunk, Window
 from minikv_jax.schemas import Schema
 
 _KIND = "cache"
 
 
 class LayerRecord(Schema):
-    """A layer's capacities, sliding window and number."""
+    """A layer's capacities, sliding window or chunk, and number."""
 
     packed: Count
     tail: Count
     window: Size | None
+    chunked: bool = False
     layer: Count
+
+    @property
+    def sees(self) -> Window | None:
+        """The layer's sliding window or chunk."""
+        return Chunk(self.window) if self.window is not None and self.chunked else self.window
 
 
 class CacheRecord(saved_arrays.Description):
@@ -68,7 +76,8 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
             {
                 "packed": layer.packed.capacity,
                 "tail": layer.tail.capacity,
-                "window": layer.spec.window,
+                "window": None if layer.spec.window is None else windows.size(layer.spec.window),
+                "chunked": isinstance(layer.spec.window, Chunk),
                 "layer": layer.spec.layer,
             }
             for layer in cache.layers
@@ -110,7 +119,7 @@ def _check_model(source: str, record: CacheRecord, model: ModelConfig) -> None:
         ("layers", len(record.layers), len(layers)),
         ("KV heads", record.kv_heads, model.num_key_value_heads),
         ("head dim", record.head_dim, model.head_dim),
-        ("sliding windows", [layer.window for layer in record.layers], [model.window(layer) for layer in layers]),
+        ("sliding windows", [layer.sees for layer in record.layers], [model.window(layer) for layer in layers]),
         ("layer numbers", [layer.layer for layer in record.layers], list(layers)),
     ):
         if stored != expected:
@@ -128,7 +137,7 @@ def _check_capacities(source: str, record: CacheRecord, method: Method) -> None:
 
 def _blank(record: CacheRecord, method: Method) -> KVCache:
     """Makes a cache of zeros with the described structure. Only its shapes are used."""
-    layers = (_blank_layer(LayerSpec(method, layer.window, layer.layer), layer, record) for layer in record.layers)
+    layers = (_blank_layer(LayerSpec(method, layer.sees, layer.layer), layer, record) for layer in record.layers)
     return KVCache(tuple(layers), jnp.zeros((record.batch,), jnp.int32))
 
 

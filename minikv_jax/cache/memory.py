@@ -15,6 +15,7 @@ from minikv_jax.methods.base import MAX_TOKENS, Quantizer
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.windows import Window
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -198,13 +199,15 @@ def _expert_weights(model: ModelConfig) -> int:
 def _norm_weights(model: ModelConfig) -> int:
     """Number of weights of a layer's norms."""
     design, h = model.design, model.head_dim
-    width = {None: 0, "head": 2 * h}.get(design.qk_norm, h * (model.num_attention_heads + model.num_key_value_heads))
+    width = {None: 0, "rotated": 0, "head": 2 * h}.get(
+        design.qk_norm, h * (model.num_attention_heads + model.num_key_value_heads)
+    )
     before = 0 if not design.pre_norms else 1 if design.parallel else 2
     count = (before + 2 * design.post_norms) * model.hidden_size + width
     return {"layer_norm_plain": 0, "layer_norm": 2, "layer_norm_1p": 2}.get(design.norm, 1) * count
 
 
-def _index_bytes(method: Method, layer: LayerCapacity, batch: int, heads: int, window: int | None) -> int:
+def _index_bytes(method: Method, layer: LayerCapacity, batch: int, heads: int, window: Window | None) -> int:
     """Bytes of two lengths per row, of positions if the layer has a window, and of the eviction state."""
     positions = 0 if window is None else 4 * batch * heads * (layer.packed + layer.tail)
     eviction = 0

@@ -21,6 +21,7 @@ from minikv_jax.arrays import Contract, is_traced
 from minikv_jax.methods import calls
 from minikv_jax.methods.base import MAX_TOKENS, Kind
 from minikv_jax.methods.method import Method
+from minikv_jax.models.windows import Window
 from minikv_jax.packing import QuantizedArray, StoredArray
 
 Packed = QuantizedArray | StoredArray
@@ -37,12 +38,13 @@ class LayerSpec:
 
     Attributes:
       method: the compression method.
-      window: sliding window of the layer: query `t` sees the keys `t - window < s <= t`; None if it sees all.
+      window: sliding window of the layer: query `t` sees the keys `t - window < s <= t`; or its `Chunk`; None if
+        it sees all.
       layer: number of the layer in the model.
     """
 
     method: Method
-    window: int | None = None
+    window: Window | None = None
     layer: int = 0
 
     def encode(self, x: Float[Array, "B K S H"], kind: Kind) -> Packed:

@@ -26,8 +26,10 @@ from minikv_jax.layerwise import PromptLayer, compress_layers, prefill_layers
 from minikv_jax.methods import contracts
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import SCORERS
+from minikv_jax.models import windows
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.windows import Window
 from minikv_jax.ops.select import Kept
 from minikv_jax.ops.shapes import Scaling
 from minikv_jax.prompts import bucket_length
@@ -190,7 +192,7 @@ def attention_share(
     k: Float[Array, "S K H"],
     first: Int[Array, ""],
     count: Int[Array, ""],
-    window: int | None = None,
+    window: Window | None = None,
     soft_cap: float | None = None,
     sink_logits: Float[Array, "N"] | None = None,
 ) -> Float[Array, "K"]:
@@ -204,7 +206,7 @@ def attention_share(
       k: keys `[S, K, H]` of all positions from 0, including the queries' own; `S` is at least `T`.
       first: position of the first query.
       count: number of queries.
-      window: sliding window in tokens. A query sees the keys up to its own position within the window.
+      window: sliding window in tokens, or chunk. A query sees the keys up to its own position within it.
       soft_cap, sink_logits: as in `prefill_attention`.
 
     Returns:
@@ -217,7 +219,7 @@ def attention_share(
     position, key = first + jnp.arange(queries)[:, None], jnp.arange(keys)
     seen = key <= position
     if window is not None:
-        seen &= key > position - window
+        seen &= key >= windows.oldest(window, position)
     logits = Scaling(dim**-0.5, soft_cap).logits(logits)
     logits = jnp.where(seen, logits, -jnp.inf)
     if sink_logits is not None:

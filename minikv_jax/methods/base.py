@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import checks, fields
 from minikv_jax.fields import setting
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.windows import Window
 from minikv_jax.packing import Packing
 
 Kind = Literal["keys", "values"]
@@ -79,7 +80,7 @@ class LayerInputs(NamedTuple):
       lengths: int32, valid tokens per row.
       column_sums: float32, sums of the causal softmax map over all queries and the query heads of a KV head; None
         unless the scorer needs them.
-      window: sliding window of the layer in tokens; None if every query sees all earlier keys.
+      window: sliding window of the layer in tokens, or its `Chunk`; None if every query sees all earlier keys.
       layer: number of the layer. Scorers get a traced int32 scalar, because layers of equal shapes may share a program.
       frequencies: float32 `[H/2]`, radians per position by which RoPE turned channels (i, i + H/2), 0 for unrotated
         ones; `[B, H/2]` if they differ by row; None if unknown.
@@ -94,7 +95,7 @@ class LayerInputs(NamedTuple):
     v: Float[Array, "B T K H"]
     lengths: Int[Array, "B"]
     column_sums: Float[Array, "B K T"] | None = None
-    window: int | None = None
+    window: Window | None = None
     layer: Int[Array, ""] | int = 0
     frequencies: Float[Array, "*B F"] | None = None
     sinks: int = 0

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.methods.base import LayerInputs
+from minikv_jax.models import windows
 
 _VOTERS = 32  # queries at a time, because their weights over all keys are in memory
 
@@ -29,7 +30,7 @@ def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
         logits = jnp.einsum("bwkgh,bskh->bkgws", rows, k, preferred_element_type=jnp.float32, precision="highest")
         seen = keys <= positions[:, :, None]  # [B, w, T]
         if window is not None:
-            seen &= keys > positions[:, :, None] - window
+            seen &= keys >= windows.oldest(window, positions[:, :, None])
         logits = logits * dim**-0.5
         if inputs.soft_cap is not None:
             logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)

@@ -19,15 +19,15 @@ from minikv_jax.models.rotary import rotate
 class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv 2305.13245): projections, norms and rotation around a callback `attend`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, number: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         build = linear(dtype, rngs)
         d, h = config.hidden_size, config.head_dim
         self.joined = joined(config, "qkv_proj")
         self.qkv_proj = build(d, self.joined.columns, use_bias=config.qkv_bias)
         self.o_proj = build(config.num_attention_heads * h, d, use_bias=config.attention_bias)
         self.group, self.head_dim = config.num_attention_heads // config.num_key_value_heads, h
-        self.q_norm = _head_norm(config, self.group, dtype)
-        self.k_norm = _head_norm(config, 1, dtype)
+        self.q_norm = _head_norm(config, number, self.group, dtype)
+        self.k_norm = _head_norm(config, number, 1, dtype)
         sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), dtype)) if config.design.attention_sinks else None
         self.sink_logits = sinks
         self.norm_after_rope = config.design.qk_norm_after_rope
@@ -65,12 +65,15 @@ class Attention(nnx.Module):
         return jnp.concatenate([self.q_norm(qk[:, :, :, : self.group]), self.k_norm(qk[:, :, :, self.group :])], axis=3)
 
 
-def _head_norm(config: ModelConfig, group: int, dtype: DTypeLike) -> Norm | None:
+def _head_norm(config: ModelConfig, layer: int, group: int, dtype: DTypeLike) -> Norm | None:
     """Makes the norm of `group` heads for each KV head, as `Design.qk_norm` says."""
     heads = (config.num_key_value_heads, group, config.head_dim)
     match config.design.qk_norm:
         case None:
             return None
+        case "rotated":
+            rotated = layer not in config.unrotated_layers
+            return Norm(config, config.head_dim, weighted=False, dtype=dtype) if rotated else None
         case "head":
             return Norm(config, config.head_dim, dtype=dtype)
         case "each_head":

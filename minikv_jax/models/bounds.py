@@ -23,12 +23,13 @@ Blend = Annotated[float, Field(ge=0, le=MOST_WIDTH)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Multiplier = Annotated[float, Field(ge=1e-6, le=1e6)]
 Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"]
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
 
 # Lists in JSON, tuples in Python.
 Tokens = Annotated[tuple[Token, ...], Strict(False)]
 LayerTypes = Annotated[tuple[LayerType, ...], Strict(False)]
 LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 12)], ...], Strict(False)]
+QueryTuning = Annotated[tuple[Positions, Multiplier], Strict(False)]
 RopeFactors = Annotated[tuple[RopeFactor, ...], Strict(False)]
 
 

@@ -12,6 +12,7 @@ from minikv_jax.models import bounds, families
 from minikv_jax.models.design import Design, Latent
 from minikv_jax.models.experts import Experts
 from minikv_jax.models.family import Family
+from minikv_jax.models.windows import Chunk, Window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,14 @@ class Rope(NamedTuple):
       rotated: leading channels that are rotated; 0 if the layer has no RoPE. See `rotary.channel_order`.
       theta: base of the frequencies `theta ** (-2i / rotated)`.
       scaling: their scaling, if any.
+      query_tuning: how the queries of a layer without RoPE grow with their position (`ModelConfig.query_tuning`).
     """
 
     head_dim: int
     rotated: int
     theta: float
     scaling: RopeScaling | None
+    query_tuning: tuple[int, float] | None = None
 
     @property
     def by_length(self) -> bool:
@@ -112,7 +115,11 @@ class ModelConfig:
       mlp_bias: biases in the MLP.
       tie_word_embeddings: the embedding also serves as the output projection.
       sliding_window: keys that a query sees, itself included; None for all of them.
-      layer_types: "full_attention" or "sliding_attention" for each layer. None: `sliding_window` applies to all layers.
+      layer_types: "full_attention", "sliding_attention" or "chunked_attention" for each layer. None: `sliding_window`
+        applies to all layers.
+      attention_chunk_size: tokens of a chunk in the layers with chunked attention (`windows.Chunk`).
+      query_tuning: `(length, strength)`: in the layers without RoPE, queries at position `t` are multiplied by
+        `1 + strength * log(1 + (t + 1) // length)` (Llama 4, after arXiv 2501.19399); None: they are not.
       eos_token_ids: tokens that end a text.
       embedding_multiplier: factor of the embeddings.
       attention_multiplier: factor of the attention logits; None for `head_dim ** -0.5`.
@@ -150,6 +157,8 @@ class ModelConfig:
     local_rope_theta: bounds.RopeBase | None = None
     rotary_dim: bounds.Width | None = None
     unrotated_layers: bounds.LayerNumbers = ()
+    attention_chunk_size: bounds.Positions | None = None
+    query_tuning: bounds.QueryTuning | None = None
     embedding_multiplier: bounds.Multiplier = 1.0
     attention_multiplier: bounds.Multiplier | None = None
     residual_multiplier: bounds.Multiplier = 1.0
@@ -182,16 +191,19 @@ class ModelConfig:
 
     def rope(self, layer: int) -> Rope:
         """How a layer rotates its queries and keys."""
-        rotated = 0 if layer in self.unrotated_layers else self.rotary_dim or self.head_dim
+        if layer in self.unrotated_layers:
+            return Rope(self.head_dim, 0, self.rope_theta, self.rope_scaling, self.query_tuning)
+        rotated = self.rotary_dim or self.head_dim
         if self.local_rope_theta is not None and self.window(layer) is not None:
             return Rope(self.head_dim, rotated, self.local_rope_theta, None)
         return Rope(self.head_dim, rotated, self.rope_theta, self.rope_scaling)
 
-    def window(self, layer: int) -> int | None:
-        """The sliding window of a layer in tokens; None if the layer sees all keys."""
-        if self.layer_types is not None and self.layer_types[layer] == "full_attention":
-            return None
-        return self.sliding_window
+    def window(self, layer: int) -> Window | None:
+        """The sliding window of a layer in tokens, or its chunk; None if the layer sees all keys."""
+        kind = "sliding_attention" if self.layer_types is None else self.layer_types[layer]
+        if kind == "chunked_attention" and self.attention_chunk_size is not None:
+            return Chunk(self.attention_chunk_size)
+        return self.sliding_window if kind == "sliding_attention" else None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field whose value is not accepted."""
@@ -271,6 +283,11 @@ def _check_windows(config: ModelConfig) -> None:
     if len(config.layer_types) != config.num_hidden_layers:
         raise ValueError(
             f"layer_types names {len(config.layer_types)} layers, num_hidden_layers={config.num_hidden_layers}"
+        )
+    if ("chunked_attention" in config.layer_types) != (config.attention_chunk_size is not None):
+        raise ValueError(
+            f"attention_chunk_size={config.attention_chunk_size} disagrees with layer_types={config.layer_types}: "
+            "a chunk size needs chunked_attention layers, and they need a chunk size"
         )
     if ("sliding_attention" in config.layer_types) != (config.sliding_window is not None):
         raise ValueError(

@@ -28,7 +28,8 @@ from minikv_jax.models.mlp import MLP
 from minikv_jax.models.moe import SparseMLP
 from minikv_jax.models.norms import Norm
 from minikv_jax.models.projections import Reduce, linear, precision, sum_over_devices
-from minikv_jax.models.rotary import rotary_tables
+from minikv_jax.models.rotary import rotary_tables, tuned
+from minikv_jax.models.windows import Window
 
 # attend(layer, q[B, T, N, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, N, H]; q and k are normalised and rotated.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -48,7 +49,8 @@ class Layer(nnx.Module):
             return Norm(config, config.hidden_size, dtype=dtype) if present else None
 
         self.input_layernorm = norm(design.pre_norms)
-        self.self_attn = (Attention if config.latent is None else LatentAttention)(config, dtype=dtype, rngs=rngs)
+        attention = Attention if config.latent is None else LatentAttention
+        self.self_attn = attention(config, number, dtype=dtype, rngs=rngs)
         self.attention_output_norm = norm(design.post_norms)
         self.post_attention_layernorm = norm(design.pre_norms and not design.parallel)  # of the MLP's input
         self.mlp = (SparseMLP if sparse else MLP)(config, dtype=dtype, rngs=rngs)
@@ -143,8 +145,8 @@ class Llama(nnx.Module):
             else linear(self.dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=config.design.head_bias)
         )
 
-    def window(self, layer: int) -> int | None:
-        """The sliding window of a layer: query `t` sees keys `t - window < s <= t`. None if it sees all keys."""
+    def window(self, layer: int) -> Window | None:
+        """The sliding window or chunk of a layer; None if it sees all keys."""
         return self.config.window(layer)
 
     def softmax_options(self, layer: int) -> dict[str, Any]:
@@ -190,8 +192,12 @@ class Llama(nnx.Module):
         x = self.embed(ids)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                x = layer(x, *tables[ropes[index]], functools.partial(attend, index), reduce)
+                x = layer(x, *tables[ropes[index]], self._attend(attend, index, positions), reduce)
         return self.norm(x)
+
+    def _attend(self, attend: Attend, layer: int, positions: Array) -> Callable[..., Array]:
+        rope = self.config.rope(layer)
+        return lambda q, k, v: attend(layer, tuned(q, rope, positions), k, v)
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
         """Computes next-token logits, float32 `[..., V]`, from hidden states `[..., D]` of `forward`."""

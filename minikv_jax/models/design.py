@@ -21,7 +21,8 @@ class Design:
       parallel: attention and MLP read the same normalised input and are added together.
       qkv_bias: the q, k and v projections have biases, whatever `ModelConfig.attention_bias` says, and o has none.
       qk_norm: norms of queries and keys: over each head ("head"), over each head with weights of its own ("each_head"),
-        over all heads at once ("projection"), or none.
+        over all heads at once ("projection"), over each head without a weight and only in layers with RoPE ("rotated"),
+        or none.
       qk_norm_after_rope: they come after the rotation.
       attention_sinks: every query head has a learnt logit in the softmax's denominator (gpt-oss, arXiv 2508.10925).
       gated_mlp: the MLP multiplies its activation by a second projection.
@@ -33,7 +34,7 @@ class Design:
     post_norms: bool = False
     parallel: bool = False
     qkv_bias: bool = False
-    qk_norm: Literal["head", "each_head", "projection"] | None = None
+    qk_norm: Literal["head", "each_head", "projection", "rotated"] | None = None
     qk_norm_after_rope: bool = False
     attention_sinks: bool = False
     gated_mlp: bool = True

@@ -28,7 +28,7 @@ _EPSILON = 1e-6  # of the latents' norms, whatever the model's
 class LatentAttention(nnx.Module):
     """Attention whose queries, keys and values come from latents; `attend` is the callback of `Attention`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, number: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         assert config.latent is not None
         build, latent, bias = linear(dtype, rngs), config.latent, config.attention_bias
         d, h, self.heads = config.hidden_size, config.head_dim, config.num_attention_heads
@@ -42,7 +42,7 @@ class LatentAttention(nnx.Module):
         self.kv_b_proj = build(latent.kv_rank, self.heads * (self.plain + latent.value_dim), use_bias=False)
         self.o_proj = build(self.heads * latent.value_dim, d, use_bias=bias)
         # The rotated channels come last in each head. `rotate` wants them first, in an order of its own.
-        order = channel_order(config.rope(0)._replace(rotated=self.rotated), interleaved=latent.interleaved)
+        order = channel_order(config.rope(number)._replace(rotated=self.rotated), interleaved=latent.interleaved)
         self.order = tuple(((order + self.plain) % h).tolist())
         self.query_scale = 1.0 if config.attention_multiplier is None else config.attention_multiplier * h**0.5
         self.sink_logits = None

@@ -20,17 +20,26 @@ class Norm(nnx.Module):
       config: names the kind (`Design.norm`) and the epsilon.
       shape: shape of the weight, equal to the last axes of the inputs.
       axes: number of the last axes that are normalised together.
+      weighted: the norm has a weight.
       stored: shape of the stored parameters; by default one axis.
       dtype: dtype of the parameters.
     """
 
-    def __init__(self, config: ModelConfig, *shape: int, axes: int = 1, stored: tuple[int, ...] = (), dtype: DTypeLike):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *shape: int,
+        axes: int = 1,
+        weighted: bool = True,
+        stored: tuple[int, ...] = (),
+        dtype: DTypeLike,
+    ):
         kind = config.design.norm
         self.shape, self.axes, self.epsilon = shape, axes, config.rms_norm_eps
         self.centred, self.plus_one = kind.startswith("layer_norm"), float(kind.endswith("_1p"))
         size = stored or (math.prod(shape),)
         first = jnp.zeros if self.plus_one else jnp.ones
-        self.scale = None if kind == "layer_norm_plain" else nnx.Param(first(size, dtype))
+        self.scale = None if kind == "layer_norm_plain" or not weighted else nnx.Param(first(size, dtype))
         self.bias = nnx.Param(jnp.zeros(size, dtype)) if kind in ("layer_norm", "layer_norm_1p") else None
 
     def __call__(self, x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:

@@ -94,6 +94,15 @@ def rotary_tables(rope: Rope, positions: Int[Array, "B T"]) -> tuple[Float[Array
     return cos * size, sin * size
 
 
+def tuned(q: Float[Array, "B T N H"], rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+    """Multiplies queries by a factor that grows with their position, if the layer does (`Rope.query_tuning`)."""
+    if rope.query_tuning is None:
+        return q
+    length, strength = rope.query_tuning
+    size = 1 + strength * jnp.log1p(((positions + 1) // length).astype(jnp.float32))
+    return (q.astype(jnp.float32) * size[:, :, None, None]).astype(q.dtype)
+
+
 def row_positions(
     tokens: int, lengths: Int[Array, "B"], start: Int[Array, "B"] | None = None, *, by_length: bool
 ) -> Int[Array, "B T"]:

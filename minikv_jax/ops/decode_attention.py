@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.arrays import INT32_MAX, Contract
 from minikv_jax.cache.state import LayerCache
+from minikv_jax.models import windows
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, merge_sinks, split_heads
 from minikv_jax.ops.shapes import Scaling, layer_contract, refuse_sinks, scaling, sinks_by_row
@@ -100,7 +101,7 @@ def attend_cache(
     q = grouped.reshape(batch, kv_heads, -1, dim)
     oldest = None
     if layer.spec.window is not None:
-        oldest = jnp.tile(positions - layer.spec.window, (1, group))[:, None, :, None]  # only newer keys are seen
+        oldest = jnp.tile(windows.oldest(layer.spec.window, positions), (1, group))[:, None, :, None]
 
     def region(part: Partial, load: _Load, capacity: int, length: Array, key_positions: Array | None) -> Partial:
         """Adds a region's tokens block by block, reading no block past the longest row."""
@@ -112,7 +113,7 @@ def attend_cache(
             slots = first + jnp.arange(size)
             seen = ((slots >= i * size) & (slots < length[:, None]))[:, None, None]  # [B, 1, 1, S]
             if oldest is not None and key_positions is not None:
-                seen &= lax.dynamic_slice_in_dim(key_positions, first, size, axis=2)[:, :, None] > oldest
+                seen &= lax.dynamic_slice_in_dim(key_positions, first, size, axis=2)[:, :, None] >= oldest
             return merge(part, attend(q, *load(first, size), seen, scale))
 
         if size == capacity:

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import checks
 from minikv_jax.meshes import heads_at
+from minikv_jax.models import windows
+from minikv_jax.models.windows import Window
 from minikv_jax.ops import dispatch
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, merge_sinks, split_heads
 from minikv_jax.ops.shapes import Scaling, prompt_contract, refuse_sinks, scaling
@@ -33,7 +35,7 @@ def prefill_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
-    window: int | None = None,
+    window: Window | None = None,
     sink_logits: Float[Array, "N"] | None = None,
     with_scores: bool = False,
     implementation: str | None = None,
@@ -46,7 +48,8 @@ def prefill_attention(
       scale: factor of the logits, positive; `H ** -0.5` by default.
       soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)` (Gemma 2, arXiv 2408.00118); by default they stay.
         Only "xla" computes it.
-      window: sliding window in tokens: query `t` sees the keys `t - window < s <= t`. By default it sees all `s <= t`.
+      window: sliding window in tokens: query `t` sees the keys `t - window < s <= t`; or a `Chunk`, which only "xla"
+        computes. By default it sees all `s <= t`.
       sink_logits: a learnt logit per query head, which enlarges the softmax's denominator like one more key whose value
         is zero (attention sinks of gpt-oss); none by default. Computed by "xla" only.
       with_scores: whether to return the sums of the softmax map over the row's queries and the `G` query heads of each
@@ -61,7 +64,7 @@ def prefill_attention(
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
     q, k, v, lengths, sinks = prompt_contract("prefill_attention", q, k, v, lengths, sink_logits)
-    checks.at_least(1, window=window)
+    windows.check(window)
     checks.flag("with_scores", with_scores)
     batch, tokens, heads, head_dim = q.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": k.shape[2], "head_dim": head_dim}
@@ -84,7 +87,7 @@ def _xla(
     lengths: Array,
     sinks: Array | None,
     scale: Scaling,
-    window: int | None,
+    window: Window | None,
     with_scores: bool,
 ) -> Scored:
     part = merge_sinks(causal_attention(q, k, v, lengths, scale, window), sinks)
@@ -101,7 +104,7 @@ class _Blocks(NamedTuple):
     lengths: Int[Array, "B"]
     size: int
     used: Array
-    window: int | None
+    window: Window | None
 
     def keys(self, x: Array, j: Array) -> Float[Array, "B K S H"]:
         """Block `j` of keys or values."""
@@ -113,14 +116,14 @@ class _Blocks(NamedTuple):
         columns = j * self.size + jnp.arange(self.size)
         seen = (columns <= rows) & (rows < self.lengths[:, None, None])
         if self.window is not None:
-            seen &= columns > rows - self.window
+            seen &= columns >= windows.oldest(self.window, rows)
         return jnp.tile(seen, (1, self.q.shape[2], 1))[:, None]
 
     def first(self, i: Array) -> Array:
         """First key block that query block `i` can see."""
         if self.window is None:
             return jnp.zeros_like(i)
-        return jnp.maximum(i * self.size - self.window + 1, 0) // self.size
+        return jnp.maximum(windows.oldest(self.window, i * self.size), 0) // self.size
 
 
 def _query_block(q: Float[Array, "B K G T H"], i: Array, size: int) -> Float[Array, "B K Q H"]:
@@ -130,7 +133,7 @@ def _query_block(q: Float[Array, "B K G T H"], i: Array, size: int) -> Float[Arr
     return q.reshape(batch, kv_heads, -1, dim)
 
 
-def _blocks(q: Array, k: Array, v: Array, lengths: Array, window: int | None) -> _Blocks:
+def _blocks(q: Array, k: Array, v: Array, lengths: Array, window: Window | None) -> _Blocks:
     tokens = q.shape[1]
     size = min(BLOCK, tokens)
     count = -(-tokens // size)
@@ -145,7 +148,7 @@ def causal_attention(
     v: Float[Array, "B T K H"],
     lengths: Int[Array, "B"],
     scale: Scaling,
-    window: int | None = None,
+    window: Window | None = None,
 ) -> Partial:
     """Pass 1: unnormalised causal attention of right-padded rows, queries group-major (`Q = G * T`)."""
     blocks = _blocks(q, k, v, lengths, window)
@@ -183,7 +186,7 @@ def column_sums(
     lengths: Int[Array, "B"],
     part: Partial,
     scale: Scaling,
-    window: int | None = None,
+    window: Window | None = None,
 ) -> Float[Array, "B K T"]:
     """Pass 2: sums the softmax map over its queries, recomputing it block by block from pass 1's log-sum-exp."""
     blocks = _blocks(q, k, k, lengths, window)
@@ -218,13 +221,13 @@ def _kernel(
     lengths: Array,
     sinks: Array | None,
     scale: Scaling,
-    window: int | None,
+    window: Window | None,
     scores: bool,
 ) -> Scored:
     refuse_sinks("prefill_attention", implementation, sinks)
     factor = scale.without_soft_cap("prefill_attention", implementation)
     kernel = dispatch.package(implementation).prefill_attention
-    return kernel(q, k, v, lengths, scale=factor, window=window, with_scores=scores)
+    return kernel(q, k, v, lengths, scale=factor, window=windows.for_kernels(window), with_scores=scores)
 
 
 _IMPLEMENTATIONS = {

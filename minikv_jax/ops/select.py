@@ -14,6 +14,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax.methods.method import Method
+from minikv_jax.models import windows
+from minikv_jax.models.windows import Window
 
 
 class Kept(NamedTuple):
@@ -29,7 +31,7 @@ def select(
     heavy: Int[Array, "B"],
     method: Method,
     capacity: int,
-    window: int | None = None,
+    window: Window | None = None,
 ) -> Kept:
     """Selects the tokens that a layer keeps. If it keeps all, nothing is sorted.
 
@@ -39,8 +41,7 @@ def select(
       heavy: number of top-scored tokens per row.
       method: sets the sinks and the recent budget.
       capacity: `M`, at least the tokens that any row keeps (`cache.capacity.kept_capacity`).
-      window: sliding window of the layer. New tokens can see only the last `window - 1` tokens, so older ones are not
-        kept.
+      window: sliding window or chunk of the layer. Tokens that new ones cannot see are not kept.
     """
     if method.keeps_all and window is None:
         batch, kv_heads, tokens = scores.shape
@@ -56,11 +57,11 @@ def select_tokens(
     heavy: Int[Array, "B"],
     method: Method,
     capacity: int,
-    window: int | None = None,
+    window: Window | None = None,
 ) -> Kept:
     """Selects the sinks, the newest tokens and the top-scored tokens between them. Arguments as for `select`."""
     tokens = scores.shape[-1]
-    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window + 1, 0)
+    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(windows.oldest(window, lengths), 0)
     visible = lengths - first
     sinks = jnp.minimum(method.sinks, visible) if window is None else jnp.clip(method.sinks - first, 0, visible)
     recent = jnp.minimum(method.recent.tokens(lengths), visible - sinks)

@@ -16,7 +16,7 @@ T, NEW = 24, 8
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize("name", ["Mixtral, windows, tied", "Qwen3-MoE", "gpt-oss", "DeepSeek-V3"])
+@pytest.mark.parametrize("name", ["Mixtral, windows, tied", "Qwen3-MoE", "gpt-oss", "Llama 4, text", "DeepSeek-V3"])
 def test_generated_tokens(name: str, tmp_path: pathlib.Path):
     """The whole cache gives transformers' greedy tokens. A compressed one begins alike and goes on with numbers."""
     theirs = write_kind(KINDS[name], tmp_path)

@@ -54,6 +54,13 @@ class Kind:
 
 _LONG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
 _QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_LLAMA4 = {
+    "intermediate_size_mlp": 56,
+    "num_local_experts": 4,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 5,
+    "floor_scale": 4,
+} | H16
 _DEEPSEEK = {
     "num_key_value_heads": 4,
     "head_dim": 8,  # as transformers has it: the rotated channels
@@ -146,6 +153,11 @@ KINDS: dict[str, Kind] = {
         }
         | WINDOW
         | H16,
+    ),
+    "Llama 4, text": Kind("llama4_text", _LLAMA4),
+    "Llama 4, text, dense layers": Kind(
+        "llama4_text",
+        _LLAMA4 | {"interleave_moe_layer_step": 2, "num_experts_per_tok": 2, "use_qk_norm": False, "floor_scale": 64},
     ),
     "DeepSeek-V3": Kind("deepseek_v3", _DEEPSEEK),
     "DeepSeek-V3, YaRN": Kind(
