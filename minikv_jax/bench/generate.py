@@ -21,7 +21,7 @@ from minikv_jax.bench import huggingface, timing
 from minikv_jax.bench.end_to_end import Case, Programs, measure
 from minikv_jax.bench.fit import FIELDS, find
 from minikv_jax.bench.worker import TaskError, run_task
-from minikv_jax.models import hub
+from minikv_jax.models import packaged
 
 _PACKAGES = ("jax", "jaxlib", "flax")
 _PROBE_MEMORY_FRACTION = 0.5  # for the probe process
@@ -83,7 +83,7 @@ class Bench:
     def __init__(self, command: str, memory_gb: float | None):
         self.environment = {
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR")
-            or str(hub.cache_directory() / "compiled"),
+            or str(packaged.cache_directory() / "compiled"),
         }
         about = self._run(probe_device, fraction=_PROBE_MEMORY_FRACTION)
         self.limit = None if memory_gb is None else round(memory_gb * 1e9)

@@ -19,7 +19,7 @@ from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.methods import contracts, lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.plugins import load_plugin
-from minikv_jax.models import hub
+from minikv_jax.models import hub, packaged
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.partition import check_mesh
 from minikv_jax.ops import dispatch
@@ -251,7 +251,7 @@ def load_model(
     """
     dispatch.check_implementation(arguments.implementation)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(packaged.cache_directory() / "compiled"))
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with status(f"loading {arguments.model}"):
         methods = list(methods)

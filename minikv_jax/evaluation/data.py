@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from minikv_jax import checks, files
-from minikv_jax.models import hub
+from minikv_jax.models import hub, packaged
 
 
 def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
@@ -36,7 +36,7 @@ def locate(source: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
         raise FileNotFoundError(f"data {name!r} is neither a directory nor a data set on the hub (OWNER/NAME)")
     listed = ", ".join(patterns)
     snapshot = hub.download(name, patterns, repo_type="dataset", advice=f"a local directory with {listed}")
-    directory = hub.cache_directory() / "datasets" / f"{name.replace('/', '--')}@{snapshot.name[:12]}"
+    directory = packaged.cache_directory() / "datasets" / f"{name.replace('/', '--')}@{snapshot.name[:12]}"
     if not directory.is_dir():
         with files.replacing(directory, patience=-1) as part:
             if not directory.is_dir():  # another process may have made it in the meantime

