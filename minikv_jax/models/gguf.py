@@ -15,10 +15,12 @@ from minikv_jax.arrays import resolve_dtype
 from minikv_jax.models import bounds, families, gguf_settings
 from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.experts import Stack
 from minikv_jax.models.family import Family, Gguf
 from minikv_jax.models.fused import Parts, projection_rows, split_fused
 from minikv_jax.models.gguf_file import GGUFFile
 from minikv_jax.models.parameters import read_parameters
+from minikv_jax.models.stacks import unstack
 from minikv_jax.models.tensors import Rule, TensorSource
 
 ARCHITECTURES = tuple(dict.fromkeys(f.gguf.architecture for f in families.FAMILIES.values() if f.gguf))
@@ -43,9 +45,12 @@ _RULES = (
     Rule(r"blk\.(\d+)\.attn_([qkv])\.bias", r"layers.\1.self_attn.\2_proj.bias"),
     Rule(r"blk\.(\d+)\.attn_output\.weight", r"layers.\1.self_attn.o_proj.kernel"),
     Rule(r"blk\.(\d+)\.attn_output\.bias", r"layers.\1.self_attn.o_proj.bias"),
+    Rule(r"blk\.(\d+)\.ffn_gate_inp\.weight", r"layers.\1.mlp.router_proj.kernel"),
+    Rule(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight", r"layers.\1.mlp.experts.\3.\2_proj.kernel"),
     Rule(r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"layers.\1.mlp.\2_proj.kernel"),
     Rule(r"blk\.(\d+)\.ffn_(gate|up|down)\.bias", r"layers.\1.mlp.\2_proj.bias"),
 )
+_STACKS = (Stack(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight", (r"\1.{expert}.weight",)),)
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -103,7 +108,7 @@ def load_gguf(
         interleaved=_gguf(config.family).interleaved,
         plus_one=_gguf(config.family).plus_one,
     )
-    source = split_fused(source, _fused(config, file))
+    source = split_fused(unstack(source, _STACKS), _fused(config, file))
     return read_parameters(config, source, resolve_dtype(dtype), mesh=mesh, allow_nonfinite=allow_nonfinite)
 
 
@@ -134,7 +139,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
     stops = file.section(_StopTokens, "tokenizer.ggml")
-    family = _family(str(architecture), windowed=values.sliding_window > 0)
+    family = _family(str(architecture), windowed=values.sliding_window > 0, sparse=values.expert_count > 0)
     epsilon = _epsilon(family, values, file)
     gguf_settings.check_unread(file.metadata, str(architecture), _gguf(family).reads, file.path)
     with schemas.naming(file.path):
@@ -166,9 +171,10 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         return ModelConfig(**settings)
 
 
-def _family(architecture: str, *, windowed: bool) -> Family:
-    """Returns the family of an architecture. If several share it, windows in the file decide."""
-    candidates = [f for f in families.FAMILIES.values() if f.gguf is not None and f.gguf.architecture == architecture]
+def _family(architecture: str, *, windowed: bool, sparse: bool) -> Family:
+    """Returns the family of an architecture. If several share it, experts and windows in the file decide."""
+    all_of_it = [f for f in families.FAMILIES.values() if f.gguf is not None and f.gguf.architecture == architecture]
+    candidates = [f for f in all_of_it if ("expert_count" in _gguf(f).reads) == sparse] or all_of_it
     return next((family for family in candidates if (family.windows is not None) == windowed), candidates[0])
 
 

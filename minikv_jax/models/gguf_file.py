@@ -110,14 +110,14 @@ class GGUFFile:
             raise ValueError(f"{self.path}: these tensors cannot be dequantised: {checks.listed(names)}")
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Reads rows `start:stop` of a tensor, or elements of a vector, dequantised to float32."""
+        """Reads a slice of a tensor's first axis, dequantised to float32."""
         tensor = self.tensors[name]
-        vector = len(tensor.shape) == 1
-        first, last = (0, 1) if vector else (start, stop)
+        vector, rows = len(tensor.shape) == 1, math.prod(tensor.shape[1:-1])
+        first, last = (0, 1) if vector else (start * rows, stop * rows)
         begin, end = tensor.start + first * tensor.row_bytes, tensor.start + last * tensor.row_bytes
         raw = np.asarray(self._bytes[begin:end]).reshape(last - first, tensor.row_bytes)
         values = dequantize(raw, tensor.kind)
-        return values.reshape(-1)[start:stop] if vector else values.reshape(last - first, *tensor.shape[1:])
+        return values.reshape(-1)[start:stop] if vector else values.reshape(stop - start, *tensor.shape[1:])
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from minikv_jax import schemas
 from minikv_jax.models import bounds
+from minikv_jax.models.experts import Count, Experts
 
 
 class Settings(schemas.Schema, extra="ignore"):
@@ -42,6 +43,9 @@ class Settings(schemas.Schema, extra="ignore"):
     residual_scale: bounds.Multiplier | None = None
     embedding_scale: bounds.Multiplier | None = None
     use_parallel_residual: bool | None = None
+    expert_count: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    experts_per_token: Count | None = Field(None, alias="expert_used_count")
+    expert_length: bounds.Width | None = Field(None, alias="expert_feed_forward_length")
 
 
 class _Unread(schemas.Schema, extra="ignore"):
@@ -62,6 +66,27 @@ class _Unread(schemas.Schema, extra="ignore"):
     embedding_scale: bounds.One = None
     use_parallel_residual: bounds.Off = None
     expert_count: Literal[0] | None = None
+
+
+def experts(values: Settings, tensors: Collection[str]) -> dict[str, Any]:
+    """Returns the experts of an architecture whose weights add up to 1, as a family's `Gguf.settings`.
+
+    Raises:
+      ValueError: the number of a token's experts is missing.
+    """
+    if values.experts_per_token is None:
+        raise ValueError(f"expert_used_count is missing, though expert_count is {values.expert_count}")
+    feed_forward = values.feed_forward_length
+    layers = range(values.block_count)
+    size = values.expert_length or (feed_forward if isinstance(feed_forward, int) else feed_forward[0])
+    value = Experts(
+        count=values.expert_count,
+        per_token=values.experts_per_token,
+        intermediate_size=size,
+        normalised=True,
+        dense_layers=tuple(layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors),
+    )
+    return {"experts": value}
 
 
 def check_unread(

@@ -74,8 +74,9 @@ def from_mxfp4(
       The shapes and the reader of all tensors.
     """
     packed = {name.removesuffix("_blocks") for name, shape in shapes.items() if _is_packed(name, shape, shapes)}
-    plain = {name: shape for name, shape in shapes.items() if name.rsplit("_", 1)[0] not in packed}
     blocks = {name: shapes[f"{name}_blocks"] for name in packed}
+    stored = {f"{name}_{part}" for name in packed for part in ("blocks", "scales")}
+    plain = {name: shape for name, shape in shapes.items() if name not in stored}
 
     def read(name: str, start: int, stop: int) -> np.ndarray:
         if name not in packed:

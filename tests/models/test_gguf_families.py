@@ -6,6 +6,7 @@ channels, one added to the weights of some norms, and factors that have other na
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 import gguf
@@ -49,6 +50,13 @@ CASES: list[tuple[str, str, bool, dict[str, Any]]] = [
     ("Nemotron", "nemotron", False, {"rope.dimension_count": 6}),
     ("Seed-OSS", "seed_oss", False, {}),
     ("Hunyuan dense", "hunyuan-dense", False, {}),
+    ("Mixtral", "llama", True, {"expert_count": 5, "expert_used_count": 2}),
+    (
+        "Qwen3-MoE",
+        "qwen3moe",
+        False,
+        {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 20},
+    ),
 ]
 PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 # Patterns of layers, which the architecture has and tiny models do not follow; and the design, which is compared whole.
@@ -74,7 +82,7 @@ def write(path: pathlib.Path, architecture: str, config: ModelConfig, tensors: T
         writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
     known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
-    for name, tensor in tensors.items():
+    for name, tensor in stacked(tensors).items():
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert renamed is not None, name
         writer.add_tensor(renamed, np.ascontiguousarray(tensor, np.float32))
@@ -82,6 +90,14 @@ def write(path: pathlib.Path, architecture: str, config: ModelConfig, tensors: T
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def stacked(tensors: Tensors) -> Tensors:
+    """Joins the matrices of all experts to one tensor, as llama.cpp's converter does."""
+    joined: dict[str, list[np.ndarray]] = {}
+    for name in sorted(tensors, key=lambda name: [int(part) for part in re.findall(r"\d+", name)]):
+        joined.setdefault(re.sub(r"\.experts\.\d+", ".experts", name), []).append(tensors[name])
+    return {name: np.stack(parts) if ".experts." in name else parts[0] for name, parts in joined.items()}
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own

@@ -10,7 +10,9 @@ from flax import nnx
 from support.tiny import random_ids, tiny_config, tiny_model
 
 from minikv_jax import meshes
+from minikv_jax.models.design import Latent
 from minikv_jax.models.experts import Experts
+from minikv_jax.models.latent_attention import LatentAttention
 from minikv_jax.models.moe import SparseMLP, by_expert, route
 from minikv_jax.models.partition import check_mesh, shard_model
 from minikv_jax.prefill import one_shot
@@ -181,3 +183,18 @@ def test_a_split_model_gives_the_same_logits(axes: dict[str, int]):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
     with pytest.raises(ValueError, match=r"experts.intermediate_size=42 cannot be split into 4 equal parts"):
         check_mesh(tiny_config(experts=settings(intermediate_size=42), **sizes), meshes.make_mesh({"model": 4}))
+
+
+def test_latent_attention_is_split_by_heads():
+    latent = Latent(query_rank=24, kv_rank=12, value_dim=8)
+    model = tiny_model(latent=latent, rotary_dim=4, num_key_value_heads=4, attention_bias=True)
+    ids = random_ids((2, 9))
+    want = jax.jit(one_shot)(model, ids)
+    mesh = meshes.make_mesh({"data": 2, "model": 4})
+    split = shard_model(model, mesh)
+    attention = split.layers[0].self_attn
+    assert isinstance(attention, LatentAttention)
+    assert {shard.data.shape for shard in attention.kv_b_proj.kernel[...].addressable_shards} == {(12, 20)}
+    with jax.set_mesh(mesh):
+        got = jax.jit(one_shot)(split, ids)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minikv_jax.models import bounds, family
+from minikv_jax.models import bounds, family, gguf_settings
 from minikv_jax.models.experts import Count, Experts
 
 
@@ -40,5 +40,5 @@ FAMILY = family.Family(
         "block_sparse_moe.experts.*.w2": "mlp.experts.*.down_proj",
         "block_sparse_moe.experts.*.w3": "mlp.experts.*.up_proj",
     },
-    gguf=family.Gguf(architecture="llama", interleaved=True),
+    gguf=family.Gguf(architecture="llama", interleaved=True, reads=("expert_count",), settings=gguf_settings.experts),
 )

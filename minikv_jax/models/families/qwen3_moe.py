@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from minikv_jax.models import bounds, family
+from minikv_jax.models import bounds, family, gguf_settings
 from minikv_jax.models.design import Design
 from minikv_jax.models.experts import Count, Experts
 
@@ -50,5 +50,5 @@ FAMILY = family.Family(
     design=Design(qk_norm="head"),
     windows=windows,
     settings=settings,
-    gguf=family.Gguf(architecture="qwen3moe"),
+    gguf=family.Gguf(architecture="qwen3moe", reads=("expert_count",), settings=gguf_settings.experts),
 )
