@@ -151,7 +151,7 @@ def plan(
       limit: take the first `limit` cases of each set.
 
     Raises:
-      ValueError: the table has no such model, a row is malformed, or `max_prompt` is below 1.
+      ValueError: the table has no such model, a row is malformed, or `max_prompt` is below 1 or beyond the model.
       FileNotFoundError: the data have none of the table's sets, or lack the prompts.
     """
     if model not in table.models:
@@ -161,6 +161,10 @@ def plan(
     if not sets:
         raise FileNotFoundError(f"{data} has none of {', '.join(f'{name}.jsonl' for name in wanted)}")
     room = config.max_position_embeddings - max(DATASETS[name].max_new_tokens for name in sets)
+    if max_prompt is not None and max_prompt > room:
+        raise ValueError(
+            f"max_prompt={max_prompt}: beside the longest answer the model's positions leave room for {room} tokens"
+        )
     context = min(room, table.max_prompt or room) if max_prompt is None else max_prompt
     task = LongBench(data, prompts, sets, context=context, limit=limit)
     methods, skipped = {}, {}

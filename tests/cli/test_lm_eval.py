@@ -11,6 +11,7 @@ from support.commands import Run, run_wrongly
 from support.harness_tasks import ANSWERS, CHOICES, write_task
 
 import minikv_jax as mk
+from minikv_jax.models.chat import first_turn
 from minikv_jax.models.hub import load
 
 TEXT = "The lamp was lit at dusk and burned until the morning, when the keeper put it out. "
@@ -50,7 +51,7 @@ def test_local_tasks_agree_with_direct_evaluation_and_need_no_torch(
 ):
     out = tmp_path / "out.json"
     command = ["lm-eval", "--model", model_directory, "--method", "full", "--method", "minikv", "--batch", 4]
-    command += ["--tasks", "colours,endings", "--include-path", tasks, "--limit", 3, "--json", out]
+    command += ["--tasks", "colours,endings", "--include-path", tasks, "--limit", 3, "--chat-template", "--json", out]
     process = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *map(str, command)], capture_output=True, text=True, check=False
     )
@@ -67,7 +68,7 @@ def test_local_tasks_agree_with_direct_evaluation_and_need_no_torch(
     model, tokenizer = load(model_directory)
     assert tokenizer is not None
     for method in ("full", "minikv"):
-        prompts = [tokenizer.encode(f"{TEXT}Lamp {i} is") for i in range(3)]
+        prompts = [first_turn(tokenizer, f"{TEXT}Lamp {i} is") for i in range(3)]
         result = mk.generate(model, prompts, method=method, max_new_tokens=12)
         for tokens, length, sample in zip(
             np.asarray(result.tokens), np.asarray(result.lengths), report["samples"][method]["endings"], strict=True
