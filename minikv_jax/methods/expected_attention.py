@@ -19,9 +19,9 @@ class ExpectedAttention(Scorer):
 
     Queries before RoPE, except those of the sinks, are modelled as normal with their mean `m` and covariance `C`, and
     rotated by the mean rotation `R` of the next positions: `E[exp(q k / sqrt(H))] = exp(Rm k / sqrt(H) + k RCR' k /
-    2H)`. This is normalised over the keys after the sinks and averaged over the KV head's query heads. The score is
-    that weight plus `epsilon`, times the norm of the value. (The paper takes the norm of `W_o v`, which a cache does
-    not know.)
+    2H)`. This is normalised over the keys after the sinks (and the layer's `sink_logits`) and averaged over the KV
+    head's query heads. The score is that weight plus `epsilon`, times the norm of the value. (The paper takes the norm
+    of `W_o v`, which a cache does not know.)
 
     Attributes:
       future: number of future queries.
@@ -56,7 +56,13 @@ class ExpectedAttention(Scorer):
         spread = jnp.einsum("btki,bkgij->btkgj", keys, covariance, precision="highest")
         logits = jnp.einsum("btkh,bkgh->bkgt", keys, mean, precision="highest") * dim**-0.5
         logits += jnp.einsum("btkgh,btkh->bkgt", spread, keys, precision="highest") / (2 * dim)
-        weights = jax.nn.softmax(jnp.where(used[:, None, None], logits, -jnp.inf), axis=-1, where=used[:, None, None])
+        seen = jnp.broadcast_to(used[:, None, None], logits.shape)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        if inputs.sink_logits is not None:
+            sinks = inputs.sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1)
+            logits = jnp.concatenate([logits, jnp.broadcast_to(sinks, (*logits.shape[:-1], 1))], axis=-1)
+            seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=True)
+        weights = jax.nn.softmax(logits, axis=-1, where=seen)[..., :tokens]
         norms = jnp.linalg.norm(inputs.v.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         return (jnp.mean(weights, axis=2) + self.epsilon) * norms
 

@@ -58,9 +58,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field whose value is not accepted."""
         schemas.check_fields(self)
-        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+        if self.rope_type == "llama3" and self.low_freq_factor > self.high_freq_factor:
             raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
+                f"low_freq_factor={self.low_freq_factor} must not exceed high_freq_factor={self.high_freq_factor}"
             )
         if self.rope_type == "yarn" and not self.first_blended < self.last_blended:
             raise ValueError(f"first_blended={self.first_blended} must be below last_blended={self.last_blended}")

@@ -59,7 +59,8 @@ def _scale(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
     else:  # llama3: the more often a channel pair turns over the original context, the less it is scaled
         turns = np.float32(scaling.original_max_position_embeddings) * frequencies / np.float32(2 * math.pi)
         low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
-        keep = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast, unchanged; 0: slow, divided by the factor
+        # 1: fast, unchanged; 0: slow, divided by the factor. Llama 4 has equal limits, with nothing in between.
+        keep = np.clip((turns - low) / (high - low), 0, 1) if low < high else np.float32(turns >= low)
     return (1 - keep) * frequencies / np.float32(scaling.factor) + keep * frequencies
 
 

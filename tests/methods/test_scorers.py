@@ -101,6 +101,20 @@ def test_h2o_takes_the_column_sums_as_they_are():
     np.testing.assert_array_equal(H2O().score(LayerInputs(x, x, x, jnp.array([5, 2]), sums)), sums)
 
 
+def test_expected_attention_counts_attention_sinks():
+    """A sink that takes all attention of a head leaves the scores to the other head."""
+    rng = np.random.default_rng(5)
+    q, k = (jnp.asarray(rng.standard_normal((2, 12, heads, 8), np.float32)) for heads in (2, 1))
+    inputs = LayerInputs(q, k, k, jnp.array([12, 9]), None, None, 0, jnp.asarray([1.0, 0.3, 0.1, 0.03]))
+    score = jax.jit(lambda inputs: ExpectedAttention(future=6).score(inputs))
+    case = inputs._replace(window=None, layer=jnp.int32(0))
+    taken, untouched = jnp.array([1e9, -1e9]), jnp.array([-1e9, -1e9])
+    one, two = score(case._replace(sink_logits=taken)), score(case._replace(sink_logits=untouched))
+    np.testing.assert_allclose(two, score(case), rtol=1e-6)
+    swapped = score(case._replace(sink_logits=taken[::-1]))
+    np.testing.assert_allclose(one + swapped, two, rtol=1e-5, atol=1e-7)
+
+
 def test_expected_attention_needs_the_rotation():
     x, lengths = jnp.zeros((1, 8, 2, H)), jnp.array([8])
     with pytest.raises(ValueError, match="rotary frequencies"):

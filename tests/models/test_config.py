@@ -41,7 +41,7 @@ def test_numpys_numbers_become_pythons():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2': expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type='gpt2': expected one of .*llama, .*mixtral, .*qwen3"),
         ({"rope_scaling": RopeScaling(rope_type="factors", factors=(1.0,))}, "has 1 factors, head_dim=16 needs 8"),
         ({"rope_scaling": RopeScaling(rope_type="linear", factors=(1.0,))}, "has 1 factors, head_dim=16 needs 0"),
         ({"eos_token_ids": (96,)}, r"eos_token_ids=\(96,\) must lie in 0..95"),
@@ -73,7 +73,7 @@ def test_values_that_are_not_accepted_are_named(changes: dict[str, Any], message
         ({"rope_type": "su"}, "rope_type is 'su'; accepted: 'linear', 'llama3', 'factors', 'yarn', 'longrope' or"),
         ({"rope_type": "yarn", "first_blended": 2.0}, "first_blended=2.0 must be below last_blended=1.0"),
         ({"rope_type": "linear", "factor": 0.0}, "factor is 0.0; accepted: at least 1e-06"),
-        ({"rope_type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+        ({"rope_type": "llama3", "low_freq_factor": 5.0}, "low_freq_factor=5.0 must not exceed high_freq_factor=4.0"),
         (
             {"rope_type": "llama3", "original_max_position_embeddings": 0},
             "original_max_position_embeddings is 0; accepted: at least 1",

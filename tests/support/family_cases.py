@@ -157,7 +157,9 @@ KINDS: dict[str, Kind] = {
     "Llama 4, text": Kind("llama4_text", _LLAMA4),
     "Llama 4, text, dense layers": Kind(
         "llama4_text",
-        _LLAMA4 | {"interleave_moe_layer_step": 2, "num_experts_per_tok": 2, "use_qk_norm": False, "floor_scale": 64},
+        _LLAMA4
+        | {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}
+        | {"interleave_moe_layer_step": 2, "num_experts_per_tok": 2, "use_qk_norm": False, "floor_scale": 64},
     ),
     "DeepSeek-V3": Kind("deepseek_v3", _DEEPSEEK),
     "DeepSeek-V3, YaRN": Kind(
