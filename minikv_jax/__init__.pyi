@@ -7,16 +7,19 @@ __version__: str
 from minikv_jax.generate import compile_ahead as compile_ahead, generate as generate, stream as stream
 from minikv_jax.programs import GenerateResult as GenerateResult
 from minikv_jax.sampling import Sampling as Sampling
-from minikv_jax.prefill import one_shot as one_shot, prefill as prefill, prefill_layer as prefill_layer
+from minikv_jax.one_shot import one_shot as one_shot
+from minikv_jax.prefill import prefill as prefill, prefill_layer as prefill_layer
 from minikv_jax.decode import decode as decode, extend as extend
 
 # methods
 from minikv_jax.methods import lookup as lookup
 from minikv_jax.methods.base import (
     Budget as Budget,
+    KeptTokens as KeptTokens,
     LayerInputs as LayerInputs,
     Operand as Operand,
     Quantizer as Quantizer,
+    Refit as Refit,
     ScoredBudget as ScoredBudget,
     Scorer as Scorer,
 )
@@ -27,10 +30,13 @@ from minikv_jax.methods.registry import (
     register_budget as register_budget,
     register_method as register_method,
     register_quantizer as register_quantizer,
+    register_refit as register_refit,
     register_scorer as register_scorer,
 )
+from minikv_jax.methods.attention_matching import RmsVotes as RmsVotes
 from minikv_jax.methods.expected_attention import ExpectedAttention as ExpectedAttention
 from minikv_jax.methods.fp8 import FP8 as FP8
+from minikv_jax.methods.grkv import Ridge as Ridge
 from minikv_jax.methods.h2o import H2O as H2O
 from minikv_jax.methods.hqq import HQQ as HQQ
 from minikv_jax.methods.keydiff import KeyDiff as KeyDiff

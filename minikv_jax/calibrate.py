@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import packing
 from minikv_jax.cache.capacity import capacities
 from minikv_jax.checks import at_least
-from minikv_jax.layerwise import compress_layers, prefill_layers
+from minikv_jax.layerwise import compress_layers, look_ahead, prefill_layers
 from minikv_jax.methods import contracts
 from minikv_jax.methods.base import Kind, Operand
 from minikv_jax.methods.calibrated import Calibration, OperandCalibration, Ranges, clipped
@@ -151,9 +151,11 @@ def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     by_text = []
     for prompt, after in texts:
         ids, length = np.array([[*prompt, *after]], np.int32), np.array([len(prompt)], np.int32)
-        _, layers = prefill_layers(model, ids[:, : len(prompt)], length, method.scorer.needs_column_sums, None)
+        start = ids[:, : len(prompt)], length
+        hidden, layers = prefill_layers(model, *start, method.scorer.needs_column_sums, None)
+        layers, seen = look_ahead(model, method, start, hidden, layers, None)
         sizes = capacities(model.config, method, len(prompt), len(after))
-        cache, kept, _ = compress_layers(model.config, method, layers, length, sizes, None)
+        cache, kept, _ = compress_layers(model.config, method, layers, length, seen, sizes, None)
         _, whole = prefill_layers(model, ids, length + len(after), False, None)
         rows = [
             _sample(q, k, v, chosen.positions, layer.packed.length, prompt=len(prompt))

@@ -180,7 +180,8 @@ def compile_ahead(
     method = resolve(method)
     contracts.check(method, model.config)
     integer("batch", batch, 1, MAX_TOKENS)
-    check_positions(model, integer("prompt_tokens", prompt_tokens, 1), settings.max_new_tokens)
+    integer("prompt_tokens", prompt_tokens, 1)
+    check_positions(model, prompt_tokens, max(settings.max_new_tokens, method.lookahead))
     graphdef, params = nnx.split(model)
     tokens = bucket_length(prompt_tokens, model.config.max_position_embeddings)
     check_rows(batch, model.mesh)
@@ -222,7 +223,7 @@ def _request(
     if cache is None:
         method = resolve(DEFAULT_METHOD if method is None else method)
         contracts.check(method, model.config)
-        check_positions(model, int(lengths.max()), settings.max_new_tokens)
+        check_positions(model, int(lengths.max()), max(settings.max_new_tokens, method.lookahead))
         return _Request(settings, method, _placed(model, Inputs(None, ids, lengths, key)))
     if method is not None:
         raise ValueError("both method and cache are given: a cache goes on with its own method")

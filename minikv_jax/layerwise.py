@@ -7,6 +7,7 @@ Embedding, final norm and logits run op by op.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
 from minikv_jax.decode import decode_layer
+from minikv_jax.lookahead import join, likeliest
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig, Rope
@@ -131,6 +133,7 @@ def compress_layers(
     method: Method,
     layers: list[PromptLayer],
     lengths: Int[Array | np.ndarray, "B"],
+    seen: Int[Array | np.ndarray, "B"],
     layer_capacities: Sequence[LayerCapacity],
     implementation: str | None,
 ) -> Compressed:
@@ -140,22 +143,24 @@ def compress_layers(
       model: the model's config.
       method: decides what to keep and how to store it.
       layers: returned by `prefill_layers`.
-      lengths: valid tokens per row.
+      lengths: tokens of each prompt.
+      seen: tokens of each row with the draft after the prompt (`look_ahead`); `lengths` without one.
       layer_capacities: returned by `capacities` or, for shared programs, `shared_capacities`.
       implementation: implementation of the ops; None for the fastest recorded one.
     """
     lengths = jnp.asarray(lengths)
+    seen = jnp.asarray(seen)
     by_layer = method.quantizer is not None and method.quantizer.by_layer
     # Layers of equal specs share a program: the number is part of one only if the quantizer reads it.
     specs = [LayerSpec(method, model.window(number), number if by_layer else 0) for number in range(len(layers))]
     scored = [
-        _score_layer(layer, np.int32(number), lengths, model=model, rope=model.rope(number), spec=spec)
+        _score_layer(layer, np.int32(number), seen, model=model, rope=model.rope(number), spec=spec)
         for number, (layer, spec) in enumerate(zip(layers, specs, strict=True))
     ]
     scores, are_numbers = zip(*scored, strict=True)
     heavy = heavy_tokens(method, len(layers), lengths, scores)
     made = [
-        _keep_layer(*arrays, lengths, capacity=capacity, spec=spec, implementation=implementation)
+        _keep_layer(*arrays, lengths, seen, model=model, capacity=capacity, spec=spec, implementation=implementation)
         for *arrays, capacity, spec in zip(layers, scores, heavy, layer_capacities, specs, strict=True)
     ]
     cache = KVCache(tuple(layer for layer, _ in made), lengths)
@@ -181,19 +186,61 @@ def _score_layer(
     return scores, jnp.all(~jnp.isnan(scores) | padding, axis=(1, 2))
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "spec", "implementation"))
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "spec", "implementation"))
 def _keep_layer(
     layer: PromptLayer,
     scores: Float[Array, "B K T"],
     heavy: Int[Array, "B"],
     lengths: Int[Array, "B"],
+    seen: Int[Array, "B"],
     *,
+    model: ModelConfig,
     capacity: LayerCapacity,
     spec: LayerSpec,
     implementation: str | None,
 ) -> tuple[LayerCache, Kept]:
-    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window)
-    return keep(inputs, scores, heavy, capacity, spec, implementation)
+    softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
+    inputs = LayerInputs(*layer[:3], seen, layer.column_sums, spec.window, **softmax)
+    return keep(inputs, scores, lengths, heavy, capacity, spec, implementation)
+
+
+def look_ahead(
+    model: Llama,
+    method: Method,
+    prompt: tuple[Int[Array | np.ndarray, "B T"], Int[Array | np.ndarray, "B"]],
+    hidden: Float[Array, "B D"],
+    layers: list[PromptLayer],
+    implementation: str | None,
+) -> tuple[list[PromptLayer], Int[Array, "B"]]:
+    """Runs prompts once more with the draft of a method with `lookahead` after them, as `prefill.prefill` does.
+
+    Args:
+      model: the model.
+      method: any method; without `lookahead`, nothing is run.
+      prompt: token ids, right-padded, and lengths.
+      hidden, layers: returned by `prefill_layers` for the prompt.
+      implementation: implementation of the ops.
+
+    Returns:
+      The layers to compress, and the tokens of each row, draft included.
+    """
+    ids, lengths = map(jnp.asarray, prompt)
+    if not method.lookahead:
+        return layers, lengths
+    plain = dataclasses.replace(method, lookahead=0)
+    sizes = shared_capacities(model.config, plain, ids.shape[1], method.lookahead)
+    cache = compress_layers(model.config, plain, layers, lengths, lengths, sizes, implementation).cache
+    active, drafted, counted = jnp.ones_like(lengths), [], []
+    for _ in range(method.lookahead):
+        token, going = likeliest(model, hidden, active)
+        drafted.append(token)
+        counted.append(active)
+        hidden, cache = decode_step(model, cache, token, active, implementation)
+        active = going
+    counts = jnp.sum(jnp.stack(counted), axis=0)
+    both = join(ids, lengths, jnp.stack(drafted, axis=1), counts, model.config.max_position_embeddings)
+    sums = method.scorer.needs_column_sums
+    return prefill_layers(model, both.ids, both.seen, sums, implementation)[1], both.seen
 
 
 def decode_step(

@@ -243,3 +243,22 @@ def own_heads(x: Any, axis: int) -> Any:
         return x
     count = x.shape[axis] // size(MODEL)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(MODEL) * count, count, axis)
+
+
+def read_rows(x: Any, start: jax.Array, rows: int) -> Any:
+    """Reads `rows` rows of each device, from its row `start` on, of an array `[B, ...]`."""
+    return lax.dynamic_slice_in_dim(_by_device(x), start, rows, axis=1).reshape(-1, *x.shape[1:])
+
+
+def write_rows(x: Result, rows: Result, start: jax.Array) -> Result:
+    """Writes `rows` into `x` from row `start` on, on each device. Both are pytrees of arrays `[B, ...]`."""
+
+    def write(x: jax.Array, rows: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(_by_device(x), _by_device(rows), start, axis=1).reshape(x.shape)
+
+    return jax.tree.map(write, x, rows)
+
+
+def _by_device(x: jax.Array) -> jax.Array:
+    """Splits the axis of rows into devices and the rows of each."""
+    return x.reshape(size(DATA), -1, *x.shape[1:])

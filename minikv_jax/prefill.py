@@ -6,24 +6,28 @@ evaluation's run with one program per layer (`layerwise.py`) all use them:
 1. `attend`         causal attention and, if the scorer needs them, its column sums (`ops/prefill_attention.py`);
 2. `score`          a score for every key (`methods/`);
 3. `heavy_tokens`   the number of top-scored tokens that each layer keeps (`cache/budgets.py`);
-4. `keep`           the kept tokens (`ops/select.py`) and their cache (`ops/compress.py`).
+4. `keep`           the kept tokens (`ops/select.py`), their values (`ops/refit.py`), their cache (`ops/compress.py`).
+
+A method with `lookahead` runs them twice, the second time with drafted tokens after the prompt (`lookahead.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from minikv_jax import checks, meshes
 from minikv_jax.arrays import Contract, known
 from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
 from minikv_jax.cache.capacity import LayerCapacity, capacities, layer_capacity
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
+from minikv_jax.lookahead import Prompt, draft, join
 from minikv_jax.methods import calls, contracts
 from minikv_jax.methods.base import MAX_TOKENS, LayerInputs, ScoredBudget
 from minikv_jax.methods.lookup import resolve
@@ -34,6 +38,7 @@ from minikv_jax.models.rotary import inverse_frequencies, row_positions
 from minikv_jax.ops.compress import compress, start_eviction
 from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.ops.refit import refit
 from minikv_jax.ops.select import Kept, select
 from minikv_jax.ops.shapes import prompt_contract, soft_cap_value
 
@@ -83,20 +88,30 @@ def heavy_tokens(
 def keep(
     inputs: LayerInputs,
     scores: Float[Array, "B K T"],
+    lengths: Int[Array, "B"],
     heavy: Int[Array, "B"],
     capacity: LayerCapacity,
     spec: LayerSpec,
     implementation: str | None = None,
 ) -> tuple[LayerCache, Kept]:
-    """Step 4: a layer's cache with `heavy` top-scored tokens per row. Also returns which tokens it holds."""
+    """Step 4: a layer's cache with `heavy` top-scored tokens of each prompt. Also returns which tokens it holds.
 
-    def choose(k: Array, v: Array, scores: Array, lengths: Array, heavy: Array) -> tuple[LayerCache, Kept]:
-        kept = select(scores, lengths, heavy, spec.method, capacity.kept, spec.window)
-        eviction = start_eviction(scores, kept, lengths, heavy, spec.method, capacity)
+    `lengths` are those of the prompts; `inputs` may hold drafted tokens after them, which are not kept.
+    """
+    method = spec.method
+
+    def choose(q: Array, k: Array, v: Array, scores: Array, seen: Array, lengths: Array, heavy: Array) -> Any:
+        kept = select(scores, lengths, heavy, method, capacity.kept, spec.window)
+        eviction = start_eviction(scores, kept, lengths, heavy, method, capacity)
+        if method.refit is not None:
+            own = inputs._replace(q=q, k=k, v=v, lengths=seen, column_sums=None)
+            if own.sink_logits is not None:
+                own = own._replace(sink_logits=meshes.own_heads(own.sink_logits, 0))
+            v = refit(own, lengths, kept, capacity, spec)
         return compress(k, v, kept, capacity, spec, eviction, implementation), kept
 
-    arguments = (inputs.k, inputs.v, scores, inputs.lengths, heavy)
-    return meshes.call_split(choose, arguments, (2, 2, 1, None, None))
+    arguments = (inputs.q, inputs.k, inputs.v, scores, inputs.lengths, lengths, heavy)
+    return meshes.call_split(choose, arguments, (2, 2, 2, 1, None, None, None))
 
 
 class _Plan(NamedTuple):
@@ -151,36 +166,54 @@ def prefill(
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 0, MAX_TOKENS)
     method = resolve(method)
     contracts.check(method, model.config)
-    batch, tokens = ids.shape
-    plan = _Plan(method, capacities(model.config, method, tokens, max_new_tokens), implementation)
-    devices = meshes.size(meshes.DATA)
-    meshes.check_multiple("rows", batch, meshes.DATA, devices)
-    own_rows = batch // devices  # of each device along the axis "data"
-    chunks = -(-own_rows // max(CHUNK_TOKENS // tokens, 1))
-    if chunks <= 1:
-        return _prefill_rows(model, ids, lengths, plan)
+    prompt = _with_draft(model, ids, lengths, method, implementation)
+    plan = _Plan(method, capacities(model.config, method, ids.shape[1], max_new_tokens), implementation)
+    meshes.check_multiple("rows", ids.shape[0], meshes.DATA, meshes.size(meshes.DATA))
+    own_rows = ids.shape[0] // meshes.size(meshes.DATA)  # of each device along the axis "data"
+    chunks = -(-own_rows // max(CHUNK_TOKENS // prompt.ids.shape[1], 1))
+    return _prefill_rows(model, prompt, plan) if chunks <= 1 else _prefill_chunks(model, prompt, plan, chunks)
+
+
+def _with_draft(model: Llama, ids: Array, lengths: Array, method: Method, implementation: str | None) -> Prompt:
+    """Puts after each prompt what is drafted with the cache that the method makes without lookahead."""
+    if not method.lookahead:
+        return Prompt(ids, lengths, lengths)
+    positions = model.config.max_position_embeddings
+    text = f"has {{length}} tokens and drafts {method.lookahead}: the model has {positions} positions"
+    Contract("prefill").holds(lengths + method.lookahead <= positions, text, length=lengths)
+    plain = dataclasses.replace(method, lookahead=0)
+    hidden, cache = prefill(model, ids, lengths, plain, method.lookahead, implementation)
+    drafted, counts = draft(model, hidden, cache, method.lookahead, implementation)
+    return join(ids, lengths, drafted, counts, positions)
+
+
+def _prefill_chunks(model: Llama, prompt: Prompt, plan: _Plan, chunks: int) -> tuple[Float[Array, "B D"], KVCache]:
+    """Prefills some rows of each device at a time."""
+    batch, devices = prompt.ids.shape[0], meshes.size(meshes.DATA)
+    own_rows = batch // devices
     rows = -(-own_rows // chunks)
 
     def chunk(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         hidden, cache = carry
         # The last chunk is moved back to end with the batch. Rows that it repeats give the same result.
         start = jnp.minimum(i * rows, own_rows - rows)
-        chunk_ids, chunk_lengths = (_read_rows(x, start, rows) for x in (ids, lengths))
-        new, cache = _prefill_rows(model, chunk_ids, chunk_lengths, plan, _Rows(cache, start))
-        return _write_rows(hidden, new, start), KVCache(cache.layers, lengths)
+        own = Prompt(*(meshes.read_rows(x, start, rows) for x in prompt))
+        new, cache = _prefill_rows(model, own, plan, _Rows(cache, start))
+        return meshes.write_rows(hidden, new, start), KVCache(cache.layers, prompt.lengths)
 
     some = devices * rows
-    shapes = jax.eval_shape(lambda ids, lengths: _prefill_rows(model, ids, lengths, plan), ids[:some], lengths[:some])
+    shapes = jax.eval_shape(lambda *few: _prefill_rows(model, Prompt(*few), plan), *(x[:some] for x in prompt))
     hidden, cache = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), shapes)
     zeros = meshes.constrain(hidden, meshes.DATA), meshes.constrain(cache, *meshes.AXES)
     return lax.fori_loop(0, chunks, chunk, zeros)
 
 
 def _prefill_rows(
-    model: Llama, ids: Array, lengths: Array, plan: _Plan, into: _Rows | None = None
+    model: Llama, prompt: Prompt, plan: _Plan, into: _Rows | None = None
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Prefills all rows at once. Each layer is written to `into`, if given, before the next one runs."""
     method, num_layers = plan.method, model.config.num_hidden_layers
+    ids, lengths, seen = prompt
     waits = isinstance(method.budget, ScoredBudget)
     budgets = () if waits else heavy_tokens(method, num_layers, lengths)
     waiting: list[tuple[LayerInputs, Array]] = []
@@ -189,14 +222,14 @@ def _prefill_rows(
     def make(inputs: LayerInputs, scores: Array, heavy: Array) -> LayerCache:
         number = len(layers)
         spec = LayerSpec(method, inputs.window, number)
-        layer, _ = keep(inputs, scores, heavy, plan.capacities[number], spec, plan.implementation)
+        layer, _ = keep(inputs, scores, lengths, heavy, plan.capacities[number], spec, plan.implementation)
         if into is not None:
-            layer = _write_rows(into.cache.layers[number], layer, into.start)
+            layer = meshes.write_rows(into.cache.layers[number], layer, into.start)
         layers.append(layer)
         return layer
 
     def attend_layer(number: int, q: Array, k: Array, v: Array) -> Array:
-        inputs = layer_inputs(model, number, q, k, v, lengths)
+        inputs = layer_inputs(model, number, q, k, v, seen)
         out, inputs = attend(inputs, method, plan.implementation)
         scores = score(inputs, method)
         if waits:
@@ -212,25 +245,6 @@ def _prefill_rows(
         for (inputs, scores), heavy in zip(waiting, counts, strict=True):
             make(inputs, scores, heavy)
     return last_valid(hidden, lengths), KVCache(tuple(layers), lengths)
-
-
-def _write_rows(x: Any, rows: Any, start: Array) -> Any:
-    """Writes `rows` into `x` from row `start` on, on each device. Both are pytrees of arrays `[B, ...]`."""
-
-    def write(x: Array, rows: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(_by_device(x), _by_device(rows), start, axis=1).reshape(x.shape)
-
-    return jax.tree.map(write, x, rows)
-
-
-def _read_rows(x: Num[Array, "B ..."], start: Array, rows: int) -> Num[Array, "R ..."]:
-    """Reads `rows` rows of each device, from its row `start` on."""
-    return lax.dynamic_slice_in_dim(_by_device(x), start, rows, axis=1).reshape(-1, *x.shape[1:])
-
-
-def _by_device(x: Num[Array, "B ..."]) -> Num[Array, "D R ..."]:
-    """Splits the batch axis into devices and the rows of each."""
-    return x.reshape(meshes.size(meshes.DATA), -1, *x.shape[1:])
 
 
 def last_valid(hidden: Float[Array, "B T *D"], lengths: Int[Array, "B"]) -> Float[Array, "B *D"]:
@@ -269,14 +283,16 @@ def prefill_layer(
     Raises:
       ValueError: an array of another shape or dtype, a length, layer or window out of range, a method whose components
         break their contracts, or a `ScoredBudget`, which needs the scores of all layers.
-      NotImplementedError: a method with `evict_every`, which only `decode` supports, or an `implementation` that cannot
-        run this case.
+      NotImplementedError: a method with `evict_every` or `lookahead`, which need a whole model, or an
+        `implementation` that cannot run this case.
     """
     inputs, method = _checked(inputs, num_layers), resolve(method)
     if method.evict_every is not None:
         raise NotImplementedError(
             f"evict_every={method.evict_every}: only this library's own models evict during generation"
         )
+    if method.lookahead:
+        raise NotImplementedError(f"lookahead={method.lookahead}: only this library's own models draft")
     if isinstance(method.budget, ScoredBudget):
         raise ValueError(
             f"budget={type(method.budget).__name__} reads the scores of all layers: a single layer cannot be prefilled"
@@ -290,7 +306,7 @@ def prefill_layer(
     capacity = layer_capacity(method, heavy, tokens, max_new_tokens, window)
     spec = LayerSpec(method, window, number)
     scores = score(inputs, method)
-    cache, _ = keep(inputs, scores, heavy.granted(inputs.lengths), capacity, spec, implementation)
+    cache, _ = keep(inputs, scores, inputs.lengths, heavy.granted(inputs.lengths), capacity, spec, implementation)
     return out, cache
 
 
@@ -312,32 +328,3 @@ def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
     layer = checks.integer("layer", layer, 0, checks.integer("num_layers", num_layers, 1) - 1)
     softmax: dict[str, Any] = {"soft_cap": soft_cap, "sink_logits": inputs.sink_logits}
     return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies, **softmax)
-
-
-def one_shot(model: Llama, ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
-    """Runs a causal forward pass without a cache, over right-padded rows.
-
-    Args:
-      model: the model.
-      ids: token ids in `0..V-1`, right-padded; `T` is at most the model's number of positions.
-      lengths: tokens of each row, in `0..T`; by default all `T`.
-
-    Returns:
-      float32 logits of every token, undefined in the padding.
-
-    Raises:
-      ValueError: more tokens than the model has positions, an array of another shape or dtype, a token id or length out
-        of range. Under `jit`, values are checked only by `debug_checks`.
-    """
-    check_model("one_shot", model)
-    contract = Contract("one_shot")
-    ids = contract.integers("ids", ids, "B T", 0, model.config.vocab_size - 1)
-    batch, tokens = ids.shape
-    known = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
-    known = contract.integers("lengths", known, "B", 0, tokens)
-    positions = row_positions(tokens, known, by_length=model.config.rope_by_length)
-
-    def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
-        return prefill_attention(q, k, v, known, window=model.window(layer), **model.softmax_options(layer))[0]
-
-    return model.logits(model.forward(ids, positions, attend_layer))

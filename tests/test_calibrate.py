@@ -99,7 +99,7 @@ def relative_error(model: Llama, method: Method) -> np.ndarray:
         _, whole = prefill_layers(model, ids, lengths + AFTER, True, None)
         caches = [
             compress_layers(
-                model.config, each, layers, lengths, capacities(model.config, each, PROMPT, AFTER), None
+                model.config, each, layers, lengths, lengths, capacities(model.config, each, PROMPT, AFTER), None
             ).cache
             for each in (method, exact)
         ]

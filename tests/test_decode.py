@@ -11,7 +11,8 @@ from support.tiny import random_ids, tiny_model
 
 import minikv_jax as mk
 from minikv_jax.decode import decode, extend
-from minikv_jax.prefill import one_shot, prefill
+from minikv_jax.one_shot import one_shot
+from minikv_jax.prefill import prefill
 
 TOKENS, PROMPT = 101, 70
 PREFILL = jax.jit(functools.partial(prefill, method="full", max_new_tokens=TOKENS - PROMPT))

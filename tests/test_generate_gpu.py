@@ -147,7 +147,7 @@ def each_step(
         row[: len(prompt)] = prompt
     sizes = capacities(model.config, MINIKV, ids.shape[1], steps)
     hidden, layers = layerwise.prefill_layers(model, ids, lengths, True, implementation)
-    cache = layerwise.compress_layers(model.config, MINIKV, layers, lengths, sizes, implementation).cache
+    cache = layerwise.compress_layers(model.config, MINIKV, layers, lengths, lengths, sizes, implementation).cache
     del layers
     for step in range(steps):
         yield (logits := model.logits(hidden))

@@ -72,7 +72,7 @@ def test_layer_by_layer_is_the_whole_model(method: Method, model_fields: dict[st
     expected, expected_cache = whole(model, ids, LENGTHS)
     hidden, layers = layerwise.prefill_layers(model, ids, LENGTHS, True, None)
     sizes = capacities(model.config, method, 96, ROOM)
-    cache, kept, _ = layerwise.compress_layers(model.config, method, layers, LENGTHS, sizes, None)
+    cache, kept, _ = layerwise.compress_layers(model.config, method, layers, LENGTHS, LENGTHS, sizes, None)
     assert [chosen.tokens.tolist() for chosen in kept] == expected_cache.kept_tokens.tolist()
     for number in range(ROOM):
         close(hidden, expected)
@@ -102,7 +102,7 @@ def test_layers_share_their_programs(caplog: pytest.LogCaptureFixture):
 
     def run(sizes: tuple[LayerCapacity, ...]) -> jax.Array:
         hidden, layers = layerwise.prefill_layers(model, ids, lengths, True, None)
-        cache = layerwise.compress_layers(model.config, method, layers, lengths, sizes, None).cache
+        cache = layerwise.compress_layers(model.config, method, layers, lengths, lengths, sizes, None).cache
         for _ in range(2):
             hidden, cache = layerwise.decode_step(model, cache, jnp.array([1]), jnp.array([1]), None)
         return hidden

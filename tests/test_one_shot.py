@@ -10,7 +10,7 @@ from support.dense_attention import dense_logits
 from support.tiny import random_ids, tiny_model
 
 from minikv_jax.models.decoder import Llama
-from minikv_jax.prefill import one_shot
+from minikv_jax.one_shot import one_shot
 
 RUN = jax.jit(one_shot)
 

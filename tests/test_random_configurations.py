@@ -91,7 +91,7 @@ def composition(seed: int) -> Method:
         mk.LagKV(lag=one(4, 16)),
         mk.ExpectedAttention(future=one(1, 64), epsilon=one(0.0, 0.1)),
     )
-    return Method(
+    method = Method(
         name=f"composition {seed}",
         scorer=one(mk.H2O(), mk.TOVA()) if evicts else one(*scorers, mk.H2O(), mk.TOVA()),
         heavy=amount(),
@@ -101,7 +101,10 @@ def composition(seed: int) -> Method:
         evict_every=one(1, 5, 16) if evicts else None,
         quantizer=None if evicts else one(None, *quantizers(one)),
         tail=Tail(length=one(32, 64), rule=one("minikv", "kivi")),
+        refit=one(None, None, mk.Ridge(queries=one(1, 9), strength=one(0.1, 1.0))),
     )
+    drafts = bool(method.heavy) and not method.keeps_all
+    return dataclasses.replace(method, lookahead=one(0, 0, 1, 5) if drafts else 0)
 
 
 def quantizers(one: Any) -> list[Quantizer]:

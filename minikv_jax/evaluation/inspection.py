@@ -17,12 +17,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax.cache.capacity import capacities
+from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.cache.state import LayerCache
 from minikv_jax.evaluation.measure import check_case, padded_length
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import generate
-from minikv_jax.layerwise import PromptLayer, compress_layers, prefill_layers
+from minikv_jax.layerwise import PromptLayer, compress_layers, look_ahead, prefill_layers
 from minikv_jax.methods import contracts
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import SCORERS
@@ -104,12 +104,15 @@ def inspect(
         contracts.check(method, model.config)
     ids, length = _padded(prompt, padded_length(model.config, case))
     sums = any(method.scorer.needs_column_sums for method in methods.values())
-    _, layers = prefill_layers(model, ids, length, sums, implementation)
+    hidden, layers = prefill_layers(model, ids, length, sums, implementation)
     later = _later_queries(model, prompt, max_new_tokens, implementation)
-    run = functools.partial(_inspect, model.config, layers=layers, later=later, length=length)
+    run = functools.partial(_inspect, model.config, later=later, length=length)
     inspections = {}
     for name, method in methods.items():
-        arrays = jax.device_get(run(method, room=max_new_tokens, implementation=implementation))
+        inputs, seen = look_ahead(model, method, (ids, length), hidden, layers, implementation)
+        sizes = capacities(model.config, method, ids.shape[1], max_new_tokens)
+        arrays = run(method, layers=inputs, seen=seen, sizes=sizes, implementation=implementation)
+        arrays = jax.device_get(arrays)
         if not arrays.pop("scored"):
             raise ValueError(
                 f"method {name!r}: its scorer {SCORERS.name_of(method.scorer)!r} gives NaN for tokens of the prompt"
@@ -143,7 +146,7 @@ def _later_queries(model: Llama, prompt: Sequence[int], count: int, implementati
     return _Later(q, [layer[1][0] for layer in layers], jnp.int32(len(generated)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("room", "implementation"))
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("sizes", "implementation"))
 def _inspect(
     model: ModelConfig,
     method: Method,
@@ -151,12 +154,12 @@ def _inspect(
     layers: list[PromptLayer],
     later: _Later,
     length: Int[Array, "1"],
-    room: int,
+    seen: Int[Array, "1"],
+    sizes: tuple[LayerCapacity, ...],
     implementation: str | None,
 ) -> dict[str, Any]:
     """Computes the fields of `Inspection`, with `kept` over the padded prompt."""
-    sizes = capacities(model, method, layers[0].k.shape[1], room)
-    cache, kept, scored = compress_layers(model, method, layers, length, sizes, implementation)
+    cache, kept, scored = compress_layers(model, method, layers, length, seen, sizes, implementation)
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
     shares = [
         attention_share(

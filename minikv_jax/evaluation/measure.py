@@ -22,12 +22,12 @@ from minikv_jax import meshes
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.evaluation.task import Case
-from minikv_jax.layerwise import compress_layers, decode_step, prefill_layers, shared_capacities
+from minikv_jax.layerwise import compress_layers, decode_step, look_ahead, prefill_layers, shared_capacities
 from minikv_jax.methods import contracts, lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
-from minikv_jax.prompts import bucket_length
+from minikv_jax.prompts import bucket_length, check_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,8 @@ def measure_each(
         check_case(model.config, case, new_tokens)
     for method in methods.values():
         contracts.check(method, model.config)
+        for case in cases:
+            check_positions(model, len(case.prompt), method.lookahead)
     batch = _batch(model.config, cases, new_tokens)
     sums = any(method.scorer.needs_column_sums for method in methods.values())
     with meshes.use(model.mesh):
@@ -131,7 +133,11 @@ def measure_each(
     def run(method: Method, *, answer: bool) -> _Run:
         capacities = shared_capacities(model.config, method, **sizes)
         with meshes.use(model.mesh):
-            cache, _, scored = compress_layers(model.config, method, layers, batch.lengths, capacities, implementation)
+            prompt = batch.ids, batch.lengths
+            inputs, seen = look_ahead(model, method, prompt, hidden, layers, implementation)
+            cache, _, scored = compress_layers(
+                model.config, method, inputs, batch.lengths, seen, capacities, implementation
+            )
             decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
             forced = decode(batch.known) if batch.known.any() else None
             answered = decode(np.zeros_like(batch.known)) if answer and batch.to_generate.any() else None

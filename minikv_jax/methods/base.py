@@ -26,7 +26,7 @@ MAX_TOKENS = 1 << 24  # in a budget or a cache: more than any model has position
 MAX_WINDOW = 1 << 16  # consecutive tokens that a scorer looks at or ahead to
 METHOD_FIELDS = (
     *("name", "citation", "scorer", "heavy", "recent"),
-    *("sinks", "budget", "evict_every", "quantizer", "tail"),
+    *("sinks", "budget", "evict_every", "quantizer", "tail", "refit", "lookahead"),
 )  # fields of `Method`, which `--set` also accepts
 
 
@@ -141,6 +141,30 @@ class Scorer(Component, abc.ABC):
     def can_update(self) -> bool:
         """Whether the scorer defines `update`."""
         return type(self).update is not Scorer.update
+
+
+class KeptTokens(NamedTuple):
+    """The prompt tokens that a layer keeps, in order of position. Slots beyond a row's tokens are filler.
+
+    Attributes:
+      keys: float32, as decoding will read them: dequantised, where they are packed.
+      values: float32, as the prompt had them; zero in filler slots.
+      positions: int32, from 0; one past the prompt's array in filler slots.
+      lengths: int32, tokens of the prompt per row; `LayerInputs.lengths` also counts the drafted ones.
+    """
+
+    keys: Float[Array, "B K M H"]
+    values: Float[Array, "B K M H"]
+    positions: Int[Array, "B K M"]
+    lengths: Int[Array, "B"]
+
+
+class Refit(Component, abc.ABC):
+    """Changes the values of the kept tokens, so that attention over them comes closer to attention over all."""
+
+    @abc.abstractmethod
+    def values(self, inputs: LayerInputs, kept: KeptTokens) -> Float[Array, "B K M H"]:
+        """Computes floating-point values for the tokens that a layer keeps; filler may get any. Traced by `jax.jit`."""
 
 
 class NoScores(Scorer):

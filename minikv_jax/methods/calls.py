@@ -23,13 +23,15 @@ from minikv_jax.methods.base import (
     Component,
     FunctionBudget,
     FunctionScorer,
+    KeptTokens,
     LayerInputs,
     Operand,
     Quantizer,
+    Refit,
     ScoredBudget,
     Scorer,
 )
-from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, SCORERS
+from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, REFITS, SCORERS
 from minikv_jax.models.config import ModelConfig
 
 
@@ -40,6 +42,13 @@ def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:
     code = scorer.function if isinstance(scorer, FunctionScorer) else scorer.score
     out = _run(what, code, scorer.score, inputs)
     return _expect(what, code, out, (batch, kv_heads, tokens), "[B, K, T]")
+
+
+def refit(refit: Refit, inputs: LayerInputs, kept: KeptTokens) -> Float[Array, "B K M H"]:
+    """Calls `Refit.values`."""
+    what = f"refit {REFITS.name_of(refit)!r}"
+    out = _run(what, refit.values, refit.values, inputs, kept)
+    return _expect(what, refit.values, out, kept.values.shape, "[B, K, M, H]")
 
 
 def update(scorer: Scorer, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array
 
 from minikv_jax.methods import calls
-from minikv_jax.methods.base import LayerInputs, Operand, Quantizer, ScoredBudget
+from minikv_jax.methods.base import KeptTokens, LayerInputs, Operand, Quantizer, ScoredBudget
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import QUANTIZERS
 from minikv_jax.models.config import ModelConfig
 
-_ROWS, _TOKENS = 2, 96  # shapes that components are tried on
+_ROWS, _TOKENS, _KEPT = 2, 96, 40  # shapes that components are tried on
 
 
 def check(method: Method, model: ModelConfig) -> None:
@@ -54,6 +54,8 @@ def check_components(method: Method, *, heads: int, kv_heads: int, head_dim: int
         _trace(functools.partial(calls.scored_weights, method.budget), scores, lengths)
     else:
         calls.layer_weights(method.budget, layers)
+    if method.refit is not None:
+        _check_refit(method, heads, kv_heads, head_dim)
     if method.quantizer is not None:
         for operand in (method.quantizer.operand("keys", 0), method.quantizer.operand("values", 0)):
             _check_quantizer(method.quantizer, operand, kv_heads, head_dim)
@@ -70,6 +72,18 @@ def _check_scorer(method: Method, heads: int, kv_heads: int, head_dim: int) -> N
     _trace(run, q, k, _integers(_ROWS), sums, _integers(), _floats(head_dim // 2))
     if method.evict_every and scorer.can_update:
         _trace(functools.partial(calls.update, scorer), scores, scores)
+
+
+def _check_refit(method: Method, heads: int, kv_heads: int, head_dim: int) -> None:
+    refit, kept = method.refit, _floats(_ROWS, kv_heads, _KEPT, head_dim)
+    assert refit is not None
+    q, k = _floats(_ROWS, _TOKENS, heads, head_dim), _floats(_ROWS, _TOKENS, kv_heads, head_dim)
+
+    def run(q: Array, k: Array, lengths: Array, kept: Array, positions: Array, frequencies: Array) -> Array:
+        inputs = LayerInputs(q, k, k, lengths, frequencies=frequencies, sinks=method.sinks)
+        return calls.refit(refit, inputs, KeptTokens(kept, kept, positions, lengths))
+
+    _trace(run, q, k, _integers(_ROWS), kept, _integers(_ROWS, kv_heads, _KEPT), _floats(head_dim // 2))
 
 
 def _check_quantizer(quantizer: Quantizer, operand: Operand, kv_heads: int, head_dim: int) -> None:

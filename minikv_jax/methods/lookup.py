@@ -12,7 +12,7 @@ from minikv_jax.methods import calibrated
 from minikv_jax.methods.base import Component, settings
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import AMOUNT, Amount, Method, to_amount
-from minikv_jax.methods.registry import COMPONENTS, METHODS, make, plain_settings
+from minikv_jax.methods.registry import COMPONENTS, METHODS, OPTIONAL, make, plain_settings
 
 _PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named without the field
 
@@ -93,10 +93,10 @@ def parse(text: str, changes: Iterable[tuple[str, str]] = ()) -> Method:
 def override(method: Method, changes: Mapping[str, str]) -> Method:
     """Changes settings of a method by text, as in `--set heavy=0.5`.
 
-    A key is a field of `Method` (`heavy=0.5` is a share, `heavy=512` a count; `scorer`, `budget` and `quantizer` take
-    registered names, `quantizer` and `evict_every` also `none`) or a setting of one of its components: `k_bits`, or
-    `quantizer.k_bits` if two components have it. A new component takes over the settings that it has in common with the
-    one it replaces.
+    A key is a field of `Method` (`heavy=0.5` is a share, `heavy=512` a count; `scorer`, `budget`, `quantizer` and
+    `refit` take registered names, the last two and `evict_every` also `none`) or a setting of one of its components:
+    `k_bits`, or `quantizer.k_bits` if two components have it. A new component takes over the settings that it has in
+    common with the one it replaces.
 
     Args:
       method: the method to change; it stays as it is.
@@ -143,7 +143,7 @@ def _unchanged(component: Component | None) -> _Draft:
 def _replaced(part: str, old: Component | None, name: str) -> _Draft:
     """Drafts the component called `name`, with the settings that it shares with `old`."""
     registry = COMPONENTS[part]
-    if part == "quantizer" and name.lower() == "none":
+    if part in OPTIONAL and name.lower() == "none":
         return _unchanged(None)
     entry = registry[name]
     if not isinstance(entry, type) or type(old) is entry:
@@ -202,4 +202,5 @@ _PARSERS = {
     "recent": _parse_amount,
     "sinks": functools.partial(_parse_setting, current=0),
     "evict_every": _parse_optional,
+    "lookahead": functools.partial(_parse_setting, current=0),
 }

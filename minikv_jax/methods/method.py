@@ -26,6 +26,7 @@ from minikv_jax.methods.base import (
     LayerInputs,
     NoScores,
     Quantizer,
+    Refit,
     ScoredBudget,
     Scorer,
     Uniform,
@@ -35,6 +36,7 @@ from minikv_jax.packing import MAX_BLOCK
 Length = TypeVar("Length", int, Array)
 T = TypeVar("T")
 
+MAX_LOOKAHEAD = 1024  # drafted tokens
 SHARE_UNITS = 10000  # a share is a whole number of 1 / SHARE_UNITS
 
 
@@ -189,11 +191,15 @@ class Method:
       evict_every: number of new tokens after which a layer is cut back to its budget; None never evicts.
       quantizer: a `Quantizer` that stores keys and values; None keeps them in the model's dtype.
       tail: the newest tokens, which are not quantised.
+      refit: a `Refit` that changes the values of the kept prompt tokens; None keeps them.
+      lookahead: number of tokens that are drafted after the prompt with the compressed cache, before the prompt runs
+        once more with the draft after it. The scorer then sees the drafted queries as the newest ones. The draft itself
+        is dropped (Lookahead Q-Cache, arXiv 2505.20334). It stops at an end-of-sequence token; 0 drafts nothing.
 
     Raises:
       ValueError: a value that is not accepted, or values that do not go together: shares that sum to more than 1, a
         `heavy` budget without a scorer, a tail that the quantizer's block does not divide, `evict_every` with a
-        quantizer, without a budget, or with a scorer that has no `update`.
+        quantizer, without a budget, or with a scorer that has no `update`; `lookahead` where scores choose no token.
     """
 
     name: str = dataclasses.field(default="custom", compare=False)
@@ -208,6 +214,8 @@ class Method:
 
     quantizer: Quantizer | None = None
     tail: Tail = Tail()
+    refit: Refit | None = None
+    lookahead: int = setting(default=0, at_least=0, at_most=MAX_LOOKAHEAD)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -226,6 +234,10 @@ class Method:
             self._check_storage(self.quantizer)
         if not isinstance(self.tail, Tail):
             raise ValueError(f"tail={self.tail!r}: expected a Tail")
+        if self.refit is not None and not isinstance(self.refit, Refit):
+            raise ValueError(f"refit={self.refit!r}: expected a Refit or None")
+        if self.lookahead and (not self.heavy or self.keeps_all):
+            raise ValueError(f"lookahead={self.lookahead} where scores choose no token: expected a heavy budget")
         if self.evict_every is not None:
             self._check_eviction()
 

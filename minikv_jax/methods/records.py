@@ -38,6 +38,8 @@ class MethodRecord(Schema):
     sinks: Count
     evict_every: Size | None
     tail: dict[str, Setting]
+    refit: ComponentRecord | None = None  # this and the next are missing in files of earlier versions
+    lookahead: Count = 0
 
 
 def to_method(record: MethodRecord, source: str | os.PathLike[str]) -> Method:

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from minikv_jax.checks import shown
-from minikv_jax.methods.base import Budget, Component, NoScores, Quantizer, ScoredBudget, Scorer, Uniform, settings
+from minikv_jax.methods.base import (
+    Budget,
+    Component,
+    NoScores,
+    Quantizer,
+    Refit,
+    ScoredBudget,
+    Scorer,
+    Uniform,
+    settings,
+)
 from minikv_jax.methods.method import Method, Share, Tail, to_budget, to_scorer
 
 T = TypeVar("T")
@@ -94,8 +104,9 @@ def make(component: type[T], values: Mapping[str, Any]) -> T:
 SCORERS = Components("scorer")
 BUDGETS = Components("budget")
 QUANTIZERS = Components("quantizer")
+REFITS = Components("refit")
 METHODS: Registry[Method] = Registry("method")
-REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, BUDGETS, QUANTIZERS, METHODS)
+REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, BUDGETS, QUANTIZERS, REFITS, METHODS)
 
 
 def register_scorer(name: str) -> Callable[[Registered], Registered]:
@@ -145,6 +156,22 @@ def register_quantizer(name: str) -> Callable[[Registered], Registered]:
         quantizer, and for a class without defaults for all settings or without `encode` and `decode`.
     """
     return _register(QUANTIZERS, name, (Quantizer,), None)
+
+
+def register_refit(name: str) -> Callable[[Registered], Registered]:
+    """Registers the decorated refit of values for the command line and for files: `--set refit=NAME`.
+
+    Args:
+      name: without spaces, ':', ',', '.' and '='. One of your own names may be used again.
+
+    Returns:
+      A decorator for a `Refit` class. It returns the class unchanged.
+
+    Raises:
+      ValueError: raised by the decorator for a name that is malformed or the library's own, for anything but a refit,
+        and for a class without defaults for all settings or without `values`.
+    """
+    return _register(REFITS, name, (Refit,), None)
 
 
 def _register(
@@ -202,7 +229,9 @@ def to_dict(method: Method) -> dict[str, Any]:
     for field in ("heavy", "recent"):
         budget = getattr(method, field)
         values[field] = budget.fraction if isinstance(budget, Share) else budget.count
-    return values | {"sinks": method.sinks, "evict_every": method.evict_every, "tail": settings(method.tail)}
+    for field in ("sinks", "evict_every", "lookahead"):
+        values[field] = getattr(method, field)
+    return values | {"tail": settings(method.tail)}
 
 
 def plain_settings(component: Component) -> dict[str, Any]:
@@ -212,16 +241,17 @@ def plain_settings(component: Component) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> Method:
     """Reads the values of `to_dict`. Raises ValueError naming what is unknown, missing or of the wrong type."""
+    values = LATER_FIELDS | dict(values)
     expected = {field.name for field in dataclasses.fields(Method)}
     if set(values) != expected:
         unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
         raise ValueError(f"not a method: unknown fields {unknown}, missing fields {missing}")
     components = {field: _component(field, values[field]) for field in (*COMPONENTS, "tail")}
-    return Method(**dict(values) | components)
+    return Method(**values | components)
 
 
 def _component(field: str, given: Any) -> Any:
-    if given is None and field == "quantizer":
+    if given is None and field in OPTIONAL:
         return None
     if not isinstance(given, Mapping) or (field != "tail" and "name" not in given):
         raise ValueError(f"{field}={given!r}: expected a name and settings")
@@ -231,6 +261,8 @@ def _component(field: str, given: Any) -> Any:
     return COMPONENTS[field].make(values.pop("name"), **values)
 
 
-COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS}
+COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS, "refit": REFITS}
+OPTIONAL = ("quantizer", "refit")  # components that may be None
+LATER_FIELDS = {"refit": None, "lookahead": 0}  # of methods in files of earlier versions
 SCORERS.add("none", NoScores)
 BUDGETS.add("uniform", Uniform)

@@ -12,41 +12,57 @@ from minikv_jax.models import windows
 _VOTERS = 32  # queries at a time, because their weights over all keys are in memory
 
 
-def window_votes(inputs: LayerInputs, size: int) -> Float[Array, "B K T"]:
-    """Sums the softmax map over each row's last `size` queries; float32, zero in the padding."""
-    q, k, lengths, window = inputs.q, inputs.k, inputs.lengths, inputs.window
-    batch, tokens, heads, dim = q.shape
-    kv_heads, keys = k.shape[2], jnp.arange(tokens)
+def window_votes(inputs: LayerInputs, size: int, power: int = 1) -> Float[Array, "B K T"]:
+    """Sums the softmax map, to a power, over each row's last `size` queries; float32, zero in the padding."""
+    batch, tokens, kv_heads, _ = inputs.k.shape
+    keys = jnp.broadcast_to(jnp.arange(tokens), (batch, kv_heads, tokens))
     voters = min(size, _VOTERS)
-    sinks = None
-    if inputs.sink_logits is not None:
-        sinks = inputs.sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
 
     def add(block: Array | int, votes: Array) -> Array:
         back = block * voters + jnp.arange(voters)  # 0 for the row's last query
-        positions = jnp.where(back < size, lengths[:, None] - 1 - back, -1)  # [B, w], negative: no such query
-        rows = jnp.take_along_axis(q, jnp.maximum(positions, 0)[:, :, None, None], axis=1)
-        rows = rows.reshape(batch, voters, kv_heads, heads // kv_heads, dim)
-        logits = jnp.einsum("bwkgh,bskh->bkgws", rows, k, preferred_element_type=jnp.float32, precision="highest")
-        seen = keys <= positions[:, :, None]  # [B, w, T]
-        if window is not None:
-            seen &= keys >= windows.oldest(window, positions[:, :, None])
-        logits = logits * dim**-0.5
-        if inputs.soft_cap is not None:
-            logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)
-        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        if sinks is not None:
-            top = jnp.maximum(top, sinks)
-        top = jnp.where(jnp.isfinite(top), top, 0.0)
-        weights = jnp.exp(logits - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        if sinks is not None:
-            total += jnp.exp(sinks - top)
-        return votes + jnp.sum(weights / jnp.where(total == 0, 1.0, total), axis=(2, 3))
+        positions = jnp.where(back < size, inputs.lengths[:, None] - 1 - back, -1)
+        weights = attention_weights(inputs, positions, inputs.k.swapaxes(1, 2), keys)
+        return votes + jnp.sum(weights**power, axis=(2, 3))
 
     votes = jnp.zeros((batch, kv_heads, tokens), jnp.float32)
     return add(0, votes) if size == voters else lax.fori_loop(0, -(-size // voters), add, votes)
+
+
+def attention_weights(
+    inputs: LayerInputs, queries: Int[Array, "B W"], keys: Float[Array, "B K S H"], positions: Int[Array, "B K S"]
+) -> Float[Array, "B K G W S"]:
+    """Computes the causal softmax of some of the prompt's queries over some keys; float32.
+
+    Args:
+      inputs: the prompt, whose queries are read.
+      queries: their positions. A negative one gives zeros.
+      keys: the keys.
+      positions: their positions in the prompt.
+    """
+    q, window = inputs.q, inputs.window
+    batch, _, heads, dim = q.shape
+    rows = jnp.take_along_axis(q, jnp.maximum(queries, 0)[:, :, None, None], axis=1)
+    rows = rows.reshape(batch, queries.shape[1], keys.shape[1], heads // keys.shape[1], dim)
+    logits = jnp.einsum("bwkgh,bksh->bkgws", rows, keys, preferred_element_type=jnp.float32, precision="highest")
+    newest, at = queries[:, None, :, None], positions[:, :, None]
+    seen = at <= newest  # [B, K, W, S]
+    if window is not None:
+        seen &= at >= windows.oldest(window, newest)
+    logits = logits * dim**-0.5
+    if inputs.soft_cap is not None:
+        logits = inputs.soft_cap * jnp.tanh(logits / inputs.soft_cap)
+    logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    sinks = None
+    if inputs.sink_logits is not None:
+        sinks = inputs.sink_logits.astype(jnp.float32).reshape(keys.shape[1], -1, 1, 1)
+        top = jnp.maximum(top, sinks)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks - top)
+    return weights / jnp.where(total == 0, 1.0, total)
 
 
 def pool(votes: Float[Array, "B K T"], lengths: Int[Array, "B"], kind: str, kernel: int) -> Float[Array, "B K T"]:

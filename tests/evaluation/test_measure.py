@@ -15,7 +15,7 @@ from minikv_jax.methods import lookup
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Tail
 from minikv_jax.models.decoder import Llama
-from minikv_jax.prefill import one_shot
+from minikv_jax.one_shot import one_shot
 
 COARSE = dataclasses.replace(
     lookup.get("minikv"), name="coarse", quantizer=MinMax(k_bits=1, v_bits=1, group_size=16), tail=Tail(length=32)

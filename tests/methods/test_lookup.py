@@ -10,6 +10,7 @@ import minikv_jax as mk
 from minikv_jax.cache import memory
 from minikv_jax.methods import lookup
 from minikv_jax.methods.base import Uniform
+from minikv_jax.methods.grkv import Ridge
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.hqq import HQQ
 from minikv_jax.methods.kivi import MinMax
@@ -72,6 +73,12 @@ def test_a_missing_field_is_named():
         from_dict(values)
 
 
+def test_methods_of_earlier_versions_have_neither_refit_nor_lookahead():
+    values = to_dict(MINIKV)
+    del values["refit"], values["lookahead"]
+    assert from_dict(values) == MINIKV
+
+
 CHANGES = {
     "a count": ({"heavy": "512"}, lambda m: m.heavy == Tokens(512)),
     "a share": ({"recent": "0.5"}, lambda m: m.recent == Share(0.5)),
@@ -83,6 +90,8 @@ CHANGES = {
     "tail": ({"length": "32", "tail.rule": "kivi"}, lambda m: m.tail == Tail(length=32, rule="kivi")),
     "no quantizer": ({"quantizer": "none", "evict_every": "8"}, lambda m: (m.quantizer, m.evict_every) == (None, 8)),
     "never": ({"evict_every": "None", "sinks": "4"}, lambda m: (m.evict_every, m.sinks) == (None, 4)),
+    "refit": ({"refit": "ridge", "queries": "8"}, lambda m: m.refit == Ridge(queries=8)),
+    "lookahead": ({"lookahead": "16"}, lambda m: m.lookahead == 16),
     "named": ({"name": "mine", "citation": "a, b"}, lambda m: (m.name, m.citation) == ("mine", "a, b")),
     # The new quantizer does not support the old one's bits, and need not.
     "other bits": ({"quantizer": "nvfp4", "k_bits": "4", "v_bits": "4"}, lambda m: m.quantizer == NVFP4()),
@@ -139,6 +148,10 @@ def test_a_setting_of_two_components_is_ambiguous():
         ({"scorer": "none"}, "heavy=0.25 needs a scorer"),
         ({"quantizer": "fp8"}, "quantizer='fp8': k_bits=2: expected one of 8"),
         ({"quantizer": "none", "k_bits": "4"}, "unknown setting 'k_bits'"),
+        ({"refit": "nosuch"}, "refit='nosuch': expected one of ridge"),
+        ({"queries": "4"}, "unknown setting 'queries'"),
+        ({"refit": "ridge", "strength": "0"}, "strength=0.0: expected"),
+        ({"lookahead": "none"}, "lookahead='none': expected an integer"),
         ({"length": "100"}, "tail.length=100: expected a multiple"),
     ],
 )

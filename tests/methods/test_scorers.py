@@ -9,6 +9,7 @@ import pytest
 from oracle import naive, naive_methods
 from support.tiny import tiny_config
 
+from minikv_jax.methods.attention_matching import RmsVotes
 from minikv_jax.methods.base import LayerInputs, NoScores, Scorer
 from minikv_jax.methods.expected_attention import ExpectedAttention
 from minikv_jax.methods.h2o import H2O
@@ -89,6 +90,23 @@ def test_votes_match_naive(
     # Logits of size ~4 carry 16 roundings of float32 (2**-24), weights below 1; up to 64 queries x 3 heads are summed.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert all(not got[b, :, n:].any() for b, n in enumerate(lengths))
+
+
+@pytest.mark.parametrize(("queries", "window"), [(1, None), (5, None), (64, None), (9, 6)])
+def test_rms_votes_match_the_formula(queries: int, window: int | None):
+    lengths = [1, 3, 19, 40]
+    q, k, v = prompt(lengths, (4, 2), seed=3)
+    got = np.asarray(scores_of(RmsVotes(observation_window=queries), q, k, v, np.array(lengths), window))
+    for row, length in enumerate(lengths):
+        for head in range(2):
+            squares = []
+            for query in range(max(length - queries, 0), length):
+                first = 0 if window is None else max(query - window + 1, 0)
+                for one in q[row, query, 2 * head : 2 * head + 2].astype(np.float64):
+                    weights = np.exp(k[row, first : query + 1, head] @ one / np.sqrt(H))
+                    squares.append(np.zeros(T))
+                    squares[-1][first : query + 1] = (weights / weights.sum()) ** 2
+            np.testing.assert_allclose(got[row, head], np.sqrt(np.mean(squares, axis=0)), rtol=1e-5, atol=1e-6)
 
 
 def test_without_scores_all_tokens_are_alike():

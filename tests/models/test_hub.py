@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minikv_jax.models import hub, packaged
 from minikv_jax.models.decoder import Llama
-from minikv_jax.prefill import one_shot
+from minikv_jax.one_shot import one_shot
 
 
 def same(a: Llama, b: Llama) -> bool:

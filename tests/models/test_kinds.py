@@ -11,7 +11,7 @@ import torch
 from support.family_cases import KINDS, write_kind
 
 from minikv_jax.models.huggingface import load_safetensors
-from minikv_jax.prefill import one_shot
+from minikv_jax.one_shot import one_shot
 
 T, NEW = 24, 8  # tokens of the prompt, longer than any window, and after it
 BOUND = 1e-4  # float32 roundings of both sides, where logits reach 15

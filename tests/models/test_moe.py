@@ -15,7 +15,7 @@ from minikv_jax.models.experts import Experts
 from minikv_jax.models.latent_attention import LatentAttention
 from minikv_jax.models.moe import SparseMLP, by_expert, route
 from minikv_jax.models.partition import check_mesh, shard_model
-from minikv_jax.prefill import one_shot
+from minikv_jax.one_shot import one_shot
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "softmax": {"normalised": True},

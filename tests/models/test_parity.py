@@ -18,8 +18,8 @@ from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.huggingface import load_safetensors
 from minikv_jax.models.rotary import rotary_tables
+from minikv_jax.one_shot import one_shot
 from minikv_jax.ops.prefill_attention import prefill_attention
-from minikv_jax.prefill import one_shot
 
 T = 24
 TINY = {

@@ -195,7 +195,7 @@ def test_a_layers_cache_reads_alike(
     prompt, lengths, method = rng.integers(0, model.config.vocab_size, (1, 700)), np.array([700]), lookup.get(name)
     layers = layerwise.prefill_layers(model, prompt, lengths, True, "xla")[1]
     sizes = capacities(model.config, method, 700, 1)
-    layer = layerwise.compress_layers(model.config, method, layers, lengths, sizes, "xla").cache.layers[3]
+    layer = layerwise.compress_layers(model.config, method, layers, lengths, lengths, sizes, "xla").cache.layers[3]
     q = jnp.asarray(rng.normal(size=(1, 9, 64)), jnp.bfloat16)
     exact = decode_attention(q.astype(jnp.float32), layer, implementation="xla")
     by_xla = decode_attention(q, layer, implementation="xla").astype(jnp.float32)
