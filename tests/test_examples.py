@@ -129,3 +129,22 @@ def test_the_python_of_the_readme_runs(tmp_path: pathlib.Path, capsys: pytest.Ca
     for code in (quickstart, plugin):
         exec(code.replace("smollm2-135m-instruct", str(tmp_path)).replace("examples/log.txt", str(log)), names)
         assert capsys.readouterr().out.splitlines()[-1].endswith(" bytes")
+
+
+def test_rollouts_from_a_compressed_cache_learn_the_toy_reward():
+    example = runpy.run_path(str(EXAMPLES / "rollouts.py"))
+    rewards = list(example["train"](example["tiny_model"](), "minikv", steps=9, rows=16, prompt=48, new=8))
+    assert rewards[-1] > max(rewards[0], 0.5) + 0.15
+
+
+def test_a_distilled_scorer_finds_what_is_attended_to(
+    model_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """On passages that it has not seen, it keeps more of the later attention than a share of the tokens by chance."""
+    sizes = ["--tokens", "64", "--steps", "60", "--max-new-tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["distil_scorer.py", "--model", str(model_directory), *sizes])
+    runpy.run_path(str(EXAMPLES / "distil_scorer.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    student, knorm, teacher = (float(re.findall(r"([\d.]+)% of later", line)[0]) for line in lines[:3])
+    assert knorm < student <= teacher
+    assert student > 25
