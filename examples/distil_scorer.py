@@ -106,7 +106,7 @@ def main():
     ids = tokenizer.encode(arguments.text.read_text(encoding="utf-8"))
     passages = np.array(ids[: len(ids) // arguments.tokens * arguments.tokens], np.int32).reshape(-1, arguments.tokens)
     inputs, targets = (
-        np.concatenate(parts) for parts in zip(*(collect(model, p[None]) for p in passages), strict=True)
+        jnp.concatenate(parts) for parts in zip(*(collect(model, p[None]) for p in passages), strict=True)
     )
     test = max(1, len(passages) // 4)
     weights = distil(inputs[:-test], targets[:-test], steps=arguments.steps)

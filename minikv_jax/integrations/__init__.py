@@ -1,1 +1,1 @@
-"""Adapters to other projects. Each module needs the package that it is named after, an extra of this one."""
+"""Adapters to other projects. `lm_eval` needs the package that it is named after, an extra of this one."""
