@@ -27,6 +27,8 @@ from minikv_jax.models.config import ModelConfig, Rope
 from minikv_jax.models.decoder import Layer, Llama
 from minikv_jax.models.rotary import inverse_frequencies, rotary_tables, row_positions, tuned
 from minikv_jax.models.windows import Window
+from minikv_jax.ops.append import append
+from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept
 from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
@@ -283,3 +285,63 @@ def _decode_layer(
         return out
 
     return layer(x, *rotary_tables(rope, positions), attend), updated[0]
+
+
+def extend_layers(
+    model: Llama,
+    cache: KVCache,
+    ids: Int[Array | np.ndarray, "B T"],
+    lengths: Int[Array | np.ndarray, "B"],
+    implementation: str | None,
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """Runs several new tokens per row layer by layer, as `decode.extend` does. The cache is donated.
+
+    Returns:
+      The hidden state of each row's last new token, and the new cache.
+    """
+    ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
+    if cache.layers[0].eviction is not None:
+        return _extend_by_steps(model, cache, ids, lengths, implementation)
+    x, layers = model.embed(ids), []
+    for number, (layer, old) in enumerate(zip(model.layers, cache.layers, strict=True)):
+        case = {"rope": model.config.rope(number), "soft_cap": model.config.attn_logit_softcapping}
+        x, new = _extend_layer(layer, old, x, cache.length, lengths, **case, implementation=implementation)
+        layers.append(new)
+    return model.norm(last_valid(x, lengths)), KVCache(tuple(layers), cache.length + lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("rope", "soft_cap", "implementation"), donate_argnames="cache")
+def _extend_layer(
+    layer: Layer,
+    cache: LayerCache,
+    x: Float[Array, "B T D"],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    *,
+    rope: Rope,
+    soft_cap: float | None,
+    implementation: str | None,
+) -> tuple[Float[Array, "B T D"], LayerCache]:
+    updated: list[LayerCache] = []
+    positions = row_positions(x.shape[1], lengths, start, by_length=rope.by_length)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        how: dict[str, Any] = {"implementation": implementation, "soft_cap": soft_cap}
+        q = tuned(q, rope, positions)
+        out = extend_attention(q, k, v, cache, lengths, positions, sink_logits=layer.sink_logits, **how)
+        updated.append(append(cache, k, v, lengths, positions, implementation))
+        return out
+
+    return layer(x, *rotary_tables(rope, positions), attend), updated[0]
+
+
+def _extend_by_steps(
+    model: Llama, cache: KVCache, ids: Array, lengths: Array, implementation: str | None
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """Decodes the new tokens one by one, for a method that evicts during generation."""
+    last = jnp.zeros((ids.shape[0], model.config.hidden_size), model.dtype)
+    for step in range(int(lengths.max())):
+        active = step < lengths
+        hidden, cache = decode_step(model, cache, ids[:, step], active.astype(jnp.int32), implementation)
+        last = jnp.where(active[:, None], hidden, last)
+    return last, cache

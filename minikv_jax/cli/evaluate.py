@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 
 from minikv_jax.cli import output, shared, tasks
+from minikv_jax.evaluation import leaderboard
 from minikv_jax.evaluation.run import evaluate
 from minikv_jax.evaluation.tables import means_table
+from minikv_jax.evaluation.tasks.kvpress import KVPress
+from minikv_jax.models import hub
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a subcommand per task."""
-    for subparser in tasks.add_tasks(parser):
+    for name, subparser in tasks.add_tasks(parser):
         shared.add_json(subparser)
+        if name == KVPress.name:
+            subparser.add_argument(
+                "--out",
+                type=shared.output_directory,
+                metavar="DIR",
+                help="also write a directory per method, as for kvpress's leaderboard",
+            )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,4 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(means_table(report["means"]).markdown())
     output.warn_not_finite(report["means"])
     output.write_json(arguments.json, report, indent=1)
+    if getattr(arguments, "out", None) is not None:
+        name = arguments.model if hub.HUB_ID.fullmatch(arguments.model) else pathlib.Path(arguments.model).name
+        for directory in leaderboard.write_results(arguments.out, evaluator, methods, report, name):
+            print(directory)
     return 0

@@ -14,7 +14,7 @@ from minikv_jax.evaluation.tables import means_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a subcommand per task."""
-    for subparser in tasks.add_tasks(parser):
+    for _, subparser in tasks.add_tasks(parser):
         subparser.add_argument(
             "--sweep",
             type=_axis,

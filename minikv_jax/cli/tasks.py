@@ -17,8 +17,8 @@ from minikv_jax.evaluation.tasks import TASKS
 from minikv_jax.prompts import check_rows
 
 
-def add_tasks(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Adds a subcommand per task, with the options of the run, the methods and the task; yields each subcommand."""
+def add_tasks(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Adds a subcommand per task, with the options of the run, the methods and the task; yields its name and it."""
     subparsers = parser.add_subparsers(required=True, metavar="TASK", dest="task")
     for name, task in TASKS.items():
         subparser = subparsers.add_parser(name, help=task.summary, description=task.__doc__)
@@ -30,7 +30,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
         )
         for field in dataclasses.fields(typing.cast(Any, task)):
             _add_option(subparser, field)
-        yield subparser
+        yield name, subparser
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:

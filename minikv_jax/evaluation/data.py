@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import zipfile
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 from minikv_jax import checks, files
 from minikv_jax.models import hub, packaged
@@ -78,16 +78,23 @@ def _unpack(path: pathlib.Path, directory: pathlib.Path) -> None:
         raise ValueError(f"{path} is not a zip archive: {checks.reason(error)}") from error
 
 
-def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Appends the rows of a Parquet file (`test-00000-of-00001.parquet`) to a JSON Lines file (`test.jsonl`)."""
+def parquet_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads the rows of a Parquet file. Raises ValueError if pyarrow is missing or the file is damaged."""
     try:
         from pyarrow import ArrowException, parquet  # optional
     except ImportError as error:
         raise ValueError(f"{path} is Parquet, which needs pyarrow: pip install minikv_jax[evaluation]") from error
     try:
-        table = parquet.read_table(path, page_checksum_verification=True)
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in table.to_pylist()]
-    except (ArrowException, OSError, TypeError, ValueError) as error:
+        return parquet.read_table(path, page_checksum_verification=True).to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a Parquet file of texts and numbers: {checks.reason(error)}") from error
+
+
+def _append_rows(path: pathlib.Path, directory: pathlib.Path) -> None:
+    """Appends the rows of a Parquet file (`test-00000-of-00001.parquet`) to a JSON Lines file (`test.jsonl`)."""
+    try:
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in parquet_rows(path)]
+    except TypeError as error:
         raise ValueError(f"{path} is not a Parquet file of texts and numbers: {checks.reason(error)}") from error
     with (directory / f"{path.name.split('-')[0].removesuffix('.parquet')}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(lines)

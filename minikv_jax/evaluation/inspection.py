@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax.cache.capacity import LayerCapacity, capacities
 from minikv_jax.cache.state import LayerCache
-from minikv_jax.evaluation.measure import check_case, padded_length
+from minikv_jax.evaluation.decoding import padded_length
+from minikv_jax.evaluation.measure import check_case
 from minikv_jax.evaluation.task import Case
 from minikv_jax.generate import generate
 from minikv_jax.layerwise import PromptLayer, compress_layers, look_ahead, prefill_layers

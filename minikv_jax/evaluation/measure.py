@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,14 +20,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import meshes
 from minikv_jax.cache import memory
+from minikv_jax.cache.capacity import LayerCapacity
 from minikv_jax.cache.state import KVCache
+from minikv_jax.evaluation.decoding import Batch, Decoded, batch_of, decode_batch
 from minikv_jax.evaluation.task import Case
-from minikv_jax.layerwise import compress_layers, decode_step, look_ahead, prefill_layers, shared_capacities
+from minikv_jax.layerwise import (
+    Compressed,
+    PromptLayer,
+    compress_layers,
+    extend_layers,
+    look_ahead,
+    prefill_layers,
+    shared_capacities,
+)
 from minikv_jax.methods import contracts, lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
-from minikv_jax.prompts import bucket_length, check_positions
+from minikv_jax.prompts import check_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +67,6 @@ class Measurement:
     full_cache_bytes: int
 
 
-def padded_length(model: ModelConfig, case: Case) -> int:
-    """Returns the length that a case's prompt is padded to, in tokens."""
-    return bucket_length(len(case.prompt), model.max_position_embeddings)
-
-
 def check_case(model: ModelConfig, case: Case, new_tokens: int) -> None:
     """Raises ValueError if a case is empty, too long for the model, or has ids outside the vocabulary."""
     if not case.prompt or not case.new_tokens:
@@ -89,7 +94,7 @@ def measure(
 
     Args:
       model: the model.
-      cases: cases of one padded length (`padded_length`).
+      cases: cases of one padded length (`padded_length`); if they have questions, of one prompt.
       methods: the methods by name.
       new_tokens: room in the caches in tokens, at least every case's `new_tokens`.
       implementation: of the attention ops: "xla", "pallas", "cuda", or None for the fastest.
@@ -113,95 +118,123 @@ def measure_each(
     methods: Mapping[str, Method],
     new_tokens: int,
     implementation: str | None = None,
+    rows: int | None = None,
 ) -> Iterator[tuple[str, list[Measurement]]]:
-    """Measures as `measure` does, yielding each method's name and its measurements when they are done."""
+    """Measures as `measure` does, yielding each method's name and its measurements when they are done.
+
+    `rows` is the number of questions about one prompt that are answered at a time, all by default.
+    """
     for case in cases:
         check_case(model.config, case, new_tokens)
     for method in methods.values():
         contracts.check(method, model.config)
         for case in cases:
             check_positions(model, len(case.prompt), method.lookahead)
-    batch = _batch(model.config, cases, new_tokens)
-    sums = any(method.scorer.needs_column_sums for method in methods.values())
-    with meshes.use(model.mesh):
-        hidden, layers = prefill_layers(model, batch.ids, batch.lengths, sums, implementation)
+    prompt, batches = _prompt(model, cases, methods.values(), new_tokens, implementation, rows)
     full = lookup.get("full")
-    sizes = {"prompt_length": batch.ids.shape[1], "max_new_tokens": new_tokens}
+    sizes = {"prompt_length": prompt.ids.shape[1], "max_new_tokens": new_tokens}
     bytes_of = functools.partial(memory.report, model.config, **sizes, dtype=model.dtype.name)
     full_bytes = bytes_of(full).bytes
 
-    def run(method: Method, *, answer: bool) -> _Run:
+    def run(method: Method, *, answer: bool) -> list[_Run]:
         capacities = shared_capacities(model.config, method, **sizes)
         with meshes.use(model.mesh):
-            prompt = batch.ids, batch.lengths
-            inputs, seen = look_ahead(model, method, prompt, hidden, layers, implementation)
-            cache, _, scored = compress_layers(
-                model.config, method, inputs, batch.lengths, seen, capacities, implementation
-            )
-            decode = functools.partial(_decode, model, cache, hidden, batch, implementation=implementation)
-            forced = decode(batch.known) if batch.known.any() else None
-            answered = decode(np.zeros_like(batch.known)) if answer and batch.to_generate.any() else None
-        return _Run(bytes_of(method).bytes, scored, forced, answered)
+            cache, _, scored = prompt.compress(model, method, capacities, implementation)
+            size = bytes_of(method).bytes
+            return [
+                _run(model, prompt.shared_by(batch, cache, scored), batch, size, answer, implementation)
+                for batch in batches
+            ]
 
     # One method at a time, because logits are large and only those of the full cache are needed again.
-    reference = run(full, answer=full in methods.values())
+    references = run(full, answer=full in methods.values())
     names: dict[Method, list[str]] = {}
     for name, method in methods.items():
         names.setdefault(method, []).append(name)
     for method, same_method in names.items():
-        result = reference if method == full else run(method, answer=True)
-        measurements = _measurements(result, reference.forced, batch, full_bytes)
+        results = references if method == full else run(method, answer=True)
+        measurements = [
+            measurement
+            for result, reference, batch in zip(results, references, batches, strict=True)
+            for measurement in _measurements(result, reference.forced, batch, full_bytes)
+        ]
         for name in same_method:
             yield name, measurements
 
 
-class _Batch(NamedTuple):
-    """A batch of cases as arrays."""
+class _Start(NamedTuple):
+    """What a batch starts from: the compressed prompts, and the hidden states that its first tokens come from."""
 
-    ids: np.ndarray  # int32 [B, T], padded
+    cache: KVCache
+    hidden: Float[Array, "B D"]
+    scored: Bool[Array, "B"]
+
+
+class _Prompt(NamedTuple):
+    """A prefilled batch of prompts, or one prompt that all cases share."""
+
+    ids: np.ndarray  # int32 [B, T]
     lengths: np.ndarray  # int32 [B]
-    truth: np.ndarray  # int32 [B, R], R the room of the caches
-    known: np.ndarray  # int32 [B], tokens of the continuation
-    to_generate: np.ndarray  # int32 [B], maximum number of tokens
-    stop: np.ndarray  # int32 [B, E], padded with -1
+    hidden: Float[Array, "B D"]
+    layers: list[PromptLayer]
+    is_shared: bool
+
+    def compress(
+        self, model: Llama, method: Method, capacities: Sequence[LayerCapacity], implementation: str | None
+    ) -> Compressed:
+        """Compresses the prompts with a method."""
+        prompt = self.ids, self.lengths
+        layers, seen = look_ahead(model, method, prompt, self.hidden, self.layers, implementation)
+        return compress_layers(model.config, method, layers, self.lengths, seen, capacities, implementation)
+
+    def shared_by(self, batch: Batch, cache: KVCache, scored: Array) -> _Start:
+        """The start of a batch; each of its rows gets a copy of a shared prompt."""
+        if not self.is_shared:
+            return _Start(cache, self.hidden, scored)
+        rows = len(batch.lengths)
+        return _Start(cache.tile(rows), jnp.repeat(self.hidden, rows, axis=0), jnp.repeat(scored, rows))
 
 
-class _Decoded(NamedTuple):
-    tokens: Int[Array, "B M"]  # -1 beyond a row's end
-    logits: Float[Array, "B M V"] | None  # None if tokens were generated
-    finite: Bool[Array, "B"]
+def _prompt(
+    model: Llama,
+    cases: Sequence[Case],
+    methods: Iterable[Method],
+    new_tokens: int,
+    implementation: str | None,
+    rows: int | None,
+) -> tuple[_Prompt, list[Batch]]:
+    """Prefills the prompts, or the one that all cases ask about, and makes the batches of cases."""
+    is_shared = any(case.question for case in cases)
+    if is_shared and len({case.prompt for case in cases}) > 1:
+        raise ValueError("cases with questions about several prompts: expected one prompt")
+    size = rows if is_shared and rows is not None else len(cases)
+    batches = [batch_of(model.config, cases[i : i + size], new_tokens) for i in range(0, len(cases), size)]
+    ids, lengths = (x[:1] if is_shared else x for x in (batches[0].ids, batches[0].lengths))
+    sums = any(method.scorer.needs_column_sums for method in methods)
+    with meshes.use(model.mesh):
+        hidden, layers = prefill_layers(model, ids, lengths, sums, implementation)
+    return _Prompt(ids, lengths, hidden, layers, is_shared), batches
+
+
+def _run(model: Llama, start: _Start, batch: Batch, cache_bytes: int, answer: bool, implementation: str | None) -> _Run:
+    """Asks the questions, if any, then feeds the true tokens and generates."""
+    cache, hidden, scored = start
+    if batch.questions.size:
+        hidden, cache = extend_layers(model, cache, batch.questions, batch.asked, implementation)
+    decode = functools.partial(decode_batch, model, cache, hidden, batch, implementation=implementation)
+    forced = decode(batch.known) if batch.known.any() else None
+    answered = decode(np.zeros_like(batch.known)) if answer and batch.to_generate.any() else None
+    return _Run(cache_bytes, scored, forced, answered)
 
 
 class _Run(NamedTuple):
     cache_bytes: int
     scored: Bool[Array, "B"]  # whether no score was NaN
-    forced: _Decoded | None
-    answered: _Decoded | None
+    forced: Decoded | None
+    answered: Decoded | None
 
 
-def _batch(model: ModelConfig, cases: Sequence[Case], new_tokens: int) -> _Batch:
-    lengths = {padded_length(model, case) for case in cases}
-    if len(lengths) != 1:
-        raise ValueError(f"cases of padded lengths {sorted(lengths)}: expected one length per batch")
-    stops = [(*model.eos_token_ids, *case.stop) for case in cases]
-    return _Batch(
-        _padded([case.prompt for case in cases], lengths.pop(), 0),
-        np.array([len(case.prompt) for case in cases], np.int32),
-        _padded([case.continuation for case in cases], new_tokens, 0),
-        np.array([len(case.continuation) for case in cases], np.int32),
-        np.array([case.max_new_tokens for case in cases], np.int32),
-        _padded(stops, max(8, *map(len, stops)), -1),
-    )
-
-
-def _padded(rows: Sequence[Sequence[int]], size: int, filler: int) -> np.ndarray:
-    array = np.full((len(rows), size), filler, np.int32)
-    for index, row in enumerate(rows):
-        array[index, : len(row)] = row
-    return array
-
-
-def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_bytes: int) -> list[Measurement]:
+def _measurements(run: _Run, reference: Decoded | None, batch: Batch, full_bytes: int) -> list[Measurement]:
     """Makes each row's measurement."""
     rows = len(batch.lengths)
     finite = np.asarray(run.scored)
@@ -236,53 +269,6 @@ def _measurements(run: _Run, reference: _Decoded | None, batch: _Batch, full_byt
             )
         )
     return measurements
-
-
-def _decode(
-    model: Llama,
-    cache: KVCache,
-    hidden: Float[Array, "B D"],
-    batch: _Batch,
-    forced: np.ndarray,
-    implementation: str | None,
-) -> _Decoded:
-    """Feeds each row's first `forced[b]` true tokens, or generates up to `to_generate[b]` greedily if all are 0."""
-    forcing = bool(forced.any())
-    steps = forced if forcing else batch.to_generate
-    cache = jax.tree.map(jnp.copy, cache)  # the steps update in place, and the caller needs its cache again
-    active, finite = jnp.asarray(steps > 0), jnp.ones(len(steps), bool)
-    tokens, all_logits = [], []
-    for step in range(last := int(steps.max())):
-        logits = model.logits(hidden)
-        truth = batch.truth[:, step] if forcing else None
-        token, going, finite = _next_token(logits, truth, active, finite, steps > step + 1, batch.stop)
-        tokens.append(jnp.where(active, token, -1))
-        if forcing:
-            all_logits.append(logits)
-        if step + 1 == last or not (forcing or going.any()):
-            break
-        hidden, cache = decode_step(model, cache, token, active.astype(jnp.int32), implementation)
-        active = going
-    return _Decoded(jnp.stack(tokens, axis=1), jnp.stack(all_logits, axis=1) if forcing else None, finite)
-
-
-@jax.jit
-def _next_token(
-    logits: Float[Array, "B V"],
-    truth: Int[Array, "B"] | None,
-    active: Bool[Array, "B"],
-    finite: Bool[Array, "B"],
-    more: Bool[Array, "B"],
-    stop: Int[Array, "B E"],
-) -> tuple[Int[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
-    """Returns the true or the likeliest token, whether each row continues after it, and whether logits were finite."""
-    finite &= jnp.all(jnp.isfinite(logits), axis=-1) | ~active
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32) if truth is None else truth
-    token = jnp.where(active, token, 0)
-    going = active & more
-    if truth is None:
-        going &= ~jnp.any(token[:, None] == stop, axis=1)
-    return token, going, finite
 
 
 @jax.jit

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minikv_jax import __version__, checks
+from minikv_jax import __version__, checks, meshes
+from minikv_jax.evaluation.decoding import padded_length
 from minikv_jax.evaluation.fit import SizedMethod
-from minikv_jax.evaluation.measure import Measurement, check_case, measure_each, padded_length
+from minikv_jax.evaluation.measure import Measurement, check_case, measure_each
 from minikv_jax.evaluation.task import Case, Task
 from minikv_jax.files import sha256
 from minikv_jax.methods import contracts
@@ -79,6 +80,9 @@ class Evaluator:
             if count > 1:  # rows are identified by it
                 raise ValueError(f"{count} cases have the name {checks.shown(name)}: expected one of each name")
         room = max(case.new_tokens for case in cases)
+        data = 1 if model.mesh is None else model.mesh.shape[meshes.DATA]
+        if data > 1 and any(case.question for case in cases):
+            raise ValueError(f"mesh with data={data}: questions share the cache of one prompt; expected data=1")
         for case in cases:
             check_case(model.config, case, room)
         return cls(model, tokenizer, task, cases, room, implementation)
@@ -121,12 +125,11 @@ class Evaluator:
         ordered = sorted(self.cases if cases is None else cases, key=length)
         for padded, group in itertools.groupby(ordered, key=length):
             fitted = self.fit(methods, padded)
-            same_length = list(group)
-            for start in range(0, len(same_length), batch):
-                chunk = same_length[start : start + batch]
+            for chunk in _chunks(list(group), batch):
                 # The last case fills the batch up, because a smaller batch would need another compilation.
-                filled = [*chunk, *itertools.repeat(chunk[-1], batch - len(chunk))]
-                for name, measurements in measure_each(self.model, filled, fitted, self.room, self.implementation):
+                filled = [*chunk, *itertools.repeat(chunk[-1], -len(chunk) % batch)]
+                arguments = (self.model, filled, fitted, self.room, self.implementation, batch)
+                for name, measurements in measure_each(*arguments):
                     for case, measurement in zip(chunk, measurements, strict=False):
                         yield case, name, self._row(case, fitted[name], measurement)
 
@@ -142,6 +145,16 @@ class Evaluator:
         if self.tokenizer is None:
             return " ".join(map(str, ids))
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _chunks(cases: Sequence[Case], batch: int) -> Iterator[Sequence[Case]]:
+    """Splits cases into batches, or into all the questions about each prompt."""
+    by_prompt: dict[tuple[int, ...], list[Case]] = {}
+    for case in cases:
+        by_prompt.setdefault(case.prompt if case.question else (), []).append(case)
+    plain = by_prompt.pop((), [])
+    yield from (plain[start : start + batch] for start in range(0, len(plain), batch))
+    yield from by_prompt.values()
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -34,13 +34,15 @@ class Case:
 
     Attributes:
       name: a name that is unique within a run.
-      prompt: token ids.
+      prompt: token ids, which methods compress.
       continuation: token ids of the true continuation; empty if unknown.
       answers: references for `Task.score`.
       max_new_tokens: number of tokens to generate; 0 if no text is scored.
       stop: token ids that end the answer, in addition to the model's own.
       group: the group of the case, such as a data set's name. Means are also given per group.
       tags: JSON values to record, such as a depth or a length.
+      question: token ids after the prompt, which methods have not seen when they compress it. Cases of one prompt with
+        different questions share its compression.
     """
 
     name: str
@@ -51,11 +53,12 @@ class Case:
     stop: tuple[int, ...] = ()
     group: str = ""
     tags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    question: tuple[int, ...] = ()
 
     @property
     def new_tokens(self) -> int:
         """Number of tokens after the prompt that the cache needs room for."""
-        return max(len(self.continuation), self.max_new_tokens)
+        return len(self.question) + max(len(self.continuation), self.max_new_tokens)
 
 
 class Task(Protocol):

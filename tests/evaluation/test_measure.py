@@ -10,17 +10,20 @@ import pytest
 from support.tiny import tiny_model
 
 from minikv_jax.evaluation import Case, measure
+from minikv_jax.evaluation.measure import measure_each
 from minikv_jax.generate import generate
 from minikv_jax.methods import lookup
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Tail
 from minikv_jax.models.decoder import Llama
 from minikv_jax.one_shot import one_shot
+from minikv_jax.prefill import prefill
 
 COARSE = dataclasses.replace(
     lookup.get("minikv"), name="coarse", quantizer=MinMax(k_bits=1, v_bits=1, group_size=16), tail=Tail(length=32)
 )
 METHODS = {"full": lookup.get("full"), "coarse": COARSE}
+PREFILL = jax.jit(prefill, static_argnums=(3, 4))
 ROOM = 40  # one size, and prompts of 65 to 80 tokens: the tests share compiled programs
 
 
@@ -131,3 +134,26 @@ def test_wrong_cases_are_named(model: Llama):
     wide = dataclasses.replace(COARSE, quantizer=MinMax(k_bits=1, v_bits=1, group_size=32))
     with pytest.raises(ValueError, match="head_dim 16"):
         measure(model, [random_case(0, 5, 1)], {"x": wide}, 1)
+
+
+def test_questions_share_a_prompt_that_methods_compress_without_them(model: Llama):
+    """Greedy answers equal those of `generate`, which goes on from a cache of the prompt alone."""
+    prompt = random_case(8, 75, 0).prompt
+    questions = [random_case(seed, size, 0).prompt for seed, size in ((9, 5), (10, 17), (11, 3))]
+    cases = [Case(f"{i}", prompt, max_new_tokens=12, question=asked) for i, asked in enumerate(questions)]
+    evicting = dataclasses.replace(lookup.get("tova"), evict_every=1)
+    methods = METHODS | {"evicting": evicting}
+    together = measure(model, cases, methods, ROOM)
+    for name, method in methods.items():
+        by_twos = dict(measure_each(model, cases, {name: method}, ROOM, None, 2))[name]
+        for case, results, result in zip(cases, together, by_twos, strict=True):
+            assert results[name].generated == result.generated
+            _, cache = PREFILL(model, jnp.asarray([prompt]), jnp.asarray([len(prompt)]), method, ROOM)
+            alone = generate(model, [case.question], cache=cache, max_new_tokens=12, eos_token_ids=())
+            assert result.generated == tuple(alone.tokens[0].tolist())
+
+
+def test_questions_about_several_prompts_are_refused(model: Llama):
+    cases = [dataclasses.replace(random_case(seed, 70, 2), question=(1, 2)) for seed in (1, 2)]
+    with pytest.raises(ValueError, match=r"^cases with questions about several prompts: expected one prompt$"):
+        measure(model, cases, METHODS, ROOM)
