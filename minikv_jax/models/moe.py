@@ -1,8 +1,8 @@
 """Mixture of experts: a router, and experts that read only the tokens they are given (arXiv 1701.06538).
 
 A token's experts are copies of it, sorted by expert, and computed in blocks that belong to one expert each. A step so
-reads the weights of the chosen experts only. `jax.lax.ragged_dot` computes the same, but on CPUs and GPUs XLA expands
-it to a product of every token with every expert.
+reads the weights of the chosen experts only. `jax.lax.ragged_dot` computes the same, but XLA for CPUs expands it to a
+product of every token with every expert.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def route(
     return weights * experts.scale, numbers
 
 
-class Stack(nnx.Module):
+class ExpertLinear(nnx.Module):
     """A linear layer for each expert: kernels `[E, in, out]`, and biases `[E, out]` if the experts have them."""
 
     def __init__(self, settings: Experts, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -60,11 +60,11 @@ class Stack(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((settings.count, outputs), dtype)) if settings.bias else None
 
     @property
-    def arrays(self) -> Weights:
-        return Weights(self.kernel[...], None if self.bias is None else self.bias[...])
+    def arrays(self) -> LinearWeights:
+        return LinearWeights(self.kernel[...], None if self.bias is None else self.bias[...])
 
 
-class Weights(NamedTuple):
+class LinearWeights(NamedTuple):
     """Kernels and biases of all experts, or of one."""
 
     kernel: Float[Array, "*E in out"]
@@ -74,18 +74,18 @@ class Weights(NamedTuple):
         out = jnp.matmul(x, self.kernel, precision=precision(x.dtype))
         return out if self.bias is None else out + self.bias
 
-    def specs(self, kernel: P, bias: P) -> Weights:
-        return Weights(kernel, None if self.bias is None else bias)  # pyright: ignore[reportArgumentType]
+    def specs(self, kernel: P, bias: P) -> LinearWeights:
+        return LinearWeights(kernel, None if self.bias is None else bias)  # pyright: ignore[reportArgumentType]
 
 
-class Stacks(nnx.Module):
+class ExpertLinears(nnx.Module):
     """The weights of all experts."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         assert config.experts is not None
         settings, d = config.experts, config.hidden_size
-        self.gate_up_proj = Stack(settings, d, 2 * settings.intermediate_size, dtype=dtype, rngs=rngs)
-        self.down_proj = Stack(settings, settings.intermediate_size, d, dtype=dtype, rngs=rngs)
+        self.gate_up_proj = ExpertLinear(settings, d, 2 * settings.intermediate_size, dtype=dtype, rngs=rngs)
+        self.down_proj = ExpertLinear(settings, settings.intermediate_size, d, dtype=dtype, rngs=rngs)
 
 
 class SparseMLP(nnx.Module):
@@ -98,7 +98,7 @@ class SparseMLP(nnx.Module):
         settings, zeros = config.experts, jnp.zeros((config.experts.count,), dtype)
         self.router_proj = linear(dtype, rngs)(config.hidden_size, settings.count, use_bias=settings.router_bias)
         self.correction_bias = nnx.Param(zeros) if settings.correction_bias else None
-        self.experts = Stacks(config, dtype=dtype, rngs=rngs)
+        self.experts = ExpertLinears(config, dtype=dtype, rngs=rngs)
         size = config.experts.shared_size
         self.shared_expert = MLP(config, size, dtype=dtype, rngs=rngs) if size else None
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -121,11 +121,11 @@ class SparseMLP(nnx.Module):
         return route(logits, self.settings, None if bias is None else bias[...].astype(jnp.float32))
 
     def _of_all_devices(
-        self, x: Array, weights: Array, numbers: Array, stacks: tuple[Weights, Weights], reduce: Reduce
+        self, x: Array, weights: Array, numbers: Array, stacks: tuple[LinearWeights, LinearWeights], reduce: Reduce
     ) -> Float[Array, "B T D"]:
         """Every device has its own part of the hidden channels of all experts, for its own rows."""
 
-        def part(x: Array, weights: Array, numbers: Array, gate_up: Weights, down: Weights) -> Array:
+        def part(x: Array, weights: Array, numbers: Array, gate_up: LinearWeights, down: LinearWeights) -> Array:
             if down.bias is not None:  # counted once
                 down = down._replace(bias=jnp.where(lax.axis_index(MODEL) == 0, down.bias, 0))
             return reduce(self._of_one_device(x, weights, numbers, gate_up, down))
@@ -136,12 +136,12 @@ class SparseMLP(nnx.Module):
         return constrain(run(x, weights, numbers, *stacks), DATA)
 
     def _of_one_device(
-        self, x: Array, weights: Array, numbers: Array, gate_up: Weights, down: Weights
+        self, x: Array, weights: Array, numbers: Array, gate_up: LinearWeights, down: LinearWeights
     ) -> Float[Array, "B T D"]:
         """Sums over the experts of each token, with the hidden channels that this device has."""
         groups = self.groups * gate_up.kernel.shape[2] // (2 * self.settings.intermediate_size)
 
-        def expert(x: Float[Array, "M D"], stacks: tuple[Weights, Weights]) -> Float[Array, "M D"]:
+        def expert(x: Float[Array, "M D"], stacks: tuple[LinearWeights, LinearWeights]) -> Float[Array, "M D"]:
             gate, up = jnp.split(stacks[0](x).reshape(x.shape[0], groups, -1), 2, axis=-1)
             return stacks[1](self._hidden(gate, up).reshape(x.shape[0], -1))
 
