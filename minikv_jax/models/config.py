@@ -152,7 +152,7 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     sliding_window: bounds.Positions | None = None  # a query sees this many keys, itself included
-    layer_types: bounds.LayerTypes | None = None
+    layer_types: bounds.AnyLayerTypes | None = None
     eos_token_ids: bounds.Tokens = ()  # any of these ends a text
     local_rope_theta: bounds.RopeBase | None = None
     rotary_dim: bounds.Width | None = None

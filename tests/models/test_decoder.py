@@ -15,7 +15,8 @@ from minikv_jax.arrays import resolve_dtype
 from minikv_jax.cache import memory
 from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.decoder import Llama
-from minikv_jax.models.design import Design
+from minikv_jax.models.design import Design, Latent
+from minikv_jax.models.experts import Experts
 
 
 def shapes(model: Llama) -> dict[Any, tuple[int, ...]]:
@@ -50,6 +51,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "logit_multiplier": {"logit_multiplier": 0.5},
     "attn_logit_softcapping": {"attn_logit_softcapping": 0.1},
     "final_logit_softcapping": {"final_logit_softcapping": 2.0},
+    "attention_chunk_size": {"attention_chunk_size": 4, "layer_types": ("chunked_attention", "sliding_attention")},
+    "query_tuning": {"query_tuning": (4, 0.5), "unrotated_layers": (0, 1)},
+    "experts": {"experts": Experts(count=4, per_token=2, intermediate_size=80)},
+    "latent": {"latent": Latent(query_rank=0, kv_rank=8, value_dim=8), "num_key_value_heads": 4},
     "own_design": {"own_design": Design(parallel=True)},
 }
 # max_position_embeddings has a test of its own; eos_token_ids belongs to generate.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from minikv_jax.models.decoder import Llama
+from minikv_jax.models.windows import Chunk
 
 
 def dense_attend(model: Llama):
@@ -17,7 +18,11 @@ def dense_attend(model: Llama):
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])[None, :]
         window = model.window(layer)
-        seen = (distance >= 0) & (distance < (q.shape[1] if window is None else window))
+        if isinstance(window, Chunk):
+            numbers = jnp.arange(q.shape[1]) // window.size
+            seen = (distance >= 0) & (numbers[:, None] == numbers)
+        else:
+            seen = (distance >= 0) & (distance < (q.shape[1] if window is None else window))
         weights = jax.nn.softmax(jnp.where(seen[None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
         return jnp.einsum("bnts,bsnh->btnh", weights, v)
 

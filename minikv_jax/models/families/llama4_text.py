@@ -30,7 +30,7 @@ class Fields(family.Fields):
     no_rope_layers: Annotated[tuple[Literal[0, 1], ...], Strict(False)] | None = None  # 1 for a layer with RoPE
     no_rope_layer_interval: Annotated[int, Field(ge=1)] = 4
     attention_chunk_size: bounds.Positions | None = 8192
-    layer_types: bounds.LayerTypes | None = None
+    layer_types: bounds.AnyLayerTypes | None = None
     attn_temperature_tuning: bool | None = True
     floor_scale: bounds.Positions = 8192
     attn_scale: bounds.Multiplier = 0.1
@@ -42,9 +42,9 @@ def _unrotated(fields: Fields) -> tuple[int, ...]:
     return tuple(layer for layer in layers if not rotated[layer : layer + 1] or not rotated[layer])
 
 
-def _layer_types(fields: Fields) -> bounds.LayerTypes:
+def _layer_types(fields: Fields) -> bounds.AnyLayerTypes:
     chunked = set(range(fields.num_hidden_layers)) - set(_unrotated(fields)) if fields.attention_chunk_size else set()
-    types: bounds.LayerTypes = tuple(
+    types: bounds.AnyLayerTypes = tuple(
         "chunked_attention" if layer in chunked else "full_attention" for layer in range(fields.num_hidden_layers)
     )
     return fields.layer_types or types
