@@ -54,7 +54,10 @@ def test_numpys_numbers_become_pythons():
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; accepted: a finite number"),
         ({"rope_theta": float("nan")}, "rope_theta is nan; accepted: a finite number"),
         ({"hidden_act": "swiglu"}, "hidden_act is 'swiglu'; accepted: 'silu', 'gelu', 'gelu_new', "),
-        ({"layer_types": ("full", "full")}, r"layer_types\[0\] is 'full'; accepted: 'full_attention' or"),
+        (
+            {"layer_types": ("full", "full")},
+            r"layer_types\[0\] is 'full'; accepted: 'full_attention', 'sliding_attention' or",
+        ),
         ({"layer_types": ("full_attention",)}, "names 1 layers, num_hidden_layers=2"),
         ({"rotary_dim": 18}, "rotary_dim=18 exceeds head_dim=16"),
         ({"rotary_dim": 7}, "rotary_dim=7 must be even"),
