@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 from jax.typing import DTypeLike
@@ -15,6 +16,7 @@ from minikv_jax.methods.base import MAX_TOKENS, Quantizer
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.parameters import Skeleton
 from minikv_jax.models.windows import Window
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -150,6 +152,7 @@ def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int,
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
 
 
+@functools.lru_cache(maxsize=64)
 def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     """Computes the bytes of the weights that a decode step reads.
 
@@ -160,51 +163,10 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
       model: config of the model.
       dtype: the model's dtype: "float32", "bfloat16" or "float16".
     """
-    d, attention = model.hidden_size, _attention_weights(model)
-    inner = (2 if model.design.gated_mlp else 1) * model.intermediate_size
-    mlp = d * (inner + model.intermediate_size) + (inner + d if model.mlp_bias else 0)
-    norms, layers, sparse = _norm_weights(model), model.num_hidden_layers, 0
-    if model.experts is not None:
-        sparse = layers - len(set(model.experts.dense_layers))
-    experts = sparse * _expert_weights(model) if sparse else 0
-    total = layers * (attention + norms) + (layers - sparse) * mlp + experts
-    return _BYTES[dtype] * (total + d + model.vocab_size * d)
-
-
-def _attention_weights(model: ModelConfig) -> int:
-    """Number of weights of a layer's attention without norms."""
-    d, h, heads, latent = model.hidden_size, model.head_dim, model.num_attention_heads, model.latent
-    q, kv = heads * h, model.num_key_value_heads * h
-    if latent is None:
-        return d * (2 * q + 2 * kv) + (q + 2 * kv if model.qkv_bias else 0) + (d if model.attention_bias else 0)
-    rotated = model.rotary_dim or h
-    queries = (d + q) * latent.query_rank if latent.query_rank else d * q
-    keys = d * (latent.kv_rank + rotated) + latent.kv_rank * heads * (h - rotated + latent.value_dim)
-    biases = latent.query_rank + latent.kv_rank + rotated + d if model.attention_bias else 0
-    return queries + keys + heads * latent.value_dim * d + biases + latent.query_rank + latent.kv_rank
-
-
-def _expert_weights(model: ModelConfig) -> int:
-    """Number of weights of a layer's mixture of experts."""
-    experts, d = model.experts, model.hidden_size
-    assert experts is not None
-    one = 3 * d * experts.intermediate_size + (2 * experts.intermediate_size + d if experts.bias else 0)
-    shared = 3 * d * experts.shared_size + (
-        2 * experts.shared_size + d if experts.shared_size and model.mlp_bias else 0
-    )
-    router = experts.count * (d + experts.router_bias + experts.correction_bias)
-    return experts.count * one + shared + router
-
-
-def _norm_weights(model: ModelConfig) -> int:
-    """Number of weights of a layer's norms."""
-    design, h = model.design, model.head_dim
-    width = {None: 0, "rotated": 0, "head": 2 * h}.get(
-        design.qk_norm, h * (model.num_attention_heads + model.num_key_value_heads)
-    )
-    before = 0 if not design.pre_norms else 1 if design.parallel else 2
-    count = (before + 2 * design.post_norms) * model.hidden_size + width
-    return {"layer_norm_plain": 0, "layer_norm": 2, "layer_norm_1p": 2}.get(design.norm, 1) * count
+    sizes = {path: math.prod(leaf.shape) for path, leaf in Skeleton.of(model, dtype).parameters.items()}
+    if not model.tie_word_embeddings:
+        del sizes["embed_tokens.embedding"]
+    return _BYTES[dtype] * sum(sizes.values())
 
 
 def _index_bytes(method: Method, layer: LayerCapacity, batch: int, heads: int, window: Window | None) -> int:

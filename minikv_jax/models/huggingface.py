@@ -26,6 +26,7 @@ from minikv_jax.models.huggingface_tensors import fused, rules
 from minikv_jax.models.parameters import read_parameters
 from minikv_jax.models.stacks import from_mxfp4, unstack
 from minikv_jax.models.tensors import TensorSource
+from minikv_jax.models.text_part import text_config, text_tensors
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -56,7 +57,8 @@ def load_safetensors(
     directory = pathlib.Path(directory)
     config = config_from_hf(directory)
     handles = _open_shards(directory)
-    slices = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    stored = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    slices = text_tensors(stored)
     types = {name: tensor.get_dtype() for name, tensor in slices.items()}
     shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
     shapes, read_rows = from_mxfp4(shapes, lambda name, start, stop: slices[name][start:stop])
@@ -113,6 +115,7 @@ class _GenerationConfig(schemas.Schema, extra="ignore"):
 
 def _config_from_fields(given: Mapping[str, Any], source: str | os.PathLike[str]) -> ModelConfig:
     """Makes the ModelConfig from the fields of a config.json; see `config_from_hf`."""
+    given = text_config(given)
     with schemas.naming(source):
         family = families.get(given.get("model_type"))
     others = other_keys.check(given, [f.alias or name for name, f in family.fields.model_fields.items()], source)

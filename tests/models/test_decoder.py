@@ -153,6 +153,8 @@ def test_an_id_outside_the_vocabulary_gives_nan():
         {"model_type": "qwen2"},
         {"model_type": "qwen3"},
         {"attention_bias": True, "mlp_bias": True},
+        {"model_type": "phi"},
+        {"model_type": "gemma2", "tie_word_embeddings": True},
     ],
 )
 def test_weight_bytes_are_those_of_the_model(changes: dict):

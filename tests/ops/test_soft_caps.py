@@ -69,16 +69,16 @@ def test_decode_and_extend():
 
 @pytest.mark.parametrize("implementation", ["pallas", "cuda"])
 def test_kernels_refuse_them_by_name(implementation: str):
-    q, k, v = arrays()
+    q, k, v = map(jnp.asarray, arrays())
     message = rf"soft_cap=0\.7 is computed by implementation='xla' only, not by '{implementation}'"
     with pytest.raises(NotImplementedError, match=f"prefill_attention: {message}"):
-        prefill_attention(q, k, v, LENGTHS, soft_cap=CAP, implementation=implementation)
-    layer = cache_of(Method(), k, v, LENGTHS)
+        prefill_attention(q, k, v, jnp.asarray(LENGTHS), soft_cap=CAP, implementation=implementation)
+    layer = cache_of(Method(), *arrays()[1:], LENGTHS)
     with pytest.raises(NotImplementedError, match=f"decode_attention: {message}"):
         decode_attention(q[:, 0], layer, soft_cap=CAP, implementation=implementation)
 
 
 def test_values_that_are_not_accepted_are_named():
-    q, k, v = arrays()
+    q, k, v = map(jnp.asarray, arrays())
     with pytest.raises(ValueError, match=r"soft_cap.*0\.0"):
-        prefill_attention(q, k, v, LENGTHS, soft_cap=0.0)
+        prefill_attention(q, k, v, jnp.asarray(LENGTHS), soft_cap=0.0)

@@ -14,7 +14,7 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -36,7 +36,7 @@ LONGROPE = {
     "short_factor": [1.0 + 0.1 * i for i in range(6)],
     "long_factor": [2.0 + i for i in range(6)],
 }
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
 H16 = {"head_dim": 16}  # not hidden_size / heads
 
 
@@ -76,6 +76,10 @@ _DEEPSEEK = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+_IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
 KINDS: dict[str, Kind] = {
     "Llama 2": Kind("llama", {"num_key_value_heads": 4}),
     "Llama 3": Kind("llama", _rope(rope_type="default", rope_theta=500000.0)),
@@ -105,6 +109,10 @@ KINDS: dict[str, Kind] = {
     "Gemma 2": Kind("gemma2", {"query_pre_attn_scalar": 24} | WINDOW | H16),
     "Gemma 2, untied": Kind("gemma2", {"tie_word_embeddings": False} | WINDOW | H16),
     "Gemma 3": Kind("gemma3_text", {"query_pre_attn_scalar": 24} | WINDOW | TYPES | H16),
+    "Gemma 3, its text part": Kind(
+        "gemma3",
+        {"text_config": TINY | {"query_pre_attn_scalar": 16} | WINDOW | TYPES | H16, "vision_config": _IMAGES},
+    ),
     "Phi-1, Phi-1.5, Phi-2": Kind("phi"),
     "Phi-3": Kind("phi3", {"sliding_window": 7}),
     "Phi-3 128k, Phi-4-mini (LongRoPE)": Kind("phi3", _LONG),

@@ -13,6 +13,9 @@ from minikv_jax.models.families import gemma2
 class Fields(gemma2.Fields):
     """Fields of a config.json in addition to those of Gemma 2."""
 
+    vocab_size: bounds.Vocabulary = 262208
+    num_attention_heads: bounds.Heads = 8
+    num_key_value_heads: bounds.Heads | None = 4
     max_position_embeddings: bounds.Positions = 131072
     sliding_window_pattern: Annotated[int, Field(ge=1)] = 6
     rope_local_base_freq: bounds.RopeBase = 10000.0
