@@ -118,8 +118,8 @@ def test_norms(pair: tuple[Any, Llama]):
     mine, other = hidden_input()
     assert_close(ours.norm(mine), theirs.model.norm(other), 4)
     layer = theirs.model.layers[1]
-    assert_close(ours.layers[1].input_layernorm(mine), layer.input_layernorm(other), 4)
-    assert_close(ours.layers[1].post_attention_layernorm(mine), layer.post_attention_layernorm(other), 4)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        assert_close(getattr(ours.layers[1], name)(mine), getattr(layer, name)(other), 4)
 
 
 def test_projections(pair: tuple[Any, Llama]):
@@ -129,7 +129,8 @@ def test_projections(pair: tuple[Any, Llama]):
     kv_heads = ours.config.num_key_value_heads
     apart = [getattr(attention, name)(other) for name in ("q_proj", "k_proj", "v_proj")]
     by_head = torch.cat([x.unflatten(-1, (kv_heads, -1)) for x in apart], dim=-1).flatten(-2)
-    assert_close(ours.layers[1].self_attn.qkv_proj(mine), by_head, 32)
+    mine_attention: Any = ours.layers[1].self_attn
+    assert_close(mine_attention.qkv_proj(mine), by_head, 32)
 
 
 def test_query_and_key_norms(pair: tuple[Any, Llama]):
@@ -178,8 +179,8 @@ def test_layers(pair: tuple[Any, Llama]):
     tables = rotary_tables(ours.config.rope(0), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (2, T)))
     for index in range(2):  # transformers shows the last layer's output only after the final norm
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = ours.window(index)) -> jax.Array:
-            return prefill_attention(q, k, v, lengths, window=window)[0]
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int = index) -> jax.Array:
+            return prefill_attention(q, k, v, lengths, window=ours.window(index))[0]
 
         run = jax.jit(lambda x, layer=ours.layers[index], attend=attend: layer(x, *tables, attend))
         assert_close(run(jnp.asarray(states[index].numpy())), states[index + 1], 32)

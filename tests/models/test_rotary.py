@@ -11,7 +11,7 @@ from support.tiny import random_ids, tiny_config, tiny_model
 
 from minikv_jax.models.config import RopeScaling
 from minikv_jax.models.rotary import channel_order, inverse_frequencies, rotary_tables, rotate
-from minikv_jax.prefill import one_shot
+from minikv_jax.one_shot import one_shot
 
 LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=16)
 

@@ -21,7 +21,7 @@ from support.family_cases import KINDS, Kind, write_kind
 
 from minikv_jax.generate import generate
 from minikv_jax.models.huggingface import load_safetensors
-from minikv_jax.prefill import one_shot
+from minikv_jax.one_shot import one_shot
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
 MARKS = "<!-- table of kinds -->\n", "<!-- end of the table -->\n"

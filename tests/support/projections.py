@@ -9,6 +9,7 @@ import numpy as np
 from support.layers import normal
 
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.windows import Window
 
 VOCABULARY, H = 400, 32
 
@@ -24,7 +25,7 @@ class Projections:
     dtype: str = "float32"
     mesh: None = None
 
-    def window(self, layer: int) -> int | None:
+    def window(self, layer: int) -> Window | None:
         return self.config.window(layer)
 
     def softmax_options(self, layer: int) -> dict[str, None]:
