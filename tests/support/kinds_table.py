@@ -80,7 +80,7 @@ def documented() -> list[list[str]]:
     """Reads the cells of the table's rows in the page."""
     text = PAGE.read_text(encoding="utf-8")
     inside = text[text.index(MARKS[0]) : text.index(MARKS[1])]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| .*`.*$", inside, re.M)]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| .*` \| \d.*$", inside, re.M)]
 
 
 def main() -> None:
