@@ -10,6 +10,7 @@ from support.family_cases import KINDS, write_kind
 from support.tiny import random_ids
 
 from minikv_jax.generate import generate
+from minikv_jax.meshes import make_mesh
 from minikv_jax.models.huggingface import load_safetensors
 
 T, NEW = 24, 8
@@ -30,3 +31,12 @@ def test_generated_tokens(name: str, tmp_path: pathlib.Path):
     compressed = generate(ours, prompt, method="minikv-snap", max_new_tokens=NEW, eos_token_ids=())
     assert int(compressed.tokens[0, 0]) == expected[0]
     assert bool(jnp.all(compressed.finite))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mesh_gives_the_same_tokens(tmp_path: pathlib.Path):
+    """Loaded onto four devices: experts by columns, sinks by heads, rows apart."""
+    write_kind(KINDS["gpt-oss"], tmp_path)
+    model, split = (load_safetensors(tmp_path, mesh=mesh) for mesh in (None, make_mesh({"data": 2, "model": 2})))
+    one, four = (generate(m, random_ids((2, T)), method="minikv", max_new_tokens=4) for m in (model, split))
+    np.testing.assert_array_equal(four.tokens, one.tokens)
