@@ -20,6 +20,7 @@ Epsilon = Annotated[float, Field(ge=1e-20, le=1)]
 RopeBase = Annotated[float, Field(ge=1, le=1e20)]  # float32 holds its powers and their inverses
 RopeFactor = Annotated[float, Field(ge=1e-6, le=1e6)]
 Blend = Annotated[float, Field(ge=0, le=MOST_WIDTH)]
+Scale = Annotated[float, Field(ge=0, le=1e6)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Multiplier = Annotated[float, Field(ge=1e-6, le=1e6)]
 Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"]

@@ -36,8 +36,8 @@ class RopeFields(Schema):
     attention_factor: bounds.RopeFactor | None = None
     beta_fast: bounds.RopeFactor | None = None
     beta_slow: bounds.RopeFactor | None = None
-    mscale: bounds.RopeFactor | None = None
-    mscale_all_dim: bounds.RopeFactor | None = None
+    mscale: bounds.Scale | None = None
+    mscale_all_dim: bounds.Scale | None = None
     truncate: bool | None = None
     alpha: bounds.RopeFactor | None = None
 

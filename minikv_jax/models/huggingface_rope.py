@@ -148,7 +148,7 @@ def _yarn(rope: RopeFields, theta: float, rotated: int, original: int, positions
     if rope.truncate is not False:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotated - 1)
-    both = rope.mscale is not None and rope.mscale_all_dim is not None
+    both = rope.mscale and rope.mscale_all_dim
     derived = size(rope.mscale or 1.0) / size(rope.mscale_all_dim or 1.0) if both else size(1.0)
     return RopeScaling(
         rope_type="yarn",

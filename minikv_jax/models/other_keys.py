@@ -12,17 +12,19 @@ from minikv_jax.models import bounds
 # They describe training, files, tokens or generation, or choose among implementations of the same computation.
 WITHOUT_EFFECT = frozenset(
     """
-    architectures auto_map cache_implementation custom_pipelines dtype finetuning_task id2label is_llama_config label2id
-    license model_type name_or_path problem_type task_specific_params tokenizer_class torch_dtype
-    transformers.js_config transformers_version unsloth_fixed unsloth_version
+    architectures auto_map cache_implementation custom_pipelines dtype finetuning_task id2label is_llama_config
+    label2id class_num dense_list license model_max_length model_type name_or_path pool_type problem_type
+    task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed
+    unsloth_version
     attention_dropout attn_pdrop embd_pdrop embedding_dropout hidden_dropout hidden_dropout_prob initializer_range
     initializer_factor output_router_logits pretraining_tp resid_pdrop residual_dropout router_aux_loss_coef
     bos_token bos_token_id boi_token_index decoder_start_token_id eod_token_id eoi_token_index eos_token
-    forced_bos_token_id forced_eos_token_id im_end_id im_start_id image_token_index org_vocab_size pad_id pad_token
-    pad_token_id sep_token_id unk_token_id
-    attn_implementation chunk_size_feed_forward flash_attention fused_mlp fused_norm gradient_checkpointing is_decoder
-    output_attentions output_hidden_states pruned_heads return_dict tf_legacy_loss tie_encoder_decoder torchscript
-    use_bfloat16 use_cache use_flash_attention use_flash_attn
+    forced_bos_token_id forced_eos_token_id im_end_id im_newline_id im_start_id image_token_index mask_init_id
+    org_vocab_size pad_id pad_token pad_token_id sep_token_id text_end_id text_start_id unk_token_id
+    use_embedding_sharing use_parallel_embedding
+    attn_implementation chunk_size_feed_forward flash_attention fused_mlp fused_norm gradient_checkpointing
+    is_decoder output_attentions output_hidden_states pruned_heads return_dict tf_legacy_loss tie_encoder_decoder
+    torchscript use_bfloat16 use_cache use_flash_attention use_flash_attn
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
     num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty

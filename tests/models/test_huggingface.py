@@ -261,3 +261,23 @@ def test_shards_must_agree_with_their_index(tmp_path: pathlib.Path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json lacks weight_map"):
         load_safetensors(tmp_path)
+
+
+def test_files_as_their_authors_wrote_them():
+    """Keys of published files that change nothing: names of other values, of training, and of what the family does."""
+    smollm3 = {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None, "pretraining_tp": 2}
+    assert config_from_hf(hf("smollm3", **smollm3)) == config_from_hf(hf("smollm3"))
+    hunyuan = {
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0},
+        "use_qk_norm": True,
+        "use_cla": False,
+        "cla_share_factor": 2,
+        "norm_type": "rms",
+        "pool_type": "last",
+        "text_start_id": 6,
+    }
+    assert config_from_hf(hf("hunyuan_v1_dense", **hunyuan)).rope_theta > 1e7
+    smollm2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": {}}}
+    assert config_from_hf(hf(**smollm2)) == config_from_hf(hf())
+    with pytest.raises(ValueError, match="use_cla is True; accepted: False"):
+        config_from_hf(hf("hunyuan_v1_dense", use_cla=True))

@@ -1,7 +1,7 @@
 """Command R7B and Command A (Cohere, arXiv 2504.00698): Command R with windows; layers without one have no RoPE."""
 
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,11 @@ class Fields(family.Fields):
     sliding_window: bounds.Positions | None = 4096
     sliding_window_pattern: Annotated[int, Field(ge=1)] = 4
     layer_types: bounds.LayerTypes | None = None
+    layer_switch: int | None = None  # not read by transformers
+    order_of_interleaved_layers: Literal["local_attn_first"] | None = None
+    position_embedding_type: Literal["rope_gptj"] | None = None
+    use_gated_activation: Literal[True] | None = None
+    use_parallel_block: Literal[True] | None = None
 
 
 def _types(fields: Fields) -> bounds.LayerTypes:

@@ -13,6 +13,7 @@ class Fields(gemma.Fields):
 
     query_pre_attn_scalar: bounds.Multiplier = 256
     sliding_window: bounds.Positions | None = 4096
+    sliding_window_size: bounds.Positions | None = None  # not read by transformers
     layer_types: bounds.LayerTypes | None = None
     attn_logit_softcapping: bounds.Multiplier | None = 50.0
     final_logit_softcapping: bounds.Multiplier | None = 30.0

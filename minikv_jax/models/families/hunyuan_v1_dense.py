@@ -1,5 +1,7 @@
 """Hunyuan dense (Tencent): Llama with norms of queries and keys after the rotation."""
 
+from typing import Literal
+
 from minikv_jax.models import bounds, family
 from minikv_jax.models.design import Design
 
@@ -10,6 +12,12 @@ class Fields(family.Fields):
     max_position_embeddings: bounds.Positions = 2048
     rms_norm_eps: bounds.Epsilon = 1e-5
     attention_bias: bool | None = False
+    attention_head_dim: bounds.Width | None = None  # not read by transformers
+    cla_share_factor: int | None = None  # of `use_cla`
+    norm_type: Literal["rms"] | None = None
+    use_cla: bounds.Off = None
+    use_qk_norm: Literal[True] | None = None
+    use_rotary_pos_emb: Literal[True] | None = None
 
 
 FAMILY = family.Family(

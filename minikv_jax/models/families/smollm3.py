@@ -19,6 +19,7 @@ class Fields(family.Fields):
     no_rope_layers: Annotated[tuple[Literal[0, 1], ...], Strict(False)] | None = None  # 1 for a layer with RoPE
     no_rope_layer_interval: Annotated[int, Field(ge=1)] = 4
     use_sliding_window: bool | None = False
+    max_window_layers: int | None = None  # not read by transformers
     sliding_window: bounds.Positions | None = None
     layer_types: bounds.LayerTypes | None = None
 

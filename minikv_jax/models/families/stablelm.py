@@ -20,6 +20,7 @@ class Fields(family.Fields):
     use_qkv_bias: bool = False
     use_parallel_residual: bool = False
     qk_layernorm: bounds.Off = False
+    rotary_scaling_factor: bounds.One = None
 
 
 def settings(fields: Fields) -> dict[str, Any]:

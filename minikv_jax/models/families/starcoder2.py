@@ -1,6 +1,6 @@
 """StarCoder2 (arXiv 2402.19173): LayerNorm, an MLP without a gate, and biases."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ class Fields(family.Fields):
     tie_word_embeddings: bool | None = True
     sliding_window: bounds.Positions | None = None
     use_bias: bool = True
+    mlp_type: Literal["default"] | None = None
+    norm_type: Literal["layer_norm"] | None = None
 
 
 def settings(fields: Fields) -> dict[str, Any]:
