@@ -354,3 +354,12 @@ def test_windows_do_not_overlap():
         book_windows(range(100), prompt=20, continuation=5, count=5)
     with pytest.raises(ValueError, match="count=0"):
         book_windows(range(100), prompt=20, continuation=5, count=0)
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of jieba, where it is compiled
+def test_code_is_scored_as_the_harness_scores_it():
+    from lm_eval.tasks.longbench.metrics import code_sim_score
+
+    reference = "        if (projectID==null || issueTypeID==null) {"
+    for text in ("\n    if (issueTypeID == null) {\n    }", "# a comment\nreturn projectID;", reference):
+        assert metrics.code_similarity(text, reference) == pytest.approx(code_sim_score(text, reference))
