@@ -13,6 +13,7 @@ from minikv_jax.generate import generate
 from minikv_jax.meshes import make_mesh
 from minikv_jax.models.huggingface import load_safetensors
 
+pytestmark = pytest.mark.slow
 T, NEW = 24, 8
 
 

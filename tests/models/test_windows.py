@@ -46,6 +46,7 @@ def test_kernels_refuse_chunks_by_name(implementation: str):
         PREFILL(x, x, x, np.array([16]), window=Chunk(6), implementation=implementation)
 
 
+@pytest.mark.slow
 def test_a_cache_holds_the_newest_chunk_and_is_restored(tmp_path: pathlib.Path):
     """A prompt in two parts, over the edge of a chunk and at it, gives the tokens of the whole prompt."""
     model = tiny_model(**CHUNKED)
