@@ -22,6 +22,7 @@ from minikv_jax.methods.base import Kind, Operand
 from minikv_jax.methods.calibrated import Calibrated, CalibratedRotation
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.quarot import Hadamard, hadamard
+from minikv_jax.models.attention import Attention
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.quantize import store
@@ -186,7 +187,9 @@ def test_another_model_or_layout_is_refused(method: Method):
 
 def test_what_is_not_finite_is_not_saved():
     broken = tiny_model(max_position_embeddings=256)
-    kernel = broken.layers[1].self_attn.qkv_proj.kernel
+    attention = broken.layers[1].self_attn
+    assert isinstance(attention, Attention)
+    kernel = attention.qkv_proj.kernel
     kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=r"what is learnt of layer 1 is not finite: expected a rate below 0\.02"):
         calibrate(broken, TEXTS, BASE, Settings(steps=1))

@@ -46,7 +46,7 @@ def naive_prefill(model: Projections, method: Method, ids: np.ndarray) -> tuple[
     if isinstance(method.scorer, NoScores | H2O | SnapKV):  # a Twin is a SnapKV
         scores = [naive.prompt_scores(method, *layer) for layer in arrays]
     else:
-        frequencies = inverse_frequencies(model.config.rope(0))
+        frequencies = np.asarray(inverse_frequencies(model.config.rope(0)))
         scores = [naive_methods.prompt_scores(method, *layer, frequencies) for layer in arrays]
     heavy = naive.heavy_tokens(method, scores, LENGTHS)
     caches: list[Rows] = []

@@ -23,7 +23,7 @@ from minikv_jax.methods.twin import Twin
 from minikv_jax.models.rotary import inverse_frequencies
 
 LENGTHS, T, H, SINKS = [40, 33, 13, 3], 40, 16, 2
-FREQUENCIES = inverse_frequencies(tiny_config(head_dim=H).rope(0))
+FREQUENCIES = np.asarray(inverse_frequencies(tiny_config(head_dim=H).rope(0)))
 
 
 @functools.partial(jax.jit, static_argnames=("scorer", "window", "sinks"))
