@@ -29,7 +29,7 @@ class LayerRecord(Schema):
     packed: Count
     tail: Count
     window: Size | None
-    chunked: bool = False
+    chunked: bool
     layer: Count
 
     @property

@@ -38,8 +38,8 @@ class MethodRecord(Schema):
     sinks: Count
     evict_every: Size | None
     tail: dict[str, Setting]
-    refit: ComponentRecord | None = None  # this and the next are missing in files of earlier versions
-    lookahead: Count = 0
+    refit: ComponentRecord | None
+    lookahead: Count
 
 
 def to_method(record: MethodRecord, source: str | os.PathLike[str]) -> Method:

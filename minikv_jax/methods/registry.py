@@ -241,13 +241,12 @@ def plain_settings(component: Component) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> Method:
     """Reads the values of `to_dict`. Raises ValueError naming what is unknown, missing or of the wrong type."""
-    values = LATER_FIELDS | dict(values)
     expected = {field.name for field in dataclasses.fields(Method)}
     if set(values) != expected:
         unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
         raise ValueError(f"not a method: unknown fields {unknown}, missing fields {missing}")
     components = {field: _component(field, values[field]) for field in (*COMPONENTS, "tail")}
-    return Method(**values | components)
+    return Method(**dict(values) | components)
 
 
 def _component(field: str, given: Any) -> Any:
@@ -263,6 +262,5 @@ def _component(field: str, given: Any) -> Any:
 
 COMPONENTS: dict[str, Components] = {"scorer": SCORERS, "budget": BUDGETS, "quantizer": QUANTIZERS, "refit": REFITS}
 OPTIONAL = ("quantizer", "refit")  # components that may be None
-LATER_FIELDS = {"refit": None, "lookahead": 0}  # of methods in files of earlier versions
 SCORERS.add("none", NoScores)
 BUDGETS.add("uniform", Uniform)

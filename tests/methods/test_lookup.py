@@ -73,12 +73,6 @@ def test_a_missing_field_is_named():
         from_dict(values)
 
 
-def test_methods_of_earlier_versions_have_neither_refit_nor_lookahead():
-    values = to_dict(MINIKV)
-    del values["refit"], values["lookahead"]
-    assert from_dict(values) == MINIKV
-
-
 CHANGES = {
     "a count": ({"heavy": "512"}, lambda m: m.heavy == Tokens(512)),
     "a share": ({"recent": "0.5"}, lambda m: m.recent == Share(0.5)),

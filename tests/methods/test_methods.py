@@ -109,7 +109,8 @@ def test_method_matches_naive(name: str, heads: tuple[int, int]):
             outputs.append(model.forward(*arguments))
             return outputs[0]
 
-        recorder = types.SimpleNamespace(config=model.config, window=model.window, forward=forward)
+        parts = {name: getattr(model, name) for name in ("config", "window", "softmax_options")}
+        recorder = types.SimpleNamespace(forward=forward, **parts)
         _, cache = prefill(cast(Llama, recorder), ids, lengths, method, STEPS)
         return outputs[0], cache
 

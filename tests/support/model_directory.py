@@ -1,10 +1,9 @@
 """Writes a tiny random chat model with a byte tokenizer as a Hugging Face directory."""
 
-import dataclasses
 import json
 import pathlib
 
-from support.checkpoints import random_tensors, write_hf
+from support.checkpoints import hf_config, random_tensors, write_hf
 from support.tiny import tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -40,7 +39,6 @@ def write_model(directory: pathlib.Path) -> None:
 
 def write_shape(path: pathlib.Path) -> str:
     """Writes a tiny model's config.json, and returns its path."""
-    fields = dataclasses.asdict(tiny_config(head_dim=32)) | {"eos_token_id": None}
-    fields = {name: value for name, value in fields.items() if value is not None and name != "eos_token_ids"}
-    path.write_text(json.dumps(fields))
+    config = hf_config(tiny_config(head_dim=32))
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "eos_token_id"}))
     return str(path)
