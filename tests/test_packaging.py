@@ -11,6 +11,7 @@ import venv
 import zipfile
 
 import pytest
+from support.harness_tasks import CHOICES, write_task
 
 from minikv_jax.cli.main import commands
 from minikv_jax.models import hub
@@ -119,6 +120,10 @@ def test_every_command_runs_without_installation(model_directory: pathlib.Path, 
     cases.write_text(json.dumps({"prompt_ids": list(range(60)), "continuation_ids": [7, 8]}))
     model = ["--model", str(model_directory)]
     method = ["--method", "minikv:tail.length=32"]
+    book = {"prompt": f"{text.read_text()}Why?", "answers": ["at dusk"]}
+    (tmp_path / "lcc.jsonl").write_text(json.dumps(book))
+    write_task(tmp_path, CHOICES, [{"text": text.read_text(), "choices": [" red", " old"], "answer": 1}])
+    harness = ["--tasks", "colours", "--include-path", str(tmp_path)]
     case_files = ["cases", "--data", str(cases), *model, *method]
     sizes = ["--prompt-len", "64", "--max-new-tokens", "4", "--dtype", "float32"]
     learning = ["--context", "80", "--queries", "10", "--limit", "1", "--steps", "2"]
@@ -128,8 +133,10 @@ def test_every_command_runs_without_installation(model_directory: pathlib.Path, 
         "evaluate": [*case_files, "--json", "evaluated.json"],
         "generate": [*model, *method, "--prompt", "The lamp", "--max-new-tokens", "4", "--json", "generated.json"],
         "inspect": [*model, *method, "--prompt-file", str(text), "--max-new-tokens", "2", "--out", "inspected"],
+        "lm-eval": [*model, *method, *harness],
         "memory": ["--config", shape, "--prompt-len", "64", *method],
         "methods": [],
+        "reproduce": ["kivi", *model, "--data", str(tmp_path), "--limit", "1", "--max-prompt", "90"],
         "sweep": [*case_files, "--sweep", "heavy=0.1,0.2", "--no-figures", "--out", "swept"],
     }
     assert set(runs) == {command.name for command in commands()}
