@@ -171,6 +171,16 @@ def test_sampling_streaming_and_going_on():
     np.testing.assert_allclose(again.log_probabilities, second.log_probabilities, atol=ONE_CODE)
 
 
+def test_drafts_and_refits_on_a_mesh():
+    method = lookup.parse("minikv-snap:lookahead=3,refit=ridge,queries=8,strength=0.1,tail.length=32")
+    how: dict[str, Any] = {"method": method, "max_new_tokens": 6, "eos_token_ids": (), "log_probabilities": True}
+    expected = generate(model(), prompts(), **how)
+    got = generate(shard_model(model(), mesh_of("data=2,model=4")), prompts(), **how)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    off = np.abs(np.asarray(got.log_probabilities) - np.asarray(expected.log_probabilities))
+    assert off.max() <= ONE_CODE
+
+
 def test_prompts_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch):
     """Each device prefills its own rows, a few at a time."""
     on = shard_model(model(), mesh_of("data=2,model=4"))
