@@ -107,7 +107,7 @@ def keep(
             own = inputs._replace(q=q, k=k, v=v, lengths=seen, column_sums=None)
             if own.sink_logits is not None:
                 own = own._replace(sink_logits=meshes.own_heads(own.sink_logits, 0))
-            v = refit(own, lengths, kept, capacity, spec)
+            v = refit(own, lengths, kept, capacity, spec, implementation)
         return compress(k, v, kept, capacity, spec, eviction, implementation), kept
 
     arguments = (inputs.q, inputs.k, inputs.v, scores, inputs.lengths, lengths, heavy)

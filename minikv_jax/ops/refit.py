@@ -14,7 +14,12 @@ from minikv_jax.ops.select import Kept
 
 
 def refit(
-    inputs: LayerInputs, lengths: Int[Array, "B"], kept: Kept, capacity: LayerCapacity, spec: LayerSpec
+    inputs: LayerInputs,
+    lengths: Int[Array, "B"],
+    kept: Kept,
+    capacity: LayerCapacity,
+    spec: LayerSpec,
+    implementation: str | None = None,
 ) -> Float[Array, "B T K H"]:
     """Refits the values of the kept tokens.
 
@@ -24,6 +29,7 @@ def refit(
       kept: the tokens that stay.
       capacity: static sizes of the cache.
       spec: the method, and the layer's window and number.
+      implementation: implementation of `quantize`, as `compress` will use it.
 
     Returns:
       The prompt's values, those of the kept tokens replaced, in their dtype.
@@ -31,12 +37,11 @@ def refit(
     k, v, change = inputs.k, inputs.v, spec.method.refit
     assert change is not None
     rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None]
-    values = v.at[rows, jnp.minimum(kept.positions, k.shape[1] - 1), heads].get(
-        mode="promise_in_bounds"
-    )  # [B, K, M, H]
+    source = jnp.minimum(kept.positions, k.shape[1] - 1)
+    values = v.at[rows, source, heads].get(mode="promise_in_bounds")  # [B, K, M, H]
     valid = jnp.arange(values.shape[2]) < kept.tokens[:, None, None]
     values = jnp.where(valid[..., None], values.astype(jnp.float32), 0.0)
-    keys = _as_read(compress(k, v, kept, capacity, spec), values.shape[2])
+    keys = _as_read(compress(k, v, kept, capacity, spec, None, implementation), values.shape[2])
     new = calls.refit(change, inputs, KeptTokens(keys, values, kept.positions, lengths)).astype(v.dtype)
     return v.at[rows, kept.positions, heads].set(new, mode="drop")  # filler slots point past the end
 

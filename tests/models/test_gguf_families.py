@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from support.checkpoints import Tensors, interleave_heads
+from support.checkpoints import Tensors, gguf_writer, interleave_heads
 from support.family_cases import KINDS, write_kind
 
 from minikv_jax.models.config import ModelConfig
@@ -65,15 +65,7 @@ APART = {"layer_types", "unrotated_layers", "own_design"}
 
 def write(path: pathlib.Path, architecture: str, config: ModelConfig, tensors: Tensors, more: dict[str, Any]) -> None:
     """Writes Hugging Face tensors under the names of the `gguf` package."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer = gguf_writer(path, architecture, config)
     layer_norm = config.design.norm.startswith("layer_norm")
     (writer.add_layer_norm_eps if layer_norm else writer.add_layer_norm_rms_eps)(config.rms_norm_eps)
     if config.sliding_window is not None:

@@ -103,6 +103,20 @@ def interleave_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
     return np.stack(rows)
 
 
+def gguf_writer(path: pathlib.Path, architecture: str, config: ModelConfig) -> gguf.GGUFWriter:
+    """Begins a GGUF file with the sizes of a model."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_theta)
+    return writer
+
+
 def write_gguf(
     path: pathlib.Path,
     config: ModelConfig,
@@ -117,16 +131,8 @@ def write_gguf(
     A uint8 matrix already holds blocks of `kind`.
     """
     architecture = "llama" if config.model_type == "mistral" else config.model_type
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_context_length(config.max_position_embeddings)
+    writer = gguf_writer(path, architecture, config)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
     for key, value in (metadata or {}).items():
         value_type = gguf.GGUFValueType.get_type(value)
         if isinstance(value, int | float) and abs(value) >= 1 << 31:  # it would have 32 bits
