@@ -4,7 +4,9 @@ The file holds prefill, compression and decoding for a batch of prompts of one l
 program that has only JAX, `jax.export.deserialize` reads it:
 
     program = jax.export.deserialize(bytearray(open("generate.bin", "rb").read()))
-    tokens, lengths = program.call(weights, ids, lengths)
+    stored = np.load("generate.npz")  # written beside it
+    weights = [stored[f"arr_{i}"] for i in range(len(stored))]
+    tokens, lengths = program.call(weights, ids, lengths)  # int32 [1, 64], right-padded, and [1]
 
 Writing and reading it needs the package flatbuffers (`pip install minikv_jax[export]`).
 """

@@ -32,6 +32,7 @@ from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept
 from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
+from minikv_jax.prompts import check_positions
 
 
 class PromptLayer(NamedTuple):
@@ -202,7 +203,7 @@ def _keep_layer(
     implementation: str | None,
 ) -> tuple[LayerCache, Kept]:
     softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
-    inputs = LayerInputs(*layer[:3], seen, layer.column_sums, spec.window, **softmax)
+    inputs = LayerInputs(*layer[:3], seen, None, spec.window, **softmax)
     return keep(inputs, scores, lengths, heavy, capacity, spec, implementation)
 
 
@@ -218,31 +219,33 @@ def look_ahead(
 
     Args:
       model: the model.
-      method: any method; without `lookahead`, nothing is run.
-      prompt: token ids, right-padded, and lengths.
-      hidden, layers: returned by `prefill_layers` for the prompt.
-      implementation: implementation of the ops.
+      method: without `lookahead`, nothing is run.
+      prompt, hidden, layers: right-padded token ids and lengths, and what `prefill_layers` returned for them.
+      implementation: of the ops.
 
     Returns:
       The layers to compress, and the tokens of each row, draft included.
+
+    Raises:
+      ValueError: too few positions for a prompt and its draft.
     """
     ids, lengths = map(jnp.asarray, prompt)
     if not method.lookahead:
         return layers, lengths
+    check_positions(model, int(lengths.max()), method.lookahead)
     plain = dataclasses.replace(method, lookahead=0)
     sizes = shared_capacities(model.config, plain, ids.shape[1], method.lookahead)
     cache = compress_layers(model.config, plain, layers, lengths, lengths, sizes, implementation).cache
-    active, drafted, counted = jnp.ones_like(lengths), [], []
+    active, drafted = jnp.ones_like(lengths), []
     for _ in range(method.lookahead):
         token, going = likeliest(model, hidden, active)
-        drafted.append(token)
-        counted.append(active)
+        drafted.append((token, active))
         hidden, cache = decode_step(model, cache, token, active, implementation)
         active = going
-    counts = jnp.sum(jnp.stack(counted), axis=0)
-    both = join(ids, lengths, jnp.stack(drafted, axis=1), counts, model.config.max_position_embeddings)
-    sums = method.scorer.needs_column_sums
-    return prefill_layers(model, both.ids, both.seen, sums, implementation)[1], both.seen
+    tokens, counted = (jnp.stack(column, axis=1) for column in zip(*drafted, strict=True))
+    both = join(ids, lengths, tokens, counted.sum(axis=1), model.config.max_position_embeddings)
+    _, layers = prefill_layers(model, both.ids, both.seen, method.scorer.needs_column_sums, implementation)
+    return layers, both.seen
 
 
 def decode_step(

@@ -1,8 +1,8 @@
 """Lookahead: drafts tokens after a prompt, whose queries then vote for the prompt's tokens (arXiv 2505.20334).
 
 `prefill` first compresses the prompt as if there were no lookahead, and drafts with that cache. Then it runs the prompt
-once more, with the draft after it. This costs a second prefill and one decode step per drafted token, and never more
-memory than one layer's K and V.
+once more, with the draft after it. This costs a second prefill and one decode step per drafted token. Beside the
+caches, one layer's full K and V are in memory at a time.
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ def keep(
         kept = select(scores, lengths, heavy, method, capacity.kept, spec.window)
         eviction = start_eviction(scores, kept, lengths, heavy, method, capacity)
         if method.refit is not None:
-            own = inputs._replace(q=q, k=k, v=v, lengths=seen, column_sums=None)
-            if own.sink_logits is not None:
-                own = own._replace(sink_logits=meshes.own_heads(own.sink_logits, 0))
+            own = LayerInputs(q, k, v, seen, None, inputs.window, sinks=method.sinks, soft_cap=inputs.soft_cap)
+            if inputs.sink_logits is not None:
+                own = own._replace(sink_logits=meshes.own_heads(inputs.sink_logits, 0))
             v = refit(own, lengths, kept, capacity, spec, implementation)
         return compress(k, v, kept, capacity, spec, eviction, implementation), kept
 
@@ -238,7 +238,7 @@ def _prefill_rows(
         # Makes the layer before the next one begins, so that its full K and V can be freed.
         return lax.optimization_barrier((out, make(inputs, scores, budgets[number])))[0]
 
-    positions = row_positions(ids.shape[1], lengths, by_length=model.config.rope_by_length)
+    positions = row_positions(ids.shape[1], seen, by_length=model.config.rope_by_length)
     hidden = model.forward(ids, positions, attend_layer)
     if waits:
         counts = heavy_tokens(method, num_layers, lengths, [scores for _, scores in waiting])
@@ -271,7 +271,8 @@ def prefill_layer(
 
     Args:
       inputs: queries, keys and values after the model's own position embedding, and the rows' lengths; the layer's
-        number and window if they are not 0 and None; RoPE's frequencies if the scorer needs them.
+        number and window if they are not 0 and None; RoPE's frequencies if the scorer needs them; the softmax's soft
+        cap and sink logits, if any.
       method: a `Method` or a name.
       max_new_tokens: tokens per row that the cache will have room for, at least 0.
       num_layers: number of the model's layers, on which budgets may depend.

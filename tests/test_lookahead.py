@@ -18,6 +18,7 @@ from minikv_jax.methods.grkv import Ridge
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.snapkv import SnapKV
+from minikv_jax.models.config import RopeScaling
 from minikv_jax.models.decoder import Llama
 from minikv_jax.prefill import prefill, prefill_layer
 
@@ -46,8 +47,8 @@ def prefilled(model: Llama, method: Method, room: int = 0):
     return compiled(*nnx.split(model), *padded(PROMPTS), method, room)
 
 
-def without_eos(layers: int = 1) -> Llama:
-    return tiny_model(num_hidden_layers=layers, max_position_embeddings=256, eos_token_ids=())
+def without_eos() -> Llama:
+    return tiny_model(num_hidden_layers=1, max_position_embeddings=256, eos_token_ids=())
 
 
 def test_the_drafts_queries_choose():
@@ -106,7 +107,8 @@ def test_a_draft_ends_at_the_end_of_sequence():
 
 
 def test_layer_by_layer_is_the_same():
-    method, model, (ids, lengths) = PACKED, without_eos(layers=2), padded(PROMPTS)
+    model = tiny_model(num_hidden_layers=2, max_position_embeddings=256, eos_token_ids=())
+    method, (ids, lengths) = PACKED, padded(PROMPTS)
     hidden, cache = prefilled(model, method, 4)
     last, layers = layerwise.prefill_layers(model, ids, lengths, False, None)
     inputs, seen = layerwise.look_ahead(model, method, (ids, lengths), last, layers, None)
@@ -130,6 +132,12 @@ def test_what_cannot_be_drafted_is_refused():
         compile_ahead(model, 1, 92, method=METHOD, max_new_tokens=1)
     with pytest.raises(ValueError, match="row 0 has 92 tokens and drafts 6: the model has 96 positions"):
         prefill(model, jnp.full((1, 92), 5), jnp.array([92]), METHOD, 1)
+    dynamic = RopeScaling(rope_type="dynamic", factor=2.0, original_max_position_embeddings=64)
+    with pytest.raises(ValueError, match="lookahead=6: the model's rotary frequencies depend on the length"):
+        generate(tiny_model(rope_scaling=dynamic), [[5] * 9], method=METHOD, max_new_tokens=1)
+    hidden, layers = jnp.zeros((1, 48)), []
+    with pytest.raises(ValueError, match="92 prompt tokens \\+ 6 new ones exceed"):
+        layerwise.look_ahead(model, METHOD, (jnp.full((1, 92), 5), jnp.array([92])), hidden, layers, None)
     arrays = jnp.ones((1, 8, 2, 16))
     with pytest.raises(NotImplementedError, match="lookahead=6: only this library's own models draft"):
         prefill_layer(LayerInputs(arrays, arrays, arrays, jnp.array([8])), METHOD, 1)

@@ -29,14 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the means of every method; --json has every case's numbers."""
     methods = shared.read_methods(arguments)
+    out = getattr(arguments, "out", None)
+    if out is not None:
+        leaderboard.check_limit(arguments.limit)
     evaluator = tasks.make_evaluator(arguments)
     with output.ProgressBar(arguments.task, len(evaluator.cases) * len(methods)) as bar:
         report = evaluate(evaluator, methods, model_source=arguments.model, batch=arguments.batch, done=bar.advance_to)
     print(means_table(report["means"]).markdown())
     output.warn_not_finite(report["means"])
     output.write_json(arguments.json, report, indent=1)
-    if getattr(arguments, "out", None) is not None:
+    if out is not None:
         name = arguments.model if hub.HUB_ID.fullmatch(arguments.model) else pathlib.Path(arguments.model).name
-        for directory in leaderboard.write_results(arguments.out, evaluator, methods, report, name):
+        for directory in leaderboard.write_results(out, evaluator, methods, report, name):
             print(directory)
     return 0

@@ -17,7 +17,6 @@ import numpy as np
 from minikv_jax.cli import output, shared
 from minikv_jax.evaluation.run import describe_model, method_record
 from minikv_jax.evaluation.tables import Table
-from minikv_jax.methods import lookup
 from minikv_jax.methods.method import Method
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from minikv_jax.integrations.lm_eval import CompressedLM  # optional
     from minikv_jax.integrations.lm_eval_tasks import TaskSelection, run_tasks
 
-    methods = _methods(arguments)
+    methods = {name: sized.method for name, sized in shared.read_methods(arguments).items()}
     with output.status("reading task files"):
         selection = TaskSelection(arguments.tasks, arguments.include_path, arguments.metadata)
     model, tokenizer = shared.load_model(arguments, methods.values())
@@ -83,7 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names of tasks")
+    return names
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -94,16 +96,6 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")
     return value
-
-
-def _methods(arguments: argparse.Namespace) -> dict[str, Method]:
-    shared.load_plugins(arguments)
-    methods: dict[str, Method] = {}
-    for text in arguments.method:
-        if text in methods:
-            raise ValueError(f"method {text!r} is given twice")
-        methods[text] = lookup.parse(text, arguments.set)
-    return methods
 
 
 def _note(name: str, lm: CompressedLM) -> None:

@@ -19,10 +19,9 @@ from minikv_jax.evaluation.reproduce import (
     without_continuations,
 )
 from minikv_jax.evaluation.run import Evaluator, evaluate
+from minikv_jax.evaluation.tasks.longbench import HUB_FILES
 from minikv_jax.models import hub
 from minikv_jax.prompts import check_rows
-
-_HUB = ("data.zip", "*.jsonl", "dataset2prompt.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         table,
         model_name,
         config,
-        data.locate(arguments.data, _HUB),
+        data.locate(arguments.data, HUB_FILES),
         prompts=arguments.prompts,
         max_prompt=arguments.max_prompt,
         limit=arguments.limit,

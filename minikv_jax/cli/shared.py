@@ -227,12 +227,12 @@ def read_method(arguments: argparse.Namespace) -> Method:
 
 
 def read_methods(arguments: argparse.Namespace) -> dict[str, SizedMethod]:
-    """The methods of `add_methods`, keyed by their text and, if given, their share of bytes."""
+    """The methods of `add_methods` or `add_method`, keyed by their text and, if given, their share of bytes."""
     load_plugins(arguments)
     methods: dict[str, SizedMethod] = {}
     for text in arguments.method:
         method = lookup.parse(text, arguments.set)
-        for share in arguments.budget_bytes or (None,):
+        for share in getattr(arguments, "budget_bytes", ()) or (None,):
             label = text if share is None else f"{text} @ {share:.4g}"
             if label in methods:
                 raise ValueError(f"method {label!r} is given twice")

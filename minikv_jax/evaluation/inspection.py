@@ -47,7 +47,8 @@ class Inspection:
       attention_kept: float32 `[L, K]`, fraction of the next tokens' attention to the prompt that falls on kept tokens;
         1 if a sliding window hides the prompt from them.
       key_error, value_error: float32 `[L, K, H]`, RMS over the packed tokens of the decoded minus the original numbers,
-        in the model's own basis. None if the method does not quantise, NaN in a layer without packed tokens.
+        in the model's own basis; with a refit, its change of the values is included. None if the method does not
+        quantise, NaN in a layer without packed tokens.
       key_rms, value_rms: float32 `[L, K, H]`, RMS of the original numbers over the same tokens.
     """
 

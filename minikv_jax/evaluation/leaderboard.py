@@ -17,6 +17,7 @@ import yaml
 
 from minikv_jax import files
 from minikv_jax.cache import memory
+from minikv_jax.evaluation.decoding import padded_length
 from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.evaluation.run import Evaluator, method_record
 from minikv_jax.evaluation.tasks.kvpress import KVPress
@@ -35,6 +36,12 @@ def compression_ratio(model: ModelConfig, method: Method, context_tokens: int) -
     """
     report = memory.report(model, method, prompt_length=context_tokens, max_new_tokens=1, dtype="bfloat16")
     return max(report.saved, 0.0)
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises ValueError for a part of the rows, which would look like a result on all of them."""
+    if limit is not None:
+        raise ValueError(f"limit={limit}: results for the leaderboard are of all rows; expected no limit")
 
 
 def write_results(
@@ -58,12 +65,13 @@ def write_results(
       The directories.
 
     Raises:
-      ValueError: the task is another.
+      ValueError: the task is another, or takes only a part of the rows.
       OSError: a file cannot be written.
     """
     task = evaluator.task
     if not isinstance(task, KVPress):
         raise ValueError(f"task {task.name!r}: expected 'kvpress'")
+    check_limit(task.limit)
     rows = task.rows()
     written = []
     for name, method in methods.items():
@@ -74,7 +82,7 @@ def write_results(
         target = _new_directory(directory / _directory_name(config))
         columns = {"predicted_answer": answers, "compression_ratio": [ratio] * len(rows)}
         files.write_text(target / "predictions.csv", _predictions(rows, columns))
-        files.write_json(target / "metrics.json", task.metrics(answers), indent=4)
+        files.write_json(target / "metrics.json", task.metrics(rows, answers), indent=4)
         files.write_text(target / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         written.append(target)
     return written
@@ -83,9 +91,11 @@ def write_results(
 def _mean_ratio(evaluator: Evaluator, method: SizedMethod) -> float:
     """Mean compression ratio over all rows."""
     config = evaluator.model.config
-    lengths = [len(case.prompt) for case in evaluator.cases]
-    fitted = {length: next(iter(evaluator.fit({"": method}, length).values())) for length in set(lengths)}
-    return sum(compression_ratio(config, fitted[length], length) for length in lengths) / len(lengths)
+    fitted = {padded: evaluator.fit({"": method}, padded)[""] for padded in evaluator.lengths}
+    ratios = [
+        compression_ratio(config, fitted[padded_length(config, case)], len(case.prompt)) for case in evaluator.cases
+    ]
+    return sum(ratios) / len(ratios)
 
 
 def _config(task: KVPress, report: Mapping[str, Any], name: str, ratio: float, method: Method) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Measures methods on a prompt with one shared prefill, which every method compresses.
 
-Sharing the prefill is exact, because attention over the prompt is full and does not depend on the method. The queries,
-keys and values of all layers stay in memory. Per method, the true continuation is then fed token by token through the
-compressed cache ("teacher forcing"), as generation would do it, and the logits are compared with those of the full
-cache; or text is generated greedily. The model runs layer by layer (`layerwise.py`), which compiles little.
+Sharing the prefill is exact, because attention over the prompt is full and does not depend on the method; one with
+`lookahead` runs the prompt once more, with its draft. The queries, keys and values of all layers stay in memory. Per
+method, the true continuation is then fed token by token through the compressed cache ("teacher forcing"), as generation
+would do it, and the logits are compared with those of the full cache; or text is generated greedily. The model runs
+layer by layer (`layerwise.py`), which compiles little.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def measure_each(
             ]
 
     # One method at a time, because logits are large and only those of the full cache are needed again.
-    references = run(full, answer=full in methods.values())
+    is_asked, is_known = full in methods.values(), any(case.continuation for case in cases)
+    references = run(full, answer=is_asked) if is_asked or is_known else [None] * len(batches)
     names: dict[Method, list[str]] = {}
     for name, method in methods.items():
         names.setdefault(method, []).append(name)
@@ -156,7 +158,7 @@ def measure_each(
         measurements = [
             measurement
             for result, reference, batch in zip(results, references, batches, strict=True)
-            for measurement in _measurements(result, reference.forced, batch, full_bytes)
+            for measurement in _measurements(result, reference and reference.forced, batch, full_bytes)
         ]
         for name in same_method:
             yield name, measurements
@@ -205,8 +207,8 @@ def _prompt(
 ) -> tuple[_Prompt, list[Batch]]:
     """Prefills the prompts, or the one that all cases ask about, and makes the batches of cases."""
     is_shared = any(case.question for case in cases)
-    if is_shared and len({case.prompt for case in cases}) > 1:
-        raise ValueError("cases with questions about several prompts: expected one prompt")
+    if is_shared and (len({case.prompt for case in cases}) > 1 or not all(case.question for case in cases)):
+        raise ValueError("cases with questions: expected a question of each case, all about one prompt")
     size = rows if is_shared and rows is not None else len(cases)
     batches = [batch_of(model.config, cases[i : i + size], new_tokens) for i in range(0, len(cases), size)]
     ids, lengths = (x[:1] if is_shared else x for x in (batches[0].ids, batches[0].lengths))

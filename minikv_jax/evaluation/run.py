@@ -125,10 +125,12 @@ class Evaluator:
         ordered = sorted(self.cases if cases is None else cases, key=length)
         for padded, group in itertools.groupby(ordered, key=length):
             fitted = self.fit(methods, padded)
-            for chunk in _chunks(list(group), batch):
+            chunks = list(_chunks(list(group), batch))
+            width = min(batch, max(map(len, chunks))) if chunks[0][0].question else batch
+            for chunk in chunks:
                 # The last case fills the batch up, because a smaller batch would need another compilation.
-                filled = [*chunk, *itertools.repeat(chunk[-1], -len(chunk) % batch)]
-                arguments = (self.model, filled, fitted, self.room, self.implementation, batch)
+                filled = [*chunk, *itertools.repeat(chunk[-1], -len(chunk) % width)]
+                arguments = (self.model, filled, fitted, self.room, self.implementation, width)
                 for name, measurements in measure_each(*arguments):
                     for case, measurement in zip(chunk, measurements, strict=False):
                         yield case, name, self._row(case, fitted[name], measurement)

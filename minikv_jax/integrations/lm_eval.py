@@ -130,7 +130,8 @@ class CompressedLM(TemplateLM):
         return chat.render(self.tokenizer, chat_history, open_last=not add_generation_prompt)
 
     def _fit(self, ids: Sequence[int], room: int) -> list[int]:
-        """Cuts the middle out of a context of more tokens than `context` or `room`."""
+        """Cuts the middle out of a context of more tokens than `context` or `room`. A draft takes positions too."""
+        room = min(room, self.max_length - self.method.lookahead)
         limit = room if self._context is None else min(self._context, room)
         if limit < 1:
             raise ValueError(f"the model has {self.max_length} positions, {1 - room} too few for a token of context")
@@ -165,12 +166,13 @@ class CompressedLM(TemplateLM):
         scores a window at once.
         """
         exact = self.method.keeps_all and self.method.quantizer is None
-        stride = self.max_length if exact else self._stride
+        window = min(self.max_length, self._context or self.max_length)
+        stride = window if exact else self._stride
         parts: list[_Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, window, 1)
             for context, continuation in map(utils.make_disjoint_window, windows):
                 for start in range(0, len(continuation), stride):
                     parts.append((None, context + continuation[:start], continuation[start : start + stride]))

@@ -237,7 +237,9 @@ class CompressedSampler:
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise ValueError(f"weight_sync: {new.dtype}{list(new.shape)}; expected {old.dtype}{list(old.shape)}")
         async with self._device:
-            placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), weights, expected)
+            placed = jax.tree.map(
+                lambda new, old: jax.device_put(new, old.sharding, may_alias=False), weights, expected
+            )
             nnx.update(self.model, placed)
             self.policy_version = getattr(sync_request, "policy_version", self.policy_version + 1)
 
@@ -252,9 +254,11 @@ class CompressedSampler:
         del req_id, options
         return "done"
 
-    async def migrate_kv_cache(self, source_server_id: str, target_server_id: str, token_ids: list[int]) -> bool:
+    async def migrate_kv_cache(
+        self, source_server_id: str, target_server_id: str, token_ids: list[int], **options: Any
+    ) -> bool:
         """Refuses: caches live as long as their batch."""
-        del token_ids
+        del token_ids, options
         raise NotImplementedError(f"from {source_server_id} to {target_server_id}: caches live as long as their batch")
 
     async def get_load_info(self, **options: Any) -> LoadInfo:

@@ -164,7 +164,10 @@ class Refit(Component, abc.ABC):
 
     @abc.abstractmethod
     def values(self, inputs: LayerInputs, kept: KeptTokens) -> Float[Array, "B K M H"]:
-        """Computes floating-point values for the tokens that a layer keeps; filler may get any. Traced by `jax.jit`."""
+        """Computes floating-point values for the tokens that a layer keeps; filler may get any. Traced by `jax.jit`.
+
+        `inputs` has no column sums, frequencies or layer number.
+        """
 
 
 class NoScores(Scorer):

@@ -34,6 +34,11 @@ def check(method: Method, model: ModelConfig) -> None:
         raise ValueError(
             f"evict_every={method.evict_every}: a layer with a sliding window ({windows.pop()}) evicts by it"
         )
+    if method.lookahead and model.rope_by_length:
+        raise ValueError(
+            f"lookahead={method.lookahead}: the model's rotary frequencies depend on the length of a row, and a draft "
+            "would change the prompt's"
+        )
     if method.quantizer is not None:
         calls.check_model(method.quantizer, model)
     check_components(
@@ -79,11 +84,11 @@ def _check_refit(method: Method, heads: int, kv_heads: int, head_dim: int) -> No
     assert refit is not None
     q, k = _floats(_ROWS, _TOKENS, heads, head_dim), _floats(_ROWS, _TOKENS, kv_heads, head_dim)
 
-    def run(q: Array, k: Array, lengths: Array, kept: Array, positions: Array, frequencies: Array) -> Array:
-        inputs = LayerInputs(q, k, k, lengths, frequencies=frequencies, sinks=method.sinks)
+    def run(q: Array, k: Array, lengths: Array, kept: Array, positions: Array) -> Array:
+        inputs = LayerInputs(q, k, k, lengths, sinks=method.sinks)
         return calls.refit(refit, inputs, KeptTokens(kept, kept, positions, lengths))
 
-    _trace(run, q, k, _integers(_ROWS), kept, _integers(_ROWS, kv_heads, _KEPT), _floats(head_dim // 2))
+    _trace(run, q, k, _integers(_ROWS), kept, _integers(_ROWS, kv_heads, _KEPT))
 
 
 def _check_quantizer(quantizer: Quantizer, operand: Operand, kv_heads: int, head_dim: int) -> None:

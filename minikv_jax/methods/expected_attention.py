@@ -17,11 +17,11 @@ from minikv_jax.models.rotary import rotate
 class ExpectedAttention(Scorer):
     """Attention expected from the next `future` queries (Expected Attention section 3, arXiv 2510.00636).
 
-    Queries before RoPE, except those of the sinks, are modelled as normal with their mean `m` and covariance `C`, and
-    rotated by the mean rotation `R` of the next positions: `E[exp(q k / sqrt(H))] = exp(Rm k / sqrt(H) + k RCR' k /
-    2H)`. This is normalised over the keys after the sinks (and the layer's `sink_logits`) and averaged over the KV
-    head's query heads. The score is that weight plus `epsilon`, times the norm of the value. (The paper takes the norm
-    of `W_o v`, which a cache does not know.)
+    Queries before RoPE, except those of the sinks, are modelled as normal with their mean `m` and covariance `C`,
+    and rotated by the mean rotation `R` of the next positions: `E[exp(q k / sqrt(H))] = exp(Rm k / sqrt(H) + k RCR'
+    k / 2H)`. A soft cap of the logits is not modelled. This is normalised over the keys after the sinks (and the
+    layer's `sink_logits`) and averaged over the KV head's query heads. The score is that weight plus `epsilon`,
+    times the norm of the value. (The paper takes the norm of `W_o v`, which a cache does not know.)
 
     Attributes:
       future: number of future queries.

@@ -74,7 +74,7 @@ def _xla(
     sinks: Array | None,
     scale: Scaling,
 ) -> Float[Array, "B T N H"]:
-    new = causal_attention(q, k, v, lengths, scale, layer.spec.window)
+    new = causal_attention(q, k, v, lengths, scale, layer.spec.window, positions[:, :1, None])
     part = merge_sinks(merge(attend_cache(q, layer, positions, scale), new), sinks)
     out = finish(part, q.shape[2] // k.shape[2], q.dtype)
     valid = jnp.arange(q.shape[1]) < lengths[:, None]

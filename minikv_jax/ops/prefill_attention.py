@@ -105,6 +105,7 @@ class _Blocks(NamedTuple):
     size: int
     used: Array
     window: Window | None
+    start: Array | int  # position of the first token, which counts for chunks
 
     def keys(self, x: Array, j: Array) -> Float[Array, "B K S H"]:
         """Block `j` of keys or values."""
@@ -116,14 +117,14 @@ class _Blocks(NamedTuple):
         columns = j * self.size + jnp.arange(self.size)
         seen = (columns <= rows) & (rows < self.lengths[:, None, None])
         if self.window is not None:
-            seen &= columns >= windows.oldest(self.window, rows)
+            seen &= columns + self.start >= windows.oldest(self.window, rows + self.start)
         return jnp.tile(seen, (1, self.q.shape[2], 1))[:, None]
 
     def first(self, i: Array) -> Array:
         """First key block that query block `i` can see."""
         if self.window is None:
             return jnp.zeros_like(i)
-        return jnp.maximum(windows.oldest(self.window, i * self.size), 0) // self.size
+        return jnp.maximum(i * self.size - windows.size(self.window) + 1, 0) // self.size
 
 
 def _query_block(q: Float[Array, "B K G T H"], i: Array, size: int) -> Float[Array, "B K Q H"]:
@@ -133,13 +134,14 @@ def _query_block(q: Float[Array, "B K G T H"], i: Array, size: int) -> Float[Arr
     return q.reshape(batch, kv_heads, -1, dim)
 
 
-def _blocks(q: Array, k: Array, v: Array, lengths: Array, window: Window | None) -> _Blocks:
+def _blocks(q: Array, k: Array, v: Array, lengths: Array, window: Window | None, start: Array | int = 0) -> _Blocks:
     tokens = q.shape[1]
     size = min(BLOCK, tokens)
     count = -(-tokens // size)
     q, k, v = (jnp.pad(x, [(0, 0), (0, count * size - tokens), (0, 0), (0, 0)]) for x in (q, k, v))
     used = (jnp.max(lengths, initial=0) + size - 1) // size
-    return _Blocks(split_heads(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, size, used, window)
+    q, k, v = split_heads(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return _Blocks(q, k, v, lengths, size, used, window, start)
 
 
 def causal_attention(
@@ -149,9 +151,13 @@ def causal_attention(
     lengths: Int[Array, "B"],
     scale: Scaling,
     window: Window | None = None,
+    start: Array | int = 0,
 ) -> Partial:
-    """Pass 1: unnormalised causal attention of right-padded rows, queries group-major (`Q = G * T`)."""
-    blocks = _blocks(q, k, v, lengths, window)
+    """Pass 1: unnormalised causal attention of right-padded rows, queries group-major (`Q = G * T`).
+
+    `start` is the position of the first token, `[B, 1, 1]`, which says where chunks end.
+    """
+    blocks = _blocks(q, k, v, lengths, window, start)
     batch, kv_heads, group, padded, dim = blocks.q.shape
 
     def query_block(i: Array, state: Partial) -> Partial:

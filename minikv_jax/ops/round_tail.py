@@ -2,7 +2,8 @@
 
 KIVI's code (https://github.com/jy-yuan/KIVI) quantises keys in whole runs of `tail.length` and values one by one, as
 they leave the newest `tail.length`. A layer packs the key and the value of a token together. In between, the tail holds
-what their codes decode to, so attention reads the same numbers as in KIVI.
+what their codes decode to, so attention reads the same numbers as in KIVI, but for one value: KIVI quantises a value
+after its own step's attention, and here it is quantised before.
 """
 
 from __future__ import annotations

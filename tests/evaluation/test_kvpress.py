@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 import yaml
 from pyarrow import parquet
-from support.commands import Run
+from support.commands import Run, run_wrongly
 from support.model_directory import byte_tokenizer
 
 from minikv_jax.evaluation.tasks.kvpress import KVPress
@@ -147,9 +147,10 @@ def test_results_are_written_for_the_leaderboard(
         answers = [case["methods"][method]["text"] for case in cases]
         assert [row["predicted_answer"] for row in predictions] == answers
         metrics = json.loads((out / name / "metrics.json").read_text())
-        assert metrics == KVPress(data=data).metrics(answers)
+        assert metrics == KVPress(data=data).metrics(KVPress(data=data).rows(), answers)
         config = yaml.safe_load((out / name / "config.yaml").read_text())
         assert (config["dataset"], config["data_dir"], config["query_aware"]) == ("ruler", "4096", True)
         assert f"{config['compression_ratio']:.2f}" in name
     assert run(*command)[0] == 0
     assert (out / names[0] / "1" / "metrics.json").is_file()  # a second run keeps the first
+    assert "limit=1: results for the leaderboard are of all rows" in run_wrongly(run, *command, "--limit", 1)

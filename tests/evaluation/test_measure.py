@@ -154,6 +154,7 @@ def test_questions_share_a_prompt_that_methods_compress_without_them(model: Llam
 
 
 def test_questions_about_several_prompts_are_refused(model: Llama):
-    cases = [dataclasses.replace(random_case(seed, 70, 2), question=(1, 2)) for seed in (1, 2)]
-    with pytest.raises(ValueError, match=r"^cases with questions about several prompts: expected one prompt$"):
-        measure(model, cases, METHODS, ROOM)
+    several = [dataclasses.replace(random_case(seed, 70, 2), question=(1, 2)) for seed in (1, 2)]
+    for cases in (several, [several[0], dataclasses.replace(several[0], question=())]):
+        with pytest.raises(ValueError, match=r"^cases with questions: expected .* all about one prompt$"):
+            measure(model, cases, METHODS, ROOM)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import minikv_jax as mk
 from minikv_jax.integrations.lm_eval import CompressedLM
+from minikv_jax.methods import lookup
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.hub import load
 
@@ -139,7 +140,11 @@ def test_a_context_that_does_not_fit_loses_its_middle(loaded: Loaded):
     scores = lm._loglikelihood_tokens([pair, cut])
     assert scores[0] == scores[1]
     assert lm.cut == 1
-    by_positions = CompressedLM(tiny_model(vocab_size=259, max_position_embeddings=48), loaded[1], "full")
+    small = tiny_model(vocab_size=259, max_position_embeddings=48)
+    drafts = CompressedLM(small, loaded[1], lookup.parse("snapkv:heavy=8,recent=8,lookahead=20"))
+    assert drafts.generate_until(requests("generate_until", [(TEXT, {"max_gen_toks": 2})]))[0]
+    assert drafts.cut == 1  # a draft takes positions too
+    by_positions = CompressedLM(small, loaded[1], "full")
     (answer,) = by_positions.generate_until(requests("generate_until", [(TEXT, {"max_gen_toks": 16})]))
     assert by_positions.cut == 1
     assert answer

@@ -1,4 +1,4 @@
-"""Runs kvpress's presses on a prompt, in the environment of `support/kvpress_environment.py`, which has kvpress.
+"""Runs kvpress's presses on a prompt, in the environment of `methods/test_kvpress.py`, which has kvpress.
 
 Usage: kvpress_presses.py FILE.gguf REQUEST.json RESULT.npz. The request has `prompt`, `continuation` (token ids) and
 `presses`, a list of [name, class, arguments]. The result has, per name, `NAME/kept`, bool [L, K, T], and `NAME/nll`,

@@ -7,6 +7,7 @@ compression. Prompts, greedy answers and metrics follow kvpress's pipeline and e
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -35,10 +36,7 @@ class _Row(Schema, extra="allow"):
 
 @dataclasses.dataclass(frozen=True)
 class KVPress:
-    """Rows with context, question, answer_prefix, answer and max_new_tokens, as in kvpress's data sets.
-
-    `--out` writes the files of kvpress's leaderboard.
-    """
+    """Rows with context, question, answer_prefix, answer and max_new_tokens, as in kvpress's data sets."""
 
     name: ClassVar[str] = "kvpress"
     summary: ClassVar[str] = "questions about compressed contexts, from rows in kvpress's format"
@@ -54,6 +52,8 @@ class KVPress:
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit, context=self.context, max_new_tokens=self.max_new_tokens)
         choice("benchmark", self.benchmark, tuple(BENCHMARKS))
+        if self.benchmark == "loogle" and importlib.util.find_spec("rouge") is None:
+            raise ValueError("benchmark='loogle' needs the package rouge: pip install minikv_jax[evaluation]")
         need_file(self.data)
         for _ in self._rows():  # report a wrong row before the model is loaded
             pass
@@ -71,9 +71,9 @@ class KVPress:
         """Returns all columns of the rows, in the order of the cases."""
         return [row.model_dump() for row in self._rows()]
 
-    def metrics(self, predictions: Sequence[str]) -> Metrics:
-        """Computes kvpress's metrics of all rows from their predicted answers."""
-        samples = [Sample(row, text) for row, text in zip(self.rows(), predictions, strict=True)]
+    def metrics(self, rows: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> Metrics:
+        """Computes kvpress's metrics of rows from their predicted answers."""
+        samples = [Sample(row, text) for row, text in zip(rows, predictions, strict=True)]
         return BENCHMARKS[self.benchmark].metrics(samples)
 
     def _rows(self) -> Iterator[_Row]:

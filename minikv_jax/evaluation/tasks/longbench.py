@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SOURCE = "they come from the LongBench repository (config/) and its data set THUDM/LongBench (data.zip)"
 _PROMPTS = "dataset2prompt.json"
+HUB_FILES = ("data.zip", "*.jsonl", _PROMPTS)  # of the data set on the hub
 
 
 class _Dataset(NamedTuple):
@@ -99,7 +100,7 @@ class LongBench:
     data: pathlib.Path = option(
         f"a directory with DATASET.jsonl and {_PROMPTS}, or a data set on the hub (THUDM/LongBench)",
         parse=pathlib.Path,
-        hub=("data.zip", "*.jsonl", _PROMPTS),
+        hub=HUB_FILES,
     )
     prompts: pathlib.Path | None = option(
         f"the benchmark's prompts; default: DATA/{_PROMPTS}", None, parse=pathlib.Path
