@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.norms import Norm
 from minikv_jax.models.projections import Reduce, joined, linear, project_by_rows, sum_over_devices
-from minikv_jax.models.rotary import rotate
+from minikv_jax.models.rotary import rotate, scaled
 
 
 class Attention(nnx.Module):
@@ -31,8 +31,7 @@ class Attention(nnx.Module):
         sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), dtype)) if config.design.attention_sinks else None
         self.sink_logits = sinks
         self.norm_after_rope = config.design.qk_norm_after_rope
-        # The ops divide logits by sqrt(H); queries carry the rest of the model's own scale.
-        self.query_scale = 1.0 if config.attention_multiplier is None else config.attention_multiplier * h**0.5
+        self.query_scale = config.query_scale
 
     def __call__(
         self,
@@ -53,9 +52,7 @@ class Attention(nnx.Module):
         if self.norm_after_rope:
             qk = self._normalise(qk)
         q, k = qk[:, :, :, :group].reshape(batch, tokens, -1, head_dim), qk[:, :, :, group]
-        if self.query_scale != 1.0:
-            q = (q.astype(jnp.float32) * self.query_scale).astype(q.dtype)
-        out = attend(q, k, v)  # [B, T, N, H]
+        out = attend(scaled(q, self.query_scale), k, v)  # [B, T, N, H]
         return project_by_rows(self.o_proj, out.reshape(batch, tokens, -1), reduce)
 
     def _normalise(self, qk: Float[Array, "B T K G1 H"]) -> Float[Array, "B T K G1 H"]:

@@ -13,6 +13,7 @@ MOST_WIDTH = 1 << 20
 Layers = Annotated[int, Field(ge=1, le=1 << 12)]
 Heads = Annotated[int, Field(ge=1, le=1 << 12)]
 Width = Annotated[int, Field(ge=1, le=MOST_WIDTH)]
+WidthOrZero = Annotated[int, Field(ge=0, le=MOST_WIDTH)]
 Vocabulary = Annotated[int, Field(ge=1, le=1 << 24)]
 Positions = Annotated[int, Field(ge=1, lt=1 << 31)]
 Token = Annotated[int, Field(ge=0, lt=1 << 24)]

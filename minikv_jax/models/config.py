@@ -189,6 +189,11 @@ class ModelConfig:
         """Whether rotary frequencies depend on the length of the sequence."""
         return self.rope_scaling is not None and self.rope_scaling.by_length
 
+    @property
+    def query_scale(self) -> float:
+        """Factor of the queries: the ops divide logits by `sqrt(head_dim)`, and queries carry the rest of the scale."""
+        return 1.0 if self.attention_multiplier is None else self.attention_multiplier * self.head_dim**0.5
+
     def rope(self, layer: int) -> Rope:
         """How a layer rotates its queries and keys."""
         if layer in self.unrotated_layers:
@@ -222,6 +227,7 @@ class ModelConfig:
             raise ValueError(f"eos_token_ids={self.eos_token_ids} must lie in 0..{self.vocab_size - 1} (vocab_size)")
         _check_windows(self)
         _check_experts(self)
+        _check_latent(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the config to JSON values for `from_dict`."""
@@ -277,8 +283,12 @@ def _check_rope(config: ModelConfig) -> None:
 
 
 def _check_windows(config: ModelConfig) -> None:
-    """Raises ValueError if `sliding_window` and `layer_types` contradict each other."""
+    """Raises ValueError if `sliding_window` or `attention_chunk_size` contradicts `layer_types`."""
     if config.layer_types is None:
+        if config.attention_chunk_size is not None:
+            raise ValueError(
+                f"attention_chunk_size={config.attention_chunk_size} needs layer_types with chunked_attention layers"
+            )
         return
     if len(config.layer_types) != config.num_hidden_layers:
         raise ValueError(
@@ -302,3 +312,16 @@ def _check_experts(config: ModelConfig) -> None:
     if any(layer >= config.num_hidden_layers for layer in dense):
         last = config.num_hidden_layers - 1
         raise ValueError(f"experts.dense_layers={dense} must lie in 0..{last} (num_hidden_layers)")
+
+
+def _check_latent(config: ModelConfig) -> None:
+    """Raises ValueError if the heads do not suit multi-head latent attention."""
+    if config.latent is None:
+        return
+    if config.latent.value_dim > config.head_dim:
+        raise ValueError(f"latent.value_dim={config.latent.value_dim} exceeds head_dim={config.head_dim}")
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise ValueError(
+            f"num_key_value_heads={config.num_key_value_heads} must equal num_attention_heads="
+            f"{config.num_attention_heads} in latent attention"
+        )

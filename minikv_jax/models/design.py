@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
-# "rms_norm" divides by the root mean square, "layer_norm" subtracts the mean first and adds a bias. "_1p" multiplies by
-# one plus the weight, "_no_bias" leaves the bias out, "_plain" the weight too.
+from minikv_jax import schemas
+from minikv_jax.models import bounds
+
 NormKind = Literal["rms_norm", "rms_norm_1p", "layer_norm", "layer_norm_1p", "layer_norm_no_bias", "layer_norm_plain"]
+
+
+class NormForm(NamedTuple):
+    """What a norm computes around the division by the root mean square.
+
+    Attributes:
+      centred: it subtracts the mean first.
+      weighted: it multiplies by a weight.
+      plus_one: it multiplies by one plus the weight.
+      biased: it adds a bias.
+    """
+
+    centred: bool = False
+    weighted: bool = True
+    plus_one: bool = False
+    biased: bool = False
+
+
+NORM_FORMS: dict[NormKind, NormForm] = {
+    "rms_norm": NormForm(),
+    "rms_norm_1p": NormForm(plus_one=True),
+    "layer_norm": NormForm(centred=True, biased=True),
+    "layer_norm_1p": NormForm(centred=True, plus_one=True, biased=True),
+    "layer_norm_no_bias": NormForm(centred=True),
+    "layer_norm_plain": NormForm(centred=True, weighted=False),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +42,7 @@ class Design:
     """How a model's layers are built; the defaults are Llama's.
 
     Attributes:
-      norm: kind of all norms.
+      norm: kind of all norms, a key of `NORM_FORMS`.
       pre_norms: attention and MLP read their input through a norm.
       post_norms: the outputs of attention and MLP pass through a norm before they are added.
       parallel: attention and MLP read the same normalised input and are added together.
@@ -27,6 +54,9 @@ class Design:
       attention_sinks: every query head has a learnt logit in the softmax's denominator (gpt-oss, arXiv 2508.10925).
       gated_mlp: the MLP multiplies its activation by a second projection.
       head_bias: the output projection has a bias.
+
+    Raises:
+      ValueError: a value is not accepted. The message names the first such field.
     """
 
     norm: NormKind = "rms_norm"
@@ -40,6 +70,15 @@ class Design:
     gated_mlp: bool = True
     head_bias: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the first field whose value is not accepted."""
+        schemas.check_fields(self)
+
+    @property
+    def norm_form(self) -> NormForm:
+        """What the norms compute."""
+        return NORM_FORMS[self.norm]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latent:
@@ -50,12 +89,19 @@ class Latent:
       kv_rank: channels of the latent of keys and values.
       value_dim: channels per head of the values, at most those of the keys (`ModelConfig.head_dim`).
       interleaved: checkpoints rotate neighbouring channels, not the halves of the rotated ones.
+
+    Raises:
+      ValueError: a value is not accepted. The message names the first such field.
     """
 
-    query_rank: int
-    kv_rank: int
-    value_dim: int
+    query_rank: bounds.WidthOrZero
+    kv_rank: bounds.Width
+    value_dim: bounds.Width
     interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the first field whose value is not accepted."""
+        schemas.check_fields(self)
 
 
 LLAMA = Design()

@@ -11,7 +11,6 @@ from minikv_jax import schemas
 from minikv_jax.models import bounds
 
 Count = Annotated[int, Field(ge=1, le=1 << 16)]
-Size = Annotated[int, Field(ge=0, le=bounds.MOST_WIDTH)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,8 @@ class Experts:
     count: Count
     per_token: Count
     intermediate_size: bounds.Width
-    shared_size: Size = 0
-    dense_layers: Annotated[tuple[Size, ...], Field(strict=False)] = ()
+    shared_size: bounds.WidthOrZero = 0
+    dense_layers: bounds.LayerNumbers = ()
     scoring: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
     normalised: bool = False
     scale: float = 1.0

@@ -93,7 +93,7 @@ def one_of(fields: Fields, *names: str, default: int) -> int:
 
 
 def no_gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
-    """Returns no values: the metadata of all families say it all."""
+    """Returns no values: the keys of all architectures suffice."""
     del values, tensors
     return {}
 
@@ -108,7 +108,7 @@ class Gguf:
       interleaved: they interleave the two halves of every q and k head channel by channel, because llama.cpp rotates
         neighbouring channels in this architecture.
       plus_one: the weights of norms are stored with one added.
-      names: names of a layer's modules that stand for others than usual (`gguf.RULES`), and ours.
+      names: names of a layer's modules that stand for others than usual (`gguf.rules`), and ours.
       reads: fields of `gguf_settings.Settings` that this family reads; elsewhere they are refused.
       settings: returns values of a `ModelConfig` from the `gguf_settings.Settings` and the names of the tensors.
     """
@@ -168,3 +168,27 @@ def layer_windows(window: int | None, types: bounds.LayerTypes) -> Windows:
 def every(period: int, layers: int) -> bounds.LayerTypes:
     """Returns layer types of which each `period`-th is full attention and the others have a window."""
     return tuple("sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers))
+
+
+def full_layers(types: bounds.LayerTypes) -> tuple[int, ...]:
+    """Returns the numbers of the layers of full attention."""
+    return tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
+
+
+def same_window(fields: Any) -> Windows:
+    """Returns the window of a config.json for all layers, as a family's `windows`; `sliding_window: null` is none."""
+    return fields.sliding_window, None
+
+
+def unrotated_layers(fields: Any) -> tuple[int, ...]:
+    """Returns the numbers of the layers without RoPE, from `no_rope_layers` or `no_rope_layer_interval`.
+
+    Raises:
+      ValueError: `no_rope_layers` has another length than the model.
+    """
+    layers = range(fields.num_hidden_layers)
+    if not fields.no_rope_layers:
+        return tuple(layer for layer in layers if (layer + 1) % fields.no_rope_layer_interval == 0)
+    if len(fields.no_rope_layers) != len(layers):
+        raise ValueError(f"no_rope_layers names {len(fields.no_rope_layers)} layers, num_hidden_layers={len(layers)}")
+    return tuple(layer for layer in layers if not fields.no_rope_layers[layer])

@@ -7,18 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.tensors import TensorSource
 
 Parts = dict[str, int]  # names and rows of the parts of a fused tensor, in order
-
-
-def projection_rows(config: ModelConfig, joined: str) -> tuple[int, ...]:
-    """Returns the rows of the projections of a joined one, a key of `projections.JOINED`, in a checkpoint."""
-    if joined == "gate_up_proj":
-        return (config.intermediate_size,) * 2
-    keys = config.num_key_value_heads * config.head_dim
-    return (config.num_attention_heads * config.head_dim, keys, keys)
 
 
 def split_fused(source: TensorSource, fused: Mapping[str, Parts]) -> TensorSource:

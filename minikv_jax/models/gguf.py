@@ -17,9 +17,10 @@ from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.experts import Stack
 from minikv_jax.models.family import Family, Gguf
-from minikv_jax.models.fused import Parts, projection_rows, split_fused
+from minikv_jax.models.fused import Parts, split_fused
 from minikv_jax.models.gguf_file import GGUFFile
 from minikv_jax.models.parameters import read_parameters
+from minikv_jax.models.projections import joined
 from minikv_jax.models.stacks import unstack
 from minikv_jax.models.tensors import Rule, TensorSource
 
@@ -114,7 +115,7 @@ def load_gguf(
 
 def _fused(config: ModelConfig, file: GGUFFile) -> dict[str, Parts]:
     """Returns the tensors that hold several projections: q, k and v, or the MLP's gate and up."""
-    heads, wide = projection_rows(config, "qkv_proj"), projection_rows(config, "gate_up_proj")
+    heads, wide = joined(config, "qkv_proj").sizes, joined(config, "gate_up_proj").sizes
     fused: dict[str, Parts] = {}
     for name in file.tensors:
         block, _, rest = name.rpartition(".attn_qkv.")
@@ -143,17 +144,16 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     epsilon = _epsilon(family, values, file)
     gguf_settings.check_unread(file.metadata, str(architecture), _gguf(family).reads, file.path)
     with schemas.naming(file.path):
-        layers = values.block_count
-        heads = _one_for_all_layers("attention.head_count", values.heads, layers)
+        heads = values.head_count
         head_dim = values.key_length or values.embedding_length // heads
         settings: dict[str, Any] = {
             "model_type": family.model_type,
             "vocab_size": values.vocab_size or file.tensors["token_embd.weight"].shape[0],
             "hidden_size": values.embedding_length,
-            "intermediate_size": _one_for_all_layers("feed_forward_length", values.feed_forward_length, layers),
-            "num_hidden_layers": layers,
+            "intermediate_size": values.mlp_size,
+            "num_hidden_layers": values.block_count,
             "num_attention_heads": heads,
-            "num_key_value_heads": _one_for_all_layers("attention.head_count_kv", values.kv_heads or heads, layers),
+            "num_key_value_heads": values.kv_head_count,
             "head_dim": head_dim,
             "hidden_act": family.fields.model_fields["hidden_act"].default,
             "max_position_embeddings": values.context_length,
@@ -180,10 +180,11 @@ def _family(architecture: str, *, windowed: bool, sparse: bool) -> Family:
 
 def _epsilon(family: Family, values: gguf_settings.Settings, file: GGUFFile) -> float:
     """Returns the epsilon of the family's kind of norm."""
-    kind = "layer_norm_epsilon" if family.design.norm.startswith("layer_norm") else "layer_norm_rms_epsilon"
-    epsilon = values.layer_norm_epsilon if kind == "layer_norm_epsilon" else values.epsilon
+    centred = family.design.norm_form.centred
+    epsilon = values.layer_norm_epsilon if centred else values.epsilon
     if epsilon is None:
-        raise ValueError(f"{file.path} lacks {_gguf(family).architecture}.attention.{kind}")
+        key = "layer_norm_epsilon" if centred else "layer_norm_rms_epsilon"
+        raise ValueError(f"{file.path} lacks {_gguf(family).architecture}.attention.{key}")
     return epsilon
 
 
@@ -207,15 +208,6 @@ def _biases(family: Family, file: GGUFFile) -> dict[str, Any]:
     if inputs and not out and not family.design.qkv_bias:
         return {"own_design": dataclasses.replace(family.design, qkv_bias=True)}
     return {"attention_bias": out}
-
-
-def _one_for_all_layers(key: str, value: int | list[int], layers: int) -> int:
-    """Returns the value shared by all layers. GGUF allows one per layer, but this library needs them equal."""
-    if isinstance(value, int):
-        return value
-    if len(value) != layers or len(set(value)) != 1:
-        raise ValueError(f"{key} is {checks.shown(value)}; accepted: one value for all of the {layers} layers")
-    return value[0]
 
 
 def _rope_scaling(file: GGUFFile, values: gguf_settings.Settings) -> RopeScaling | None:

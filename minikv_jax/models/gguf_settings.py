@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from minikv_jax import schemas
-from minikv_jax.models import bounds
+from minikv_jax import checks, schemas
+from minikv_jax.models import bounds, family
 from minikv_jax.models.experts import Count, Experts
 
 
@@ -37,6 +37,9 @@ class Settings(schemas.Schema, extra="ignore"):
     rope_attention_factor: bounds.RopeFactor | None = Field(None, alias="rope.scaling.attn_factor")
     attention_scale: bounds.Multiplier | None = Field(None, alias="attention.scale")
     local_rope_base: bounds.RopeBase | None = Field(None, alias="rope.freq_base_swa")
+    sliding_window_pattern: Annotated[int, Field(ge=1)] | list[bool] | None = Field(
+        None, alias="attention.sliding_window_pattern"
+    )
     attn_logit_softcapping: bounds.Multiplier | None = None
     final_logit_softcapping: bounds.Multiplier | None = None
     logit_scale: bounds.Multiplier | None = None
@@ -47,6 +50,52 @@ class Settings(schemas.Schema, extra="ignore"):
     experts_per_token: Count | None = Field(None, alias="expert_used_count")
     expert_length: bounds.Width | None = Field(None, alias="expert_feed_forward_length")
 
+    @property
+    def head_count(self) -> int:
+        """Query heads of a layer."""
+        return self._shared("attention.head_count", self.heads)
+
+    @property
+    def kv_head_count(self) -> int:
+        """KV heads of a layer."""
+        return self._shared("attention.head_count_kv", self.kv_heads or self.head_count)
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden channels of the MLP."""
+        return self._shared("feed_forward_length", self.feed_forward_length)
+
+    def layer_types(self, period: int) -> bounds.LayerTypes:
+        """Returns the types of the layers, from `sliding_window_pattern`.
+
+        A list says for each layer whether it has a window. A number is the period: the last layer of each has none.
+
+        Args:
+          period: the architecture's period, for files without a pattern.
+
+        Raises:
+          ValueError: the list has another length than the model.
+        """
+        pattern = self.sliding_window_pattern
+        if not isinstance(pattern, list):
+            return family.every(pattern or period, self.block_count)
+        if len(pattern) != self.block_count:
+            raise ValueError(
+                f"attention.sliding_window_pattern names {len(pattern)} layers; accepted: a period, or one value for "
+                f"each of the {self.block_count} layers"
+            )
+        return tuple("sliding_attention" if windowed else "full_attention" for windowed in pattern)
+
+    def _shared(self, key: str, value: int | list[int]) -> int:
+        """Returns the value of all layers. GGUF allows one per layer, but this library needs them equal."""
+        if isinstance(value, int):
+            return value
+        if len(value) != self.block_count or len(set(value)) != 1:
+            raise ValueError(
+                f"{key} is {checks.shown(value)}; accepted: one value for all of the {self.block_count} layers"
+            )
+        return value[0]
+
 
 class _Unread(schemas.Schema, extra="ignore"):
     """Keys that are accepted only if they are off, unless the family reads them."""
@@ -55,6 +104,7 @@ class _Unread(schemas.Schema, extra="ignore"):
     rope_attention_factor: bounds.One = Field(None, alias="rope.scaling.attn_factor")
     rope_sections: None = Field(None, alias="rope.dimension_sections")
     local_rope_base: None = Field(None, alias="rope.freq_base_swa")
+    sliding_window_pattern: None = Field(None, alias="attention.sliding_window_pattern")
     attention_scale: None = Field(None, alias="attention.scale")
     attention_clamp: None = Field(None, alias="attention.clamp_kqv")
     alibi_bias: None = Field(None, alias="attention.max_alibi_bias")
@@ -76,13 +126,11 @@ def experts(values: Settings, tensors: Collection[str]) -> dict[str, Any]:
     """
     if values.experts_per_token is None:
         raise ValueError(f"expert_used_count is missing, though expert_count is {values.expert_count}")
-    feed_forward = values.feed_forward_length
     layers = range(values.block_count)
-    size = values.expert_length or (feed_forward if isinstance(feed_forward, int) else feed_forward[0])
     value = Experts(
         count=values.expert_count,
         per_token=values.experts_per_token,
-        intermediate_size=size,
+        intermediate_size=values.expert_length or values.mlp_size,
         normalised=True,
         dense_layers=tuple(layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors),
     )

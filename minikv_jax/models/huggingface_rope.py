@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -68,14 +67,10 @@ def _values(family: Family, rope: RopeFields, fields: Fields, head_dim: int, sha
         original = rope.original_max_position_embeddings or positions
         if kind in ("llama3", "yarn", "longrope"):  # a value beside the rotary settings wins, as in transformers
             original = fields.original_max_position_embeddings or original
-        values["rope_scaling"] = _SCALINGS[kind](rope, theta, rotated, original, positions)
-        if kind == "yarn":
-            values["max_position_embeddings"] = max(positions, int(original * values["rope_scaling"].factor))
-        if kind == "dynamic":
-            values["rope_scaling"] = dataclasses.replace(
-                values["rope_scaling"], original_max_position_embeddings=positions
-            )
-            values["max_position_embeddings"] = max(positions, int(positions * values["rope_scaling"].factor))
+        scaling = values["rope_scaling"] = _SCALINGS[kind](rope, theta, rotated, original, positions)
+        if kind in ("yarn", "dynamic"):
+            longest = int(scaling.original_max_position_embeddings * scaling.factor)
+            values["max_position_embeddings"] = max(positions, longest)
     return values
 
 
@@ -116,8 +111,8 @@ def _llama3(rope: RopeFields, theta: float, rotated: int, original: int, positio
 
 
 def _dynamic(rope: RopeFields, theta: float, rotated: int, original: int, positions: int) -> RopeScaling:
-    del theta, rotated, positions
-    return RopeScaling(rope_type="dynamic", factor=rope.factor or 1.0, original_max_position_embeddings=original)
+    del theta, rotated, original  # transformers reads no original context here
+    return RopeScaling(rope_type="dynamic", factor=rope.factor or 1.0, original_max_position_embeddings=positions)
 
 
 def _longrope(rope: RopeFields, theta: float, rotated: int, original: int, positions: int) -> RopeScaling:

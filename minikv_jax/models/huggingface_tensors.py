@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.fused import Parts, projection_rows
-from minikv_jax.models.projections import JOINED
+from minikv_jax.models.fused import Parts
+from minikv_jax.models.projections import JOINED, joined
 from minikv_jax.models.tensors import Rule
 
 _LAYER = r"model\.layers\.(\d+)\."
@@ -54,7 +54,7 @@ def fused(config: ModelConfig, names: Iterable[str]) -> dict[str, Parts]:
     found: dict[str, Parts] = {}
     for name in names:
         if match := re.fullmatch(r"(.*\.(?:self_attn|mlp))\.(qkv_proj|gate_up_proj)\.(weight|bias)", name):
-            module, joined, kind = match.groups()
-            parts = (f"{module}.{part}.{kind}" for part in JOINED[joined])
-            found[name] = dict(zip(parts, projection_rows(config, joined), strict=True))
+            module, projection, kind = match.groups()
+            parts = (f"{module}.{part}.{kind}" for part in JOINED[projection])
+            found[name] = dict(zip(parts, joined(config, projection).sizes, strict=True))
     return found

@@ -20,7 +20,7 @@ from minikv_jax.meshes import DATA, MODEL, constrain
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.norms import Norm
 from minikv_jax.models.projections import Reduce, linear, project_by_rows, sum_over_devices
-from minikv_jax.models.rotary import channel_order, rotate
+from minikv_jax.models.rotary import channel_order, rotate, scaled
 
 _EPSILON = 1e-6  # of the latents' norms, whatever the model's
 
@@ -44,7 +44,7 @@ class LatentAttention(nnx.Module):
         # The rotated channels come last in each head. `rotate` wants them first, in an order of its own.
         order = channel_order(config.rope(number)._replace(rotated=self.rotated), interleaved=latent.interleaved)
         self.order = tuple(((order + self.plain) % h).tolist())
-        self.query_scale = 1.0 if config.attention_multiplier is None else config.attention_multiplier * h**0.5
+        self.query_scale = config.query_scale
         self.sink_logits = None
 
     def __call__(
@@ -58,10 +58,8 @@ class LatentAttention(nnx.Module):
         q, k, v = self._queries(x), *self._keys_and_values(x)
         order = np.array(self.order)
         q, k = (rotate(x[..., order], cos, sin) for x in (q, k))
-        if self.query_scale != 1.0:
-            q = (q.astype(jnp.float32) * self.query_scale).astype(q.dtype)
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, len(self.order) - self.value_dim)))
-        out = attend(q, k, v)[..., : self.value_dim]
+        out = attend(scaled(q, self.query_scale), k, v)[..., : self.value_dim]
         return project_by_rows(self.o_proj, out.reshape(*x.shape[:2], -1), reduce)
 
     def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:

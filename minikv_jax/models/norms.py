@@ -34,13 +34,13 @@ class Norm(nnx.Module):
         stored: tuple[int, ...] = (),
         dtype: DTypeLike,
     ):
-        kind = config.design.norm
+        form = config.design.norm_form
         self.shape, self.axes, self.epsilon = shape, axes, config.rms_norm_eps
-        self.centred, self.plus_one = kind.startswith("layer_norm"), float(kind.endswith("_1p"))
+        self.centred, self.plus_one = form.centred, float(form.plus_one)
         size = stored or (math.prod(shape),)
         first = jnp.zeros if self.plus_one else jnp.ones
-        self.scale = None if kind == "layer_norm_plain" or not weighted else nnx.Param(first(size, dtype))
-        self.bias = nnx.Param(jnp.zeros(size, dtype)) if kind in ("layer_norm", "layer_norm_1p") else None
+        self.scale = nnx.Param(first(size, dtype)) if form.weighted and weighted else None
+        self.bias = nnx.Param(jnp.zeros(size, dtype)) if form.biased else None
 
     def __call__(self, x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
         over = tuple(range(-self.axes, 0))

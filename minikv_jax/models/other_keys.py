@@ -1,4 +1,4 @@
-"""Keys of a config.json that a family does not read: those without effect on the logits, and the rest is refused."""
+"""Checks the keys of a config.json that its family does not read."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Converts checkpoint tensors to the parameters of the Flax model.
 
-A table of rules per format maps tensor names to parameters (`huggingface.RULES`, `gguf.RULES`). The parameters' shapes
-come from `nnx.eval_shape`, so nothing is allocated until names and shapes are known to fit. Then each device's part of
-each parameter is read in the model's dtype. The host holds one part at a time beside the memory-mapped checkpoint.
+A table of rules per format maps tensor names to parameters (`huggingface_tensors.rules`, `gguf.rules`). The parameters'
+shapes come from `nnx.eval_shape`, so nothing is allocated until names and shapes are known to fit. Then each device's
+part of each parameter is read in the model's dtype. The host holds one part at a time beside the memory-mapped
+checkpoint.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _parts(config: ModelConfig, path: str, shape: tuple[int, ...]) -> dict[str, 
         names, sizes = (module,), shape[-1:]
     else:
         layout = joined(config, ".".join((*parents, module)))
-        names, sizes = JOINED[module], [layout.groups * width for width in layout.widths]
+        names, sizes = JOINED[module], layout.sizes
     stacked = parents[-1:] == ["experts"]
     owners = [[str(number)] for number in range(shape[0])] if stacked else [[]]
     return {

@@ -40,8 +40,14 @@ class Joined(NamedTuple):
     widths: tuple[int, ...]
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Columns of each part, in all groups together."""
+        return tuple(self.groups * width for width in self.widths)
+
+    @property
     def columns(self) -> int:
-        return self.groups * sum(self.widths)
+        """Columns of all parts together."""
+        return sum(self.sizes)
 
     def grouped(self, x: Float[Array, "B T C"]) -> Float[Array, "B T groups width"]:
         """Reshapes the projection's result to its groups."""

@@ -104,6 +104,11 @@ def tuned(q: Float[Array, "B T N H"], rope: Rope, positions: Int[Array, "B T"]) 
     return (q.astype(jnp.float32) * size[:, :, None, None]).astype(q.dtype)
 
 
+def scaled(q: Float[Array, "B T N H"], scale: float) -> Float[Array, "B T N H"]:
+    """Multiplies queries by the model's own scale (`ModelConfig.query_scale`), in float32."""
+    return q if scale == 1.0 else (q.astype(jnp.float32) * scale).astype(q.dtype)
+
+
 def row_positions(
     tokens: int, lengths: Int[Array, "B"], start: Int[Array, "B"] | None = None, *, by_length: bool
 ) -> Int[Array, "B T"]:

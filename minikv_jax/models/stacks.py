@@ -23,6 +23,12 @@ def unstack(source: TensorSource, stacks: Sequence[Stack]) -> TensorSource:
     """Returns the source with the tensors of single experts in place of those that `stacks` match."""
     shapes: dict[str, tuple[int, ...]] = {}
     readers: dict[str, _Read] = {}
+
+    @functools.lru_cache(maxsize=1)  # a matrix is read in pieces, one after the other
+    def matrix(name: str, expert: int) -> np.ndarray:
+        (own,) = source.read_rows(name, expert, expert + 1)
+        return own
+
     for name, shape in source.shapes.items():
         found = ((stack, match) for stack in stacks if (match := re.fullmatch(stack.pattern, name)))
         stack, match = next(found, (None, None))
@@ -30,29 +36,25 @@ def unstack(source: TensorSource, stacks: Sequence[Stack]) -> TensorSource:
             shapes[name] = shape
             readers[name] = functools.partial(source.read_rows, name)
             continue
-        for part, part_shape, reader in _parts(source, name, stack, match):
+        for part, part_shape, reader in _parts(shape, functools.partial(matrix, name), stack, match):
             shapes[part], readers[part] = part_shape, reader
     return dataclasses.replace(source, shapes=shapes, read_rows=lambda name, *rows: readers[name](*rows))
 
 
 def _parts(
-    source: TensorSource, name: str, stack: Stack, match: re.Match[str]
+    stacked: tuple[int, ...], matrix: Callable[[int], np.ndarray], stack: Stack, match: re.Match[str]
 ) -> Iterator[tuple[str, tuple[int, ...], _Read]]:
-    """Yields name, shape and reader of each part of each expert."""
-    count, *shape = source.shapes[name]
+    """Yields name, shape and reader of each part of each expert; `matrix` reads one expert of a `stacked` shape."""
+    count, *shape = stacked
     rows, *columns = shape[::-1] if stack.transposed else shape
     names, step = stack.parts, len(stack.parts)
     size = rows // step
 
-    @functools.lru_cache(maxsize=1)  # a matrix is read in several pieces, one after the other
-    def matrix(expert: int) -> np.ndarray:
-        (own,) = source.read_rows(name, expert, expert + 1)
-        return own.T if stack.transposed else own
-
     def read(expert: int, number: int, start: int, stop: int) -> np.ndarray:
+        own = matrix(expert).T if stack.transposed else matrix(expert)
         if stack.alternating:
-            return matrix(expert)[number + step * start : number + step * stop : step]
-        return matrix(expert)[number * size + start : number * size + stop]
+            return own[number + step * start : number + step * stop : step]
+        return own[number * size + start : number * size + stop]
 
     for expert in range(count):
         for number, part in enumerate(names):

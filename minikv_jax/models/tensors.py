@@ -24,8 +24,8 @@ class Rule:
     Attributes:
       pattern: a regular expression that must match the whole name.
       path: the parameter's dotted path, with the groups of the match filled in. It may name a part of a joined
-        projection (`decoder.JOINED`) as if it were a parameter. A path that ends in "kernel" is transposed, because all
-        formats store matrices `[out, in]`. None: the tensor is not needed.
+        projection (`projections.JOINED`) as if it were a parameter. A path that ends in "kernel" is transposed, because
+        all formats store matrices `[out, in]`. None: the tensor is not needed.
     """
 
     pattern: str

@@ -1,6 +1,7 @@
 """Tests `ModelConfig`: its validation and its JSON form."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 from support.tiny import tiny_config
 
 from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models.design import Design, Latent
+
+LATENT = Latent(query_rank=0, kv_rank=12, value_dim=8)
 
 
 def test_window_and_layer_types_must_agree():
@@ -63,6 +67,15 @@ def test_numpys_numbers_become_pythons():
         ({"rotary_dim": 7}, "rotary_dim=7 must be even"),
         ({"unrotated_layers": (2,)}, r"unrotated_layers=\(2,\) must lie in 0..1"),
         ({"sliding_window": 0}, "ModelConfig: sliding_window is 0; accepted: at least 1"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size=8 needs layer_types with chunked_attention layers"),
+        (
+            {"latent": LATENT, "num_key_value_heads": 2},
+            "num_key_value_heads=2 must equal num_attention_heads=4 in latent attention",
+        ),
+        (
+            {"latent": LATENT, "num_key_value_heads": 4, "head_dim": 6},
+            "latent.value_dim=8 exceeds head_dim=6",
+        ),
     ],
 )
 def test_values_that_are_not_accepted_are_named(changes: dict[str, Any], message: str):
@@ -86,3 +99,18 @@ def test_values_that_are_not_accepted_are_named(changes: dict[str, Any], message
 def test_scalings_that_are_not_accepted_are_named(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         RopeScaling(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Design(norm="batch_norm"), "Design: norm is 'batch_norm'; accepted: 'rms_norm', "),  # type: ignore[arg-type]
+        (lambda: Design(parallel=1), "Design: parallel is 1; accepted: true or false"),  # type: ignore[arg-type]
+        (lambda: Latent(query_rank=-1, kv_rank=8, value_dim=8), "Latent: query_rank is -1; accepted: at least 0"),
+        (lambda: Latent(query_rank=0, kv_rank=0, value_dim=8), "Latent: kv_rank is 0; accepted: at least 1"),
+        (lambda: Latent(query_rank=0, kv_rank=8, value_dim=1 << 21), "value_dim is 2097152; accepted: at most 1048576"),
+    ],
+)
+def test_designs_that_are_not_accepted_are_named(make: Callable[[], Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make()

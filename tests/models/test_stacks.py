@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import weakref
 
 import jax
 import numpy as np
@@ -38,6 +39,23 @@ def test_stacked_matrices(transposed: bool, alternating: bool):
         for number, part in enumerate("ab"):
             np.testing.assert_array_equal(found.read_rows(f"1.{expert}.{part}", 1, 3), parts[expert, number, 1:])
     np.testing.assert_array_equal(found.read_rows("other", 0, 2), [0, 1])
+
+
+def test_one_matrix_is_kept():
+    """Pieces of a matrix are read once, and the next matrix takes the place of the last, whichever tensor it is in."""
+    read: list[weakref.ref] = []
+
+    def read_rows(name: str, start: int, stop: int) -> np.ndarray:
+        array = np.zeros((stop - start, 4, 3))
+        read.append(weakref.ref(array))
+        return array
+
+    stacks = (Stack(r"(\w)\.all", (r"\1.{expert}.a", r"\1.{expert}.b")),)
+    found = unstack(TensorSource("the file", {"l.all": (2, 4, 3), "m.all": (2, 4, 3)}, read_rows, ()), stacks)
+    for name in ("l.0.a", "l.0.b", "l.1.a", "m.0.a"):
+        found.read_rows(name, 0, 1)
+        found.read_rows(name, 1, 2)
+    assert [array() is None for array in read] == [True, True, False]
 
 
 def mxfp4(rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

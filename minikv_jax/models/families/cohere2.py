@@ -38,21 +38,19 @@ def windows(fields: Fields) -> family.Windows:
 
 def settings(fields: Fields) -> dict[str, Any]:
     """Returns the factor of the logits, and the layers without RoPE: those that see all keys."""
-    full = tuple(i for i, kind in enumerate(_types(fields)) if kind == "full_attention")
-    return {"logit_multiplier": fields.logit_scale or 1.0, "unrotated_layers": full}
+    return {"logit_multiplier": fields.logit_scale or 1.0, "unrotated_layers": family.full_layers(_types(fields))}
 
 
 def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
-    """Returns the factor of the logits, and the windows of three of four layers; the others have no RoPE."""
+    """Returns the factor of the logits, and the windows: three of four layers by default. The others have no RoPE."""
     del tensors
-    types = family.every(4, values.block_count)
+    types = values.layer_types(4)
     window, layer_types = family.layer_windows(values.sliding_window or None, types)
-    full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
     return {
         "logit_multiplier": values.logit_scale or 1.0,
         "sliding_window": window,
         "layer_types": layer_types,
-        "unrotated_layers": full,
+        "unrotated_layers": family.full_layers(types),
     }
 
 
@@ -63,5 +61,10 @@ FAMILY = family.Family(
     windows=windows,
     settings=settings,
     rope_interleaved=True,
-    gguf=family.Gguf(architecture="cohere2", interleaved=True, reads=("logit_scale",), settings=gguf_settings),
+    gguf=family.Gguf(
+        architecture="cohere2",
+        interleaved=True,
+        reads=("logit_scale", "sliding_window_pattern"),
+        settings=gguf_settings,
+    ),
 )

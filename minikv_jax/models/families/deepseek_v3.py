@@ -74,7 +74,7 @@ def settings(fields: Fields) -> dict[str, Any]:
 
 
 def _yarn_size(fields: Fields) -> float:
-    """Returns the factor by which YaRN enlarges queries and keys, all channels of which it concerns here."""
+    """Returns YaRN's factor of queries and keys, which here applies to all channels."""
     rope = fields.rope_scaling or fields.rope_parameters
     if not isinstance(rope, family.RopeFields) or (rope.rope_type or rope.type or "default") == "default":
         return 1.0

@@ -39,18 +39,17 @@ def settings(fields: Fields) -> dict[str, Any]:
     """Returns the layers without RoPE: those that see all keys, if there are windows at all."""
     if fields.sliding_window is None:
         return {}
-    return {"unrotated_layers": tuple(i for i, kind in enumerate(_types(fields)) if kind == "full_attention")}
+    return {"unrotated_layers": family.full_layers(_types(fields))}
 
 
 def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
-    """Returns the windows of three of four layers, and the others without RoPE, if there are windows."""
+    """Returns the windows, if any: three of four layers by default. The others have no RoPE."""
     del tensors
     if not values.sliding_window:
         return {}
-    types = family.every(4, values.block_count)
+    types = values.layer_types(4)
     window, layer_types = family.layer_windows(values.sliding_window, types)
-    full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
-    return {"sliding_window": window, "layer_types": layer_types, "unrotated_layers": full}
+    return {"sliding_window": window, "layer_types": layer_types, "unrotated_layers": family.full_layers(types)}
 
 
 FAMILY = family.Family(
@@ -60,5 +59,5 @@ FAMILY = family.Family(
     windows=windows,
     settings=settings,
     names=olmo2.NAMES,
-    gguf=family.Gguf(architecture="exaone4", settings=gguf_settings),
+    gguf=family.Gguf(architecture="exaone4", reads=("sliding_window_pattern",), settings=gguf_settings),
 )

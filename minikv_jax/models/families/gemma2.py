@@ -45,12 +45,11 @@ DESIGN = dataclasses.replace(gemma.DESIGN, post_norms=True)
 
 def gguf_values(values: Any, *, largest: int, period: int) -> dict[str, Any]:
     """Returns what GGUF files leave to the architecture, whose model of `largest` layers scales attention otherwise."""
-    heads, layers = values.heads, values.block_count
-    size = values.embedding_length / heads if layers == largest else values.key_length
-    window, types = family.layer_windows(values.sliding_window or None, family.every(period, layers))
+    own_scale = (values.embedding_length / values.head_count) ** -0.5 if values.block_count == largest else None
+    window, types = family.layer_windows(values.sliding_window or None, values.layer_types(period))
     return {
         "embedding_multiplier": values.embedding_length**0.5,
-        "attention_multiplier": size**-0.5,
+        "attention_multiplier": own_scale,
         "attn_logit_softcapping": values.attn_logit_softcapping,
         "final_logit_softcapping": values.final_logit_softcapping,
         "sliding_window": window,
@@ -59,7 +58,7 @@ def gguf_values(values: Any, *, largest: int, period: int) -> dict[str, Any]:
 
 
 def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
-    """Returns the values of a GGUF file. A window applies to every other layer; 27B has 46 layers."""
+    """Returns the values of a GGUF file. Every other layer has a window by default; 27B has 46 layers."""
     del tensors
     return gguf_values(values, largest=46, period=2)
 
@@ -74,7 +73,7 @@ FAMILY = family.Family(
     gguf=family.Gguf(
         architecture="gemma2",
         plus_one=True,
-        reads=("attn_logit_softcapping", "final_logit_softcapping"),
+        reads=("attn_logit_softcapping", "final_logit_softcapping", "sliding_window_pattern"),
         settings=gguf_settings,
     ),
 )

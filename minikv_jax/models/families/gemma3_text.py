@@ -35,7 +35,7 @@ def settings(fields: Fields) -> dict[str, Any]:
 
 
 def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
-    """Returns the values of a GGUF file. A window applies to all but each sixth layer; 27B has 62 layers."""
+    """Returns the values of a GGUF file. All but each sixth layer have a window by default; 27B has 62 layers."""
     del tensors
     local = {"local_rope_theta": values.local_rope_base or 10000.0}
     return gemma2.gguf_values(values, largest=62, period=6) | local
@@ -53,7 +53,7 @@ FAMILY = family.Family(
     gguf=family.Gguf(
         architecture="gemma3",
         plus_one=True,
-        reads=("final_logit_softcapping", "local_rope_base"),
+        reads=("final_logit_softcapping", "local_rope_base", "sliding_window_pattern"),
         settings=gguf_settings,
     ),
 )

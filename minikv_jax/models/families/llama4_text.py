@@ -36,18 +36,10 @@ class Fields(family.Fields):
     attn_scale: bounds.Multiplier = 0.1
 
 
-def _unrotated(fields: Fields) -> tuple[int, ...]:
-    layers, period = range(fields.num_hidden_layers), fields.no_rope_layer_interval
-    rotated = fields.no_rope_layers or [int((layer + 1) % period != 0) for layer in layers]
-    return tuple(layer for layer in layers if not rotated[layer : layer + 1] or not rotated[layer])
-
-
 def _layer_types(fields: Fields) -> bounds.AnyLayerTypes:
-    chunked = set(range(fields.num_hidden_layers)) - set(_unrotated(fields)) if fields.attention_chunk_size else set()
-    types: bounds.AnyLayerTypes = tuple(
-        "chunked_attention" if layer in chunked else "full_attention" for layer in range(fields.num_hidden_layers)
-    )
-    return fields.layer_types or types
+    layers = range(fields.num_hidden_layers)
+    full = family.unrotated_layers(fields) if fields.attention_chunk_size else layers
+    return fields.layer_types or tuple("full_attention" if n in full else "chunked_attention" for n in layers)
 
 
 def settings(fields: Fields) -> dict[str, Any]:
@@ -68,7 +60,7 @@ def settings(fields: Fields) -> dict[str, Any]:
         "experts": experts,
         "layer_types": types,
         "attention_chunk_size": fields.attention_chunk_size if "chunked_attention" in types else None,
-        "unrotated_layers": _unrotated(fields),
+        "unrotated_layers": family.unrotated_layers(fields),
         "query_tuning": (fields.floor_scale, fields.attn_scale) if fields.attn_temperature_tuning else None,
         "own_design": dataclasses.replace(FAMILY.design, qk_norm="rotated" if fields.use_qk_norm else None),
     }

@@ -14,7 +14,7 @@ class Fields(family.Fields):
 def windows(fields: Fields) -> family.Windows:
     """Returns the window, which applies to all layers unless `layer_types` says otherwise."""
     if fields.layer_types is None:
-        return fields.sliding_window, None
+        return family.same_window(fields)
     return family.layer_windows(fields.sliding_window, fields.layer_types)
 
 

@@ -10,14 +10,9 @@ class Fields(family.Fields):
     sliding_window: bounds.Positions | None = 4096
 
 
-def windows(fields: Fields) -> family.Windows:
-    """Returns the window, which applies to every layer; `sliding_window: null` turns it off."""
-    return fields.sliding_window, None
-
-
 FAMILY = family.Family(
     model_type="mistral",
     fields=Fields,
-    windows=windows,
+    windows=family.same_window,
     gguf=family.Gguf(architecture="llama", interleaved=True),  # llama.cpp has no architecture of its own for Mistral
 )

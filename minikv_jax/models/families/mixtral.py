@@ -31,7 +31,7 @@ def settings(fields: Fields) -> dict[str, Any]:
 FAMILY = family.Family(
     model_type="mixtral",
     fields=Fields,
-    windows=lambda fields: (fields.sliding_window, None),
+    windows=family.same_window,
     settings=settings,
     rope_theta=1000000.0,
     names={

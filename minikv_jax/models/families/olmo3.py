@@ -25,9 +25,9 @@ def settings(fields: Fields) -> dict[str, Any]:
 
 
 def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:
-    """Returns the windows of three of four layers, which rotate without scaling."""
+    """Returns the windows: three of four layers by default, which rotate without scaling."""
     del tensors
-    window, types = family.layer_windows(values.sliding_window, family.every(4, values.block_count))
+    window, types = family.layer_windows(values.sliding_window, values.layer_types(4))
     return {"sliding_window": window, "layer_types": types, "local_rope_theta": values.rope_base}
 
 
@@ -40,5 +40,5 @@ FAMILY = family.Family(
     names=olmo2.NAMES,
     rope_theta=500000.0,
     rope_by_layer_type=True,
-    gguf=family.Gguf(architecture="olmo2", settings=gguf_settings),
+    gguf=family.Gguf(architecture="olmo2", reads=("sliding_window_pattern",), settings=gguf_settings),
 )

@@ -23,7 +23,7 @@ class Fields(family.Fields):
 FAMILY = family.Family(
     model_type="phi3",
     fields=Fields,
-    windows=lambda fields: (fields.sliding_window, None),
+    windows=family.same_window,
     rotary_share=1.0,
     gguf=family.Gguf(architecture="phi3", reads=("rope_attention_factor",)),
 )

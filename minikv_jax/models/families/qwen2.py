@@ -37,9 +37,7 @@ def windows(fields: Fields) -> family.Windows:
         types = tuple[bounds.LayerType, ...](
             "full_attention" if layer < full_layers else "sliding_attention" for layer in layers
         )
-    if "sliding_attention" not in types:
-        return None, None
-    return window, None if set(types) == {"sliding_attention"} else types
+    return family.layer_windows(window, types)
 
 
 FAMILY = family.Family(

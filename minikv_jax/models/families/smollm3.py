@@ -24,18 +24,12 @@ class Fields(family.Fields):
     layer_types: bounds.LayerTypes | None = None
 
 
-def _unrotated(fields: Fields) -> tuple[int, ...]:
-    layers, period = range(fields.num_hidden_layers), fields.no_rope_layer_interval
-    rotated = fields.no_rope_layers or [int((layer + 1) % period != 0) for layer in layers]
-    return tuple(layer for layer, has_rope in enumerate(rotated) if not has_rope)
-
-
 def windows(fields: Fields) -> family.Windows:
     """Returns the window of the layers without RoPE, if `use_sliding_window` is true."""
     types = fields.layer_types
     if not fields.use_sliding_window or fields.sliding_window is None:
         return family.layer_windows(None, types or ())
-    unrotated = _unrotated(fields)
+    unrotated = family.unrotated_layers(fields)
     by_layer: tuple[bounds.LayerType, ...] = tuple(
         "sliding_attention" if layer in unrotated else "full_attention" for layer in range(fields.num_hidden_layers)
     )
@@ -44,7 +38,7 @@ def windows(fields: Fields) -> family.Windows:
 
 def settings(fields: Fields) -> dict[str, Any]:
     """Returns the layers without RoPE."""
-    return {"unrotated_layers": _unrotated(fields)}
+    return {"unrotated_layers": family.unrotated_layers(fields)}
 
 
 def gguf_settings(values: Any, tensors: Collection[str]) -> dict[str, Any]:

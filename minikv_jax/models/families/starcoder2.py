@@ -31,7 +31,7 @@ FAMILY = family.Family(
     model_type="starcoder2",
     fields=Fields,
     design=Design(norm="layer_norm", gated_mlp=False),
-    windows=lambda fields: (fields.sliding_window, None),
+    windows=family.same_window,
     settings=settings,
     names={"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
     gguf=family.Gguf(architecture="starcoder2"),
