@@ -149,16 +149,17 @@ def measure_each(
 
     # One method at a time, because logits are large and only those of the full cache are needed again.
     is_asked, is_known = full in methods.values(), any(case.continuation for case in cases)
-    references = run(full, answer=is_asked) if is_asked or is_known else [None] * len(batches)
+    reference = run(full, answer=is_asked) if is_asked or is_known else None
+    forced = [None] * len(batches) if reference is None else [result.forced for result in reference]
     names: dict[Method, list[str]] = {}
     for name, method in methods.items():
         names.setdefault(method, []).append(name)
     for method, same_method in names.items():
-        results = references if method == full else run(method, answer=True)
+        results = reference if reference is not None and method == full else run(method, answer=True)
         measurements = [
             measurement
-            for result, reference, batch in zip(results, references, batches, strict=True)
-            for measurement in _measurements(result, reference and reference.forced, batch, full_bytes)
+            for result, expected, batch in zip(results, forced, batches, strict=True)
+            for measurement in _measurements(result, expected, batch, full_bytes)
         ]
         for name in same_method:
             yield name, measurements
