@@ -20,7 +20,10 @@ _KERNELS = {"cuda": cuda_ffi.decode_attention, "pallas": pallas_kernels.decode_a
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """One decode step with `tokens` packed and `tail` full-precision tokens per row."""
+    """One decode step with `tokens` packed and `tail` full-precision tokens per row.
+
+    `factor_block` is the number of tokens that share a factor of 8-bit metadata; None is 16-bit metadata.
+    """
 
     batch: int
     tokens: int
@@ -30,24 +33,36 @@ class DecodeShape:
     group_size: int = 16
     head_dim: int = 128
     tail: int = 0
+    factor_block: int | None = None
 
     @property
     def name(self) -> str:
+        metadata = "" if self.factor_block is None else " 8-bit metadata"
         return (
             f"B{self.batch} S{self.tokens} N{self.heads} K{self.kv_heads} H{self.head_dim} "
-            f"{self.bits}-bit g{self.group_size} tail {self.tail}"
+            f"{self.bits}-bit g{self.group_size}{metadata} tail {self.tail}"
         )
 
 
+# The formats that presets store: 2 bits in groups of 16 (`minikv`) and 32 (`kivi-2`), and 4 bits in groups of 32, with
+# 16-bit metadata (`kivi-4`) and with 8-bit metadata (`twin-4bit`).
 SHAPES = (
     DecodeShape(8, 32768, 32, 8),
     DecodeShape(8, 32768, 32, 32),
     DecodeShape(1, 131072, 32, 8),
     DecodeShape(8, 32768, 32, 8, bits=4, group_size=32),
     DecodeShape(8, 32768, 32, 32, bits=4, group_size=32),
+    DecodeShape(8, 32768, 32, 8, bits=4, group_size=32, factor_block=32),
+    DecodeShape(8, 32768, 32, 32, bits=4, group_size=32, factor_block=32),
+    DecodeShape(1, 131072, 32, 8, bits=4, group_size=32, factor_block=32),
     DecodeShape(8, 32768, 32, 8, group_size=32),
     DecodeShape(8, 32768, 32, 8, tail=128),
     DecodeShape(16, 2048, 32, 32, tail=64),
+    DecodeShape(16, 2048, 32, 32, tail=32, bits=4, group_size=32, factor_block=32),
+    DecodeShape(1, 2048, 32, 32, tail=128),
+    DecodeShape(1, 2048, 32, 32, tail=32, bits=4, group_size=32, factor_block=32),
+    DecodeShape(1, 2048, 32, 8, tail=32, bits=4, group_size=32, factor_block=32),
+    DecodeShape(1, 512, 32, 32, tail=32, bits=4, group_size=32, factor_block=32),
     DecodeShape(1, 4096, 32, 8),
 )
 
@@ -61,18 +76,27 @@ class Cache(NamedTuple):
 
 def random_cache(shape: DecodeShape) -> Cache:
     """A cache of random words, metadata and tail."""
-    keys = iter(jax.random.split(jax.random.key(1), 8))
+    keys = iter(jax.random.split(jax.random.key(1), 12))
     lead = (shape.batch, shape.kv_heads)
     words = (*lead, shape.tokens * shape.bits // 32, shape.head_dim)
     key_rows = (*lead, shape.tokens // shape.group_size, shape.head_dim)
     value_rows = (*lead, shape.tokens, shape.head_dim // shape.group_size)
     tail = (*lead, max(shape.tail, 16), shape.head_dim)
 
+    metadata_dtype = jnp.float16 if shape.factor_block is None else jnp.float8_e4m3fn
+
     def metadata(size: tuple[int, ...]) -> jax.Array:
-        return (0.2 + jax.random.uniform(next(keys), size)).astype(jnp.float16)
+        return (0.2 + jax.random.uniform(next(keys), size)).astype(metadata_dtype)
+
+    def factors() -> tuple[jax.Array, jax.Array] | None:
+        if shape.factor_block is None:
+            return None
+        size = (*lead, shape.tokens // shape.factor_block, 1)
+        return jax.random.uniform(next(keys), size), jax.random.uniform(next(keys), size)
 
     def packed(rows: tuple[int, ...]) -> Packed:
-        return Packed((jax.random.bits(next(keys), words, jnp.uint32),), metadata(rows), -metadata(rows))
+        words_of_codes = jax.random.bits(next(keys), words, jnp.uint32)
+        return Packed((words_of_codes,), metadata(rows), -metadata(rows), factors())
 
     def lengths(tokens: int) -> jax.Array:
         return jnp.full((shape.batch,), tokens, jnp.int32)
@@ -84,9 +108,12 @@ def random_cache(shape: DecodeShape) -> Cache:
 
 
 def stored_bytes(shape: DecodeShape) -> int:
-    """Bytes of the valid tokens: codes, scales and zero points of 16 bits each, and the tail."""
+    """Bytes of the valid tokens: codes, scales, zero points and their factors, and the tail."""
     values = 2 * shape.batch * shape.kv_heads * shape.head_dim
-    packed_bits = shape.bits + 2 * 16 / shape.group_size
+    metadata_bits = 16 / shape.group_size
+    if shape.factor_block is not None:
+        metadata_bits = 8 / shape.group_size + 32 / (shape.factor_block * shape.head_dim)
+    packed_bits = shape.bits + 2 * metadata_bits
     return round(values * (shape.tokens * packed_bits / 8 + shape.tail * 2))
 
 
