@@ -18,7 +18,7 @@ import pydantic
 from minikv_jax import files, schemas
 from minikv_jax.checks import read_integer, read_number, shown
 from minikv_jax.files import read_text as read_text
-from minikv_jax.models.chat import first_turn
+from minikv_jax.models.chat import first_turn, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,6 +148,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, 
     if not chat or tokenizer.chat_template is None:
         return list(tokenizer.encode(text + reply))
     return first_turn(tokenizer, text, reply)
+
+
+_MARK = "<<the user's message>>"
+
+
+def around(tokenizer: PreTrainedTokenizerBase, *, chat: bool = True) -> tuple[str, str]:
+    """Returns the texts before and after a message: the chat template's, or the first token and a new line."""
+    if not chat or tokenizer.chat_template is None:
+        return str(tokenizer.bos_token or ""), "\n"
+    before, mark, after = render(tokenizer, [{"role": "user", "content": _MARK}]).partition(_MARK)
+    if not mark:
+        raise ValueError("the chat template drops or changes the user's message")
+    return before, after
 
 
 def encode_pair(

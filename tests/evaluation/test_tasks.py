@@ -20,6 +20,7 @@ from minikv_jax.evaluation.tasks.infinitebench import InfiniteBench
 from minikv_jax.evaluation.tasks.kv_retrieval import KVRetrieval
 from minikv_jax.evaluation.tasks.longbench import LongBench
 from minikv_jax.evaluation.tasks.longeval import LongEval
+from minikv_jax.evaluation.tasks.multi_question import MultiQuestion
 from minikv_jax.evaluation.tasks.needle import Needle
 from minikv_jax.evaluation.tasks.number_string import NumberString
 from minikv_jax.evaluation.tasks.passkey import Passkey
@@ -82,6 +83,31 @@ def test_needles_of_each_kind():
     assert answer(multivalue) == " " + ", ".join(multivalue.answers)
     task = Needle(kind="multivalue")
     assert task.score(multivalue, f"{multivalue.answers[0]} and {multivalue.answers[2]}") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_questions_about_one_text_share_its_tokens(chat: bool):
+    """The same tokens whether the questions are compressed or not, and a number and a question for every depth."""
+    task = MultiQuestion(context=(1100,), depths=(0.1, 0.5, 0.9), samples=2, chat_template=chat)
+    cases = task.cases(TOKENIZER, 2000)
+    aware = dataclasses.replace(task, query_aware=True).cases(TOKENIZER, 2000)
+    assert [case.name for case in cases] == [case.name for case in aware]
+    assert len(cases) == 2 * 3
+    assert len({case.prompt for case in cases}) == 2
+    for case, known in zip(cases, aware, strict=True):
+        assert case.prompt + case.question == known.prompt
+        assert known.question == ()
+        assert 950 < len(known.prompt) <= 1100
+        before, _, after = text(case).partition(case.answers[0])
+        assert abs(len(before) / len(text(case)) - case.tags["depth"]) < 0.15
+        assert after
+        key = re.findall(r"number of ([\w-]+) is $", before)[0]
+        question = str(TOKENIZER.decode(list(case.question)))
+        assert question.startswith(f"What is the special number of {key} that")
+        assert question.endswith(f"The special number of {key} is")
+        assert answer(case) == f" {case.answers[0]}"
+        assert task.score(case, f"It is {case.answers[0]}.") == 1.0
+    assert len({case.answers for case in cases}) == 6
 
 
 def test_needles_in_a_text_of_ones_own(tmp_path: pathlib.Path):

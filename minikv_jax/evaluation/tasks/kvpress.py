@@ -17,9 +17,8 @@ from pydantic import Field
 from minikv_jax import files, schemas
 from minikv_jax.checks import at_least, choice
 from minikv_jax.evaluation.data import parquet_rows
-from minikv_jax.evaluation.task import Case, Text, need_file, need_tokenizer, option
+from minikv_jax.evaluation.task import Case, Text, around, need_file, need_tokenizer, option
 from minikv_jax.evaluation.tasks.kvpress_metrics import BENCHMARKS, Metrics, Sample, check_row
-from minikv_jax.models import chat
 from minikv_jax.schemas import Schema
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class KVPress:
             yield row
 
     def _case(self, tokenizer: PreTrainedTokenizerBase, number: int, row: _Row) -> Case:
-        before, after = _around(tokenizer)
+        before, after = around(tokenizer)
         context, question = (row.context + row.question, "") if self.query_aware else (row.context, row.question)
         prompt, asked = (
             tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -109,16 +108,3 @@ def _read(path: pathlib.Path, limit: int | None) -> Iterator[tuple[str, Mapping[
         yield from ((f"{path}, line {number}", row) for number, row in files.read_jsonl(path, limit))
     else:
         raise ValueError(f"{path}: expected a file that ends in .parquet or .jsonl")
-
-
-_MARK = "<<the user's message>>"
-
-
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The texts before a context and after a question: the chat template's, or the first token and a new line."""
-    if tokenizer.chat_template is None:
-        return str(tokenizer.bos_token or ""), "\n"
-    before, mark, after = chat.render(tokenizer, [{"role": "user", "content": _MARK}]).partition(_MARK)
-    if not mark:
-        raise ValueError("the chat template drops or changes the user's message")
-    return before, after

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
-from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 
 from minikv_jax.checks import at_least
-from minikv_jax.evaluation.task import need_file, option, read_text
-from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, digits, names, noise
+from minikv_jax.evaluation.task import need_file, option
+from minikv_jax.evaluation.tasks.retrieval import Episode, Retrieval, digits, haystack, names
 
 KINDS = ("single", "multikey", "multivalue")
 
@@ -56,17 +54,10 @@ class Needle(Retrieval):
         asked = f"the special number{'s' if plural else ''} of {keys[0]}"
         return Episode(
             "A text follows in which special numbers are hidden. Keep them in mind: you will be asked for them.",
-            noise(rng) if self.haystack is None else _sentences(self.haystack, rng),
+            haystack(self.haystack, rng),
             facts,
             f"What {'are all' if plural else 'is'} {asked} that the text mentions?",
             f"{asked[0].upper()}{asked[1:]} {'are' if plural else 'is'}",
             " " + ", ".join(references),
             tuple(references),
         )
-
-
-def _sentences(path: pathlib.Path, rng: np.random.Generator) -> Iterator[str]:
-    """Yields the sentences of a text, beginning with a random one in its first half."""
-    text = re.sub(r"\s+", " ", read_text(path)).strip()
-    sentences = re.split(r"(?<=[.!?])\s", text)
-    yield from sentences[rng.integers(len(sentences) // 2 + 1) :]

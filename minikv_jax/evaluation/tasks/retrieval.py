@@ -5,18 +5,28 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
+import pathlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from minikv_jax.checks import at_least
-from minikv_jax.evaluation.task import Case, encode_pair, encode_prompt, need_tokenizer, numbers, option
+from minikv_jax.evaluation.task import (
+    Case,
+    encode_pair,
+    encode_prompt,
+    need_tokenizer,
+    numbers,
+    option,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANSWER_SLACK = 8  # extra tokens that a greedy answer may have
+ANSWER_SLACK = 8  # extra tokens that a greedy answer may have
 
 
 class Episode(NamedTuple):
@@ -42,8 +52,8 @@ class Episode(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieval(abc.ABC):
-    """Base class with a grid of prompt lengths and depths; subclasses define the question (`episode`)."""
+class Generated(abc.ABC):
+    """Base class with a grid of prompt lengths and depths."""
 
     context: tuple[int, ...] = option("prompt tokens, one or more lengths", (4096,), parse=numbers(int))
     depths: tuple[float, ...] = option(
@@ -55,8 +65,8 @@ class Retrieval(abc.ABC):
     chat_template: bool = option("put the prompt into the model's chat template", True, parse=bool)
 
     @abc.abstractmethod
-    def episode(self, rng: np.random.Generator, depth: float) -> Episode:
-        """Makes a question at a depth from 0 to 1, with all random choices from `rng`."""
+    def make(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Case]:
+        """Makes the cases, at most `limit` of which are used."""
 
     def __post_init__(self) -> None:
         at_least(1, samples=self.samples, limit=self.limit, context=min(self.context))
@@ -67,18 +77,29 @@ class Retrieval(abc.ABC):
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         if max(self.context) > positions:
             raise ValueError(f"context={max(self.context)} exceeds the model's {positions} positions")
-        grid = itertools.product(range(self.samples), self.context, self.depths)
-        tokenizer = need_tokenizer(tokenizer)
-        return [self._case(tokenizer, *point) for point in itertools.islice(grid, self.limit)]
+        return list(itertools.islice(self.make(need_tokenizer(tokenizer)), self.limit))
 
     def score(self, case: Case, text: str) -> float:
         """Fraction of the references that the text contains, ignoring case (RULER, arXiv 2404.06654)."""
         return float(np.mean([reference.lower() in text.lower() for reference in case.answers]))
 
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(Generated):
+    """Base class of tasks with one question per prompt; subclasses define it (`episode`)."""
+
+    @abc.abstractmethod
+    def episode(self, rng: np.random.Generator, depth: float) -> Episode:
+        """Makes a question at a depth from 0 to 1, with all random choices from `rng`."""
+
+    def make(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Case]:
+        for point in itertools.product(range(self.samples), self.context, self.depths):
+            yield self._case(tokenizer, *point)
+
     def _case(self, tokenizer: PreTrainedTokenizerBase, sample: int, context: int, depth: float) -> Case:
         rng = np.random.default_rng([self.seed, sample, context, round(depth * 10000)])
         episode = self.episode(rng, depth)
-        text = _fill(tokenizer, episode, context, chat=self.chat_template)
+        text = fill_up(tokenizer, episode, context, chat=self.chat_template)
         prompt, continuation = encode_pair(
             tokenizer, text, episode.answer, chat=self.chat_template, reply=episode.reply
         )
@@ -87,13 +108,13 @@ class Retrieval(abc.ABC):
             prompt,
             continuation,
             episode.references,
-            max_new_tokens=len(continuation) + _ANSWER_SLACK,
+            max_new_tokens=len(continuation) + ANSWER_SLACK,
             group=str(context),
             tags={"context": context, "depth": depth, "sample": sample},
         )
 
 
-def _fill(tokenizer: PreTrainedTokenizerBase, episode: Episode, tokens: int, *, chat: bool) -> str:
+def fill_up(tokenizer: PreTrainedTokenizerBase, episode: Episode, tokens: int, *, chat: bool) -> str:
     """Builds the longest text of complete pieces whose prompt has at most `tokens` tokens."""
     pieces: list[str] = []
 
@@ -132,6 +153,16 @@ def noise(rng: np.random.Generator) -> Iterator[str]:
         parts = [words[rng.integers(len(words))] for words in (_SUBJECTS, _VERBS, _OBJECTS, _ENDINGS)]
         sentence = " ".join(parts)
         yield sentence[0].upper() + sentence[1:] + "."
+
+
+def haystack(path: pathlib.Path | None, rng: np.random.Generator) -> Iterator[str]:
+    """Yields the sentences of a text, beginning with a random one in its first half; without a text, `noise`."""
+    if path is None:
+        yield from noise(rng)
+        return
+    text = re.sub(r"\s+", " ", read_text(path)).strip()
+    sentences = re.split(r"(?<=[.!?])\s", text)
+    yield from sentences[rng.integers(len(sentences) // 2 + 1) :]
 
 
 _ADJECTIVES = [
