@@ -68,6 +68,7 @@ def attend(
     return out, inputs._replace(column_sums=sums)
 
 
+@jax.named_scope("score")
 def score(inputs: LayerInputs, method: Method) -> Float[Array, "B K T"]:
     """Step 2: float32 scores of all tokens; zero if nothing is evicted."""
     batch, tokens, kv_heads, _ = inputs.k.shape
@@ -85,6 +86,7 @@ def heavy_tokens(
     return [budget.granted(lengths) for budget in layer_budgets(method, num_layers)]
 
 
+@jax.named_scope("compress")
 def keep(
     inputs: LayerInputs,
     scores: Float[Array, "B K T"],

@@ -191,26 +191,29 @@ def _loop(model: Llama, settings: Settings, state: State, last: Array | int) -> 
     """
 
     def body(state: State) -> State:
-        key, draw = jax.random.split(state.key)
-        active = state.active.astype(jnp.int32)
-        token = sample(state.logits, settings.sampling, draw) * active
+        with jax.named_scope("sampling"):
+            key, draw = jax.random.split(state.key)
+            active = state.active.astype(jnp.int32)
+            token = sample(state.logits, settings.sampling, draw) * active
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
         log_probabilities = state.log_probabilities
         if log_probabilities is not None:
             drawn = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)
             log_probabilities = put(log_probabilities, drawn * active[:, None])
         hidden, cache = decode(model, state.cache, token, active, settings.implementation)
-        ended = jnp.isin(token, jnp.asarray(settings.eos, jnp.int32))
-        return State(
-            step=state.step + 1,
-            logits=model.logits(hidden),
-            tokens=put(state.tokens, token[:, None]),
-            log_probabilities=log_probabilities,
-            active=state.active & ~ended,
-            lengths=state.lengths + active,
-            finite=state.finite & (jnp.isfinite(state.logits).all(axis=-1) | ~state.active),
-            key=key,
-            cache=cache,
-        ).placed()
+        logits = model.logits(hidden)
+        with jax.named_scope("sampling"):
+            ended = jnp.isin(token, jnp.asarray(settings.eos, jnp.int32))
+            return State(
+                step=state.step + 1,
+                logits=logits,
+                tokens=put(state.tokens, token[:, None]),
+                log_probabilities=log_probabilities,
+                active=state.active & ~ended,
+                lengths=state.lengths + active,
+                finite=state.finite & (jnp.isfinite(state.logits).all(axis=-1) | ~state.active),
+                key=key,
+                cache=cache,
+            ).placed()
 
     return lax.while_loop(lambda state: (state.step < last) & jnp.any(state.active), body, state)

@@ -42,6 +42,7 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(first(size, dtype)) if form.weighted and weighted else None
         self.bias = nnx.Param(jnp.zeros(size, dtype)) if form.biased else None
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
         over = tuple(range(-self.axes, 0))
         wide = x.astype(jnp.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -78,6 +79,7 @@ def _by_length(
     return 1 / base[:, None] ** exponents
 
 
+@jax.named_scope("rope")
 def rotary_tables(rope: Rope, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
     """Computes cosine and sine of the rotary angles at `positions`, each float32 `[B, T, H/2]`.
 
@@ -126,6 +128,7 @@ def row_positions(
     return steps if start is None else start[:, None] + steps
 
 
+@jax.named_scope("rope")
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "#B #T H2"], sin: Float[Array, "#B #T H2"]
 ) -> Float[Array, "B T N H"]:

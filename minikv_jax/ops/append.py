@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -18,6 +19,7 @@ from minikv_jax.ops.round_tail import round_tail, tokens_after_sinks
 from minikv_jax.ops.shapes import layer_contract
 
 
+@jax.named_scope("append")
 def append(
     layer: LayerCache,
     k: Float[Array, "B T K H"],

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -23,6 +24,7 @@ BLOCK = MAX_BLOCK  # cached tokens read at a time in plain JAX; a multiple of ev
 _Load = Callable[[Array, int], tuple[Array, Array]]  # (first token, count) -> keys, values
 
 
+@jax.named_scope("decode_attention")
 def decode_attention(
     q: Float[Array, "B N H"],
     layer: LayerCache,
@@ -155,6 +157,7 @@ def _cuda(q: Array, layer: LayerCache, positions: Array, sinks: Array | None, sc
 _IMPLEMENTATIONS = {"xla": _xla, "pallas": _pallas, "cuda": _cuda}
 
 
+@jax.named_scope("decode_attention")
 def decode_attention_weights(
     q: Float[Array, "B N H"],
     layer: LayerCache,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -23,6 +24,7 @@ from minikv_jax.methods.method import Method
 from minikv_jax.ops.select import rank
 
 
+@jax.named_scope("evict")
 def evict(
     layer: LayerCache, state: Eviction, weights: Float[Array, "B K C"] | None, active: Int[Array, "B"]
 ) -> LayerCache:

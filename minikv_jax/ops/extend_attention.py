@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -14,6 +15,7 @@ from minikv_jax.ops.prefill_attention import causal_attention
 from minikv_jax.ops.shapes import Scaling, layer_contract, scaling, sinks_by_row
 
 
+@jax.named_scope("extend_attention")
 def extend_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -27,6 +28,7 @@ BLOCK = 256  # tokens per block in plain JAX
 Scored = tuple[Float[Array, "B T N H"], Float[Array, "B K T"] | None]
 
 
+@jax.named_scope("prefill_attention")
 def prefill_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
