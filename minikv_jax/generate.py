@@ -25,7 +25,15 @@ from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import Llama
 from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.programs import GenerateResult, Inputs, Programs, Settings, State, compile_programs, run
-from minikv_jax.prompts import bucket_length, check_cache, check_devices, check_positions, check_rows, pad_prompts
+from minikv_jax.prompts import (
+    bucket_length,
+    check_cache,
+    check_devices,
+    check_positions,
+    check_rows,
+    check_second_run,
+    pad_prompts,
+)
 from minikv_jax.sampling import Sampling
 
 DEFAULT_METHOD = "minikv"
@@ -181,7 +189,8 @@ def compile_ahead(
     contracts.check(method, model.config)
     integer("batch", batch, 1, MAX_TOKENS)
     integer("prompt_tokens", prompt_tokens, 1)
-    check_positions(model, prompt_tokens, max(settings.max_new_tokens, method.lookahead))
+    check_positions(model, prompt_tokens, settings.max_new_tokens)
+    check_second_run(model, prompt_tokens, method)
     graphdef, params = nnx.split(model)
     tokens = bucket_length(prompt_tokens, model.config.max_position_embeddings)
     check_rows(batch, model.mesh)
@@ -223,7 +232,8 @@ def _request(
     if cache is None:
         method = resolve(DEFAULT_METHOD if method is None else method)
         contracts.check(method, model.config)
-        check_positions(model, int(lengths.max()), max(settings.max_new_tokens, method.lookahead))
+        check_positions(model, int(lengths.max()), settings.max_new_tokens)
+        check_second_run(model, int(lengths.max()), method)
         return _Request(settings, method, _placed(model, Inputs(None, ids, lengths, key)))
     if method is not None:
         raise ValueError("both method and cache are given: a cache goes on with its own method")

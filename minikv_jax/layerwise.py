@@ -32,7 +32,7 @@ from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept
 from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
-from minikv_jax.prompts import check_positions
+from minikv_jax.prompts import check_second_run
 
 
 class PromptLayer(NamedTuple):
@@ -147,7 +147,7 @@ def compress_layers(
       method: decides what to keep and how to store it.
       layers: returned by `prefill_layers`.
       lengths: tokens of each prompt.
-      seen: tokens of each row with the draft after the prompt (`look_ahead`); `lengths` without one.
+      seen: tokens of each row in its last run (`look_ahead`).
       layer_capacities: returned by `capacities` or, for shared programs, `shared_capacities`.
       implementation: implementation of the ops; None for the fastest recorded one.
     """
@@ -215,35 +215,34 @@ def look_ahead(
     layers: list[PromptLayer],
     implementation: str | None,
 ) -> tuple[list[PromptLayer], Int[Array, "B"]]:
-    """Runs prompts once more with the draft of a method with `lookahead` after them, as `prefill.prefill` does.
+    """Runs prompts once more with a draft or themselves after them, if the method does (`prefill.prefill`).
 
-    Args:
-      model: the model.
-      method: without `lookahead`, nothing is run.
-      prompt, hidden, layers: right-padded token ids and lengths, and what `prefill_layers` returned for them.
-      implementation: of the ops.
+    `hidden` and `layers` are what `prefill_layers` returned for the prompt's padded ids and lengths.
 
     Returns:
-      The layers to compress, and the tokens of each row, draft included.
+      The layers to compress, and the tokens of each row in its last run.
 
     Raises:
-      ValueError: too few positions for a prompt and its draft.
+      ValueError: too few positions for the second run.
     """
     ids, lengths = map(jnp.asarray, prompt)
-    if not method.lookahead:
+    if not method.runs_twice:
         return layers, lengths
-    check_positions(model, int(lengths.max()), method.lookahead)
-    plain = dataclasses.replace(method, lookahead=0)
-    sizes = shared_capacities(model.config, plain, ids.shape[1], method.lookahead)
-    cache = compress_layers(model.config, plain, layers, lengths, lengths, sizes, implementation).cache
-    active, drafted = jnp.ones_like(lengths), []
-    for _ in range(method.lookahead):
-        token, going = likeliest(model, hidden, active)
-        drafted.append((token, active))
-        hidden, cache = decode_step(model, cache, token, active, implementation)
-        active = going
-    tokens, counted = (jnp.stack(column, axis=1) for column in zip(*drafted, strict=True))
-    both = join(ids, lengths, tokens, counted.sum(axis=1), model.config.max_position_embeddings)
+    check_second_run(model, int(lengths.max()), method)
+    tokens, counts = ids, lengths
+    if method.lookahead:
+        plain = dataclasses.replace(method, lookahead=0)
+        sizes = shared_capacities(model.config, plain, ids.shape[1], method.lookahead)
+        cache = compress_layers(model.config, plain, layers, lengths, lengths, sizes, implementation).cache
+        active, drafted = jnp.ones_like(lengths), []
+        for _ in range(method.lookahead):
+            token, going = likeliest(model, hidden, active)
+            drafted.append((token, active))
+            hidden, cache = decode_step(model, cache, token, active, implementation)
+            active = going
+        tokens, flags = (jnp.stack(column, axis=1) for column in zip(*drafted, strict=True))
+        counts = flags.sum(axis=1)
+    both = join(ids, lengths, tokens, counts, model.config.max_position_embeddings)
     _, layers = prefill_layers(model, both.ids, both.seen, method.scorer.needs_column_sums, implementation)
     return layers, both.seen
 

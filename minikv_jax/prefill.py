@@ -8,7 +8,7 @@ evaluation's run with one program per layer (`layerwise.py`) all use them:
 3. `heavy_tokens`   the number of top-scored tokens that each layer keeps (`cache/budgets.py`);
 4. `keep`           the kept tokens (`ops/select.py`), their values (`ops/refit.py`), their cache (`ops/compress.py`).
 
-A method with `lookahead` runs them twice, the second time with drafted tokens after the prompt (`lookahead.py`).
+A method with `lookahead` or a scorer that repeats the prompt runs them twice (`lookahead.py`).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def prefill(
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 0, MAX_TOKENS)
     method = resolve(method)
     contracts.check(method, model.config)
-    prompt = _with_draft(model, ids, lengths, method, implementation)
+    prompt = _with_more(model, ids, lengths, method, implementation)
     plan = _Plan(method, capacities(model.config, method, ids.shape[1], max_new_tokens), implementation)
     meshes.check_multiple("rows", ids.shape[0], meshes.DATA, meshes.size(meshes.DATA))
     own_rows = ids.shape[0] // meshes.size(meshes.DATA)  # of each device along the axis "data"
@@ -176,13 +176,16 @@ def prefill(
     return _prefill_rows(model, prompt, plan) if chunks <= 1 else _prefill_chunks(model, prompt, plan, chunks)
 
 
-def _with_draft(model: Llama, ids: Array, lengths: Array, method: Method, implementation: str | None) -> Prompt:
-    """Puts after each prompt what is drafted with the cache that the method makes without lookahead."""
-    if not method.lookahead:
+def _with_more(model: Llama, ids: Array, lengths: Array, method: Method, implementation: str | None) -> Prompt:
+    """Puts after each prompt itself, or what is drafted with the cache that the method makes without lookahead."""
+    if not method.runs_twice:
         return Prompt(ids, lengths, lengths)
     positions = model.config.max_position_embeddings
-    text = f"has {{length}} tokens and drafts {method.lookahead}: the model has {positions} positions"
-    Contract("prefill").holds(lengths + method.lookahead <= positions, text, length=lengths)
+    longest = method.longest_prompt(positions)
+    text = f"has {{length}} tokens: the method and the model's {positions} positions leave room for {longest}"
+    Contract("prefill").holds(lengths <= longest, text, length=lengths)
+    if not method.lookahead:
+        return join(ids, lengths, ids, lengths, positions)
     plain = dataclasses.replace(method, lookahead=0)
     hidden, cache = prefill(model, ids, lengths, plain, method.lookahead, implementation)
     drafted, counts = draft(model, hidden, cache, method.lookahead, implementation)
@@ -286,8 +289,8 @@ def prefill_layer(
     Raises:
       ValueError: an array of another shape or dtype, a length, layer or window out of range, a method whose components
         break their contracts, or a `ScoredBudget`, which needs the scores of all layers.
-      NotImplementedError: a method with `evict_every` or `lookahead`, which need a whole model, or an
-        `implementation` that cannot run this case.
+      NotImplementedError: a method that needs a whole model (`evict_every`, `lookahead`, a scorer with `needs_repeat`),
+        or an `implementation` that cannot run this case.
     """
     inputs, method = _checked(inputs, num_layers), resolve(method)
     if method.evict_every is not None:
@@ -296,6 +299,10 @@ def prefill_layer(
         )
     if method.lookahead:
         raise NotImplementedError(f"lookahead={method.lookahead}: only this library's own models draft")
+    if method.runs_twice:
+        raise NotImplementedError(
+            f"scorer={type(method.scorer).__name__}: only this library's own models run a prompt twice"
+        )
     if isinstance(method.budget, ScoredBudget):
         raise ValueError(
             f"budget={type(method.budget).__name__} reads the scores of all layers: a single layer cannot be prefilled"

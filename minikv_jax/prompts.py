@@ -14,6 +14,7 @@ from minikv_jax import meshes
 from minikv_jax.cache.state import KVCache
 from minikv_jax.checks import shown
 from minikv_jax.decode import check_same_model
+from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import Llama
 
 
@@ -67,6 +68,17 @@ def check_positions(model: Llama, prompt_tokens: int, new_tokens: int, seen: int
         before = f"{seen} tokens of the cache + " if seen else ""
         raise ValueError(
             f"{before}{prompt_tokens} prompt tokens + {new_tokens} new ones exceed the model's {positions} positions"
+        )
+
+
+def check_second_run(model: Llama, prompt_tokens: int, method: Method) -> None:
+    """Raises ValueError if the model has too few positions for what a method puts after a prompt to choose tokens."""
+    positions = model.config.max_position_embeddings
+    longest = method.longest_prompt(positions)
+    if prompt_tokens > longest:
+        raise ValueError(
+            f"{prompt_tokens} prompt tokens: the model's {positions} positions leave room for {longest}, because the "
+            f"method runs a prompt twice ({method.scorer.__class__.__name__}, lookahead={method.lookahead})"
         )
 
 

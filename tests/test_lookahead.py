@@ -16,6 +16,7 @@ from minikv_jax.generate import compile_ahead, generate, stream
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.grkv import Ridge
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.kvzip import KVzip
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.models.config import RopeScaling
@@ -120,23 +121,61 @@ def test_layer_by_layer_is_the_same():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_a_repetition_chooses():
+    """KVzip's tokens are those with the largest weights from the prompt's second run, by prefill and layer by layer."""
+    model = without_eos()
+    method = dataclasses.replace(METHOD, scorer=KVzip(), lookahead=0)
+    both = padded([[*prompt, *prompt] for prompt in PROMPTS])
+    _, twice = layerwise.prefill_layers(model, *both, False, None)
+    scores = np.asarray(KVzip().score(LayerInputs(twice[0].q, twice[0].k, twice[0].v, both[1])))
+    _, cache = prefilled(model, method)
+    ids, lengths = padded(PROMPTS)
+    last, layers = layerwise.prefill_layers(model, ids, lengths, False, None)
+    inputs, seen = layerwise.look_ahead(model, method, (ids, lengths), last, layers, None)
+    assert seen.tolist() == [180, 82]
+    sizes = capacities(model.config, method, ids.shape[1], 0)
+    other = layerwise.compress_layers(model.config, method, inputs, lengths, seen, sizes, None).cache
+    for row, prompt in enumerate(PROMPTS):
+        middle = np.arange(2, len(prompt) - 4)
+        for head in range(2):
+            at = middle[np.argsort(-scores[row, head, middle], kind="stable")[:20]]
+            at = np.sort([0, 1, *at, *range(len(prompt) - 4, len(prompt))])
+            for made in (cache, other):
+                got = made.layers[0].tail.k[row, head, :26]
+                np.testing.assert_allclose(got, twice[0].k[row, at, head], rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_repeated_is_refused():
+    model = tiny_model(num_hidden_layers=1, max_position_embeddings=96)
+    method = dataclasses.replace(METHOD, scorer=KVzip(), lookahead=0)
+    with pytest.raises(ValueError, match="lookahead=6 with KVzip: it repeats the prompt"):
+        dataclasses.replace(METHOD, scorer=KVzip())
+    with pytest.raises(ValueError, match="49 prompt tokens: the model's 96 positions leave room for 48"):
+        generate(model, [[5] * 49], method=method, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"row 0 has 49 tokens: .* leave room for 48"):
+        prefill(model, jnp.full((1, 60), 5), jnp.array([49]), method, 1)
+    arrays = jnp.ones((1, 8, 2, 16))
+    with pytest.raises(NotImplementedError, match="scorer=KVzip: only this library's own models run a prompt twice"):
+        prefill_layer(LayerInputs(arrays, arrays, arrays, jnp.array([8])), method, 1)
+
+
 def test_what_cannot_be_drafted_is_refused():
     model = tiny_model(num_hidden_layers=1, max_position_embeddings=96)
     with pytest.raises(ValueError, match="lookahead=3 where scores choose no token"):
         Method(scorer=VOTES, heavy=8, recent=1.0, lookahead=3)
     with pytest.raises(ValueError, match="lookahead=1025: expected"):
         dataclasses.replace(METHOD, lookahead=1025)
-    with pytest.raises(ValueError, match="92 prompt tokens \\+ 6 new ones exceed the model's 96 positions"):
+    with pytest.raises(ValueError, match="92 prompt tokens: the model's 96 positions leave room for 90"):
         generate(model, [[5] * 92], method=METHOD, max_new_tokens=1)
-    with pytest.raises(ValueError, match="92 prompt tokens \\+ 6 new ones exceed"):
+    with pytest.raises(ValueError, match="92 prompt tokens: the model's 96 positions leave room for 90"):
         compile_ahead(model, 1, 92, method=METHOD, max_new_tokens=1)
-    with pytest.raises(ValueError, match="row 0 has 92 tokens and drafts 6: the model has 96 positions"):
+    with pytest.raises(ValueError, match=r"row 0 has 92 tokens: .* 96 positions leave room for 90"):
         prefill(model, jnp.full((1, 92), 5), jnp.array([92]), METHOD, 1)
     dynamic = RopeScaling(rope_type="dynamic", factor=2.0, original_max_position_embeddings=64)
     with pytest.raises(ValueError, match="lookahead=6: the model's rotary frequencies depend on the length"):
         generate(tiny_model(rope_scaling=dynamic), [[5] * 9], method=METHOD, max_new_tokens=1)
     hidden, layers = jnp.zeros((1, 48)), []
-    with pytest.raises(ValueError, match="92 prompt tokens \\+ 6 new ones exceed"):
+    with pytest.raises(ValueError, match="92 prompt tokens: the model's 96 positions leave room for 90"):
         layerwise.look_ahead(model, METHOD, (jnp.full((1, 92), 5), jnp.array([92])), hidden, layers, None)
     arrays = jnp.ones((1, 8, 2, 16))
     with pytest.raises(NotImplementedError, match="lookahead=6: only this library's own models draft"):

@@ -38,7 +38,7 @@ from minikv_jax.methods import contracts, lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.decoder import Llama
-from minikv_jax.prompts import check_positions
+from minikv_jax.prompts import check_second_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def measure_each(
     for method in methods.values():
         contracts.check(method, model.config)
         for case in cases:
-            check_positions(model, len(case.prompt), method.lookahead)
+            check_second_run(model, len(case.prompt), method)
     prompt, batches = _prompt(model, cases, methods.values(), new_tokens, implementation, rows)
     full = lookup.get("full")
     sizes = {"prompt_length": prompt.ids.shape[1], "max_new_tokens": new_tokens}

@@ -131,7 +131,7 @@ class CompressedLM(TemplateLM):
 
     def _fit(self, ids: Sequence[int], room: int) -> list[int]:
         """Cuts the middle out of a context of more tokens than `context` or `room`. A draft takes positions too."""
-        room = min(room, self.max_length - self.method.lookahead)
+        room = min(room, self.method.longest_prompt(self.max_length))
         limit = room if self._context is None else min(self._context, room)
         if limit < 1:
             raise ValueError(f"the model has {self.max_length} positions, {1 - room} too few for a token of context")

@@ -1,7 +1,6 @@
-"""Components of a method, and their inputs.
+"""Components of a method, and their inputs: frozen values of classes whose fields are their settings.
 
-A component is a class whose fields are its settings: a `Scorer`, a `Budget` or `ScoredBudget`, a `Quantizer`. Subclass
-one and pass an instance to `Method`. All are frozen values.
+Subclass a `Scorer`, `Budget`, `ScoredBudget`, `Quantizer` or `Refit`, and pass an instance to `Method`.
 """
 
 from __future__ import annotations
@@ -107,11 +106,12 @@ class Scorer(Component, abc.ABC):
     """Scores every prompt token, per layer, row and KV head. Tokens with higher scores are kept first.
 
     Attributes:
-      needs_column_sums: whether `score` reads `LayerInputs.column_sums`, which take a second pass over the prefill's
-        attention.
+      needs_column_sums: whether `score` reads `LayerInputs.column_sums`, a second pass over the prefill's attention.
+      needs_repeat: whether `score` sees each prompt twice, the second time right after the first.
     """
 
     needs_column_sums: ClassVar[bool] = False
+    needs_repeat: ClassVar[bool] = False
 
     @abc.abstractmethod
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:

@@ -34,10 +34,11 @@ def check(method: Method, model: ModelConfig) -> None:
         raise ValueError(
             f"evict_every={method.evict_every}: a layer with a sliding window ({windows.pop()}) evicts by it"
         )
-    if method.lookahead and model.rope_by_length:
+    if method.runs_twice and model.rope_by_length:
+        cause = f"lookahead={method.lookahead}" if method.lookahead else f"scorer={type(method.scorer).__name__}"
         raise ValueError(
-            f"lookahead={method.lookahead}: the model's rotary frequencies depend on the length of a row, and a draft "
-            "would change the prompt's"
+            f"{cause}: the model's rotary frequencies depend on the length of a row, and tokens after the prompt would "
+            "change the prompt's"
         )
     if method.quantizer is not None:
         calls.check_model(method.quantizer, model)

@@ -199,7 +199,8 @@ class Method:
     Raises:
       ValueError: a value that is not accepted, or values that do not go together: shares that sum to more than 1, a
         `heavy` budget without a scorer, a tail that the quantizer's block does not divide, `evict_every` with a
-        quantizer, without a budget, or with a scorer that has no `update`; `lookahead` where scores choose no token.
+        quantizer, without a budget, or with a scorer that has no `update`; `lookahead` where scores choose no token
+        or with a scorer that repeats the prompt.
     """
 
     name: str = dataclasses.field(default="custom", compare=False)
@@ -238,6 +239,8 @@ class Method:
             raise ValueError(f"refit={self.refit!r}: expected a Refit or None")
         if self.lookahead and (not self.heavy or self.keeps_all):
             raise ValueError(f"lookahead={self.lookahead} where scores choose no token: expected a heavy budget")
+        if self.lookahead and self.scorer.needs_repeat:
+            raise ValueError(f"lookahead={self.lookahead} with {type(self.scorer).__name__}: it repeats the prompt")
         if self.evict_every is not None:
             self._check_eviction()
 
@@ -273,6 +276,15 @@ class Method:
     def keeps_all(self) -> bool:
         """Whether no token is ever evicted."""
         return self.recent == Share(1.0)
+
+    @property
+    def runs_twice(self) -> bool:
+        """Whether a prompt runs a second time, with tokens after it, before tokens are chosen."""
+        return bool(self.lookahead) or (self.scorer.needs_repeat and not self.keeps_all)
+
+    def longest_prompt(self, positions: int) -> int:
+        """Most tokens of a prompt that leave room among a model's positions for those after it in its second run."""
+        return positions - self.lookahead if self.lookahead or not self.runs_twice else positions // 2
 
     @property
     def flush_block(self) -> int:

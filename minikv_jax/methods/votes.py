@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -14,15 +16,35 @@ _VOTERS = 32  # queries at a time, because their weights over all keys are in me
 
 def window_votes(inputs: LayerInputs, size: int, power: int = 1) -> Float[Array, "B K T"]:
     """Sums the softmax map, to a power, over each row's last `size` queries; float32, zero in the padding."""
+
+    def weigh(back: Array, keys: Array, at: Array) -> Array:
+        positions = jnp.where(back < size, inputs.lengths[:, None] - 1 - back, -1)
+        return attention_weights(inputs, positions, keys, at)
+
+    return gather_votes(inputs, size, weigh, lambda votes, new: votes + jnp.sum(new**power, axis=(2, 3)))
+
+
+def gather_votes(
+    inputs: LayerInputs,
+    size: int,
+    weigh: Callable[[Array, Array, Array], Array],
+    join: Callable[[Array, Array], Array],
+) -> Float[Array, "B K T"]:
+    """Gathers the votes of `size` queries, few at a time.
+
+    Args:
+      inputs: the prompt.
+      size: number of queries.
+      weigh: gets numbers of queries [W], the keys [B, K, T, H] and their positions [B, K, T]. It returns weights
+        [B, K, G, W, T], zeros for numbers from `size` on.
+      join: gets votes [B, K, T], zero at first, and the weights, and returns the new votes.
+    """
     batch, tokens, kv_heads, _ = inputs.k.shape
-    keys = jnp.broadcast_to(jnp.arange(tokens), (batch, kv_heads, tokens))
+    at = jnp.broadcast_to(jnp.arange(tokens), (batch, kv_heads, tokens))
     voters = min(size, _VOTERS)
 
     def add(block: Array | int, votes: Array) -> Array:
-        back = block * voters + jnp.arange(voters)  # 0 for the row's last query
-        positions = jnp.where(back < size, inputs.lengths[:, None] - 1 - back, -1)
-        weights = attention_weights(inputs, positions, inputs.k.swapaxes(1, 2), keys)
-        return votes + jnp.sum(weights**power, axis=(2, 3))
+        return join(votes, weigh(block * voters + jnp.arange(voters), inputs.k.swapaxes(1, 2), at))
 
     votes = jnp.zeros((batch, kv_heads, tokens), jnp.float32)
     return add(0, votes) if size == voters else lax.fori_loop(0, -(-size // voters), add, votes)
@@ -39,10 +61,20 @@ def attention_weights(
       keys: the keys.
       positions: their positions in the prompt.
     """
-    q, window = inputs.q, inputs.window
-    batch, _, heads, dim = q.shape
-    rows = jnp.take_along_axis(q, jnp.maximum(queries, 0)[:, :, None, None], axis=1)
-    rows = rows.reshape(batch, queries.shape[1], keys.shape[1], heads // keys.shape[1], dim)
+    rows = jnp.take_along_axis(inputs.q, jnp.maximum(queries, 0)[:, :, None, None], axis=1)
+    return causal_weights(inputs, rows, queries, keys, positions)
+
+
+def causal_weights(
+    inputs: LayerInputs,
+    q: Float[Array, "B W N H"],
+    queries: Int[Array, "B W"],
+    keys: Float[Array, "B K S H"],
+    positions: Int[Array, "B K S"],
+) -> Float[Array, "B K G W S"]:
+    """Computes the layer's causal softmax of the queries `q`, at positions `queries`, over some keys; float32."""
+    window, (batch, size, heads, dim) = inputs.window, q.shape
+    rows = q.reshape(batch, size, keys.shape[1], heads // keys.shape[1], dim)
     logits = jnp.einsum("bwkgh,bksh->bkgws", rows, keys, preferred_element_type=jnp.float32, precision="highest")
     newest, at = queries[:, None, :, None], positions[:, :, None]
     seen = at <= newest  # [B, K, W, S]

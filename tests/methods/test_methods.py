@@ -71,8 +71,14 @@ def naive_prefill(model: Projections, method: Method, ids: np.ndarray) -> tuple[
 
 OFTEN = ("minikv", "twin-4bit", "kivi-2", "snapkv", "tova", "full")  # the others are slow tests
 CASES = [
-    # test_quantizers.py has the others
-    *((name, (6, 2)) for name in lookup.names() if type(lookup.get(name).quantizer) in (MinMax, type(None))),
+    # test_quantizers.py, test_lookahead.py and test_refit.py have the others
+    *(
+        (name, (6, 2))
+        for name in lookup.names()
+        if type(lookup.get(name).quantizer) in (MinMax, type(None))
+        and not lookup.get(name).runs_twice
+        and lookup.get(name).refit is None
+    ),
     *((name, heads) for name in ("minikv", "minikv-pyramid", "snapkv") for heads in ((3, 3), (8, 1))),
 ]
 

@@ -15,6 +15,7 @@ from minikv_jax.methods.expected_attention import ExpectedAttention
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.keydiff import KeyDiff
 from minikv_jax.methods.knorm import KNorm
+from minikv_jax.methods.kvzip import KVzip
 from minikv_jax.methods.lagkv import LagKV
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.snapkv import SnapKV
@@ -107,6 +108,23 @@ def test_rms_votes_match_the_formula(queries: int, window: int | None):
                     squares.append(np.zeros(T))
                     squares[-1][first : query + 1] = (weights / weights.sum()) ** 2
             np.testing.assert_allclose(got[row, head], np.sqrt(np.mean(squares, axis=0)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 15])
+def test_kvzip_matches_the_formula(window: int | None):
+    """Every row is a prompt and its repetition, whose queries vote by their largest weight."""
+    lengths = [2, 6, 38, 40]
+    q, k, v = prompt(lengths, (4, 2), seed=4)
+    got = np.asarray(scores_of(KVzip(), q, k, v, np.array(lengths), window))
+    for row, length in enumerate(lengths):
+        for head in range(2):
+            want = np.zeros(T)
+            for query in range(length // 2, length):
+                first = 0 if window is None else max(query - window + 1, 0)
+                for one in q[row, query, 2 * head : 2 * head + 2].astype(np.float64):
+                    weights = np.exp(k[row, first : query + 1, head] @ one / np.sqrt(H))
+                    want[first : query + 1] = np.maximum(want[first : query + 1], weights / weights.sum())
+            np.testing.assert_allclose(got[row, head], want, rtol=1e-5, atol=1e-6)
 
 
 def test_without_scores_all_tokens_are_alike():
