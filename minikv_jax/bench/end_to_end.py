@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from minikv_jax import meshes
-from minikv_jax.bench.random_models import random_model, shape_config, skeleton
+from minikv_jax.bench.random_models import first_layers, random_model, shape_config, skeleton
 from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.generate import compile_ahead
@@ -50,6 +50,7 @@ class Case:
       steps: decode steps to time, in the middle of the generation and at its end. None times all of them.
       plugins: Python files with methods.
       mesh: sizes of a mesh's axes (`meshes.parse`); None for one device.
+      layers: cuts a model with random weights to its first layers; None keeps all.
     """
 
     shape: str | None = None
@@ -63,17 +64,22 @@ class Case:
     implementation: str | None = None
     plugins: tuple[str, ...] = ()
     mesh: str | None = None
+    layers: int | None = None
 
     def config(self) -> ModelConfig:
         """The model's config. With random weights, its positions are raised to what the run needs.
 
         Raises:
-          ValueError: an unknown shape, a malformed config, or too many tokens for a real model's positions.
+          ValueError: an unknown shape, a malformed config, more layers than it has, layers of a real model, or too
+            many tokens for its positions.
         """
         needed = bucket_length(self.prompt_len) + self.max_new_tokens
         if self.shape is not None:
             config = shape_config(self.shape)
+            config = config if self.layers is None else first_layers(config, self.layers)
             return dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, needed))
+        if self.layers is not None:
+            raise ValueError(f"layers={self.layers}: a model with real weights runs as a whole")
         config = hub.load_config(self.model or "")
         if self.prompt_len + self.max_new_tokens > config.max_position_embeddings:
             raise ValueError(
@@ -194,10 +200,10 @@ def measure(case: Case) -> dict[str, Any]:
     programs = Programs(case)
     params = nnx.state(case.load())
     weights = memory.weight_bytes(case.config(), case.dtype)
-    prefill = _time_prefill(programs, params, case)
+    prefill = time_prefill(programs, params, case)
     decode, state = {}, prefill.state
     for name, (first, steps) in case.stretches().items():
-        state, seconds = _time_stretch(programs, params, state, prefill.lengths, first, steps)
+        state, seconds = time_stretch(programs, params, state, prefill.lengths, first, steps)
         cache_bytes = bytes_read(state.cache, prefill.lengths, range(first + 1, first + steps + 1))
         decode[name] = {
             "first_step": first,
@@ -230,17 +236,23 @@ class _Prefill(NamedTuple):
     lengths: CacheLengths
 
 
-def _time_prefill(programs: Programs, params: Any, case: Case) -> _Prefill:
-    """Times the prefill, and the prefill with one decode step."""
+def prompts(programs: Programs, case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Random prompts, their lengths and a PRNG key, as the prefill takes them."""
     ids = jax.random.randint(jax.random.key(1), (case.batch, programs.tokens), 0, case.config().vocab_size, jnp.int32)
     lengths, key = jnp.full((case.batch,), case.prompt_len, jnp.int32), jax.random.key(0)
     if (mesh := case.devices()) is not None:
         (ids, lengths), key = meshes.place((ids, lengths), mesh, DATA), meshes.place(key, mesh)
+    return ids, lengths, key
+
+
+def time_prefill(programs: Programs, params: Any, case: Case) -> _Prefill:
+    """Times the prefill, and the prefill with one decode step."""
+    inputs = prompts(programs, case)
     state, prompt, prefill_s, first_s = None, None, [], []
     while len(prefill_s) < 2 or (len(prefill_s) <= _MAX_RUNS and sum(prefill_s[1:]) < _MIN_TIMED_SECONDS):
         del state  # two caches would not fit if one fills the device
         begin = time.perf_counter()
-        state = jax.block_until_ready(programs.prefill(params, None, ids, lengths, key))
+        state = jax.block_until_ready(programs.prefill(params, None, *inputs))
         prefill_s.append(time.perf_counter() - begin)
         prompt = CacheLengths.of(state.cache)
         begin = time.perf_counter()
@@ -257,20 +269,20 @@ def _time_prefill(programs: Programs, params: Any, case: Case) -> _Prefill:
     )
 
 
-def _time_stretch(
+def time_stretch(
     programs: Programs, params: Any, state: State, prompt: CacheLengths, first: int, steps: int
 ) -> tuple[State, float]:
     """Runs a stretch of decode steps; returns the state after it and the median seconds."""
     times: list[float] = []
     while len(times) < _MAX_RUNS and sum(times) < _MIN_TIMED_SECONDS:
-        state = jax.block_until_ready(_at_step(state, prompt, first))
+        state = jax.block_until_ready(at_step(state, prompt, first))
         begin = time.perf_counter()
         state = jax.block_until_ready(programs.decode(params, state, np.int32(first + steps)))
         times.append(time.perf_counter() - begin)
     return state, statistics.median(times)
 
 
-def _at_step(state: State, prompt: CacheLengths, step: int) -> State:
+def at_step(state: State, prompt: CacheLengths, step: int) -> State:
     """Returns the state with the lengths that it has `step` steps after the prompt."""
     lengths = prompt.after(step, state.cache)
     layers = (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minikv_jax.bench.end_to_end import Case, Programs
+from minikv_jax.bench.random_models import first_layers
 from minikv_jax.cache import memory
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.prompts import bucket_length
@@ -52,16 +53,12 @@ def needed_bytes(case: Case) -> int:
     depth = config.num_hidden_layers
     if depth <= max(_DEPTHS):
         return Programs(case, config).needed_bytes
-    few, more = (Programs(case, cut).needed_bytes - _weights_and_cache(case, cut) for cut in _shallow(config))
+    few, more = (
+        Programs(case, cut).needed_bytes - _weights_and_cache(case, cut)
+        for cut in (first_layers(config, n) for n in _DEPTHS)
+    )
     besides = few + (more - few) * (depth - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
     return _weights_and_cache(case, config) + round(besides)
-
-
-def _shallow(config: ModelConfig) -> Iterator[ModelConfig]:
-    """The config cut to each of `_DEPTHS`."""
-    for depth in _DEPTHS:
-        types = config.layer_types and config.layer_types[:depth]
-        yield dataclasses.replace(config, num_hidden_layers=depth, layer_types=types)
 
 
 def largest(needed: Callable[[int], int], sizes: Sequence[int], limit: int) -> int | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from minikv_jax.bench import huggingface, timing
+from minikv_jax.bench import huggingface, timing, trace
 from minikv_jax.bench.end_to_end import Case, Programs, measure
 from minikv_jax.bench.fit import FIELDS, find
 from minikv_jax.bench.worker import TaskError, run_task
@@ -58,8 +58,9 @@ def probe_device() -> dict[str, Any]:
 
 
 def measure_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Measures a case; Hugging Face's methods run in its own library."""
-    return (huggingface.measure if case["method"] in huggingface.METHODS else measure)(Case(**case))
+    """Measures a case, with clocks and power after it; Hugging Face's methods run in its own library."""
+    row = (huggingface.measure if case["method"] in huggingface.METHODS else measure)(Case(**case))
+    return row | {"clocks": timing.clocks()}
 
 
 def compile_case(case: dict[str, Any]) -> dict[str, float]:
@@ -100,6 +101,8 @@ class Bench:
             # One region for all that a run allocates, so that a batch that fills the device is not lost to fragments.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if function is measure_case else "false",
         }
+        if function is trace.measure:  # a cached program of older sources would name other scopes
+            environment["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
         return run_task(function, *arguments, environment=environment)
 
     def compile_ahead(self, cases: Sequence[Case], jobs: int) -> None:
@@ -114,15 +117,25 @@ class Bench:
 
     def row(self, case: Case) -> dict[str, Any]:
         """Measures a case, and returns a row of its sizes with the results or the error."""
-        sizes = {name: value for name, value in dataclasses.asdict(case).items() if value is not None}
-        row = sizes | {"memory_limit_bytes": self.limit}
-        try:
-            row |= self._run(measure_case, dataclasses.asdict(case), fraction=self.fraction)
-        except (TaskError, NotImplementedError) as error:
-            return row | {"error": str(error)}
+        row = self._attempt(case, measure_case)
+        if "error" in row:
+            return row
         for stretch in row["decode"].values():
             stretch |= self._floor(stretch["device_bytes_read"], stretch["ms_per_step"])
         return row | {"times_floor": next(iter(row["decode"].values()))["times_floor"]}
+
+    def traced(self, case: Case, of_prefill: bool) -> dict[str, Any]:
+        """Traces a case, and returns a row of its sizes with the breakdown or the error."""
+        return self._attempt(case, trace.measure, of_prefill, self.report["read_bytes_per_s"])
+
+    def _attempt(self, case: Case, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """A row of the sizes of a case with what `function` returns for it, or with the error."""
+        sizes = {name: value for name, value in dataclasses.asdict(case).items() if value is not None}
+        row = sizes | {"memory_limit_bytes": self.limit}
+        try:
+            return row | self._run(function, dataclasses.asdict(case), *arguments, fraction=self.fraction)
+        except (TaskError, NotImplementedError) as error:
+            return row | {"error": str(error)}
 
     def _floor(self, bytes_read: int, ms: float) -> dict[str, float | None]:
         """The floor of a decode step, from the bytes that each device reads, and the ratio of its time to the floor."""

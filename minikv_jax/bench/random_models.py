@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -27,6 +28,15 @@ def shape_config(shape: str) -> ModelConfig:
         names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
         raise ValueError(f"shape {shape!r}: expected one of {names}, a config.json or a directory that holds one")
     return config_from_hf(shape)
+
+
+def first_layers(config: ModelConfig, count: int) -> ModelConfig:
+    """The config of a model's first layers. Raises ValueError if it has fewer."""
+    if not 1 <= count <= config.num_hidden_layers:
+        raise ValueError(f"layers={count}: expected 1 to {config.num_hidden_layers}, the model's")
+    return dataclasses.replace(
+        config, num_hidden_layers=count, layer_types=config.layer_types and config.layer_types[:count]
+    )
 
 
 def skeleton(config: ModelConfig, dtype: str, mesh: Mesh | None = None) -> Llama:

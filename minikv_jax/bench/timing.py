@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
+import cuda_ffi
 from cuda_ffi.bandwidth import read_checksum
 
 _KERNEL_RUNS = 15
@@ -38,14 +41,18 @@ class Benchmark:
 
 
 def run(benchmarks: Iterable[Benchmark]) -> Iterator[Row]:
-    """Yields every row. All programs are compiled side by side first, because compiling would disturb the times."""
+    """Yields every row, with `clocks` after it.
+
+    All programs are compiled side by side first, because compiling would disturb the times.
+    """
     with ThreadPoolExecutor() as pool:
         compiling = [
             (benchmark.measure, {name: pool.submit(x.compile) for name, x in benchmark.programs.items()})
             for benchmark in benchmarks
         ]
     for measure, programs in compiling:
-        yield from measure({name: program.result() for name, program in programs.items()})
+        for row in measure({name: program.result() for name, program in programs.items()}):
+            yield row | {"clocks": clocks()}
 
 
 def kernel_ms(program: Callable[..., Any], *arguments: Any) -> float:
@@ -125,8 +132,26 @@ def extra_in_loop_ms(looped: Any, chained: Any, start: jax.Array, *arguments: An
     return 1e3 * statistics.median(extra) / _CALLS_PER_LOOP
 
 
+def clocks() -> dict[str, float] | None:
+    """Clocks of multiprocessors and memory in MHz, and power in watts, of the first GPU; None without nvidia-smi."""
+    fields = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "power_w"}
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        return dict(zip(fields.values(), map(float, answer.split(",")), strict=True))
+    except (OSError, subprocess.CalledProcessError, ValueError):  # no nvidia-smi, no such GPU, or "[N/A]"
+        return None
+
+
 def rates() -> dict[str, float]:
-    """Bytes per second that this device reads, and that it copies (read plus written)."""
+    """Bytes per second that this device reads, and that it copies (read plus written).
+
+    Raises:
+      NotImplementedError: the CUDA kernels cannot run here.
+    """
+    if reason := cuda_ffi.why_unavailable():
+        raise NotImplementedError(reason)
     words = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
     read = words.nbytes / kernel_ms(jax.jit(read_checksum), words) * 1e3
     copy = 2 * words.nbytes / kernel_ms(jax.jit(lambda x: x ^ 1), words) * 1e3

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cuda_ffi
 from minikv_jax import files, meshes
-from minikv_jax.bench import generate, huggingface, kernels
+from minikv_jax.bench import generate, huggingface, kernels, trace
 from minikv_jax.bench.end_to_end import Case
 from minikv_jax.bench.fit import FIELDS
 from minikv_jax.cli import output, shared
@@ -20,7 +20,7 @@ from minikv_jax.models.partition import device_part
 from minikv_jax.ops import dispatch
 
 _METHODS = ("minikv", "full")
-_BATCH, _PROMPT_LEN, _MAX_NEW_TOKENS = 1, 2048, 1024
+_BATCH, _PROMPT_LEN, _MAX_NEW_TOKENS, _TRACED_STEPS = 1, 2048, 1024, 16
 
 
 class Suite(NamedTuple):
@@ -67,14 +67,12 @@ def _run_kernels(arguments: argparse.Namespace) -> int:
 # generate -------------------------------------------------------------------------------------------------------------
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
+def _add_cases(parser: argparse.ArgumentParser, methods: str = "see `minikv methods`") -> None:
+    """Adds the options of `_cases` that every suite of whole models has."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shape", help="random weights: llama2-7b, llama-3.1-8b, a config.json or its directory")
     shared.add_model(source, required=False)
-    others = ", ".join(huggingface.METHODS)
-    shared.add_method(
-        parser, action="append", help=f"see `minikv methods`, or {others}; repeatable; default: minikv and full"
-    )
+    shared.add_method(parser, action="append", help=f"{methods}; repeatable; default: minikv and full")
     shared.add_plugin(parser)
     for flag, default, text in (
         ("--batch", _BATCH, "rows"),
@@ -84,6 +82,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, action="append", type=shared.positive, metavar="N", help=f"{text}; repeatable; default: {default}"
         )
+    shared.add_dtype(parser, "bfloat16")
+    shared.add_implementation(parser)
+    _add_output(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_cases(parser, f"see `minikv methods`, or {', '.join(huggingface.METHODS)}")
     parser.add_argument(
         "--steps", type=shared.positive, metavar="N", help="time N decode steps in the middle and N at the end"
     )
@@ -91,8 +96,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--memory-gb", type=shared.number, metavar="G", help="limit each run to G * 10^9 bytes of the device"
     )
     parser.add_argument("--find", choices=FIELDS, help="the largest batch or longest prompt that --memory-gb holds")
-    shared.add_dtype(parser, "bfloat16")
-    shared.add_implementation(parser)
     parser.add_argument(
         "--mesh",
         action="append",
@@ -106,7 +109,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compile all runs first, N at a time: `compile_s` is then the time to fetch them from the cache",
     )
-    _add_output(parser)
+    parser.set_defaults(layers=None)
 
 
 def _run_generate(arguments: argparse.Namespace) -> int:
@@ -175,7 +178,45 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
             implementation=arguments.implementation,
             plugins=tuple(map(str, arguments.plugin)),
             mesh=mesh,
+            layers=arguments.layers,
         )
+
+
+# trace ----------------------------------------------------------------------------------------------------------------
+
+
+def _add_trace(parser: argparse.ArgumentParser) -> None:
+    _add_cases(parser)
+    parser.add_argument(
+        "--steps",
+        type=shared.positive,
+        default=_TRACED_STEPS,
+        metavar="N",
+        help=f"decode steps to trace; default: {_TRACED_STEPS}",
+    )
+    parser.add_argument("--prefill", action="store_true", help="trace the prefill instead of decode steps")
+    parser.add_argument(
+        "--layers", type=shared.positive, metavar="N", help="with --shape: the model's first N layers only"
+    )
+    parser.set_defaults(mesh=None, find=None)
+
+
+def _run_trace(arguments: argparse.Namespace) -> int:
+    """Prints a table per run; the file of --output is complete after each. Returns 1 if every run failed."""
+    dispatch.check_implementation(arguments.implementation)
+    cases = list(_cases(arguments))
+    for case in cases:  # reports errors before anything runs
+        case.config()
+        case.resolve_method()
+        if arguments.steps > case.max_new_tokens:
+            raise ValueError(f"--steps {arguments.steps}: expected at most {case.max_new_tokens}, the new tokens")
+    bench = generate.Bench(arguments.command_line, None)
+    for case in cases:
+        row = bench.traced(case, arguments.prefill)
+        bench.report["results"].append(row)
+        print(trace.table(row), flush=True)
+        output.write_json(arguments.output, bench.report, indent=1)
+    return int(all("error" in row for row in bench.report["results"]))
 
 
 # figures --------------------------------------------------------------------------------------------------------------
@@ -211,5 +252,6 @@ _SUITES = {
     "generate": Suite(
         "prefill, decode and memory of whole models, beside the hardware's floor", _add_generate, _run_generate
     ),
+    "trace": Suite("a decode step or a prefill by model part and kernel", _add_trace, _run_trace),
     "figures": Suite("pictures of the results of `generate`", _add_figures, _run_figures),
 }

@@ -10,6 +10,7 @@ import pytest
 from support.commands import Run, run_wrongly
 
 from minikv_jax import bench
+from minikv_jax.bench import timing
 
 RESULTS = pathlib.Path(bench.__file__).parent / "results"
 
@@ -30,14 +31,21 @@ def test_generate_reports_a_run_that_fails(run: Run, shape: str, tmp_path: pathl
     assert row["error"] in text
 
 
-def test_generate_finds_and_measures(run: Run, shape: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tasks so far, all of which run in this process."""
+
     def in_this_process(function: Callable[..., Any], *arguments: Any, environment: dict[str, str]) -> Any:
-        tasks.append(function.__name__)
+        names.append(function.__name__)
         assert 0 < float(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 1
         return function(*json.loads(json.dumps(arguments)))
 
-    tasks: list[str] = []
+    names: list[str] = []
     monkeypatch.setattr("minikv_jax.bench.generate.run_task", in_this_process)
+    return names
+
+
+def test_generate_finds_and_measures(run: Run, shape: str, tmp_path: pathlib.Path, tasks: list[str]):
     out = tmp_path / "out.json"
     common = ["bench", "generate", "--shape", shape, "--prompt-len", "64", "--max-new-tokens", "4", "--method", "full"]
     code, text, _ = run(*common, "--find", "batch", "--memory-gb", 0.003, "--output", out)
@@ -47,6 +55,50 @@ def test_generate_finds_and_measures(run: Run, shape: str, tmp_path: pathlib.Pat
     assert row["predicted_bytes"] <= row["memory_limit_bytes"] == 3_000_000
     assert f"batch {row['batch']:4}" in text
     assert tasks == ["probe_device", "find_size", "measure_case"]
+    assert "clocks" in row
+
+
+def test_trace_writes_a_table_and_a_report(run: Run, shape: str, tmp_path: pathlib.Path, tasks: list[str]):
+    out = tmp_path / "out.json"
+    sizes = ["--prompt-len", 64, "--max-new-tokens", 8, "--dtype", "float32", "--layers", 1, "--steps", 4]
+    code, text, _ = run("bench", "trace", "--shape", shape, *sizes, "--method", "full", "--output", out)
+    assert code == 0
+    report = json.loads(out.read_text())
+    assert report["command"].startswith("minikv bench trace --shape")
+    assert report["device"] == jax.devices()[0].device_kind
+    assert report["versions"]["jax"] == jax.__version__
+    (row,) = report["results"]
+    assert (row["method"], row["layers"], row["prompt_len"], row["steps"]) == ("full", 1, 64, 4)
+    assert {part["part"] for part in row["parts"]} >= {"attention", "norms and residuals", "logits"}
+    assert all(kernel["us"] > 0 for part in row["parts"] for kernel in part["kernels"])
+    assert row["clocks"] == timing.clocks() or row["clocks"]["power_w"] > 0
+    assert tasks == ["probe_device", "measure"]
+    assert text.startswith("full batch 1 prompt 64 + 8: decode step (mean of 2 to 5), ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "{shape}", "--layers", "99"], "layers=99: expected 1 to "),
+        (["--model", "{model}", "--layers", "1"], "layers=1: a model with real weights runs as a whole"),
+        (["--shape", "{shape}", "--method", "huggingface-static"], "huggingface-static"),
+        (["--shape", "{shape}", "--method", "minkv"], "minkv"),
+        (["--shape", "{shape}", "--steps", "0"], "expected at least 1"),
+        (["--shape", "{shape}", "--max-new-tokens", "8", "--steps", "9"], "--steps 9: expected at most 8"),
+        (["--shape", "{shape}", "--implementation", "nosuch"], "implementation='nosuch'"),
+    ],
+)
+def test_trace_refuses_bad_options(
+    run: Run,
+    options: list[str],
+    message: str,
+    shape: str,
+    model_directory: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("minikv_jax.bench.generate.run_task", None)  # nothing may start
+    given = (option.format(shape=shape, model=model_directory) for option in options)
+    assert message in run_wrongly(run, "bench", "trace", *given)
 
 
 @pytest.mark.parametrize(
