@@ -70,13 +70,8 @@ def prefill_layers(
     ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
     x, layers = model.embed(ids), []
     for number, layer in enumerate(model.layers):
-        case = {
-            "window": model.window(number),
-            "rope": model.config.rope(number),
-            "column_sums": column_sums,
-            "implementation": implementation,
-        }
-        x, seen = _prefill_layer(layer, x, lengths, model=model.config, **case)
+        case = {"window": model.window(number), "rope": model.config.rope(number), "column_sums": column_sums}
+        x, seen = _prefill_layer(layer, x, lengths, model=model.config, **case, implementation=implementation)
         layers.append(seen)
     return model.norm(last_valid(x, lengths)), layers
 
@@ -156,21 +151,22 @@ def compress_layers(
     by_layer = method.quantizer is not None and method.quantizer.by_layer
     # Layers of equal specs share a program: the number is part of one only if the quantizer reads it.
     specs = [LayerSpec(method, model.window(number), number if by_layer else 0) for number in range(len(layers))]
+    case: dict[str, Any] = {"model": model, "implementation": implementation}
     scored = [
-        _score_layer(layer, np.int32(number), seen, model=model, rope=model.rope(number), spec=spec)
+        _score_layer(layer, np.int32(number), seen, rope=model.rope(number), spec=spec, **case)
         for number, (layer, spec) in enumerate(zip(layers, specs, strict=True))
     ]
     scores, are_numbers = zip(*scored, strict=True)
     heavy = heavy_tokens(method, len(layers), lengths, scores)
     made = [
-        _keep_layer(*arrays, lengths, seen, model=model, capacity=capacity, spec=spec, implementation=implementation)
+        _keep_layer(*arrays, lengths, seen, capacity=capacity, spec=spec, **case)
         for *arrays, capacity, spec in zip(layers, scores, heavy, layer_capacities, specs, strict=True)
     ]
     cache = KVCache(tuple(layer for layer, _ in made), lengths)
     return Compressed(cache, [kept for _, kept in made], functools.reduce(jnp.logical_and, are_numbers))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rope", "spec"))
+@functools.partial(jax.jit, static_argnames=("model", "rope", "spec", "implementation"))
 def _score_layer(
     layer: PromptLayer,
     number: Int[Array, ""],
@@ -179,12 +175,13 @@ def _score_layer(
     model: ModelConfig,
     rope: Rope,
     spec: LayerSpec,
+    implementation: str | None,
 ) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
     """Scores a layer's tokens. Also returns, per row, whether all scores are numbers."""
     frequencies = jnp.asarray(inverse_frequencies(rope, lengths))
     softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
     inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, **softmax)
-    scores = score(inputs, spec.method)
+    scores = score(inputs, spec.method, implementation)
     padding = jnp.arange(scores.shape[-1]) >= lengths[:, None, None]
     return scores, jnp.all(~jnp.isnan(scores) | padding, axis=(1, 2))
 

@@ -4,7 +4,7 @@ The steps are functions of one layer's arrays. The compiled prefill (`prefill`),
 evaluation's run with one program per layer (`layerwise.py`) all use them:
 
 1. `attend`         causal attention and, if the scorer needs them, its column sums (`ops/prefill_attention.py`);
-2. `score`          a score for every key (`methods/`);
+2. `score`          a score for every key (`methods/`), perhaps from votes (`ops/window_votes.py`);
 3. `heavy_tokens`   the number of top-scored tokens that each layer keeps (`cache/budgets.py`);
 4. `keep`           the kept tokens (`ops/select.py`), their values (`ops/refit.py`), their cache (`ops/compress.py`).
 
@@ -41,6 +41,7 @@ from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.refit import refit
 from minikv_jax.ops.select import Kept, select
 from minikv_jax.ops.shapes import prompt_contract, soft_cap_value
+from minikv_jax.ops.window_votes import window_votes
 
 
 def layer_inputs(model: Llama, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
@@ -69,11 +70,16 @@ def attend(
 
 
 @jax.named_scope("score")
-def score(inputs: LayerInputs, method: Method) -> Float[Array, "B K T"]:
-    """Step 2: float32 scores of all tokens; zero if nothing is evicted."""
+def score(inputs: LayerInputs, method: Method, implementation: str | None = None) -> Float[Array, "B K T"]:
+    """Step 2: float32 scores of all tokens; zero if nothing is evicted. Counts the votes that the scorer reads."""
     batch, tokens, kv_heads, _ = inputs.k.shape
     if method.keeps_all and inputs.window is None:
         return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
+    if sizes := calls.vote_windows(method.scorer):
+        softmax: Any = {"window": inputs.window, "soft_cap": inputs.soft_cap, "sink_logits": inputs.sink_logits}
+        options: Any = {"power": method.scorer.vote_power, "implementation": implementation}
+        votes = window_votes(inputs.q, inputs.k, inputs.lengths, sizes, **softmax, **options)
+        inputs = inputs._replace(votes=votes)
     return calls.score(method.scorer, inputs._replace(sinks=method.sinks)).astype(jnp.float32)
 
 
@@ -236,7 +242,7 @@ def _prefill_rows(
     def attend_layer(number: int, q: Array, k: Array, v: Array) -> Array:
         inputs = layer_inputs(model, number, q, k, v, seen)
         out, inputs = attend(inputs, method, plan.implementation)
-        scores = score(inputs, method)
+        scores = score(inputs, method, plan.implementation)
         if waits:
             waiting.append((inputs, scores))
             return out
@@ -315,7 +321,7 @@ def prefill_layer(
     heavy = layer_budgets(method, num_layers)[number]
     capacity = layer_capacity(method, heavy, tokens, max_new_tokens, window)
     spec = LayerSpec(method, window, number)
-    scores = score(inputs, method)
+    scores = score(inputs, method, implementation)
     cache, _ = keep(inputs, scores, inputs.lengths, heavy.granted(inputs.lengths), capacity, spec, implementation)
     return out, cache
 

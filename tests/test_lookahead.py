@@ -21,7 +21,7 @@ from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.models.config import RopeScaling
 from minikv_jax.models.decoder import Llama
-from minikv_jax.prefill import prefill, prefill_layer
+from minikv_jax.prefill import prefill, prefill_layer, score
 
 DRAFTED = 6
 VOTES = SnapKV(observation_window=DRAFTED, pooling_kernel=1)
@@ -63,7 +63,7 @@ def test_the_drafts_queries_choose():
     _, other = prefilled(model, plain)
     differ = False
     for layer, made, undrafted in zip(layers, cache.layers, other.layers, strict=True):
-        scores = np.asarray(VOTES.score(LayerInputs(layer.q, layer.k, layer.v, both[1])))
+        scores = np.asarray(score(LayerInputs(layer.q, layer.k, layer.v, both[1]), METHOD))
         for row, prompt in enumerate(PROMPTS):
             middle = np.arange(METHOD.sinks, len(prompt) - 4)
             for head in range(made.tail.k.shape[1]):
@@ -99,7 +99,7 @@ def test_a_draft_ends_at_the_end_of_sequence():
     _, layers = layerwise.prefill_layers(model, *both, False, None)
     _, cache = prefilled(model, METHOD)
     layer, made = layers[0], cache.layers[0]
-    scores = np.asarray(VOTES.score(LayerInputs(layer.q, layer.k, layer.v, both[1])))
+    scores = np.asarray(score(LayerInputs(layer.q, layer.k, layer.v, both[1]), METHOD))
     for row, prompt in enumerate(PROMPTS):
         middle = np.arange(2, len(prompt) - 4)
         at = middle[np.argsort(-scores[row, 0, middle], kind="stable")[:20]]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minikv_jax.fields import setting
 from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
 from minikv_jax.methods.registry import register_scorer
-from minikv_jax.methods.votes import window_votes
 
 
 @register_scorer("rms-votes")
@@ -22,9 +23,15 @@ class RmsVotes(Scorer):
       observation_window: number of last queries that vote.
     """
 
+    vote_power: ClassVar[int] = 2
+
     observation_window: int = setting(default=64, at_least=1, at_most=MAX_WINDOW)
+
+    @property
+    def vote_windows(self) -> tuple[int, ...]:
+        return (self.observation_window,)
 
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         group = inputs.q.shape[2] // inputs.k.shape[2]
         count = group * jnp.minimum(inputs.lengths, self.observation_window)
-        return jnp.sqrt(window_votes(inputs, self.observation_window, power=2) / count[:, None, None])
+        return jnp.sqrt(inputs.votes[0] / count[:, None, None])

@@ -87,6 +87,8 @@ class LayerInputs(NamedTuple):
       soft_cap: attention logits `x` became `soft_cap * tanh(x / soft_cap)`; None if they did not.
       sink_logits: logit per query head that the layer's softmax has beside the keys' (attention sinks of gpt-oss), in
         its denominator only; None if it has none.
+      votes: for each of the scorer's `vote_windows`, float32 sums of the softmax map, to `vote_power`, over that many
+        last queries of a row and the query heads of a KV head; zero in the padding.
     """
 
     q: Float[Array, "B T N H"]
@@ -100,6 +102,7 @@ class LayerInputs(NamedTuple):
     sinks: int = 0
     soft_cap: float | None = None
     sink_logits: Float[Array, "N"] | None = None
+    votes: tuple[Float[Array, "B K T"], ...] = ()
 
 
 class Scorer(Component, abc.ABC):
@@ -108,17 +111,21 @@ class Scorer(Component, abc.ABC):
     Attributes:
       needs_column_sums: whether `score` reads `LayerInputs.column_sums`, a second pass over the prefill's attention.
       needs_repeat: whether `score` sees each prompt twice, the second time right after the first.
+      vote_power: power of the softmax weights that `LayerInputs.votes` sums.
     """
 
     needs_column_sums: ClassVar[bool] = False
     needs_repeat: ClassVar[bool] = False
+    vote_power: ClassVar[int] = 1
+
+    @property
+    def vote_windows(self) -> tuple[int, ...]:
+        """Numbers of last queries whose `LayerInputs.votes` the scorer reads."""
+        return ()
 
     @abc.abstractmethod
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         """Scores the tokens of one layer. Traced by `jax.jit`.
-
-        Args:
-          inputs: queries, keys and values of the prompt.
 
         Returns:
           A floating-point score per token. Sinks and recent tokens stay whatever their scores, and padding may score
@@ -192,10 +199,7 @@ class Budget(Component, abc.ABC):
 
     @abc.abstractmethod
     def weights(self, num_layers: int) -> Sequence[float]:
-        """Weighs the layers.
-
-        Args:
-          num_layers: number of the model's layers.
+        """Weighs the model's layers.
 
         Returns:
           One finite, non-negative number per layer, not all zero. Only their ratios count.
@@ -337,10 +341,6 @@ class Quantizer(Component, abc.ABC):
 
         The whole cache, tail included, then holds `k @ R` (or `v @ R`). Queries are rotated as the keys are, and the
         output is rotated back, so that attention is unchanged.
-
-        Args:
-          operand: keys or values, and of which layer.
-          head_dim: `H`.
         """
         del operand, head_dim
         return None

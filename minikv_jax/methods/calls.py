@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.methods.base import (
+    MAX_WINDOW,
     Budget,
     Component,
     FunctionBudget,
@@ -33,6 +34,15 @@ from minikv_jax.methods.base import (
 )
 from minikv_jax.methods.registry import BUDGETS, QUANTIZERS, REFITS, SCORERS
 from minikv_jax.models.config import ModelConfig
+
+
+def vote_windows(scorer: Scorer) -> tuple[int, ...]:
+    """Reads `Scorer.vote_windows`."""
+    what = f"scorer {SCORERS.name_of(scorer)!r}: vote_windows"
+    sizes = _run(what, scorer.score, lambda: tuple(scorer.vote_windows))
+    if not all(type(size) is int and 1 <= size <= MAX_WINDOW for size in sizes):
+        raise ValueError(f"{what} is {sizes}: expected numbers of queries in 1..{MAX_WINDOW}")
+    return sizes
 
 
 def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:

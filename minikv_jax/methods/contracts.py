@@ -72,10 +72,13 @@ def _check_scorer(method: Method, heads: int, kv_heads: int, head_dim: int) -> N
     q, k = _floats(_ROWS, _TOKENS, heads, head_dim), _floats(_ROWS, _TOKENS, kv_heads, head_dim)
     sums = scores if scorer.needs_column_sums else None
 
-    def run(q: Array, k: Array, lengths: Array, sums: Array, layer: Array, frequencies: Array) -> Array:
-        return calls.score(scorer, LayerInputs(q, k, k, lengths, sums, None, layer, frequencies, method.sinks))
+    votes = (scores,) * len(calls.vote_windows(scorer))
 
-    _trace(run, q, k, _integers(_ROWS), sums, _integers(), _floats(head_dim // 2))
+    def run(q: Array, k: Array, lengths: Array, given: dict[str, Any]) -> Array:
+        return calls.score(scorer, LayerInputs(q, k, k, lengths, **given, sinks=method.sinks))
+
+    given = {"column_sums": sums, "layer": _integers(), "frequencies": _floats(head_dim // 2), "votes": votes}
+    _trace(run, q, k, _integers(_ROWS), given)
     if method.evict_every and scorer.can_update:
         _trace(functools.partial(calls.update, scorer), scores, scores)
 

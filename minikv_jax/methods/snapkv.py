@@ -8,7 +8,7 @@ from minikv_jax.fields import setting
 from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_scorer
-from minikv_jax.methods.votes import pool, window_votes
+from minikv_jax.methods.votes import pool
 
 
 @register_scorer("snapkv")
@@ -36,10 +36,13 @@ class SnapKV(Scorer):
         if self.pooling_kernel % 2 == 0:
             raise ValueError(f"pooling_kernel={self.pooling_kernel}: expected an odd number")
 
+    @property
+    def vote_windows(self) -> tuple[int, ...]:
+        return (self.observation_window,)
+
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
-        votes = window_votes(inputs, self.observation_window)
         before_window = inputs.lengths - self.observation_window
-        return pool(votes, before_window, self.pooling, self.pooling_kernel)
+        return pool(inputs.votes[0], before_window, self.pooling, self.pooling_kernel)
 
 
 register_method(

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from minikv_jax.methods.base import LayerInputs, Scorer
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_scorer
-from minikv_jax.methods.votes import window_votes
 
 
 @register_scorer("tova")
@@ -18,8 +17,12 @@ class TOVA(Scorer):
     Every KV head keeps the same tokens. With `evict_every`, each new query replaces the scores.
     """
 
+    @property
+    def vote_windows(self) -> tuple[int, ...]:
+        return (1,)
+
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
-        votes = window_votes(inputs, 1)
+        (votes,) = inputs.votes
         heads = inputs.q.shape[2]
         return jnp.broadcast_to(jnp.sum(votes, axis=1, keepdims=True) / heads, votes.shape)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.fields import setting
 from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
 from minikv_jax.methods.registry import register_scorer
-from minikv_jax.methods.votes import causal_weights, gather_votes, rank, window_votes
+from minikv_jax.methods.votes import causal_weights, gather_votes, ranks
 from minikv_jax.models.rotary import rotate
 
 
@@ -72,13 +74,17 @@ class Foresight(Scorer):
       ValueError: `LayerInputs.frequencies` is None.
     """
 
+    vote_power: ClassVar[int] = 2
+
     newest: int = setting(default=32, at_least=1, at_most=MAX_WINDOW)
     observation_window: int = setting(default=64, at_least=1, at_most=MAX_WINDOW)
     turned: int = setting(default=128, at_least=1, at_most=1024)
     ahead: int = setting(default=16, at_least=0, at_most=MAX_WINDOW)
 
+    @property
+    def vote_windows(self) -> tuple[int, ...]:
+        return (self.newest, self.observation_window)
+
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
-        last = rank(window_votes(inputs, self.newest, power=2))
-        more = rank(window_votes(inputs, self.observation_window, power=2))
-        ahead = rank(turned_votes(inputs, self.turned, self.ahead, power=2))
+        last, more, ahead = ranks(*inputs.votes, turned_votes(inputs, self.turned, self.ahead, power=2))
         return -jnp.minimum(jnp.minimum(last, more), ahead).astype(jnp.float32)

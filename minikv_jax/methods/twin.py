@@ -13,7 +13,7 @@ from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.registry import register_method, register_scorer
 from minikv_jax.methods.snapkv import SnapKV
-from minikv_jax.methods.votes import pool, rank, window_votes
+from minikv_jax.methods.votes import pool, ranks
 
 
 @register_scorer("twin")
@@ -31,11 +31,14 @@ class Twin(SnapKV):
 
     long_window: int = setting(default=256, at_least=1, at_most=MAX_WINDOW)
 
+    @property
+    def vote_windows(self) -> tuple[int, ...]:
+        return (self.observation_window, self.long_window)
+
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
-        votes = window_votes(inputs, self.observation_window)
-        short = pool(votes, inputs.lengths, self.pooling, self.pooling_kernel)
-        long = window_votes(inputs, self.long_window)
-        return -jnp.minimum(rank(short), rank(long)).astype(jnp.float32)
+        short, long = inputs.votes
+        short = pool(short, inputs.lengths, self.pooling, self.pooling_kernel)
+        return -jnp.minimum(*ranks(short, long)).astype(jnp.float32)
 
 
 # Evicting half costs little quality and two bits cost much; 8-bit metadata and a short tail free bytes:

@@ -1,27 +1,19 @@
-"""Votes of the newest queries: column sums of the softmax map over a row's last queries (SnapKV section 4)."""
+"""Softmax weights of some queries, and what scorers make of votes: their pooling and ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from minikv_jax import meshes
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.models import windows
 
 _VOTERS = 32  # queries at a time, because their weights over all keys are in memory
-
-
-def window_votes(inputs: LayerInputs, size: int, power: int = 1) -> Float[Array, "B K T"]:
-    """Sums the softmax map, to a power, over each row's last `size` queries; float32, zero in the padding."""
-
-    def weigh(back: Array, keys: Array, at: Array) -> Array:
-        positions = jnp.where(back < size, inputs.lengths[:, None] - 1 - back, -1)
-        return attention_weights(inputs, positions, keys, at)
-
-    return gather_votes(inputs, size, weigh, lambda votes, new: votes + jnp.sum(new**power, axis=(2, 3)))
 
 
 def gather_votes(
@@ -115,6 +107,16 @@ def pool(votes: Float[Array, "B K T"], lengths: Int[Array, "B"], kind: str, kern
     return jnp.where(pooled_tokens, pooled, votes)
 
 
-def rank(scores: Float[Array, "B K T"]) -> Int[Array, "B K T"]:
-    """Ranks tokens: 0 for the highest score of a row and KV head. Equal scores rank in order of position."""
-    return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+def ranks(*scores: Float[Array, "B K T"]) -> tuple[Int[Array, "B K T"], ...]:
+    """Ranks tokens by each score: 0 for the highest of a row and KV head. Equal scores rank in order of position."""
+
+    def rank(*scores: Array) -> tuple[Array, ...]:
+        order = jnp.argsort(-jnp.stack(scores), axis=-1, stable=True)  # one sort costs less than several
+        tokens = jnp.arange(order.shape[-1], dtype=order.dtype)
+
+        def inverse(order: Array) -> Array:
+            return jnp.zeros_like(order).at[order].set(tokens, unique_indices=True)
+
+        return tuple(jax.vmap(inverse)(order.reshape(-1, order.shape[-1])).reshape(order.shape))
+
+    return meshes.call_split(rank, scores, (1,) * len(scores))

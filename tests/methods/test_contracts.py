@@ -273,6 +273,19 @@ def test_a_scorer_that_breaks_its_contract_is_named(case: str):
         contracts.check(mk.Method(scorer=score, heavy=1, recent=1), MODEL)
 
 
+@pytest.mark.parametrize(
+    ("windows", "message"), [((32, 0), r"is \(32, 0\): expected numbers"), (7, "fails.*TypeError")]
+)
+def test_vote_windows_that_break_their_contract_are_named(windows: Any, message: str):
+    class Voted(mk.SnapKV):
+        @property
+        def vote_windows(self) -> tuple[int, ...]:
+            return windows
+
+    with pytest.raises(ValueError, match=f"scorer 'Voted': vote_windows {message}"):
+        contracts.check(mk.Method(scorer=Voted(), heavy=1, recent=1), MODEL)
+
+
 def test_an_update_that_breaks_its_contract_is_named():
     class Late(mk.H2O):
         def update(self, scores: jax.Array, weights: jax.Array) -> jax.Array:

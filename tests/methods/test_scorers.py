@@ -22,6 +22,7 @@ from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.methods.tova import TOVA
 from minikv_jax.methods.twin import Twin
 from minikv_jax.models.rotary import inverse_frequencies
+from minikv_jax.prefill import score
 
 LENGTHS, T, H, SINKS = [40, 33, 13, 3], 40, 16, 2
 FREQUENCIES = np.asarray(inverse_frequencies(tiny_config(head_dim=H).rope(0)))
@@ -37,7 +38,8 @@ def scores_of(
     window: int | None = None,
     sinks: int = 0,
 ) -> jax.Array:
-    return scorer.score(LayerInputs(q, k, v, lengths, None, window, 0, jnp.asarray(FREQUENCIES), sinks))
+    inputs = LayerInputs(q, k, v, lengths, None, window, 0, jnp.asarray(FREQUENCIES))
+    return score(inputs, Method(scorer=scorer, heavy=4, recent=4, sinks=sinks))
 
 
 def prompt(lengths: list[int], heads: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import pytest
 
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.turned import Foresight, turned_votes
-from minikv_jax.methods.votes import window_votes
+from minikv_jax.ops.window_votes import window_votes
 
 LENGTHS, T, H, GROUP = [40, 33, 5], 40, 16, 2
 FREQUENCIES = np.geomspace(1.0, 1e-3, H // 2).astype(np.float32)
@@ -57,8 +57,9 @@ def test_turned_votes_are_the_naive_ones(count: int, ahead: int, window: int | N
 
 def test_foresight_is_the_best_of_three_ranks():
     inputs, scorer = prompt(), Foresight(newest=2, observation_window=9, turned=6, ahead=1)
-    got = np.asarray(scorer.score(inputs))
-    votes = window_votes(inputs, 2, 2), window_votes(inputs, 9, 2), turned_votes(inputs, 6, 1, 2)
+    of_last = window_votes(inputs.q, inputs.k, inputs.lengths, scorer.vote_windows, power=2)
+    got = np.asarray(scorer.score(inputs._replace(votes=of_last)))
+    votes = *of_last, turned_votes(inputs, 6, 1, 2)
     for row, n in enumerate(LENGTHS):
         for head in range(2):
             ranks = [np.argsort(np.argsort(-np.asarray(vote)[row, head, :n], kind="stable")) for vote in votes]

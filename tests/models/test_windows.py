@@ -1,5 +1,6 @@
 """Tests attention by chunks: prefill, its scores and what a cache keeps, against masks made by hand."""
 
+import functools
 import pathlib
 
 import jax
@@ -11,10 +12,9 @@ from support.tiny import random_ids, tiny_model
 
 from minikv_jax.cache.checkpoint import restore_cache, save_cache
 from minikv_jax.generate import generate
-from minikv_jax.methods.base import LayerInputs
-from minikv_jax.methods.votes import window_votes
 from minikv_jax.models.windows import Chunk, oldest
 from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.ops.window_votes import window_votes
 from minikv_jax.prefill import prefill
 
 PREFILL = jax.jit(prefill_attention, static_argnames=("window", "with_scores", "implementation"))
@@ -35,8 +35,7 @@ def test_a_query_sees_its_own_chunk(monkeypatch: pytest.MonkeyPatch):
         weights /= weights.sum(-1, keepdims=True)
         assert_close(out[b, :n], np.einsum("nqs,snh->qnh", weights, np.repeat(v[b, :n], 2, axis=1)))
         assert_close(sums[b, :, :n], weights.sum(axis=1).reshape(2, 2, n).sum(axis=1))
-    inputs = LayerInputs(*map(jnp.asarray, (q, k, v, lengths)), window=Chunk(6))
-    assert_close(window_votes(inputs, 40), sums)
+    assert_close(jax.jit(functools.partial(window_votes, sizes=(40,), window=Chunk(6)))(q, k, lengths)[0], sums)
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "cuda"])

@@ -1,19 +1,18 @@
 """Tests attention sinks, logits in the softmax's denominator only, against dense float64 softmax maps."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.layers import assert_close, cache_of, normal
 
 from minikv_jax import meshes
-from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.method import Method
-from minikv_jax.methods.votes import window_votes
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights
 from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.ops.window_votes import window_votes
 
+VOTES = jax.jit(window_votes, static_argnames=("sizes", "window"))
 PREFILL = jax.jit(prefill_attention, static_argnames=("window", "with_scores", "implementation"))
 DECODE = jax.jit(decode_attention, static_argnames=("implementation",))
 B, T, N, K, H = 2, 21, 4, 2, 16
@@ -52,10 +51,8 @@ def test_prefill_and_its_scores(window: int | None, monkeypatch: pytest.MonkeyPa
         weights = attention_map(q[b, :n], k[b, :n], window)
         assert_close(out[b, :n], output(weights, v[b, :n]))
         assert_close(sums[b, :, :n], weights.sum(axis=1).reshape(K, -1, n).sum(axis=1))
-    inputs = LayerInputs(*map(jnp.asarray, (q, k, v, LENGTHS)), window=window, sink_logits=jnp.asarray(SINKS))
-    assert_close(
-        jax.jit(lambda inputs: window_votes(inputs._replace(window=window), 40))(inputs._replace(window=None)), sums
-    )
+    (votes,) = VOTES(q, k, LENGTHS, (40,), window=window, sink_logits=SINKS)
+    assert_close(votes, sums)
 
 
 def test_decode_and_extend():

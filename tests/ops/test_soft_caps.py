@@ -1,17 +1,18 @@
 """Tests soft caps of attention logits against dense float64 softmax maps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.layers import assert_close, cache_of, normal
 
-from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.method import Method
-from minikv_jax.methods.votes import window_votes
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights
 from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
+from minikv_jax.ops.window_votes import window_votes
 
 B, T, N, K, H = 2, 21, 4, 2, 16
 CAP = 0.7  # of logits that reach 3
@@ -43,7 +44,7 @@ def test_prefill_its_scores_and_votes(monkeypatch: pytest.MonkeyPatch):
         weights = attention_map(q[b, :n], k[b, :n])
         assert_close(out[b, :n], output(weights, v[b, :n]))
         assert_close(sums[b, :, :n], weights.sum(axis=1).reshape(K, -1, n).sum(axis=1))
-    votes = jax.jit(lambda *arrays: window_votes(LayerInputs(*arrays, soft_cap=CAP), 40))(q, k, v, LENGTHS)
+    (votes,) = jax.jit(functools.partial(window_votes, sizes=(40,), soft_cap=CAP))(q, k, LENGTHS)
     assert_close(votes, sums)
 
 
