@@ -107,7 +107,11 @@ def weight_bytes(params: Any, case: Case) -> dict[str, int]:
 
 
 def record(run: Callable[[], Any]) -> list[Launch]:
-    """Runs a program under the profiler; returns what the first GPU launched, or the CPU's events without a GPU."""
+    """Runs a program under the profiler, and returns its launches in order.
+
+    Raises:
+      NotImplementedError: the profiler recorded none.
+    """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -115,7 +119,16 @@ def record(run: Callable[[], Any]) -> list[Launch]:
             jax.block_until_ready(run())
         (file,) = pathlib.Path(directory).rglob("*.trace.json.gz")
         with gzip.open(file) as content:
-            events = json.load(content)["traceEvents"]
+            found = read_launches(json.load(content)["traceEvents"])
+    if not found:
+        raise NotImplementedError(
+            "the profiler recorded no kernels: a GPU's driver may allow it to administrators only"
+        )
+    return found
+
+
+def read_launches(events: Sequence[Mapping[str, Any]]) -> list[Launch]:
+    """What the first GPU launched, or without a GPU the CPU's operations, from the events of a trace."""
     names = {
         (event["name"], event["pid"], event.get("tid")): event["args"]["name"]
         for event in events
@@ -247,9 +260,10 @@ def attribute(launches: Sequence[Launch], program: Program) -> list[str]:
 
 def _part(launch: Launch, program: Program) -> str:
     """The part of a launch by the names that it has."""
-    for name in (launch.operation, launch.kernel):
+    loops = {"while", "conditional"}
+    for name, holders in ((launch.operation, loops | {"call"}), (launch.kernel, loops)):
         instruction = program.find(name)
-        if instruction is not None and instruction.opcode not in ("while", "conditional"):
+        if instruction is not None and instruction.opcode not in holders:
             return _part_of(instruction, program)
     return next((part for names, part in _KERNELS.items() if re.search(names, launch.kernel)), UNKNOWN)
 

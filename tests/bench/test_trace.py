@@ -1,5 +1,7 @@
 """Tests the breakdown of a step by model part and kernel."""
 
+from typing import Any
+
 import pytest
 from flax import nnx
 from support.bench import bench_case
@@ -18,6 +20,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %c.2 = f32[8]{0} custom-call(%x), custom_call_target="__cublas$lt$matmul", metadata={op_name="down_proj/dot"}
   %loop_add_fusion = f32[8]{0} fusion(%c.2), kind=kLoop, calls=%f, metadata={op_name="jit(start)/mlp/residual/add"}
   %w.1 = f32[8]{0} while(%c.2), condition=%g, body=%f, metadata={op_name="jit(start)/append/while"}
+  %call.1 = f32[8]{0} call(%x), to_apply=%f, metadata={op_name="jit(start)/jit(layer)/norm/call"}
   ROOT %copy.1 = f32[8]{0} copy(%loop_add_fusion)
 }
 """
@@ -33,7 +36,8 @@ def launch(kernel: str, operation: str = "command_buffer_1", begin: float = 0.0,
         ("gemm_fusion_dot_7", "command_buffer_1", "o"),
         ("loop_add_fusion", "command_buffer_1", "norms and residuals"),
         ("loop_add_fusion", "gemm_fusion_dot.7", "o"),  # shared by two instructions, one of which launched it
-        ("copy_1", "", trace.OTHER),
+        ("copy_1", "call.1", trace.OTHER),
+        ("call.1", "call.1", "norms and residuals"),  # an event of a CPU
         ("void minikv::decode_kernel<128, 2, 2, (minikv::Metadata)0>(minikv::Params)", "command_buffer_1", ATTENTION),
         ("void minikv::(anonymous namespace)::settle_kernel<__half>(minikv::P)", "command_buffer_1", "append"),
         ("cudnn_generated_fort_native_sdpa_sm90", "command_buffer_1", ATTENTION),
@@ -42,6 +46,34 @@ def launch(kernel: str, operation: str = "command_buffer_1", begin: float = 0.0,
 )
 def test_a_launch_belongs_to_its_instructions_part(kernel: str, operation: str, part: str):
     assert trace.attribute([launch(kernel, operation)], Program(PROGRAM)) == [part]
+
+
+def test_launches_of_the_first_gpu_are_read():
+    def event(pid: int, tid: int, name: str, begin: float, **arguments: str) -> dict[str, Any]:
+        return {"ph": "X", "pid": pid, "tid": tid, "ts": begin, "dur": 1.5, "name": name, "args": arguments}
+
+    named = [(1, "/device:GPU:0"), (2, "/device:GPU:1"), (3, "/host:CPU")]
+    threads = [(14, "Stream #14(Compute,MemcpyD2H)"), (15, "XLA Ops")]
+    events = [
+        *({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}} for pid, name in named),
+        *(
+            {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": name}}
+            for pid, _ in named
+            for tid, name in threads
+        ),
+        event(1, 14, "MemcpyD2H", 3.0, hlo_op="while.23", hlo_module="jit_decode_until", context_id="$$1"),
+        event(1, 14, "gemm_fusion_dot_19", 1.0, hlo_op="gemm_fusion_dot.19"),
+        event(1, 15, "gemm_fusion_dot.19", 1.0, hlo_op="gemm_fusion_dot.19"),
+        event(2, 14, "gemm_fusion_dot_19", 1.0),
+        event(3, 14, "copy.3", 0.5, hlo_op="copy.3"),
+        {"ph": "X", "pid": 1, "tid": 14, "ts": 2.0, "dur": 1.5, "name": "Memset 0"},
+    ]
+    assert trace.read_launches(events) == [
+        Launch(1.0, 1.5, "gemm_fusion_dot_19", "gemm_fusion_dot.19"),
+        Launch(2.0, 1.5, "Memset 0", ""),
+        Launch(3.0, 1.5, "MemcpyD2H", "while.23"),
+    ]
+    assert trace.read_launches(events[-2:-1]) == [Launch(0.5, 1.5, "copy.3", "copy.3")]
 
 
 def test_kernels_of_a_library_are_its_calls_in_order():
