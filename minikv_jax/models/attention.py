@@ -43,7 +43,9 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         group, head_dim = self.group, self.head_dim
         batch, tokens, _ = x.shape
-        qkv = self.joined.grouped(self.qkv_proj(x)).reshape(batch, tokens, -1, group + 2, head_dim)
+        with jax.named_scope("qkv_proj"):
+            qkv = self.qkv_proj(x)
+        qkv = self.joined.grouped(qkv).reshape(batch, tokens, -1, group + 2, head_dim)
         qk, v = qkv[:, :, :, : group + 1], qkv[:, :, :, -1]
         if not self.norm_after_rope:
             qk = self._normalise(qk)
@@ -53,7 +55,8 @@ class Attention(nnx.Module):
             qk = self._normalise(qk)
         q, k = qk[:, :, :, :group].reshape(batch, tokens, -1, head_dim), qk[:, :, :, group]
         out = attend(scaled(q, self.query_scale), k, v)  # [B, T, N, H]
-        return project_by_rows(self.o_proj, out.reshape(batch, tokens, -1), reduce)
+        with jax.named_scope("o_proj"):
+            return project_by_rows(self.o_proj, out.reshape(batch, tokens, -1), reduce)
 
     def _normalise(self, qk: Float[Array, "B T K G1 H"]) -> Float[Array, "B T K G1 H"]:
         """Normalises the queries and keys of each KV head, if the model does."""

@@ -70,11 +70,12 @@ class Layer(nnx.Module):
 
         with jax.named_scope("attention"):
             normal = _through(self.input_layernorm, x)
-            attended = x + self._branch(self.attention_output_norm, self.self_attn(normal, cos, sin, attend, reduce))
+            out = self._branch(self.attention_output_norm, self.self_attn(normal, cos, sin, attend, reduce))
+            attended = _add(x, out)
         with jax.named_scope("mlp"):
             if self.parallel:
-                return attended + _by_chunks(mlp, normal)
-            return _by_chunks(lambda x: x + mlp(_through(self.post_attention_layernorm, x)), attended)
+                return _add(attended, _by_chunks(mlp, normal))
+            return _by_chunks(lambda x: _add(x, mlp(_through(self.post_attention_layernorm, x))), attended)
 
     @property
     def sink_logits(self) -> Float[Array, "N"] | None:
@@ -86,6 +87,11 @@ class Layer(nnx.Module):
         """Returns what is added to the residual stream for the output of attention or the MLP."""
         out = _through(norm, out)
         return out if self.multiplier == 1.0 else out * self.multiplier
+
+
+@jax.named_scope("residual")
+def _add(x: Float[Array, "B T D"], branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return x + branch
 
 
 def _through(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

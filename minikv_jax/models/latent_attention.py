@@ -60,13 +60,16 @@ class LatentAttention(nnx.Module):
         q, k = (rotate(x[..., order], cos, sin) for x in (q, k))
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, len(self.order) - self.value_dim)))
         out = attend(scaled(q, self.query_scale), k, v)[..., : self.value_dim]
-        return project_by_rows(self.o_proj, out.reshape(*x.shape[:2], -1), reduce)
+        with jax.named_scope("o_proj"):
+            return project_by_rows(self.o_proj, out.reshape(*x.shape[:2], -1), reduce)
 
+    @jax.named_scope("qkv_proj")
     def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         if self.q_a_proj is not None and self.q_a_norm is not None:
             x = self.q_a_norm(self.q_a_proj(x))
         return self._by_head(self.q_b_proj(x))
 
+    @jax.named_scope("qkv_proj")
     def _keys_and_values(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N V"]]:
         """Returns keys, whose rotated channels are shared by all heads, and values."""
         latent, rotated = jnp.split(self.kv_a_proj(x), [self.kv_rank], axis=-1)

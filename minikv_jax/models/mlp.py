@@ -38,9 +38,16 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], reduce: Reduce = sum_over_devices) -> Float[Array, "B T D"]:
         if self.gate_up_proj is not None:
-            gate, up = jnp.split(self.joined.grouped(self.gate_up_proj(x)), 2, axis=-1)  # [B, T, groups, F / groups]
-            inner = (self.activation(gate) * up).reshape(*x.shape[:-1], -1)
+            with jax.named_scope("gate_up_proj"):
+                columns = self.gate_up_proj(x)
+            gate, up = jnp.split(self.joined.grouped(columns), 2, axis=-1)  # [B, T, groups, F / groups]
+            with jax.named_scope("activation"):
+                inner = (self.activation(gate) * up).reshape(*x.shape[:-1], -1)
         else:
             assert self.up_proj is not None
-            inner = constrain(self.activation(self.up_proj(x)), DATA, None, MODEL)
-        return project_by_rows(self.down_proj, inner, reduce)
+            with jax.named_scope("up_proj"):
+                up = self.up_proj(x)
+            with jax.named_scope("activation"):
+                inner = constrain(self.activation(up), DATA, None, MODEL)
+        with jax.named_scope("down_proj"):
+            return project_by_rows(self.down_proj, inner, reduce)

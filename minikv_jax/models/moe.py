@@ -142,8 +142,12 @@ class SparseMLP(nnx.Module):
         groups = self.groups * gate_up.kernel.shape[2] // (2 * self.settings.intermediate_size)
 
         def expert(x: Float[Array, "M D"], stacks: tuple[LinearWeights, LinearWeights]) -> Float[Array, "M D"]:
-            gate, up = jnp.split(stacks[0](x).reshape(x.shape[0], groups, -1), 2, axis=-1)
-            return stacks[1](self._hidden(gate, up).reshape(x.shape[0], -1))
+            with jax.named_scope("gate_up_proj"):
+                columns = stacks[0](x)
+            gate, up = jnp.split(columns.reshape(x.shape[0], groups, -1), 2, axis=-1)
+            hidden = self._hidden(gate, up).reshape(x.shape[0], -1)
+            with jax.named_scope("down_proj"):
+                return stacks[1](hidden)
 
         flat, numbers = x.reshape(-1, x.shape[-1]), numbers.reshape(-1, self.settings.per_token)
         weights = weights.reshape(numbers.shape)
@@ -152,6 +156,7 @@ class SparseMLP(nnx.Module):
         out = out if after is None else out * after[..., None]
         return jnp.sum(out, axis=1).astype(x.dtype).reshape(x.shape)
 
+    @jax.named_scope("activation")
     def _hidden(self, gate: Array, up: Array) -> Array:
         limit = self.settings.swiglu_limit
         if limit is None:

@@ -128,7 +128,9 @@ def test_a_decode_step_is_traced(shape: str):
     case = bench_case(shape, layers=1, prompt_len=64, max_new_tokens=8, steps=4)
     row = trace.measure(vars(case), False, None)
     parts = {part["part"]: part for part in row["parts"]}
-    assert parts.keys() >= {ATTENTION, "append", "norms and residuals", "rope", "logits", "sampling"}
+    matmuls = {"qkv", "o", "gate_up", "down", "logits"}
+    assert parts.keys() >= {ATTENTION, "append", "norms and residuals", "rope", "activation", "sampling", *matmuls}
+    assert all(parts[name]["bytes"] for name in matmuls)
     assert (row["of"], row["first_step"], row["steps"]) == ("decode step", 2, 4)
     assert parts["logits"]["launches"] == 1  # per step
     assert 0 < parts[ATTENTION]["bytes"] < row["bytes"]
