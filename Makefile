@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+LIMIT ?= 520
+OUTPUT ?= devices.json
 
 # A GPU build of JAX where the driver lists a GPU.
 CUDA_EXTRA := $(if $(findstring GPU ,$(shell nvidia-smi -L 2>/dev/null)),cuda13,)
@@ -31,7 +33,7 @@ space := $(subst ,, )
 CHECKS := --jaxtyping-packages=$(subst $(space),$(comma),$(addprefix minikv_jax.,$(strip $(COMPUTING)))),beartype.beartype
 CUDA_SOURCES = $(wildcard cuda_ffi/csrc/*/*.cu cuda_ffi/csrc/*/*.cuh cuda_ffi/csrc/*/*.h)
 
-.PHONY: campaigns demo test test-slow test-gpu lint format docs clean
+.PHONY: bench-devices campaigns demo test test-slow test-gpu lint format docs clean
 
 demo: $(BASE)  ## Generate from a long prompt with MiniKV's cache; prints what the cache saved.
 	$(PY) -m minikv_jax.cli.main generate --model smollm2-135m-instruct --method minikv \
@@ -48,6 +50,11 @@ campaigns: $(TEST)  ## Hundreds of damaged files, wrong arguments, kills and ran
 
 test-gpu: $(TEST)  ## The tests that need a GPU; on a prepared machine: make test-gpu VENV= PYTHON=python3
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+bench-devices: $(TEST)  ## All GPUs together in LIMIT seconds, with the kernels' build and the tests of meshes; writes OUTPUT.
+	$(PY) -m minikv_jax.cli.main bench devices --limit $(LIMIT) --output $(OUTPUT) \
+		--before "$(PY) -m cuda_ffi.build" \
+		--before "$(PY) -m pytest -q -m gpu tests/ops/test_all_reduce.py tests/test_generate_mesh.py" $(BENCH_ARGS)
 
 lint: $(TEST)  ## Formatting, lint, spelling, types and the direction of imports.
 	$(PY) -m ruff format --check .

@@ -147,6 +147,26 @@ def test_every_method_on_every_mesh(method: str, mesh: str):
     check(method, mesh)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("axis", ["data", "model"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "steps", "tolerance"), [("xla", "float32", NEW, ONE_CODE), ("cuda", "bfloat16", 1, 0.1)]
+)
+def test_all_gpus_draw_what_one_draws(axis: str, implementation: str, dtype: str, steps: int, tolerance: float):
+    """Log-probabilities agree up to each row's first other token. In bfloat16, 2-bit codes make later steps differ."""
+    whole = tiny_model(dtype=dtype, **SIZES | {"head_dim": 64})
+    split = shard_model(whole, meshes.make_mesh({axis: jax.device_count()}))
+    how: dict[str, Any] = {"method": "minikv", "max_new_tokens": NEW, "eos_token_ids": (), "log_probabilities": True}
+    one, ours = (generate(on, prompts(), implementation=implementation, **how) for on in (whole, split))
+    assert ours.cache.nbytes == one.cache.nbytes
+    theirs, found = np.asarray(one.log_probabilities), np.asarray(ours.log_probabilities)
+    same = np.logical_and.accumulate(np.asarray(one.tokens) == np.asarray(ours.tokens), axis=1)
+    compared = np.concatenate([np.ones_like(same[:, :1]), same[:, :-1]], axis=1)  # the first other token too
+    assert np.isfinite(found).all()
+    assert np.abs(found - theirs)[:, :steps][compared[:, :steps]].max() <= tolerance
+
+
 def test_a_tied_vocabulary_costs_one_sum_more():
     """The additional sum looks up the drawn token."""
     on = shard_model(tiny_model(**SIZES, num_hidden_layers=1, tie_word_embeddings=True), mesh_of("model=8"))

@@ -190,15 +190,17 @@ class CacheLengths(NamedTuple):
         return CacheLengths(packed, tail, self.seen + steps)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, params: Any = None) -> dict[str, Any]:
     """Compiles, runs and times a case, and returns a row of the report. Times are medians of up to three runs.
+
+    `params` are the model's parameters, if they are loaded already.
 
     All runs are warm, except a prefill of over 5 s, which is timed only once, on its first run. `decode` has an entry
     per stretch of steps: "all", or "middle" and "end" if the case has `steps`. A stretch starts from the prompt's cache
     with its lengths moved on: the tokens between are not generated, and their slots hold zeros.
     """
     programs = Programs(case)
-    params = nnx.state(case.load())
+    params = nnx.state(case.load()) if params is None else params
     weights = memory.weight_bytes(case.config(), case.dtype)
     prefill = time_prefill(programs, params, case)
     decode, state = {}, prefill.state

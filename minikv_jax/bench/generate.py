@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def memory_fraction(limit: int, total: int) -> float:
 
 
 def probe_device() -> dict[str, Any]:
-    """Device, backend, memory in bytes, and the rates at which the device reads and copies.
+    """Device, how many there are, backend, memory in bytes, and the rates at which the device reads and copies.
 
     Memory and rates are None without a GPU or without the CUDA library.
     """
@@ -51,6 +52,7 @@ def probe_device() -> dict[str, Any]:
         rates = {"read_bytes_per_s": None, "copy_bytes_per_s": None, "no_rates": str(error)}
     return {
         "device": first.device_kind,
+        "devices": jax.device_count(),
         "backend": first.client.platform_version.splitlines()[0],
         "memory_bytes": None if limit is None else round(limit / _PROBE_MEMORY_FRACTION),
         **rates,
@@ -86,7 +88,7 @@ class Bench:
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR")
             or str(packaged.cache_directory() / "compiled"),
         }
-        about = self._run(probe_device, fraction=_PROBE_MEMORY_FRACTION)
+        about = self.run_task(probe_device, fraction=_PROBE_MEMORY_FRACTION)
         self.limit = None if memory_gb is None else round(memory_gb * 1e9)
         total = about["memory_bytes"]
         if self.limit is not None and total is not None and self.limit > total:
@@ -95,47 +97,62 @@ class Bench:
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.report: dict[str, Any] = {"command": command, **about, "versions": versions, "results": []}
 
-    def _run(self, function: Callable[..., Any], *arguments: Any, fraction: float) -> Any:
+    def run_task(
+        self, function: Callable[..., Any], *arguments: Any, fraction: float | None = None, seconds: float | None = None
+    ) -> Any:
+        """Calls a function in a new process (`worker.run_task`), with a fraction of the device's memory."""
         environment = self.environment | {
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.6f}",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self.fraction if fraction is None else fraction:.6f}",
             # One region for all that a run allocates, so that a batch that fills the device is not lost to fragments.
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if function is measure_case else "false",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": str(function.__name__.startswith("measure")).lower(),
         }
         if function is trace.measure:  # a cached program of older sources would name other scopes
             environment["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
-        return run_task(function, *arguments, environment=environment)
+        return run_task(function, *arguments, environment=environment, seconds=seconds)
 
-    def compile_ahead(self, cases: Sequence[Case], jobs: int) -> None:
-        """Compiles all cases, `jobs` at a time. Running the case reports its errors."""
+    def compile_ahead(self, cases: Sequence[Case], jobs: int, seconds: float | None = None) -> None:
+        """Compiles all cases, `jobs` at a time, within `seconds`. Running the case reports its errors."""
+        end = None if seconds is None else time.monotonic() + seconds
 
         def compile_one(case: Case) -> None:
-            with contextlib.suppress(TaskError, NotImplementedError):
-                self._run(compile_case, dataclasses.asdict(case), fraction=self.fraction)
+            left = None if end is None else end - time.monotonic()
+            if left is None or left > 0:
+                with contextlib.suppress(TaskError, NotImplementedError):
+                    self.run_task(compile_case, dataclasses.asdict(case), seconds=left)
 
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(compile_one, cases))
 
     def row(self, case: Case) -> dict[str, Any]:
         """Measures a case, and returns a row of its sizes with the results or the error."""
-        row = self._attempt(case, measure_case)
+        return self.complete(case, self._attempt(case, measure_case))
+
+    def complete(self, case: Case, measured: dict[str, Any]) -> dict[str, Any]:
+        """Adds a case's sizes and the hardware's floor to what was measured."""
+        row = self._sizes(case) | measured
         if "error" in row:
             return row
         for stretch in row["decode"].values():
             stretch |= self._floor(stretch["device_bytes_read"], stretch["ms_per_step"])
         return row | {"times_floor": next(iter(row["decode"].values()))["times_floor"]}
 
-    def traced(self, case: Case, of_prefill: bool) -> dict[str, Any]:
+    def traced(self, case: Case, of_prefill: bool, seconds: float | None = None) -> dict[str, Any]:
         """Traces a case, and returns a row of its sizes with the breakdown or the error."""
-        return self._attempt(case, trace.measure, of_prefill, self.report["read_bytes_per_s"])
+        rate = self.report["read_bytes_per_s"]
+        return self._sizes(case) | self._attempt(case, trace.measure, of_prefill, rate, seconds=seconds)
 
-    def _attempt(self, case: Case, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """A row of the sizes of a case with what `function` returns for it, or with the error."""
+    def _sizes(self, case: Case) -> dict[str, Any]:
         sizes = {name: value for name, value in dataclasses.asdict(case).items() if value is not None}
-        row = sizes | {"memory_limit_bytes": self.limit}
+        return sizes | {"memory_limit_bytes": self.limit}
+
+    def _attempt(
+        self, case: Case, function: Callable[..., Any], *arguments: Any, seconds: float | None = None
+    ) -> dict[str, Any]:
+        """What `function` returns for a case, or the error."""
         try:
-            return row | self._run(function, dataclasses.asdict(case), *arguments, fraction=self.fraction)
+            return self.run_task(function, dataclasses.asdict(case), *arguments, seconds=seconds)
         except (TaskError, NotImplementedError) as error:
-            return row | {"error": str(error)}
+            return {"error": str(error)}
 
     def _floor(self, bytes_read: int, ms: float) -> dict[str, float | None]:
         """The floor of a decode step, from the bytes that each device reads, and the ratio of its time to the floor."""
@@ -147,7 +164,7 @@ class Bench:
 
     def fitted(self, case: Case, what: str) -> dict[str, Any]:
         """Measures the largest batch or the longest prompt within the limit, reduced until it runs."""
-        search = self._run(find_size, dataclasses.asdict(case), what, self.limit, fraction=self.fraction)
+        search = self.run_task(find_size, dataclasses.asdict(case), what, self.limit)
         size, failed = search["size"], []
         while True:
             row = self.row(dataclasses.replace(case, **{FIELDS[what]: size}))
@@ -167,8 +184,9 @@ def line(row: dict[str, Any]) -> str:
         return text + row["error"]
     floor = "" if row["times_floor"] is None else f" ({row['times_floor']:.2f}x floor)"
     peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 1e9:.2f} GB"
+    gain = f", {row['step_ratio']:.3f}x one device's step" if "step_ratio" in row else ""
     return (
-        f"{text}prefill {row['prefill_s']:.3f} s, decode {row['decode_ms']:.2f} ms per step{floor}, "
+        f"{text}prefill {row['prefill_s']:.3f} s, decode {row['decode_ms']:.2f} ms per step{floor}{gain}, "
         f"{row['decode_tokens_per_s']:,.0f} tokens/s{peak}, cache {row['cache_bytes'] / 1e9:.3f} GB, "
         f"compile {sum(row['compile_s'].values()):.0f} s"
     )

@@ -23,7 +23,7 @@ from minikv_jax.bench import timing
 from minikv_jax.bench.end_to_end import Case, Programs, at_step, bytes_read, prompts, time_prefill, time_stretch
 from minikv_jax.bench.hlo import Instruction, Program
 
-ATTENTION, OTHER, UNKNOWN = "attention", "other", "not attributed"
+ATTENTION, COLLECTIVES, OTHER, UNKNOWN = "attention", "between devices", "other", "not attributed"
 
 # Named scopes of the model's code, and the part of the table that each belongs to. The innermost known scope counts.
 _PARTS = {
@@ -43,6 +43,7 @@ _KERNELS = {
     "cudnn": ATTENTION,
     "minikv::.*(append|settle)_kernel": "append",
     "minikv::.*quantize_kernel": "compression",
+    "minikv::.*all_reduce|nccl": COLLECTIVES,
 }
 # Other kernels that a CUDA graph launches: the start of a custom call's target, and the names of its kernels. They are
 # launched in the order of the program's calls.
@@ -269,7 +270,9 @@ def _part(launch: Launch, program: Program) -> str:
 
 
 def _part_of(instruction: Instruction, program: Program) -> str:
-    """The part of an instruction by its own scopes, or the commonest of the operations that it fuses."""
+    """The part of an instruction by what it is, its own scopes, or the commonest of the operations that it fuses."""
+    if re.match("all-|collective-|reduce-scatter", instruction.opcode) or instruction.target == "minikv_all_reduce":
+        return COLLECTIVES
     if own := _scope(instruction.op_name):
         return own
     inside = collections.Counter(filter(None, (_scope(x.op_name) for x in program.inner(instruction))))

@@ -15,7 +15,7 @@ from minikv_jax import files, meshes
 from minikv_jax.bench import generate, huggingface, kernels, trace
 from minikv_jax.bench.end_to_end import Case
 from minikv_jax.bench.fit import FIELDS
-from minikv_jax.cli import output, shared
+from minikv_jax.cli import bench_devices, output, shared
 from minikv_jax.models.partition import device_part
 from minikv_jax.ops import dispatch
 
@@ -253,5 +253,10 @@ _SUITES = {
         "prefill, decode and memory of whole models, beside the hardware's floor", _add_generate, _run_generate
     ),
     "trace": Suite("a decode step or a prefill by model part and kernel", _add_trace, _run_trace),
+    "devices": Suite(
+        "one, two and all devices of this machine, within a limit of time",
+        bench_devices.add_arguments,
+        bench_devices.run,
+    ),
     "figures": Suite("pictures of the results of `generate`", _add_figures, _run_figures),
 }

@@ -21,6 +21,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %loop_add_fusion = f32[8]{0} fusion(%c.2), kind=kLoop, calls=%f, metadata={op_name="jit(start)/mlp/residual/add"}
   %w.1 = f32[8]{0} while(%c.2), condition=%g, body=%f, metadata={op_name="jit(start)/append/while"}
   %call.1 = f32[8]{0} call(%x), to_apply=%f, metadata={op_name="jit(start)/jit(layer)/norm/call"}
+  %all-reduce.3 = f32[8]{0} all-reduce(%c.2), to_apply=%g, metadata={op_name="jit(start)/down_proj/dot"}
   ROOT %copy.1 = f32[8]{0} copy(%loop_add_fusion)
 }
 """
@@ -42,6 +43,8 @@ def launch(kernel: str, operation: str = "command_buffer_1", begin: float = 0.0,
         ("void minikv::(anonymous namespace)::settle_kernel<__half>(minikv::P)", "command_buffer_1", "append"),
         ("cudnn_generated_fort_native_sdpa_sm90", "command_buffer_1", ATTENTION),
         ("MemcpyD2H", "w.1", UNKNOWN),
+        ("all-reduce.3", "", trace.COLLECTIVES),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "command_buffer_1", trace.COLLECTIVES),
     ],
 )
 def test_a_launch_belongs_to_its_instructions_part(kernel: str, operation: str, part: str):

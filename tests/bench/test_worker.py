@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+import time
 
 import pytest
 
@@ -17,3 +18,5 @@ def test_worker_returns_results_and_errors():
         worker.run_task(operator.getitem, [], 0)
     with pytest.raises(worker.TaskError, match="exit code 3: no message"):
         worker.run_task(os._exit, 3)
+    with pytest.raises(worker.TaskError, match="stopped after 1 s"):
+        worker.run_task(time.sleep, 60, seconds=1)
