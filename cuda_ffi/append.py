@@ -14,8 +14,8 @@ from cuda_ffi.arrays import Packed, Region, Storage, check_packed, check_support
 from cuda_ffi.quantize import DTYPES, check_head_dim
 
 _KERNEL = "CUDA append kernel"
-# Operands 3 and 4, the lengths, are results 0 and 1; operands 5 to 16, the cache, results 3 to 14.
-_ALIASES = {3: 0, 4: 1} | {5 + i: 3 + i for i in range(12)}
+# Operands 3 and 4, the lengths, are results 0 and 1; operands 5 to 16, the cache, results 2 to 13.
+_ALIASES = {3 + i: i for i in range(14)}
 
 
 def append(
@@ -56,9 +56,8 @@ def append(
     empty = jnp.zeros((*tail.k.shape[:2], 0, 1), jnp.float32)
     cache = (*_arrays(tail.k, packed.k, empty), *_arrays(tail.v, packed.v, empty))
     lengths = jax.ShapeDtypeStruct(packed.length.shape, jnp.int32)
-    old_lengths = jax.ShapeDtypeStruct((2, *packed.length.shape), jnp.int32)  # scratch
-    results = [lengths, lengths, old_lengths, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)]
-    packed_length, tail_length, _, *new = jax.ffi.ffi_call("minikv_append", results, input_output_aliases=_ALIASES)(
+    results = [lengths, lengths, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)]
+    packed_length, tail_length, *new = jax.ffi.ffi_call("minikv_append", results, input_output_aliases=_ALIASES)(
         *(k, v, count, packed.length, tail.length, *cache),
         k_bits=np.int32(storage.k_bits),
         v_bits=np.int32(storage.v_bits),

@@ -41,13 +41,13 @@ _PARTS = {
 _KERNELS = {
     "minikv::.*(decode|prefill|group_sums)_kernel": ATTENTION,
     "cudnn": ATTENTION,
-    "minikv::.*(append|settle)_kernel": "append",
+    "minikv::.*append_kernel": "append",
     "minikv::.*quantize_kernel": "compression",
     "minikv::.*all_reduce|nccl": COLLECTIVES,
 }
 # Other kernels that a CUDA graph launches: the start of a custom call's target, and the names of its kernels. They are
 # launched in the order of the program's calls.
-_LIBRARIES = {"__cublas": "nvjet|gemm|gemv|cutlass", "mosaic_gpu": "mosaic_gpu", "minikv_thin_matmul": "thin_matmul"}
+_LIBRARIES = {"__cublas": "nvjet|gemm|gemv|cutlass", "mosaic_gpu": "mosaic_gpu"}
 
 
 class Launch(NamedTuple):

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from support.tiny import tiny_model
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +19,11 @@ from minikv_jax.integrations.lm_eval import CompressedLM
 from minikv_jax.methods import lookup
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.hub import load
+
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 TEXT = "The lamp was lit at dusk and burned until the morning, when the keeper put it out. "
 CONTEXTS = (TEXT * 2, TEXT + "Then ", "")

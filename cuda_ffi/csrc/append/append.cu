@@ -1,10 +1,13 @@
 // Appends one token per row to the tail, in place, and packs the oldest block of a tail that becomes full.
 //
-// Everything is decided on the device from the lengths. A first kernel writes the token and, if that fills the tail,
-// quantises `block` tokens into the packed region; a second one, which needs the block read first, moves the rest of
-// the tail down and writes the new lengths over the old ones, of which the first kernel has left it a copy.
+// Everything is decided on the device from the lengths. A thread block does all this for the keys or the values of one
+// row and KV head: it writes the token and, if that fills the tail, quantises `block` tokens into the packed region and
+// moves the rest of the tail down. The row's last block to finish writes the new lengths over the old ones, which all
+// others have read by then.
+#include <algorithm>
 #include <array>
 
+#include "common/counters.h"
 #include "common/ffi_checks.h"
 #include "quantize/quantize.cuh"
 
@@ -24,7 +27,7 @@ struct AppendParams {
   float *k_scale_factor, *k_zero_factor, *v_scale_factor, *v_zero_factor;  // float8 metadata's
   const int32_t* count;
   int32_t *packed_length, *tail_length;
-  int32_t *old_packed_length, *old_tail_length;  // for the second kernel, which writes over the lengths
+  int* arrived;  // [B] counters of a row's finished blocks
   int kv_heads, head_dim, packed_capacity, tail_capacity, sinks, block, group, k_bits, v_bits;
 };
 
@@ -33,84 +36,73 @@ __device__ __forceinline__ int added_tokens(const AppendParams& p, int batch, in
   return p.count[batch] > 0 && tail_length < p.tail_capacity ? 1 : 0;
 }
 
-// One team of the block's keys or values. `newest` is the new token's place in the tail, or -1; another block may be
-// writing it, so it is read from where it came.
-template <int Bits, bool ByTokens, typename X, typename M>
-__device__ __forceinline__ void pack_team(Slab<M>& slab, QuantizeScratch& scratch, const X* tail, const X* fresh,
-                                          int newest, int first) {
-  const X* x = tail + static_cast<int64_t>(first) * slab.head_dim + 4 * slab.quad;
-  fresh += 4 * slab.quad;
-  quantize_slab<Bits, ByTokens, X, M>(slab, scratch, [&](int t) {
-    return *reinterpret_cast<const Quad<X>*>(first + t == newest ? fresh : x + t * slab.head_dim);
-  });
+__host__ __device__ inline int team_threads(const AppendParams& p) { return p.group / kSlabTokens * p.head_dim / 4; }
+
+// Packs the oldest `block` tokens behind the sinks of a tail of keys (`kKeys`) or values, to the packed token
+// `packed_token` of all rows and on. As many teams at a time as the block has threads for.
+template <int Bits, bool kKeys, typename X, typename M>
+__device__ __forceinline__ void pack_block(const AppendParams& p, const X* tail, int64_t packed_token,
+                                           QuantizeScratch& scratch) {
+  const int H = p.head_dim, teams = p.block / p.group, slabs = p.group / kSlabTokens;
+  const int at_once = blockDim.x / team_threads(p);
+#pragma unroll 1
+  for (int first = 0; first < teams; first += at_once) {
+    Slab<M> slab(p.group, H, min(at_once, teams - first) * slabs);
+    const int local = (first + slab.team) * p.group + slab.index * kSlabTokens;  // the slab's first token
+    const int64_t token = packed_token + local, packing_block = token / p.group;
+    const int64_t metadata = kKeys ? packing_block * H : token * (H / p.group);
+    slab.words = (kKeys ? p.k_words : p.v_words) + token * Bits / 32 * H;
+    slab.scale = static_cast<M*>(kKeys ? p.k_scale : p.v_scale) + metadata;
+    slab.zero = static_cast<M*>(kKeys ? p.k_zero : p.v_zero) + metadata;
+    slab.scale_factor = (kKeys ? p.k_scale_factor : p.v_scale_factor) + packing_block;
+    slab.zero_factor = (kKeys ? p.k_zero_factor : p.v_zero_factor) + packing_block;
+    const X* x = tail + (p.sinks + local) * H + 4 * slab.quad;
+    quantize_slab<Bits, kKeys, X, M>(slab, scratch,
+                                     [&](int t) { return *reinterpret_cast<const Quad<X>*>(x + t * H); });
+    __syncthreads();  // the scratch is free, and all of the block read
+  }
 }
 
-// blockIdx: (the block's teams of keys, then of values; KV head; batch).
+// blockIdx: (keys or values, KV head, batch).
 template <typename X, typename M>
 __global__ void __launch_bounds__(kQuantizeMaxThreads) append_kernel(AppendParams p) {
   __shared__ QuantizeScratch scratch;
-  const int batch = blockIdx.z, H = p.head_dim, teams = p.block / p.group;
-  const bool keys = static_cast<int>(blockIdx.x) < teams;
-  const int team = blockIdx.x - (keys ? 0 : teams);
-  const int64_t row = static_cast<int64_t>(batch) * p.kv_heads + blockIdx.y;
-  const int length = p.tail_length[batch], start = p.packed_length[batch], added = added_tokens(p, batch, length);
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-    p.old_tail_length[batch] = length;
-    p.old_packed_length[batch] = start;
+  const int batch = blockIdx.z, H = p.head_dim;
+  const bool keys = blockIdx.x == 0;
+  const int64_t head = static_cast<int64_t>(batch) * p.kv_heads + blockIdx.y;
+  const int old = p.tail_length[batch], start = p.packed_length[batch], length = old + added_tokens(p, batch, old);
+  const bool full = length == p.tail_capacity && start + p.block <= p.packed_capacity;
+  X* tail = static_cast<X*>(keys ? p.tail_k : p.tail_v) + head * p.tail_capacity * H;
+  if (length > old) {
+    const X* token = static_cast<const X*>(keys ? p.k : p.v) + head * H;
+    for (int c = threadIdx.x; c < H; c += blockDim.x) tail[old * H + c] = token[c];
   }
-  X* tail = static_cast<X*>(keys ? p.tail_k : p.tail_v) + row * p.tail_capacity * H;
-  const X* fresh = static_cast<const X*>(keys ? p.k : p.v) + row * H;
-  if (added && team == 0) {
-    for (int c = threadIdx.x; c < H; c += blockDim.x) tail[static_cast<int64_t>(length) * H + c] = fresh[c];
-  }
-  if (length + added < p.tail_capacity || start + p.block > p.packed_capacity) return;
-
-  Slab<M> slab(p.group, H, p.group / kSlabTokens);
-  const int64_t at = row * p.packed_capacity + start + team * p.group, packing_block = at / p.group;
-  const int64_t token = at + slab.index * kSlabTokens;
-  const int64_t metadata = keys ? packing_block * H : token * (H / p.group);
-  const int bits = keys ? p.k_bits : p.v_bits;
-  slab.words = (keys ? p.k_words : p.v_words) + token * bits / 32 * H;
-  slab.scale = static_cast<M*>(keys ? p.k_scale : p.v_scale) + metadata;
-  slab.zero = static_cast<M*>(keys ? p.k_zero : p.v_zero) + metadata;
-  slab.scale_factor = (keys ? p.k_scale_factor : p.v_scale_factor) + packing_block;
-  slab.zero_factor = (keys ? p.k_zero_factor : p.v_zero_factor) + packing_block;
-  const int first = p.sinks + team * p.group + slab.index * kSlabTokens, newest = added ? length : -1;
-  if (keys) {
-    bits == 2 ? pack_team<2, true>(slab, scratch, tail, fresh, newest, first)
-              : pack_team<4, true>(slab, scratch, tail, fresh, newest, first);
-  } else {
-    bits == 2 ? pack_team<2, false>(slab, scratch, tail, fresh, newest, first)
-              : pack_team<4, false>(slab, scratch, tail, fresh, newest, first);
-  }
-}
-
-// blockIdx: (KV head, batch). Moves the tokens behind the packed block down and writes the lengths.
-template <typename X>
-__global__ void __launch_bounds__(kMaxHeadDim) settle_kernel(AppendParams p) {
-  const int batch = blockIdx.y, channel = threadIdx.x, H = p.head_dim;
-  const int old = p.old_tail_length[batch], start = p.old_packed_length[batch];
-  const int length = old + added_tokens(p, batch, old);
-  const bool flush = length == p.tail_capacity && start + p.block <= p.packed_capacity;
-  if (blockIdx.x == 0 && channel == 0) {
-    p.tail_length[batch] = flush ? length - p.block : length;
-    p.packed_length[batch] = flush ? start + p.block : start;
-  }
-  if (!flush || channel >= H) return;
-  const int64_t row = static_cast<int64_t>(batch) * p.kv_heads + blockIdx.x;
-  for (void* tail : {p.tail_k, p.tail_v}) {
-    X* x = static_cast<X*>(tail) + row * p.tail_capacity * H + channel;
-    for (int t = p.sinks + p.block; t < p.tail_capacity; ++t) {
-      x[static_cast<int64_t>(t - p.block) * H] = x[static_cast<int64_t>(t) * H];
+  __syncthreads();  // the token is written, and the lengths read
+  if (full) {
+    const int64_t to = head * p.packed_capacity + start;
+    if (keys) {
+      p.k_bits == 2 ? pack_block<2, true, X, M>(p, tail, to, scratch) : pack_block<4, true, X, M>(p, tail, to, scratch);
+    } else {
+      p.v_bits == 2 ? pack_block<2, false, X, M>(p, tail, to, scratch)
+                    : pack_block<4, false, X, M>(p, tail, to, scratch);
     }
+    for (int c = threadIdx.x; c < H; c += blockDim.x) {
+#pragma unroll 1
+      for (int t = p.sinks + p.block; t < p.tail_capacity; ++t) tail[(t - p.block) * H + c] = tail[t * H + c];
+    }
+  }
+  if (threadIdx.x == 0 && add_acquire_release(p.arrived + batch, 1) == 2 * p.kv_heads - 1) {
+    p.arrived[batch] = 0;
+    p.tail_length[batch] = full ? length - p.block : length;
+    p.packed_length[batch] = full ? start + p.block : start;
   }
 }
 
 template <typename X, typename M>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {
-  const int team_threads = p.group / kSlabTokens * p.head_dim / 4;
-  append_kernel<X, M><<<dim3(2 * p.block / p.group, p.kv_heads, batch), round_up(team_threads, 32), 0, stream>>>(p);
-  settle_kernel<X><<<dim3(p.kv_heads, batch), p.head_dim, 0, stream>>>(p);
+  const int teams = std::clamp(kQuantizeMaxThreads / team_threads(p), 1, p.block / p.group);
+  const dim3 blocks(2, p.kv_heads, batch);
+  append_kernel<X, M><<<blocks, round_up(teams * team_threads(p), 32), 0, stream>>>(p);
 }
 
 template <typename X>
@@ -129,7 +121,7 @@ struct Side {
 // The handler's arguments.
 struct AppendArguments {
   Side keys, values;
-  ffi::AnyBuffer count, packed_length, tail_length, packed_length_out, tail_length_out, old_lengths;
+  ffi::AnyBuffer count, packed_length, tail_length, packed_length_out, tail_length_out;
   int32_t k_bits, v_bits, group_size, sinks, block;
 
   int64_t B() const { return keys.tail.dimensions()[0]; }
@@ -186,6 +178,7 @@ void check_side(Checker& check, const AppendArguments& a, const Side& side, std:
 // Checks every buffer's shape and dtype, after `check_sizes`.
 void check_buffers(Checker& check, const AppendArguments& a) {
   const int64_t B = a.B(), K = a.K(), C = a.C(), H = a.H(), P = a.P(), g = a.group_size;
+  check.require(B <= kCounters, "batch ", B, ", supported: up to ", kCounters);
   check.require(H <= kMaxHeadDim && H % 32 == 0 && H % g == 0, "head_dim=", H);
   check.require(a.block > 0 && a.block % g == 0 && a.sinks >= 0 && a.sinks + a.block <= C, "block=", a.block,
                 ", sinks=", a.sinks, " in a tail of ", C);
@@ -200,8 +193,6 @@ void check_buffers(Checker& check, const AppendArguments& a) {
     check.shape(name, length, {B});
     check.dtype(name, length, {ffi::S32});
   }
-  check.shape("old_lengths", a.old_lengths, {2, B});
-  check.dtype("old_lengths", a.old_lengths, {ffi::S32});
 }
 
 AppendParams make_params(const AppendArguments& a) {
@@ -220,8 +211,6 @@ AppendParams make_params(const AppendArguments& a) {
   p.count = static_cast<const int32_t*>(a.count.untyped_data());
   p.packed_length = static_cast<int32_t*>(a.packed_length_out.untyped_data());
   p.tail_length = static_cast<int32_t*>(a.tail_length_out.untyped_data());
-  p.old_packed_length = static_cast<int32_t*>(a.old_lengths.untyped_data());
-  p.old_tail_length = p.old_packed_length + a.B();
   p.kv_heads = static_cast<int>(a.K()), p.head_dim = static_cast<int>(a.H());
   p.packed_capacity = static_cast<int>(a.P()), p.tail_capacity = static_cast<int>(a.C());
   p.sinks = a.sinks, p.block = a.block, p.group = a.group_size, p.k_bits = a.k_bits, p.v_bits = a.v_bits;
@@ -234,8 +223,8 @@ AppendParams make_params(const AppendArguments& a) {
 ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer count,
                   ffi::AnyBuffer packed_length, ffi::AnyBuffer tail_length, ffi::RemainingArgs cache,
                   ffi::Result<ffi::AnyBuffer> packed_length_out, ffi::Result<ffi::AnyBuffer> tail_length_out,
-                  ffi::Result<ffi::AnyBuffer> old_lengths, ffi::RemainingRets cache_out, int32_t k_bits, int32_t v_bits,
-                  int32_t group_size, int32_t sinks, int32_t block) {
+                  ffi::RemainingRets cache_out, int32_t k_bits, int32_t v_bits, int32_t group_size, int32_t sinks,
+                  int32_t block) {
   Checker check(kOp);
   check.require(cache.size() == kCacheBuffers && cache_out.size() == kCacheBuffers, cache.size(),
                 " cache buffers, expected ", kCacheBuffers);
@@ -251,7 +240,6 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
                           tail_length,
                           *packed_length_out,
                           *tail_length_out,
-                          *old_lengths,
                           k_bits,
                           v_bits,
                           group_size,
@@ -263,8 +251,9 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   check_buffers(check, a);
   if (!check.ok()) return check.error();
 
-  const AppendParams p = make_params(a);
+  AppendParams p = make_params(a);
   const int batch = static_cast<int>(a.B());
+  p.arrived = take_counters(current_device().ordinal, batch);
   if (a.input() == ffi::F32) {
     launch_metadata<float>(p, a.metadata(), batch, stream);
   } else if (a.input() == ffi::F16) {
@@ -288,7 +277,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MinikvAppend, minikv::append,
                                   .RemainingArgs()             // the cache
                                   .Ret<xla::ffi::AnyBuffer>()  // packed_length
                                   .Ret<xla::ffi::AnyBuffer>()  // tail_length
-                                  .Ret<xla::ffi::AnyBuffer>()  // old lengths, scratch
                                   .RemainingRets()             // the cache, updated
                                   .Attr<int32_t>("k_bits")
                                   .Attr<int32_t>("v_bits")

@@ -1,20 +1,16 @@
 // Decode attention: the XLA FFI handler. The kernel is in kernel.cuh.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "common/counters.h"
 #include "common/ffi_checks.h"
 #include "decode/kernel.cuh"
 
 namespace minikv {
 
 constexpr const char* kOp = "decode_attention";
-// Counters of launches. A launch takes the next ones, so two launches share counters only if about a million lie
-// between them, and those must not run at the same time. Every launch leaves its counters at zero.
-constexpr uint32_t kCounters = 1 << 20;
-__device__ int counters[kCounters];
 
 namespace {
 
@@ -140,20 +136,6 @@ void allow_all_shared_bytes(const void* kernel, const Device& device) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes_per_block);
   last_kernel = set == cudaSuccess ? kernel : nullptr;
   last_device = device.ordinal;
-}
-
-// `count` counters of `device`, the current one; at most kCounters.
-int* take_counters(int device, uint32_t count) {
-  static std::atomic<uint32_t> next{0};
-  thread_local int known = -1;
-  thread_local int* all = nullptr;
-  if (device != known) {
-    cudaGetSymbolAddress(reinterpret_cast<void**>(&all), counters);
-    known = device;
-  }
-  uint32_t first = next.fetch_add(count) % kCounters;
-  if (first + count > kCounters) first = next.fetch_add(count) % kCounters;
-  return all + (first + count > kCounters ? 0 : first);
 }
 
 // The handler's arguments.

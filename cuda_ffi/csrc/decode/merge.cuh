@@ -4,6 +4,7 @@
 // equal bits. A counter holds the number of the row's tiles that have arrived.
 #pragma once
 
+#include "common/counters.h"
 #include "decode/work.cuh"
 
 namespace minikv {
@@ -148,13 +149,6 @@ __device__ void join_warps(const DecodeParams& p, const BlockWork& block, const 
       destination[queries * (H + 1) + query] = denominator;
     }
   }
-}
-
-// Adds to a counter with acquire and release order: whoever reads the sum sees what was written before each addition.
-__device__ __forceinline__ int add_acquire_release(int* counter, int value) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
-  return before;
 }
 
 // Calls visit(index, row, begin) for every row that a block has tiles of; `begin` is the row's first tile in the list.
