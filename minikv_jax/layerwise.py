@@ -152,15 +152,13 @@ def compress_layers(
     # Layers of equal specs share a program: the number is part of one only if the quantizer reads it.
     specs = [LayerSpec(method, model.window(number), number if by_layer else 0) for number in range(len(layers))]
     case: dict[str, Any] = {"model": model, "implementation": implementation}
-    scored = [
-        _score_layer(layer, np.int32(number), seen, rope=model.rope(number), spec=spec, **case)
-        for number, (layer, spec) in enumerate(zip(layers, specs, strict=True))
-    ]
+    cases = [case | {"rope": model.rope(number), "spec": spec} for number, spec in enumerate(specs)]
+    scored = [_score_layer(layer, np.int32(number), seen, **cases[number]) for number, layer in enumerate(layers)]
     scores, are_numbers = zip(*scored, strict=True)
     heavy = heavy_tokens(method, len(layers), lengths, scores)
     made = [
-        _keep_layer(*arrays, lengths, seen, capacity=capacity, spec=spec, **case)
-        for *arrays, capacity, spec in zip(layers, scores, heavy, layer_capacities, specs, strict=True)
+        _keep_layer(*arrays, lengths, seen, capacity=capacity, **case)
+        for *arrays, capacity, case in zip(layers, scores, heavy, layer_capacities, cases, strict=True)
     ]
     cache = KVCache(tuple(layer for layer, _ in made), lengths)
     return Compressed(cache, [kept for _, kept in made], functools.reduce(jnp.logical_and, are_numbers))
@@ -178,15 +176,12 @@ def _score_layer(
     implementation: str | None,
 ) -> tuple[Float[Array, "B K T"], Bool[Array, "B"]]:
     """Scores a layer's tokens. Also returns, per row, whether all scores are numbers."""
-    frequencies = jnp.asarray(inverse_frequencies(rope, lengths))
-    softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
-    inputs = LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, **softmax)
-    scores = score(inputs, spec.method, implementation)
+    scores = score(_inputs(layer, number, lengths, model, rope, spec), spec.method, implementation)
     padding = jnp.arange(scores.shape[-1]) >= lengths[:, None, None]
     return scores, jnp.all(~jnp.isnan(scores) | padding, axis=(1, 2))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity", "spec", "implementation"))
+@functools.partial(jax.jit, static_argnames=("model", "rope", "capacity", "spec", "implementation"))
 def _keep_layer(
     layer: PromptLayer,
     scores: Float[Array, "B K T"],
@@ -195,13 +190,21 @@ def _keep_layer(
     seen: Int[Array, "B"],
     *,
     model: ModelConfig,
+    rope: Rope,
     capacity: LayerCapacity,
     spec: LayerSpec,
     implementation: str | None,
 ) -> tuple[LayerCache, Kept]:
-    softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
-    inputs = LayerInputs(*layer[:3], seen, None, spec.window, **softmax)
+    inputs = _inputs(layer, 0, seen, model, rope, spec)
     return keep(inputs, scores, lengths, heavy, capacity, spec, implementation)
+
+
+def _inputs(
+    layer: PromptLayer, number: Array | int, lengths: Array, model: ModelConfig, rope: Rope, spec: LayerSpec
+) -> LayerInputs:
+    frequencies = jnp.asarray(inverse_frequencies(rope, lengths))
+    softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
+    return LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, **softmax)
 
 
 def look_ahead(

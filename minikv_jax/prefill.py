@@ -108,18 +108,22 @@ def keep(
     """
     method = spec.method
 
-    def choose(q: Array, k: Array, v: Array, scores: Array, seen: Array, lengths: Array, heavy: Array) -> Any:
+    def choose(q: Array, k: Array, v: Array, scores: Array, *rows: Any) -> Any:
+        seen, lengths, heavy, frequencies = rows
         kept = select(scores, lengths, heavy, method, capacity.kept, spec.window)
         eviction = start_eviction(scores, kept, lengths, heavy, method, capacity)
         if method.refit is not None:
-            own = LayerInputs(q, k, v, seen, None, inputs.window, sinks=method.sinks, soft_cap=inputs.soft_cap)
+            own = LayerInputs(q, k, v, seen, None, inputs.window, 0, frequencies, method.sinks, inputs.soft_cap)
             if inputs.sink_logits is not None:
                 own = own._replace(sink_logits=meshes.own_heads(inputs.sink_logits, 0))
             v = refit(own, lengths, kept, capacity, spec, implementation)
         return compress(k, v, kept, capacity, spec, eviction, implementation), kept
 
-    arguments = (inputs.q, inputs.k, inputs.v, scores, inputs.lengths, lengths, heavy)
-    return meshes.call_split(choose, arguments, (2, 2, 2, 1, None, None, None))
+    frequencies = inputs.frequencies
+    if frequencies is not None:  # the same for all rows, or one per row
+        frequencies = jnp.broadcast_to(frequencies, (len(lengths), frequencies.shape[-1]))
+    arguments = (inputs.q, inputs.k, inputs.v, scores, inputs.lengths, lengths, heavy, frequencies)
+    return meshes.call_split(choose, arguments, (2, 2, 2, 1, None, None, None, None))
 
 
 class _Plan(NamedTuple):

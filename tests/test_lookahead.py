@@ -27,7 +27,7 @@ DRAFTED = 6
 VOTES = SnapKV(observation_window=DRAFTED, pooling_kernel=1)
 METHOD = Method(scorer=VOTES, heavy=20, recent=4, sinks=2, lookahead=DRAFTED)
 PACKED = dataclasses.replace(
-    METHOD, quantizer=MinMax(k_bits=4, v_bits=4, group_size=16), tail=Tail(length=32), refit=Ridge(queries=4)
+    METHOD, quantizer=MinMax(k_bits=4, v_bits=4, group_size=16), tail=Tail(length=32), refit=Ridge(queries=4, turned=3)
 )
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(5, 60, length).tolist() for length in (90, 41)]

@@ -173,7 +173,7 @@ class Refit(Component, abc.ABC):
     def values(self, inputs: LayerInputs, kept: KeptTokens) -> Float[Array, "B K M H"]:
         """Computes floating-point values for the tokens that a layer keeps; filler may get any. Traced by `jax.jit`.
 
-        `inputs` has no column sums, frequencies or layer number.
+        `inputs` has no column sums and no layer number.
         """
 
 

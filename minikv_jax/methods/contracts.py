@@ -88,11 +88,11 @@ def _check_refit(method: Method, heads: int, kv_heads: int, head_dim: int) -> No
     assert refit is not None
     q, k = _floats(_ROWS, _TOKENS, heads, head_dim), _floats(_ROWS, _TOKENS, kv_heads, head_dim)
 
-    def run(q: Array, k: Array, lengths: Array, kept: Array, positions: Array) -> Array:
-        inputs = LayerInputs(q, k, k, lengths, sinks=method.sinks)
+    def run(q: Array, k: Array, lengths: Array, kept: Array, positions: Array, frequencies: Array) -> Array:
+        inputs = LayerInputs(q, k, k, lengths, None, None, 0, frequencies, method.sinks)
         return calls.refit(refit, inputs, KeptTokens(kept, kept, positions, lengths))
 
-    _trace(run, q, k, _integers(_ROWS), kept, _integers(_ROWS, kv_heads, _KEPT))
+    _trace(run, q, k, _integers(_ROWS), kept, _integers(_ROWS, kv_heads, _KEPT), _floats(_ROWS, head_dim // 2))
 
 
 def _check_quantizer(quantizer: Quantizer, operand: Operand, kv_heads: int, head_dim: int) -> None:

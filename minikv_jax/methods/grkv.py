@@ -9,7 +9,10 @@ from jaxtyping import Array, Float
 from minikv_jax.fields import setting
 from minikv_jax.methods.base import KeptTokens, LayerInputs, Refit
 from minikv_jax.methods.registry import register_refit
-from minikv_jax.methods.votes import attention_weights
+from minikv_jax.methods.turned import AHEAD, turned_queries
+from minikv_jax.methods.votes import causal_weights
+
+_NEVER = 1 << 30  # a position that no query sees
 
 
 @register_refit("ridge")
@@ -24,18 +27,29 @@ class Ridge(Refit):
     Attributes:
       queries: number of last queries.
       strength: of the ridge. More of it leaves the values closer to the old ones.
+      turned: number of further queries, of the whole prompt, turned to a position after it (`turned.turned_queries`).
+        They want what a continuation will want. GRKV has none.
+
+    Raises:
+      ValueError: `turned` without `LayerInputs.frequencies`.
     """
 
     queries: int = setting(default=32, at_least=1, at_most=1024)
     strength: float = setting(default=1e-2, above=0, at_most=1e6)
+    turned: int = setting(default=0, at_least=0, at_most=1024)
 
     def values(self, inputs: LayerInputs, kept: KeptTokens) -> Float[Array, "B K M H"]:
         batch, tokens, kv_heads, _ = inputs.k.shape
         newest = inputs.lengths[:, None] - 1 - jnp.arange(self.queries)  # negative where the row has no such query
+        q = jnp.take_along_axis(inputs.q, jnp.maximum(newest, 0)[:, :, None, None], axis=1)
+        if self.turned:
+            further, after = turned_queries(inputs, jnp.arange(self.turned), self.turned, AHEAD)
+            q, newest = jnp.concatenate([q, further], axis=1), jnp.concatenate([newest, after], axis=1)
         at = jnp.broadcast_to(jnp.arange(tokens), (batch, kv_heads, tokens))
-        at = jnp.where(at < kept.lengths[:, None, None], at, tokens)  # neither padding nor drafted tokens
-        whole = attention_weights(inputs, newest, inputs.k.swapaxes(1, 2), at)  # [B, K, G, W, T]
-        weights = attention_weights(inputs, newest, kept.keys, kept.positions)  # [B, K, G, W, M]
+        at = jnp.where(at < kept.lengths[:, None, None], at, _NEVER)  # neither padding nor drafted tokens
+        kept_at = jnp.where(kept.positions < tokens, kept.positions, _NEVER)
+        whole = causal_weights(inputs, q, newest, inputs.k.swapaxes(1, 2), at)  # [B, K, G, W, T]
+        weights = causal_weights(inputs, q, newest, kept.keys, kept_at)  # [B, K, G, W, M]
         prompt = jnp.where((at < tokens)[..., None], inputs.v.swapaxes(1, 2).astype(jnp.float32), 0.0)
         rows = (batch, kv_heads, -1)
         x = weights.reshape(*rows, weights.shape[-1])

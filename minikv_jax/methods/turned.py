@@ -13,6 +13,8 @@ from minikv_jax.methods.registry import register_scorer
 from minikv_jax.methods.votes import causal_weights, gather_votes, ranks
 from minikv_jax.models.rotary import rotate
 
+AHEAD = 16  # default position of turned queries, counted from the first new token
+
 
 def turned_queries(
     inputs: LayerInputs, numbers: Int[Array, "W"], count: int, ahead: int
@@ -79,7 +81,7 @@ class Foresight(Scorer):
     newest: int = setting(default=32, at_least=1, at_most=MAX_WINDOW)
     observation_window: int = setting(default=64, at_least=1, at_most=MAX_WINDOW)
     turned: int = setting(default=128, at_least=1, at_most=1024)
-    ahead: int = setting(default=16, at_least=0, at_most=MAX_WINDOW)
+    ahead: int = setting(default=AHEAD, at_least=0, at_most=MAX_WINDOW)
 
     @property
     def vote_windows(self) -> tuple[int, ...]:

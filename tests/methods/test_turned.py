@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.naive_methods import turn
 
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.turned import Foresight, turned_votes
@@ -13,19 +14,13 @@ LENGTHS, T, H, GROUP = [40, 33, 5], 40, 16, 2
 FREQUENCIES = np.geomspace(1.0, 1e-3, H // 2).astype(np.float32)
 
 
-def turn(x: np.ndarray, steps: float) -> np.ndarray:
-    """Rotates channel pairs (i, i + H/2), as complex numbers, by `steps` positions."""
-    pairs = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * steps * FREQUENCIES.astype(np.float64))
-    return np.concatenate([pairs.real, pairs.imag], axis=-1)
-
-
 def naive_votes(q: np.ndarray, k: np.ndarray, count: int, ahead: int, window: int | None) -> np.ndarray:
     """Sum of squared weights of `count` turned queries over `k[n, H]`, the keys of `q[n, G, H]`."""
     n, votes = len(k), np.zeros(len(k))
     for number in range(count):
         at = n - 1 - number * n // count
         for head in range(q.shape[1]):
-            weights = np.exp(k.astype(np.float64) @ turn(q[at, head], n + ahead - at) / np.sqrt(H))
+            weights = np.exp(k.astype(np.float64) @ turn(q[at, head], n + ahead - at, FREQUENCIES) / np.sqrt(H))
             if window is not None:
                 weights *= np.arange(n) > n + ahead - window
             votes += (weights / max(weights.sum(), 1e-300)) ** 2

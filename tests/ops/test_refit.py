@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.naive_methods import turn
 from support.layers import compressed, normal, poison
 
 from minikv_jax.cache.capacity import LayerCapacity
@@ -18,6 +19,7 @@ from minikv_jax.ops.select import Kept
 
 BATCH, TOKENS, HEADS, KV_HEADS, DIM = 2, 90, 6, 2, 16
 PROMPTS, SEEN = np.array([80, 41]), np.array([83, 48])  # the rest was drafted
+FREQUENCIES = np.geomspace(1.0, 1e-3, DIM // 2).astype(np.float32)
 SINKS, BLOCK, FILLED = 2, 32, 48  # slots, of which the last ones of a row are filler
 
 
@@ -55,13 +57,17 @@ def naive_values(
 ) -> np.ndarray:
     """New values of the tokens at positions `at`, of one row and KV head, by ridge regression's normal equations."""
     whole, few, answers = [], [], []
-    for query in range(max(SEEN[row] - method.queries, 0), SEEN[row]):
+    seen = SEEN[row]
+    chosen = [(query, query) for query in range(max(seen - method.queries, 0), seen)]
+    chosen += [(seen - 1 - number * seen // method.turned, seen + 16) for number in range(method.turned)]
+    for source, query in chosen:
         for head in range(q.shape[1]):
+            one = turn(q[source, head], query - source, FREQUENCIES)[None]
             visible = np.arange(PROMPTS[row])
             visible = visible[(visible <= query) & (visible > query - window)]
             near = (at <= query) & (at > query - window)
-            whole.append(naive_weights(q[query, head][None], k[visible], np.ones((1, len(visible)), bool))[0])
-            few.append(naive_weights(q[query, head][None], keys, near[None])[0])
+            whole.append(naive_weights(one, k[visible], np.ones((1, len(visible)), bool))[0])
+            few.append(naive_weights(one, keys, near[None])[0])
             answers.append(whole[-1] @ v[visible])
     x, y = np.array(few), np.array(answers)
     ridge = method.strength * np.trace(x.T @ x) / len(at)
@@ -71,7 +77,8 @@ def naive_values(
 
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("quantizer", [None, MinMax(k_bits=2, v_bits=4, group_size=16)])
-def test_ridge_is_the_naive_one(quantizer: MinMax | None, window: int | None):
+@pytest.mark.parametrize("turned", [0, 7])
+def test_ridge_is_the_naive_one(turned: int, quantizer: MinMax | None, window: int | None):
     """Also for ragged rows, drafts after the prompts, NaN in the padding, and keys that are read as they are stored."""
     rng = np.random.default_rng(5)
     q, k, v = (normal(rng, BATCH, TOKENS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -83,12 +90,12 @@ def test_ridge_is_the_naive_one(quantizer: MinMax | None, window: int | None):
         sinks=SINKS,
         quantizer=quantizer,
         tail=Tail(length=BLOCK),
-        refit=Ridge(queries=12, strength=0.1),
+        refit=Ridge(queries=12, strength=0.1, turned=turned),
     )
     counts = [47, 39]
     kept = kept_tokens(rng, counts, FILLED)
     spec = LayerSpec(method, window)
-    inputs = LayerInputs(q, k, v, SEEN, window=window)  # pyright: ignore[reportArgumentType]
+    inputs = LayerInputs(q, k, v, SEEN, window=window, frequencies=jnp.asarray(FREQUENCIES))  # pyright: ignore[reportArgumentType]
     capacity = LayerCapacity(FILLED, 32, 64)
     new = refitted(inputs, PROMPTS, kept, capacity, spec)
     layer = compressed(k, v, kept, capacity, spec)  # pyright: ignore[reportArgumentType]
@@ -104,7 +111,7 @@ def test_ridge_is_the_naive_one(quantizer: MinMax | None, window: int | None):
             group = slice(head * HEADS // KV_HEADS, (head + 1) * HEADS // KV_HEADS)
             arrays = q[row, :, group].astype(np.float64), k[row, :, head], v[row, :, head].astype(np.float64)
             assert isinstance(method.refit, Ridge)
-            want = naive_values(*arrays, at, keys, row, method.refit, window or TOKENS)
+            want = naive_values(*arrays, at, keys, row, method.refit, window or 2 * TOKENS)
             # The largest eigenvalue is up to 1e3 times the ridge, so float32 solves to about 1e3 * 2**-24.
             np.testing.assert_allclose(new[row, at, head], want, rtol=1e-4, atol=1e-4)
             others = np.setdiff1d(np.arange(SEEN[row]), at)

@@ -79,6 +79,13 @@ def expected_attention(
     return (total + epsilon) * np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=1))
 
 
+def turn(x: np.ndarray, steps: int, frequencies: np.ndarray) -> np.ndarray:
+    """Rotates the channel pairs (i, i + H/2) of x[..., H], as complex numbers, by `steps` positions."""
+    half = x.shape[-1] // 2
+    pairs = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * steps * frequencies.astype(np.float64))
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
 def prompt_scores(
     method: Method, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: Sequence[int], frequencies: np.ndarray
 ) -> np.ndarray:
