@@ -10,6 +10,7 @@ from cuda_ffi.arrays import Packed, Region, Storage
 from cuda_ffi.decode_attention import decode_attention, decode_unpacked
 from cuda_ffi.prefill_attention import prefill_attention
 from cuda_ffi.quantize import quantize
+from cuda_ffi.window_votes import window_votes
 
 
 def why_unavailable() -> str | None:
@@ -33,4 +34,5 @@ __all__ = [
     "prefill_attention",
     "quantize",
     "why_unavailable",
+    "window_votes",
 ]

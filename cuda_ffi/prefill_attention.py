@@ -47,7 +47,7 @@ def prefill_attention(
       ValueError: for shapes that do not match, a scale or a window out of range.
       NotImplementedError: for a case the kernels or cuDNN do not support, or if they cannot run here.
     """
-    _check(q, k, lengths, scale, window)
+    check_prompt(_KERNEL, q, k, lengths, scale=scale, window=window)
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v is {v.dtype}{v.shape}: expected as k, {k.dtype}{k.shape}")
     registration.load()
@@ -84,11 +84,11 @@ def row_log_sum_exp(
 
     Arguments and errors are those of `prefill_attention`.
     """
-    _check(q, k, lengths, scale, window)
+    check_prompt(_KERNEL, q, k, lengths, scale=scale, window=window)
     registration.load()
     batch, tokens, heads, _ = q.shape
     result = jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)
-    return jax.ffi.ffi_call("minikv_row_log_sum_exp", result)(q, k, lengths, **_attributes(q, scale, window))
+    return jax.ffi.ffi_call("minikv_row_log_sum_exp", result)(q, k, lengths, **attributes(q, scale, window))
 
 
 def column_sums(
@@ -104,7 +104,7 @@ def column_sums(
 
     The other arguments and the errors are those of `prefill_attention`.
     """
-    _check(q, k, lengths, scale, window)
+    check_prompt(_KERNEL, q, k, lengths, scale=scale, window=window)
     batch, tokens, heads, _ = q.shape
     if row_log_sum_exp.shape != (batch, heads, tokens) or row_log_sum_exp.dtype != jnp.float32:
         raise ValueError(
@@ -115,11 +115,12 @@ def column_sums(
     sums = jax.ShapeDtypeStruct((batch, k.shape[2], tokens), jnp.float32)
     of_heads = jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)  # scratch
     return jax.ffi.ffi_call("minikv_column_sums", (sums, of_heads))(
-        q, k, lengths, row_log_sum_exp, **_attributes(q, scale, window)
+        q, k, lengths, row_log_sum_exp, **attributes(q, scale, window)
     )[0]
 
 
-def _attributes(q: jax.Array, scale: float, window: int | None) -> dict[str, np.generic]:
+def attributes(q: jax.Array, scale: float, window: int | None) -> dict[str, np.generic]:
+    """Attributes of the handlers for the scale and the sliding window."""
     tokens = max(q.shape[1], 1)
     return {
         "scale": np.float32(scale),
@@ -127,13 +128,16 @@ def _attributes(q: jax.Array, scale: float, window: int | None) -> dict[str, np.
     }
 
 
-def _check(q: jax.Array, k: jax.Array, lengths: jax.Array, scale: float, window: int | None) -> None:
-    check_supported(_KERNEL, ("q.dtype", q.dtype.name, DTYPES))
+def check_prompt(
+    kernel: str, q: jax.Array, k: jax.Array, lengths: jax.Array, *, scale: float, window: int | None
+) -> None:
+    """Raises the errors of `prefill_attention` for arguments that it does not take."""
+    check_supported(kernel, ("q.dtype", q.dtype.name, DTYPES))
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q has shape {q.shape}, k {k.shape}: expected [B, T, N, H] and [B, T, K, H]")
     if k.dtype != q.dtype:
         raise ValueError(f"k.dtype={k.dtype}: expected q's, {q.dtype}")
-    check_supported(_KERNEL, ("head_dim", q.shape[3], HEAD_DIMS))
+    check_supported(kernel, ("head_dim", q.shape[3], HEAD_DIMS))
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads over {k.shape[2]} KV heads: expected a multiple")
     if lengths.shape != (q.shape[0],) or lengths.dtype != jnp.int32:

@@ -19,6 +19,7 @@ HANDLERS = {
     "minikv_quantize": "MinikvQuantize",
     "minikv_read_checksum": "MinikvReadChecksum",
     "minikv_row_log_sum_exp": "MinikvRowLogSumExp",
+    "minikv_window_votes": "MinikvWindowVotes",
 }
 
 

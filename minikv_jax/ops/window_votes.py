@@ -16,7 +16,7 @@ from minikv_jax.methods.votes import attention_weights, gather_votes
 from minikv_jax.models import windows
 from minikv_jax.models.windows import Window
 from minikv_jax.ops import dispatch
-from minikv_jax.ops.shapes import prompt_contract, soft_cap_value
+from minikv_jax.ops.shapes import prompt_contract, refuse_sinks, scaling, soft_cap_value
 
 Votes = tuple[Float[Array, "B K T"], ...]
 
@@ -41,8 +41,9 @@ def window_votes(
       lengths: valid tokens per row, in `0..T`. The padding may hold anything, including NaN.
       sizes: numbers of last queries. A row with fewer takes all its queries.
       power: each weight is taken to this power, at least 1.
-      soft_cap, window, sink_logits: as in `prefill_attention`.
-      implementation: "xla", "pallas" or "cuda", all of them in plain JAX.
+      soft_cap, window, sink_logits: as in `prefill_attention`. "cuda" computes neither caps and sinks nor chunks.
+      implementation: "xla", "pallas" (plain JAX too) or "cuda"; by default the fastest recorded for this GPU that
+        supports the inputs.
 
     Returns:
       For each size, the float32 sums over the queries and the `G` query heads of each KV head, zero in the padding.
@@ -98,4 +99,20 @@ def _run(inputs: LayerInputs, newest: int, end: int, power: int) -> Float[Array,
     return gather_votes(inputs, end - newest, weigh, lambda votes, new: votes + jnp.sum(new**power, axis=(2, 3)))
 
 
-_IMPLEMENTATIONS = {"xla": _xla, "pallas": _xla, "cuda": _xla}
+def _cuda(
+    q: Array,
+    k: Array,
+    lengths: Array,
+    sinks: Array | None,
+    sizes: tuple[int, ...],
+    power: int,
+    soft_cap: float | None,
+    window: Window | None,
+) -> Votes:
+    refuse_sinks("window_votes", "cuda", sinks)
+    scale = scaling(None, soft_cap, q.shape[3]).without_soft_cap("window_votes", "cuda")
+    kernel = dispatch.package("cuda").window_votes
+    return kernel(q, k, lengths, sizes, scale=scale, power=power, window=windows.for_kernels(window))
+
+
+_IMPLEMENTATIONS = {"xla": _xla, "pallas": _xla, "cuda": _cuda}

@@ -11,6 +11,7 @@ from support.layers import assert_close, normal, poison
 
 from minikv_jax import meshes
 from minikv_jax.methods.votes import ranks
+from minikv_jax.models.windows import Chunk
 from minikv_jax.ops.window_votes import window_votes
 
 VOTES = jax.jit(window_votes, static_argnames=("sizes", "power", "soft_cap", "window", "implementation"))
@@ -87,6 +88,21 @@ def test_ranks_are_those_of_two_sorts():
         want = jnp.argsort(jnp.argsort(-x, axis=-1, stable=True), axis=-1)
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"soft_cap": 3.0}, "soft_cap=3.0 is computed by implementation='xla' only, not by 'cuda'"),
+        ({"sink_logits": np.zeros(4, np.float32)}, "sink_logits are computed by implementation='xla' only"),
+        ({"window": Chunk(6)}, r"window=Chunk\(size=6\): the kernels support sliding windows only"),
+        ({}, "q.dtype=float32: the CUDA votes kernel supports bfloat16, float16"),
+    ],
+)
+def test_cuda_refuses_by_name(change: dict[str, Any], message: str):
+    q, k = prompt((4, 2))
+    with pytest.raises(NotImplementedError, match=message):
+        VOTES(q, k, LENGTHS, (4,), implementation="cuda", **change)
 
 
 @pytest.mark.parametrize(

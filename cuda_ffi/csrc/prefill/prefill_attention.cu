@@ -6,12 +6,6 @@ namespace minikv {
 
 namespace {
 
-// The resident rows take 64 registers per lane at head dims of 128 and 256.
-template <int HeadDim>
-struct Tuned : PrefillConfig<HeadDim, 2, 64> {};
-template <>
-struct Tuned<256> : PrefillConfig<256, 1, 32> {};
-
 struct Call {
   const char* op;
   PrefillParams p;
