@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minikv_jax import __version__, checks, meshes
+from minikv_jax import __version__, checks, meshes, schemas
 from minikv_jax.evaluation.decoding import padded_length
 from minikv_jax.evaluation.fit import SizedMethod
 from minikv_jax.evaluation.measure import Measurement, check_case, measure_each
@@ -83,8 +83,9 @@ class Evaluator:
         data = 1 if model.mesh is None else model.mesh.shape[meshes.DATA]
         if data > 1 and any(case.question for case in cases):
             raise ValueError(f"mesh with data={data}: questions share the cache of one prompt; expected data=1")
-        for case in cases:
-            check_case(model.config, case, room)
+        with schemas.naming(getattr(task, "data", task.name)):
+            for case in cases:
+                check_case(model.config, case, room)
         return cls(model, tokenizer, task, cases, room, implementation)
 
     @property

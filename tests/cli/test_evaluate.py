@@ -163,7 +163,7 @@ BOOK = ["evaluate", "perplexity", "--model", "{model}", "--text", "{scratch}/boo
         # Rows are checked before the model is loaded.
         ([*CASES, "{scratch}/ids.jsonl", "--model", "neither"], "line 1: prompt_ids[1] is -2; accepted: at least 0"),
         ([*CASES, "{scratch}/long.jsonl"], "line 1: 1020 prompt + 10 continuation tokens exceed the model's 1024"),
-        ([*CASES, "{scratch}/outside.jsonl"], "line 1: token id 999 is outside the vocabulary"),
+        ([*CASES, "{scratch}/outside.jsonl"], "outside.jsonl: line 1: token id 999 is outside the vocabulary"),
         ([*CASES, "{scratch}/empty.jsonl"], "empty.jsonl is empty"),
         ([*CASES, "{scratch}/nosuch.jsonl"], "nosuch.jsonl"),
         ([*CASES, "{scratch}/good.jsonl", "--limit", "0"], "limit=0"),
