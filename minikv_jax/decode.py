@@ -25,6 +25,7 @@ from minikv_jax.ops.decode_attention import decode_attention, decode_attention_w
 from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.ops.evict import evict
 from minikv_jax.ops.extend_attention import extend_attention
+from minikv_jax.outline import outlined
 
 
 def check_same_model(model: Llama, cache: KVCache) -> None:
@@ -104,6 +105,7 @@ def _reduce(model: Llama, implementation: str | None) -> Reduce:
     return functools.partial(all_reduce, mesh=model.mesh, implementation=implementation)
 
 
+@outlined("implementation", "soft_cap", in_place=True)
 def decode_layer(
     layer: LayerCache,
     q: Float[Array, "B 1 N H"],

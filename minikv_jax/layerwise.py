@@ -148,9 +148,7 @@ def compress_layers(
     """
     lengths = jnp.asarray(lengths)
     seen = jnp.asarray(seen)
-    by_layer = method.quantizer is not None and method.quantizer.by_layer
-    # Layers of equal specs share a program: the number is part of one only if the quantizer reads it.
-    specs = [LayerSpec(method, model.window(number), number if by_layer else 0) for number in range(len(layers))]
+    specs = [LayerSpec(method, model.window(number), number) for number in range(len(layers))]
     case: dict[str, Any] = {"model": model, "implementation": implementation}
     cases = [case | {"rope": model.rope(number), "spec": spec} for number, spec in enumerate(specs)]
     scored = [_score_layer(layer, np.int32(number), seen, **cases[number]) for number, layer in enumerate(layers)]

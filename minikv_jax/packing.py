@@ -139,13 +139,22 @@ class TokenRows:
         """
         total = self.num_tokens
 
-        def write_row(old: Array, new: Array, first: Array, chosen: Array) -> Array:
-            # Rows that are not chosen write back their own tokens: a select over whole arrays would copy the cache.
-            kept = lax.dynamic_slice_in_dim(old, first, new.shape[1], axis=1)
-            return lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, new, kept), first, axis=1)
+        def write_row(old: Array, new: Array, first: Array) -> Array:
+            window = lax.ScatterDimensionNumbers(tuple(range(new.ndim)), (), (1,))
+            return lax.scatter(
+                old,
+                first[None],
+                new,
+                window,
+                unique_indices=True,
+                indices_are_sorted=True,
+                mode=lax.GatherScatterMode.FILL_OR_DROP,
+            )
 
         def write_leaf(old: Array, new: Array) -> Array:
-            return jax.vmap(write_row)(old, new, start // (total // old.shape[2]), where)
+            # Rows that are not chosen write past the end, which does nothing. A select of whole arrays would copy them.
+            first = jnp.where(where, lax.div(start, total // old.shape[2]), old.shape[2])
+            return jax.vmap(write_row)(old, new, first)
 
         return jax.tree.map(write_leaf, self, block._resized(total))
 

@@ -42,6 +42,7 @@ from minikv_jax.ops.refit import refit
 from minikv_jax.ops.select import Kept, select
 from minikv_jax.ops.shapes import prompt_contract, soft_cap_value
 from minikv_jax.ops.window_votes import window_votes
+from minikv_jax.outline import outlined
 
 
 def layer_inputs(model: Llama, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
@@ -51,25 +52,19 @@ def layer_inputs(model: Llama, layer: int, q: Array, k: Array, v: Array, lengths
     return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies, **softmax)
 
 
+@outlined("method", "implementation")
 def attend(
     inputs: LayerInputs, method: Method, implementation: str | None = None
 ) -> tuple[Float[Array, "B T N H"], LayerInputs]:
     """Step 1: causal attention. Also returns the inputs, with column sums if the scorer needs them."""
-    out, sums = prefill_attention(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.lengths,
-        window=inputs.window,
-        soft_cap=inputs.soft_cap,
-        sink_logits=inputs.sink_logits,
-        with_scores=method.scorer.needs_column_sums,
-        implementation=implementation,
-    )
+    softmax: Any = {"window": inputs.window, "soft_cap": inputs.soft_cap, "sink_logits": inputs.sink_logits}
+    options: Any = {"with_scores": method.scorer.needs_column_sums, "implementation": implementation}
+    out, sums = prefill_attention(*inputs[:4], **softmax, **options)
     return out, inputs._replace(column_sums=sums)
 
 
 @jax.named_scope("score")
+@outlined("method", "implementation")
 def score(inputs: LayerInputs, method: Method, implementation: str | None = None) -> Float[Array, "B K T"]:
     """Step 2: float32 scores of all tokens; zero if nothing is evicted. Counts the votes that the scorer reads."""
     batch, tokens, kv_heads, _ = inputs.k.shape
@@ -93,6 +88,7 @@ def heavy_tokens(
 
 
 @jax.named_scope("compress")
+@outlined("capacity", "spec", "implementation")
 def keep(
     inputs: LayerInputs,
     scores: Float[Array, "B K T"],
@@ -302,6 +298,7 @@ def prefill_layer(
       NotImplementedError: a method that needs a whole model (`evict_every`, `lookahead`, a scorer with `needs_repeat`),
         or an `implementation` that cannot run this case.
     """
+    check_implementation(implementation)
     inputs, method = _checked(inputs, num_layers), resolve(method)
     if method.evict_every is not None:
         raise NotImplementedError(

@@ -1,5 +1,6 @@
 """Tests that compiled programs do not allocate or copy too much."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -34,9 +35,10 @@ SMOLLM2 = ModelConfig(
 SETTINGS = programs.Settings(128, Sampling(), (), None, False)
 
 
-def shapes_of_the_model() -> tuple[Any, Any]:
+def shapes_of_the_model(layers: int = 2) -> tuple[Any, Any]:
     """Shapes of a model with two layers, which stand for thirty equal ones."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(SMOLLM2, rngs=nnx.Rngs(0))))
+    config = dataclasses.replace(SMOLLM2, num_hidden_layers=layers)
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
 
 
 def inputs(batch: int, tokens: int) -> programs.Inputs:
@@ -86,3 +88,17 @@ def test_a_decode_step_works_in_the_cache_itself(name: str):
     (long, cache), (short, _) = program(8192), program(2048)
     assert long.alias_size_in_bytes >= cache
     assert long.temp_size_in_bytes <= 1.1 * short.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", ["minikv", "twin-4bit", "h2o"])
+def test_layers_share_functions(name: str):
+    """Ops are in a program once, however many layers it has."""
+
+    def functions(layers: int) -> list[str]:
+        graphdef, params = shapes_of_the_model(layers)
+        text = programs.run.lower(graphdef, SETTINGS, lookup.get(name), params, *inputs(1, 256)).as_text()
+        return re.findall(r"func\.func private @(\w+)", text)
+
+    few = functions(2)
+    assert {"attend", "score", "keep", "decode_layer"} <= set(few)
+    assert sorted(few) == sorted(functions(4))

@@ -78,9 +78,9 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
                 "tail": layer.tail.capacity,
                 "window": None if layer.spec.window is None else windows.size(layer.spec.window),
                 "chunked": isinstance(layer.spec.window, Chunk),
-                "layer": layer.spec.layer,
+                "layer": number,
             }
-            for layer in cache.layers
+            for number, layer in enumerate(cache.layers)
         ],
     }
     saved_arrays.save(path, cache, description, kind=_KIND)

@@ -40,12 +40,17 @@ class LayerSpec:
       method: the compression method.
       window: sliding window of the layer: query `t` sees the keys `t - window < s <= t`; or its `Chunk`; None if
         it sees all.
-      layer: number of the layer in the model.
+      layer: number of the layer in the model if the quantizer reads it (`by_layer`), else 0, so that layers of equal
+        shapes share a program.
     """
 
     method: Method
     window: Window | None = None
     layer: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method.quantizer is None or not self.method.quantizer.by_layer:
+            object.__setattr__(self, "layer", 0)
 
     def encode(self, x: Float[Array, "B K S H"], kind: Kind) -> Packed:
         """Packs tokens in plain JAX. The method must have a quantizer."""

@@ -48,6 +48,7 @@ def append(
         room.
       NotImplementedError: an `implementation` that cannot run this case, with the reason.
     """
+    dispatch.check_implementation(implementation)
     contract, dtype = layer_contract("append", layer), layer.tail.k.dtype
     k, v = (contract.floating(name, x, "B T K H", dtype) for name, x in (("k", k), ("v", v)))
     lengths = contract.integers("lengths", lengths, "B", 0, k.shape[1])
@@ -132,23 +133,11 @@ _IMPLEMENTATIONS = {"xla": _xla, "pallas": _pallas, "cuda": _cuda}
 def _write_tail(layer: LayerCache, k: Array, v: Array, positions: Array, first: Array, count: Array) -> LayerCache:
     """Writes tokens `first[b] .. first[b] + count[b] - 1` of each row to the end of its tail."""
     tail = layer.tail
-    put = _put_token if k.shape[2] == 1 else _put_tokens
-    put = functools.partial(put, slot=tail.length, first=first, count=count)
+    put = functools.partial(_put_tokens, slot=tail.length, first=first, count=count)
     tail_positions = tail.positions
     if tail_positions is not None:
         tail_positions = put(tail_positions, jnp.broadcast_to(positions[:, None], k.shape[:3]))
     return dataclasses.replace(layer, tail=Region(put(tail.k, k), put(tail.v, v), tail.length + count, tail_positions))
-
-
-def _put_token(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:
-    """Writes each row's one new token to `slot[b]` of its tail, unless `count[b]` is 0."""
-    del first
-    # Writing back the old token, instead of selecting between two tails, lets XLA update in place.
-    slot = jnp.minimum(slot, tail.shape[2] - 1)
-    rows = jnp.arange(tail.shape[0])
-    old = tail.at[rows, :, slot].get(mode="promise_in_bounds")
-    chosen = jnp.where((count > 0).reshape(-1, *[1] * (old.ndim - 1)), new[:, :, 0], old)
-    return tail.at[rows, :, slot].set(chosen, mode="promise_in_bounds")
 
 
 def _put_tokens(tail: Array, new: Array, slot: Array, first: Array, count: Array) -> Array:

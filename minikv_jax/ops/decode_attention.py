@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,12 @@ from minikv_jax.models import windows
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.ops.online_softmax import Partial, attend, empty, finish, logits, merge, merge_sinks, split_heads
 from minikv_jax.ops.shapes import Scaling, layer_contract, refuse_sinks, scaling, sinks_by_row
+from minikv_jax.outline import outlined
 from minikv_jax.packing import MAX_BLOCK
 
 BLOCK = MAX_BLOCK  # cached tokens read at a time in plain JAX; a multiple of every packing block
 
-_Load = Callable[[Array, int], tuple[Array, Array]]  # (first token, count) -> keys, values
+_Attend = Callable[..., Partial]  # to a run of a region's tokens
 
 
 @jax.named_scope("decode_attention")
@@ -105,7 +105,9 @@ def attend_cache(
     if layer.spec.window is not None:
         oldest = jnp.tile(windows.oldest(layer.spec.window, positions), (1, group))[:, None, :, None]
 
-    def region(part: Partial, load: _Load, capacity: int, length: Array, key_positions: Array | None) -> Partial:
+    def region(
+        part: Partial, attend_run: _Attend, capacity: int, length: Array, key_positions: Array | None
+    ) -> Partial:
         """Adds a region's tokens block by block, reading no block past the longest row."""
         size = min(BLOCK, capacity)
 
@@ -116,24 +118,28 @@ def attend_cache(
             seen = ((slots >= i * size) & (slots < length[:, None]))[:, None, None]  # [B, 1, 1, S]
             if oldest is not None and key_positions is not None:
                 seen &= lax.dynamic_slice_in_dim(key_positions, first, size, axis=2)[:, :, None] >= oldest
-            return merge(part, attend(q, *load(first, size), seen, scale))
+            return merge(part, attend_run(q, layer, first, seen, scale=scale, size=size))
 
         if size == capacity:
             return block(0, part)
         return lax.fori_loop(0, (jnp.max(length) + size - 1) // size, block, part)
 
-    def tail(first: Array, size: int) -> tuple[Array, Array]:
-        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=2)
-        return cut(layer.tail.k), cut(layer.tail.v)
-
-    def packed(first: Array, size: int) -> tuple[Array, Array]:
-        return layer.packed_tokens(first, size, q.dtype)
-
     part = empty(batch, kv_heads, q.shape[2], dim)
-    part = region(part, tail, layer.tail.capacity, layer.tail.length, layer.tail.positions)
+    part = region(part, _attend_tail, layer.tail.capacity, layer.tail.length, layer.tail.positions)
     if layer.packed.capacity:
-        part = region(part, packed, layer.packed.capacity, layer.packed.length, layer.packed.positions)
+        part = region(part, _attend_packed, layer.packed.capacity, layer.packed.length, layer.packed.positions)
     return part
+
+
+@outlined("scale", "size")
+def _attend_tail(q: Array, layer: LayerCache, first: Array, seen: Array, *, scale: Scaling, size: int) -> Partial:
+    k, v = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (layer.tail.k, layer.tail.v))
+    return attend(q, k, v, seen, scale)
+
+
+@outlined("scale", "size")
+def _attend_packed(q: Array, layer: LayerCache, first: Array, seen: Array, *, scale: Scaling, size: int) -> Partial:
+    return attend(q, *layer.packed_tokens(first, size, q.dtype), seen, scale)
 
 
 def _pallas(q: Array, layer: LayerCache, positions: Array, sinks: Array | None, scale: Scaling) -> Array:

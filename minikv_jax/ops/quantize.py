@@ -12,6 +12,7 @@ from minikv_jax.arrays import Contract
 from minikv_jax.cache.state import LayerSpec, Packed
 from minikv_jax.methods.base import Kind
 from minikv_jax.ops import dispatch, kernel_arrays
+from minikv_jax.outline import outlined
 from minikv_jax.packing import Packing, QuantizedArray
 
 
@@ -39,6 +40,7 @@ def quantize(x: Float[Array, "B K S H"], packing: Packing, *, implementation: st
     return dispatch.run("quantize", implementation, sizes, _IMPLEMENTATIONS, x, packing, heads=(1,))
 
 
+@outlined("kind", "spec", "implementation")
 def store(x: Float[Array, "B K S H"], kind: Kind, spec: LayerSpec, implementation: str | None = None) -> Packed:
     """Packs keys or values, given in the basis of the cache, with the method's quantizer or a kernel for it.
 
