@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.fields import setting
-from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
-from minikv_jax.methods.registry import register_scorer
-from minikv_jax.methods.votes import causal_weights, gather_votes, ranks
+from minikv_jax.methods.base import LayerInputs
+from minikv_jax.methods.votes import causal_weights, gather_votes
 from minikv_jax.models.rotary import rotate
 
 AHEAD = 16  # default position of turned queries, counted from the first new token
@@ -56,37 +52,3 @@ def turned_votes(inputs: LayerInputs, count: int, ahead: int, power: int = 1) ->
         return causal_weights(inputs, *turned_queries(inputs, numbers, count, ahead), keys, at)
 
     return gather_votes(inputs, count, weigh, lambda votes, new: votes + jnp.sum(new**power, axis=(2, 3)))
-
-
-@register_scorer("foresight")
-class Foresight(Scorer):
-    """Keeps the first choices of three votes: of the last few queries, of more of them, and of turned ones.
-
-    A token's score is the best of its ranks in the three, negated; a vote is a root mean square of weights, as of
-    `rms-votes`. The last few queries want what a question asks for, more so if they were drafted (`Method.lookahead`).
-    Queries of the whole prompt, turned to just after it, want what its continuation will use.
-
-    Attributes:
-      newest: number of last queries in the first vote.
-      observation_window: number of last queries in the second vote.
-      turned: number of evenly spaced queries in the third vote.
-      ahead: their new position, counted from the first new token, which has 0.
-
-    Raises:
-      ValueError: `LayerInputs.frequencies` is None.
-    """
-
-    vote_power: ClassVar[int] = 2
-
-    newest: int = setting(default=32, at_least=1, at_most=MAX_WINDOW)
-    observation_window: int = setting(default=64, at_least=1, at_most=MAX_WINDOW)
-    turned: int = setting(default=128, at_least=1, at_most=1024)
-    ahead: int = setting(default=AHEAD, at_least=0, at_most=MAX_WINDOW)
-
-    @property
-    def vote_windows(self) -> tuple[int, ...]:
-        return (self.newest, self.observation_window)
-
-    def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
-        last, more, ahead = ranks(*inputs.votes, turned_votes(inputs, self.turned, self.ahead, power=2))
-        return -jnp.minimum(jnp.minimum(last, more), ahead).astype(jnp.float32)

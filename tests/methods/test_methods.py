@@ -174,8 +174,8 @@ def test_head_dim_must_hold_groups(name: str, message: str):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("query_heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (32, 32, 128)])
-def test_twin_methods_take_no_more_bytes_than_minikv(dtype: str, query_heads: int, kv_heads: int, head_dim: int):
-    """This holds at any prompt length; from 512 tokens on, with at most 128 new ones, they take at most half."""
+def test_methods_named_after_their_bytes_take_no_more(dtype: str, query_heads: int, kv_heads: int, head_dim: int):
+    """At any length, a half from 512 tokens on; in 16 bits, a quarter from 4,096 and an eighth from 8,192."""
     config = dataclasses.replace(
         projections(4, (query_heads, kv_heads)).config, head_dim=head_dim, max_position_embeddings=131072
     )
@@ -188,3 +188,8 @@ def test_twin_methods_take_no_more_bytes_than_minikv(dtype: str, query_heads: in
             assert size("twin-4bit", prompt, new) <= size("minikv", prompt, new), (prompt, new)
             if prompt >= 512 and new <= 128:
                 assert 2 * size("twin-4bit-half", prompt, new) <= size("minikv", prompt, new), (prompt, new)
+            if dtype == "bfloat16" and new <= 120:
+                if prompt >= 4096:
+                    assert 4 * size("foresight-quarter", prompt, new) <= size("minikv", prompt, new), (prompt, new)
+                if prompt >= 8192:
+                    assert 8 * size("foresight-eighth", prompt, new) <= size("minikv", prompt, new), (prompt, new)

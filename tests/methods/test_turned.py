@@ -7,7 +7,8 @@ import pytest
 from oracle.naive_methods import turn
 
 from minikv_jax.methods.base import LayerInputs
-from minikv_jax.methods.turned import Foresight, turned_votes
+from minikv_jax.methods.foresight import Foresight
+from minikv_jax.methods.turned import turned_votes
 from minikv_jax.ops.window_votes import window_votes
 
 LENGTHS, T, H, GROUP = [40, 33, 5], 40, 16, 2
@@ -50,13 +51,17 @@ def test_turned_votes_are_the_naive_ones(count: int, ahead: int, window: int | N
             assert not got[row, head, n:].any()
 
 
-def test_foresight_is_the_best_of_three_ranks():
-    inputs, scorer = prompt(), Foresight(newest=2, observation_window=9, turned=6, ahead=1)
+@pytest.mark.parametrize("kernel", [1, 5])
+def test_foresight_is_the_best_of_three_ranks(kernel: int):
+    inputs, scorer = prompt(), Foresight(newest=2, pooling_kernel=kernel, observation_window=9, turned=6, ahead=1)
     of_last = window_votes(inputs.q, inputs.k, inputs.lengths, scorer.vote_windows, power=2)
     got = np.asarray(scorer.score(inputs._replace(votes=of_last)))
-    votes = *of_last, turned_votes(inputs, 6, 1, 2)
+    votes = [np.array(x) for x in (*of_last, turned_votes(inputs, 6, 1, 2))]
+    plain, reach = votes[0].copy(), kernel // 2
     for row, n in enumerate(LENGTHS):
         for head in range(2):
+            for at in range(n):
+                votes[0][row, head, at] = plain[row, head, max(at - reach, 0) : min(at + reach + 1, n)].max()
             ranks = [np.argsort(np.argsort(-np.asarray(vote)[row, head, :n], kind="stable")) for vote in votes]
             np.testing.assert_array_equal(got[row, head, :n], -np.min(ranks, axis=0))
 
@@ -65,3 +70,8 @@ def test_foresight_needs_the_rotation():
     x = jnp.zeros((1, 8, 2, H))
     with pytest.raises(ValueError, match="need the rotary frequencies"):
         Foresight().score(LayerInputs(x, x, x, jnp.array([8])))
+
+
+def test_an_even_pooling_kernel_is_refused():
+    with pytest.raises(ValueError, match="pooling_kernel=4: expected an odd number"):
+        Foresight(pooling_kernel=4)
