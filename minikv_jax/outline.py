@@ -25,6 +25,8 @@ def outlined(
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Makes a decorator for functions that many layers call. Outside of `jit`, calls stay as they are.
 
+    Named scopes around a call do not reach into the body: the function needs its own.
+
     Args:
       static: names of the function's arguments that are not pytrees of arrays. They must be hashable.
       in_place: whether the function updates its arguments. A compilation unit would update copies of them.

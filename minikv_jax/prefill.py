@@ -63,8 +63,8 @@ def attend(
     return out, inputs._replace(column_sums=sums)
 
 
-@jax.named_scope("score")
 @outlined("method", "implementation")
+@jax.named_scope("score")
 def score(inputs: LayerInputs, method: Method, implementation: str | None = None) -> Float[Array, "B K T"]:
     """Step 2: float32 scores of all tokens; zero if nothing is evicted. Counts the votes that the scorer reads."""
     batch, tokens, kv_heads, _ = inputs.k.shape
@@ -87,8 +87,8 @@ def heavy_tokens(
     return [budget.granted(lengths) for budget in layer_budgets(method, num_layers)]
 
 
-@jax.named_scope("compress")
 @outlined("capacity", "spec", "implementation")
+@jax.named_scope("compress")
 def keep(
     inputs: LayerInputs,
     scores: Float[Array, "B K T"],

@@ -45,6 +45,8 @@ _KERNELS = {
     "minikv::.*quantize_kernel": "compression",
     "minikv::.*all_reduce|nccl": COLLECTIVES,
 }
+# Events of a CPU that hold others: control flow, and compilation units ("call.2 (store)", `outline.py`).
+_HOLDS_OTHERS = re.compile(r"while|conditional|call\S* \(")
 # Other kernels that a CUDA graph launches: the start of a custom call's target, and the names of its kernels. They are
 # launched in the order of the program's calls.
 _LIBRARIES = {"__cublas": "nvjet|gemm|gemv|cutlass", "mosaic_gpu": "mosaic_gpu"}
@@ -143,7 +145,7 @@ def read_launches(events: Sequence[Mapping[str, Any]]) -> list[Launch]:
         launch = Launch(event["ts"], event["dur"], event["name"], operation)
         if process == "/device:GPU:0" and thread.startswith("Stream"):
             on_gpu.append(launch)
-        elif operation == event["name"] and not operation.startswith(("while", "conditional")):  # which hold others
+        elif operation == event["name"] and not _HOLDS_OTHERS.match(operation):
             on_cpu.append(launch)
     return sorted(on_gpu or on_cpu)
 

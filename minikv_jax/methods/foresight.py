@@ -66,7 +66,7 @@ QUARTER = register_method(
         name="foresight-quarter",
         citation="minikv_jax: 8 % by three votes + the newest 32, values refitted, 32 drafted tokens, 4 bits; a "
         "quarter of minikv's bytes from 4,096 tokens on",
-        scorer=Foresight(),
+        scorer=Foresight(pooling_kernel=31),
         heavy=0.08,
         recent=32,
         sinks=4,

@@ -132,12 +132,14 @@ def attend_cache(
 
 
 @outlined("scale", "size")
+@jax.named_scope("decode_attention")
 def _attend_tail(q: Array, layer: LayerCache, first: Array, seen: Array, *, scale: Scaling, size: int) -> Partial:
     k, v = (lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (layer.tail.k, layer.tail.v))
     return attend(q, k, v, seen, scale)
 
 
 @outlined("scale", "size")
+@jax.named_scope("decode_attention")
 def _attend_packed(q: Array, layer: LayerCache, first: Array, seen: Array, *, scale: Scaling, size: int) -> Partial:
     return attend(q, *layer.packed_tokens(first, size, q.dtype), seen, scale)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from minikv_jax import packing as packing_module
@@ -41,6 +42,7 @@ def quantize(x: Float[Array, "B K S H"], packing: Packing, *, implementation: st
 
 
 @outlined("kind", "spec", "implementation")
+@jax.named_scope("compress")
 def store(x: Float[Array, "B K S H"], kind: Kind, spec: LayerSpec, implementation: str | None = None) -> Packed:
     """Packs keys or values, given in the basis of the cache, with the method's quantizer or a kernel for it.
 
