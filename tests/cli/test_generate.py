@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -148,7 +149,8 @@ def test_weights_and_logits_that_are_not_finite_are_errors(
 
 
 def test_verbose_names_each_implementation_once(run: Run, model_directory: pathlib.Path):
-    options = ["--max-new-tokens", 9, "--set", "recent=0.25", "--verbose"]  # a length that nothing else has compiled
+    jax.clear_caches()  # ops are named as they are traced
+    options = ["--max-new-tokens", 9, "--set", "recent=0.25", "--verbose"]
     code, _, err = run("generate", "--model", model_directory, "--prompt", PROMPT, *options)
     assert code == 0
     for op in ("prefill_attention", "quantize", "append", "decode_attention"):

@@ -52,11 +52,16 @@ def _start(target: Target, arguments: tuple[Any, ...]) -> tuple[ForkServerProces
     with mock.patch.dict(os.environ, environment):
         forkserver.ensure_running()
     ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=target, args=(theirs, *arguments))
+    process = _CONTEXT.Process(target=_run, args=(target, theirs, *arguments))
     process.start()
     theirs.close()
     ours.recv()
     return process, ours
+
+
+def _run(target: Target, *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    target(*arguments)
 
 
 def kill(target: Target, arguments: tuple[Any, ...], after: float, by: signal.Signals = signal.SIGKILL) -> list[Any]:
