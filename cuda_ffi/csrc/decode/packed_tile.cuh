@@ -21,9 +21,8 @@ struct PackedTile {
   __device__ __forceinline__ static void take(Warp& warp, int share, int kv_row, int first_token, int valid) {
     // Twice as many would not fit.
     if constexpr (Map::kShares > 1) forget(warp.lane), forget(warp.row), forget(warp.quad), forget(share);
-    const Factors factors(warp, kv_row, first_token, valid);  // requested before the wait
     float s[kTiles][4], added[Map::kHalves][2];
-    logits(warp, share, s, added, warp.wait_stage(), factors, valid);
+    logits(warp, share, s, added, warp.wait_stage(), kv_row, first_token, valid);
     warp.release_stage();
     uint32_t probability[2 * kTiles];
     warp.softmax(s, added, probability);
@@ -43,39 +42,19 @@ struct PackedTile {
             words[i][c] = x.x, words[i][c + 1] = x.y, words[i][c + 2] = x.z, words[i][c + 3] = x.w;
           }
         }
-        const ValueMetadata metadata = value_metadata_of(warp, share, block, pair, factors, valid);
+        const ValueMetadata metadata = value_metadata_of(warp, share, block, pair, kv_row, first_token, valid);
         value_slots<0>(warp, share, block, pair, stage, words, metadata, probability);
       }
     }
     warp.release_stage();
   }
 
-  // The word, or the tile's first one if it does not exist: metadata of missing tokens may be NaN.
-  __device__ __forceinline__ static int existing_or_first(int word, int tokens, int valid) {
-    return word * tokens < valid ? word : 0;
+  // 2**8 * factor, for 8-bit metadata (float8x2_to_half2_scaled leaves 2**-8 of the value).
+  __device__ __forceinline__ static float factor_of(const Warp& warp, int which, int kv_row, int token) {
+    if constexpr (kMetadata != kFloat8) return 0.0f;
+    const int blocks = warp.p.packed_capacity >> warp.p.factor_log2;
+    return 256.0f * warp.p.factor[which][static_cast<int64_t>(kv_row) * blocks + (token >> warp.p.factor_log2)];
   }
-
-  // 2**8 times the factors of 8-bit metadata (float8x2_to_half2_scaled leaves 2**-8 of the value) of the lane's words
-  // of keys and of values, [scale, zero] each.
-  struct Factors {
-    float key[Map::kHalves][2], value[Map::kValueWordsPerLane][2];
-
-    __device__ __forceinline__ Factors(const Warp& warp, int kv_row, int first_token, int valid) {
-      if constexpr (kMetadata == kFloat8) {
-        const DecodeParams& p = warp.p;
-        const int64_t row = static_cast<int64_t>(kv_row) * (p.packed_capacity >> p.factor_log2);
-        const auto load = [&](float (&factor)[2], int which, int word, int tokens) {
-          const int token = first_token + existing_or_first(word, tokens, valid) * tokens;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) factor[i] = 256.0f * __ldg(p.factor[which + i] + row + (token >> p.factor_log2));
-        };
-#pragma unroll
-        for (int h = 0; h < Map::kHalves; ++h) load(key[h], 0, Map::key_word(h, warp.row), 32 / KBits);
-#pragma unroll
-        for (int i = 0; i < Map::kValueWordsPerLane; ++i) load(value[i], 2, Map::value_word(warp.quad, i), 32 / VBits);
-      }
-    }
-  };
 
   // ---- Keys.
 
@@ -112,8 +91,8 @@ struct PackedTile {
   // The logits, less `added`: what zeros add to them, the same for all tokens of a word, or kMasked for those of a word
   // that does not exist.
   __device__ __forceinline__ static void logits(const Warp& warp, int share, float (&s)[kTiles][4],
-                                                float (&added)[Map::kHalves][2], const uint8_t* stage,
-                                                const Factors& factors, int valid) {
+                                                float (&added)[Map::kHalves][2], const uint8_t* stage, int kv_row,
+                                                int first_token, int valid) {
     using Words = typename Layout::KeyWords;
     using Meta = typename Layout::KeyMeta;
     constexpr int kSlots = Map::kKeySlots / kShares;
@@ -126,7 +105,10 @@ struct PackedTile {
     for (int h = 0; h < Map::kHalves; ++h) {
       const int word = Map::key_word(h, warp.row);
       const bool exists = word * (32 / KBits) < valid;
-      const int token = existing_or_first(word, 32 / KBits, valid) * (32 / KBits);
+      // Metadata of missing tokens may be NaN, so the first token's are used instead.
+      const int token = exists ? word * (32 / KBits) : 0;
+      const float scale_factor = factor_of(warp, 0, kv_row, first_token + token);
+      const float zero_factor = factor_of(warp, 1, kv_row, first_token + token);
       const uint32_t words_at = Words::offset(word, 16 * warp.quad);
       const uint32_t meta_at = Meta::offset(token >> warp.p.group_log2, 4 * kMetaBytes * warp.quad);
       const uint8_t* scales = stage + Words::kBytes;
@@ -136,8 +118,8 @@ struct PackedTile {
         const uint4 w = *reinterpret_cast<const uint4*>(stage + Words::along(words_at, 64 * step));
         const uint8_t* meta = scales + Meta::along(meta_at, 16 * kMetaBytes * step);
         uint32_t scale[2], zero[2];
-        key_metadata(scale, meta, factors.key[h][0]);
-        key_metadata(zero, meta + Layout::kMetaStride, factors.key[h][1]);
+        key_metadata(scale, meta, scale_factor);
+        key_metadata(zero, meta + Layout::kMetaStride, zero_factor);
         const uint2 query = warp.queries[step * kWarpSize];
         mma_f16(zero_part, zero[0], 0, zero[1], 0, query.x, query.y);
         // Halves of two channels side by side: tokens of the low half of the word are row r, those of the high half
@@ -197,34 +179,32 @@ struct PackedTile {
     float factor[2][2];  // [scale, zero][word]
   };
 
-  // That of the lane's words number `2 * pair` and `2 * pair + 1`. NaN times a probability of 0 is NaN, so the metadata
-  // of missing words are not read.
+  // That of the lane's words number `2 * pair` and `2 * pair + 1`. Metadata of missing tokens may be NaN, and NaN times
+  // a probability of 0 is NaN, so the tile's first word's are used instead.
   __device__ __forceinline__ static ValueMetadata value_metadata_of(const Warp& warp, int share, int block, int pair,
-                                                                    const Factors& factors, int valid) {
+                                                                    int kv_row, int first_token, int valid) {
     constexpr int kTokens = Map::kValueWordTokens;
-    const auto word_of = [&](int quad, int local) {
-      return existing_or_first(Map::value_word(quad, 2 * pair + local), kTokens, valid);
+    const auto existing_or_first = [&](int of, int local) {
+      const int word = Map::value_word(of, 2 * pair + local);
+      return word * kTokens < valid ? word : 0;
     };
     ValueMetadata m;
     if constexpr (kVectorMetadata) {
       // 8x8 matrices whose rows are tokens and columns are groups: transposed, a lane gets the token pair of group
       // `row`. Two slots' matrices at a time, of two words each.
       const int matrix = warp.lane >> 3, target = warp.lane & 7;
-      const int token = word_of(target >> 1, matrix & 1) * kTokens + (target & 1) * (kTokens / 2);
+      const int token = existing_or_first(target >> 1, matrix & 1) * kTokens + (target & 1) * (kTokens / 2);
       const int slot = (matrix >> 1) + SlotOrder<VBits, kShares>::slot(0);
       const uint32_t first = Layout::ValueMeta::offset(token / 16, (token % 16 + slot) * 16);
       m.at = Layout::ValueMeta::along(first, share * (kTokens / 2 / kShares) * 16);
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = word_of(warp.quad, i) * kTokens,
+        const int token = existing_or_first(warp.quad, i) * kTokens,
                   channel = block * Layout::kBlockChannels + warp.row * Layout::kRun;
         m.first[i] = token * (H >> warp.p.group_log2) + (channel >> warp.p.group_log2);
-        if constexpr (kMetadata == kFloat8) {
-          m.factor[0][i] = factors.value[2 * pair + i][0], m.factor[1][i] = factors.value[2 * pair + i][1];
-        } else {
-          m.factor[0][i] = m.factor[1][i] = 0.0f;
-        }
+        m.factor[0][i] = factor_of(warp, 2, kv_row, first_token + token);
+        m.factor[1][i] = factor_of(warp, 3, kv_row, first_token + token);
       }
     }
     return m;
