@@ -15,8 +15,8 @@ from cuda_ffi.prefill_attention import attributes, check_prompt
 
 MAX_WINDOWS = 4
 _KERNEL = "CUDA votes kernel"
-_BLOCKS = 264  # two on each of 132 multiprocessors: keys are split until there are about as many
-_ROWS = 256  # queries per block
+_BLOCKS = 264  # two on each of a Hopper GPU's 132 multiprocessors: keys are split until there are about as many
+_ROWS = 256  # queries per block; half of them at head dim 256
 _MIN_SPLIT = 256  # keys
 
 
@@ -30,7 +30,7 @@ def window_votes(
     power: int = 1,
     window: int | None = None,
 ) -> tuple[Float32[Array, "B K T"], ...]:
-    """Sums the softmax map over each row's last queries, without an array of queries by keys.
+    """Sums the softmax map over each row's last queries (SnapKV section 4), without an array of queries by keys.
 
     Args:
       q: `[B, T, N, H]`, bfloat16 or float16.

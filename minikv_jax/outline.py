@@ -25,7 +25,8 @@ def outlined(
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Makes a decorator for functions that many layers call. Outside of `jit`, calls stay as they are.
 
-    Named scopes around a call do not reach into the body: the function needs its own.
+    Named scopes around a call do not reach into the body: the function needs its own. A trace is kept for the process,
+    so it may depend on arguments and on JAX's context, not on other globals, and what it logs is logged once.
 
     Args:
       static: names of the function's arguments that are not pytrees of arrays. They must be hashable.

@@ -52,15 +52,18 @@ def layer_inputs(model: Llama, layer: int, q: Array, k: Array, v: Array, lengths
     return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies, **softmax)
 
 
-@outlined("method", "implementation")
 def attend(
     inputs: LayerInputs, method: Method, implementation: str | None = None
 ) -> tuple[Float[Array, "B T N H"], LayerInputs]:
     """Step 1: causal attention. Also returns the inputs, with column sums if the scorer needs them."""
-    softmax: Any = {"window": inputs.window, "soft_cap": inputs.soft_cap, "sink_logits": inputs.sink_logits}
-    options: Any = {"with_scores": method.scorer.needs_column_sums, "implementation": implementation}
-    out, sums = prefill_attention(*inputs[:4], **softmax, **options)
+    out, sums = _attend(inputs, method.scorer.needs_column_sums, implementation)
     return out, inputs._replace(column_sums=sums)
+
+
+@outlined("with_scores", "implementation")
+def _attend(inputs: LayerInputs, with_scores: bool, implementation: str | None) -> Any:
+    softmax: Any = {"window": inputs.window, "soft_cap": inputs.soft_cap, "sink_logits": inputs.sink_logits}
+    return prefill_attention(*inputs[:4], **softmax, with_scores=with_scores, implementation=implementation)
 
 
 @outlined("method", "implementation")

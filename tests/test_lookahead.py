@@ -150,6 +150,8 @@ def test_what_cannot_be_repeated_is_refused():
     method = dataclasses.replace(METHOD, scorer=KVzip(), lookahead=0)
     with pytest.raises(ValueError, match="lookahead=6 with KVzip: it repeats the prompt"):
         dataclasses.replace(METHOD, scorer=KVzip())
+    assert method.runs_twice
+    assert not dataclasses.replace(method, heavy=0, recent=8).runs_twice  # scores choose nothing
     with pytest.raises(ValueError, match="49 prompt tokens: the model's 96 positions leave room for 48"):
         generate(model, [[5] * 49], method=method, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"row 0 has 49 tokens: .* leave room for 48"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minikv_jax.arrays import Contract, debug_checks
 from minikv_jax.outline import outlined
 
 
@@ -40,6 +41,19 @@ def test_equal_calls_are_traced_once(in_place: bool):
     assert (units > 0) == (jax.default_backend() == "cpu" and not in_place)
     expected = functools.reduce(lambda x, factor: jnp.sin(x) * factor, (2, 2, 3, 2), x)
     np.testing.assert_allclose(jax.jit(program)(x), expected, rtol=1e-6)
+
+
+def test_checks_of_values_are_not_lost_to_a_trace_without_them():
+    @outlined()
+    def positive(x: jax.Array) -> jax.Array:
+        Contract("positive", B=1).holds(x > 0, "is {x}", x=x)
+        return x
+
+    twice = lambda x: positive(positive(x))  # noqa: E731
+    jax.jit(twice)(-jnp.ones(1))
+    with pytest.raises(ValueError, match=r"positive: row 0 is -1\.0"):
+        debug_checks(twice)(-jnp.ones(1))
+    jax.jit(twice)(-jnp.ones(1))
 
 
 def test_calls_outside_of_jit_stay_as_they_are():

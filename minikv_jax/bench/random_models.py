@@ -34,8 +34,14 @@ def first_layers(config: ModelConfig, count: int) -> ModelConfig:
     """The config of a model's first layers. Raises ValueError if it has fewer."""
     if not 1 <= count <= config.num_hidden_layers:
         raise ValueError(f"layers={count}: expected 1 to {config.num_hidden_layers}, the model's")
+    types, experts = config.layer_types and config.layer_types[:count], config.experts
+    if experts is not None:
+        experts = dataclasses.replace(experts, dense_layers=tuple(n for n in experts.dense_layers if n < count))
+    kept = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+    windows = {name: getattr(config, name) if types is None or kind in types else None for name, kind in kept.items()}
+    unrotated = tuple(n for n in config.unrotated_layers if n < count)
     return dataclasses.replace(
-        config, num_hidden_layers=count, layer_types=config.layer_types and config.layer_types[:count]
+        config, num_hidden_layers=count, layer_types=types, experts=experts, unrotated_layers=unrotated, **windows
     )
 
 

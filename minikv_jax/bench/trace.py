@@ -42,6 +42,7 @@ _KERNELS = {
     "minikv::.*(decode|prefill|group_sums)_kernel": ATTENTION,
     "cudnn": ATTENTION,
     "minikv::.*append_kernel": "append",
+    "minikv::.*(query_sums|join_splits|key_sums)_kernel": "compression",  # votes
     "minikv::.*quantize_kernel": "compression",
     "minikv::.*all_reduce|nccl": COLLECTIVES,
 }
@@ -120,9 +121,10 @@ def record(run: Callable[[], Any]) -> list[Launch]:
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory, profiler_options=options):
             jax.block_until_ready(run())
-        (file,) = pathlib.Path(directory).rglob("*.trace.json.gz")
-        with gzip.open(file) as content:
-            found = read_launches(json.load(content)["traceEvents"])
+        found = list[Launch]()
+        for file in pathlib.Path(directory).rglob("*.trace.json.gz"):
+            with gzip.open(file) as content:
+                found += read_launches(json.load(content)["traceEvents"])
     if not found:
         raise NotImplementedError(
             "the profiler recorded no kernels: a GPU's driver may allow it to administrators only"

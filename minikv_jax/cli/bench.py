@@ -70,7 +70,8 @@ def _run_kernels(arguments: argparse.Namespace) -> int:
 def _add_cases(parser: argparse.ArgumentParser, methods: str = "see `minikv methods`") -> None:
     """Adds the options of `_cases` that every suite of whole models has."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shape", help="random weights: llama2-7b, llama-3.1-8b, a config.json or its directory")
+    named = "llama2-7b, llama-3.1-8b, llama-3.1-70b"
+    source.add_argument("--shape", help=f"random weights: {named}, a config.json or its directory")
     shared.add_model(source, required=False)
     shared.add_method(parser, action="append", help=f"{methods}; repeatable; default: minikv and full")
     shared.add_plugin(parser)
@@ -254,7 +255,7 @@ _SUITES = {
     ),
     "trace": Suite("a decode step or a prefill by model part and kernel", _add_trace, _run_trace),
     "devices": Suite(
-        "one, two and all devices of this machine, within a limit of time",
+        "one device of this machine, all, and those between, within a limit of time",
         bench_devices.add_arguments,
         bench_devices.run,
     ),

@@ -1,10 +1,10 @@
 """Measures methods on a prompt with one shared prefill, which every method compresses.
 
 Sharing the prefill is exact, because attention over the prompt is full and does not depend on the method; one with
-`lookahead` runs the prompt once more, with its draft. The queries, keys and values of all layers stay in memory. Per
-method, the true continuation is then fed token by token through the compressed cache ("teacher forcing"), as generation
-would do it, and the logits are compared with those of the full cache; or text is generated greedily. The model runs
-layer by layer (`layerwise.py`), which compiles little.
+`lookahead` runs the prompt once more, with its draft, and one that repeats it at twice the length. The queries, keys
+and values of all layers stay in memory. Per method, the true continuation is then fed token by token through the
+compressed cache ("teacher forcing"), as generation would do it, and the logits are compared with those of the full
+cache; or text is generated greedily. The model runs layer by layer (`layerwise.py`), which compiles little.
 """
 
 from __future__ import annotations

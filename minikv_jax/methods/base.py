@@ -93,6 +93,9 @@ class Scorer(Component, abc.ABC):
     def score(self, inputs: LayerInputs) -> Float[Array, "B K T"]:
         """Scores the tokens of one layer. Traced by `jax.jit`.
 
+        Args:
+          inputs: queries, keys and values of the prompt.
+
         Returns:
           A floating-point score per token. Sinks and recent tokens stay whatever their scores, and padding may score
           anything. NaN counts as the lowest score; evaluations report it.
@@ -165,7 +168,10 @@ class Budget(Component, abc.ABC):
 
     @abc.abstractmethod
     def weights(self, num_layers: int) -> Sequence[float]:
-        """Weighs the model's layers.
+        """Weighs the layers.
+
+        Args:
+          num_layers: number of the model's layers.
 
         Returns:
           One finite, non-negative number per layer, not all zero. Only their ratios count.
@@ -307,6 +313,10 @@ class Quantizer(Component, abc.ABC):
 
         The whole cache, tail included, then holds `k @ R` (or `v @ R`). Queries are rotated as the keys are, and the
         output is rotated back, so that attention is unchanged.
+
+        Args:
+          operand: keys or values, and of which layer.
+          head_dim: `H`.
         """
         del operand, head_dim
         return None

@@ -37,11 +37,14 @@ from minikv_jax.models.config import ModelConfig
 
 
 def vote_windows(scorer: Scorer) -> tuple[int, ...]:
-    """Reads `Scorer.vote_windows`."""
+    """Reads `Scorer.vote_windows`, and checks `Scorer.vote_power`."""
     what = f"scorer {SCORERS.name_of(scorer)!r}: vote_windows"
     sizes = _run(what, scorer.score, lambda: tuple(scorer.vote_windows))
     if not all(type(size) is int and 1 <= size <= MAX_WINDOW for size in sizes):
         raise ValueError(f"{what} is {sizes}: expected numbers of queries in 1..{MAX_WINDOW}")
+    if type(scorer.vote_power) is not int or scorer.vote_power < 1:
+        name = SCORERS.name_of(scorer)
+        raise ValueError(f"scorer {name!r}: vote_power is {scorer.vote_power!r}: expected at least 1")
     return sizes
 
 

@@ -15,7 +15,7 @@ from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.registry import register_method, register_scorer
 from minikv_jax.methods.turned import AHEAD, turned_votes
-from minikv_jax.methods.votes import pool, ranks
+from minikv_jax.methods.votes import check_odd, pool, ranks
 
 
 @register_scorer("foresight")
@@ -47,8 +47,7 @@ class Foresight(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pooling_kernel % 2 == 0:
-            raise ValueError(f"pooling_kernel={self.pooling_kernel}: expected an odd number")
+        check_odd(self.pooling_kernel)
 
     @property
     def vote_windows(self) -> tuple[int, ...]:
@@ -65,7 +64,7 @@ QUARTER = register_method(
     Method(
         name="foresight-quarter",
         citation="minikv_jax: 8 % by three votes + the newest 32, values refitted, 32 drafted tokens, 4 bits; a "
-        "quarter of minikv's bytes from 4,096 tokens on",
+        "quarter of minikv's bytes from 4,096 tokens on, in 16 bits with up to 120 new tokens",
         scorer=Foresight(pooling_kernel=31),
         heavy=0.08,
         recent=32,
@@ -80,7 +79,8 @@ register_method(
     dataclasses.replace(
         QUARTER,
         name="foresight-eighth",
-        citation="minikv_jax: as foresight-quarter, 3.22 %; an eighth of minikv's bytes from 8,192 tokens on",
+        citation="minikv_jax: as foresight-quarter, 3.22 %; an eighth of minikv's bytes from 8,192 tokens on, "
+        "in 16 bits with up to 120 new tokens",
         heavy=0.0322,
     )
 )

@@ -237,7 +237,7 @@ class Method:
             raise ValueError(f"tail={self.tail!r}: expected a Tail")
         if self.refit is not None and not isinstance(self.refit, Refit):
             raise ValueError(f"refit={self.refit!r}: expected a Refit or None")
-        if self.lookahead and (not self.heavy or self.keeps_all):
+        if self.lookahead and not self.scores_choose:
             raise ValueError(f"lookahead={self.lookahead} where scores choose no token: expected a heavy budget")
         if self.lookahead and self.scorer.needs_repeat:
             raise ValueError(f"lookahead={self.lookahead} with {type(self.scorer).__name__}: it repeats the prompt")
@@ -278,9 +278,14 @@ class Method:
         return self.recent == Share(1.0)
 
     @property
+    def scores_choose(self) -> bool:
+        """Whether some tokens are kept by their scores, and others not."""
+        return bool(self.heavy) and not self.keeps_all
+
+    @property
     def runs_twice(self) -> bool:
         """Whether a prompt runs a second time, with tokens after it, before tokens are chosen."""
-        return bool(self.lookahead) or (self.scorer.needs_repeat and not self.keeps_all)
+        return bool(self.lookahead) or (self.scorer.needs_repeat and self.scores_choose)
 
     def longest_prompt(self, positions: int) -> int:
         """Most tokens of a prompt that leave room among a model's positions for those after it in its second run."""

@@ -8,7 +8,7 @@ from minikv_jax.fields import setting
 from minikv_jax.methods.base import MAX_WINDOW, LayerInputs, Scorer
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import register_method, register_scorer
-from minikv_jax.methods.votes import pool
+from minikv_jax.methods.votes import check_odd, pool
 
 
 @register_scorer("snapkv")
@@ -33,8 +33,7 @@ class SnapKV(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pooling_kernel % 2 == 0:
-            raise ValueError(f"pooling_kernel={self.pooling_kernel}: expected an odd number")
+        check_odd(self.pooling_kernel)
 
     @property
     def vote_windows(self) -> tuple[int, ...]:

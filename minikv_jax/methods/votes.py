@@ -89,6 +89,12 @@ def causal_weights(
     return weights / jnp.where(total == 0, 1.0, total)
 
 
+def check_odd(pooling_kernel: int) -> None:
+    """Raises ValueError for an even number of pooled tokens, which have no middle."""
+    if pooling_kernel % 2 == 0:
+        raise ValueError(f"pooling_kernel={pooling_kernel}: expected an odd number")
+
+
 def pool(votes: Float[Array, "B K T"], lengths: Int[Array, "B"], kind: str, kernel: int) -> Float[Array, "B K T"]:
     """Pools the first `lengths` votes of a row by "max" or "mean" (`kind`) over `kernel` tokens, an odd number.
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from support.bench import bench_case
-from support.tiny import tiny_model
+from support.tiny import tiny_config, tiny_model
 
 from minikv_jax.bench import end_to_end, random_models
 from minikv_jax.bench.end_to_end import CacheLengths, Case
@@ -16,6 +17,7 @@ from minikv_jax.cache import memory
 from minikv_jax.generate import generate, stream
 from minikv_jax.methods import lookup
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.models.experts import Experts
 
 
 def test_row_says_what_was_allocated_and_read(shape: str):
@@ -76,11 +78,31 @@ def test_random_model_has_the_config_and_no_constant_weight(shape: str):
         assert leaf.ndim == 1 or float(leaf.std()) > 0.01
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "llama-3.1-8b"])
-def test_named_shapes_have_the_published_number_of_parameters(name: str):
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama2-7b", 6_738_415_616), ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496)],
+)
+def test_named_shapes_have_the_published_number_of_parameters(name: str, parameters: int):
     config = random_models.shape_config(name)
     leaves = jax.tree.leaves(nnx.state(random_models.skeleton(config, "bfloat16")))
-    assert sum(leaf.size for leaf in leaves) == {"llama2-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248}[name]
+    assert sum(leaf.size for leaf in leaves) == parameters
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unrotated_layers": (1, 3)},
+        {"experts": Experts(count=4, per_token=2, intermediate_size=16, dense_layers=(0, 3))},
+        {"sliding_window": 4, "layer_types": ("full_attention",) * 3 + ("sliding_attention",)},
+        {"attention_chunk_size": 4, "layer_types": ("full_attention",) * 3 + ("chunked_attention",)},
+    ],
+)
+def test_first_layers_keep_what_concerns_them(changes: dict[str, Any]):
+    config = random_models.first_layers(tiny_config(num_hidden_layers=4, **changes), 2)
+    assert config.num_hidden_layers == 2
+    assert config.unrotated_layers == changes.get("unrotated_layers", ())[:1]
+    assert config.experts is None or config.experts.dense_layers == (0,)
+    assert config.sliding_window is config.attention_chunk_size is None
 
 
 @pytest.mark.parametrize("name", ["llama2-7b", "llama-3.1-8b"])

@@ -41,6 +41,7 @@ def launch(kernel: str, operation: str = "command_buffer_1", begin: float = 0.0,
         ("call.1", "call.1", "norms and residuals"),  # an event of a CPU
         ("void minikv::decode_kernel<128, 2, 2, (minikv::Metadata)0>(minikv::Params)", "command_buffer_1", ATTENTION),
         ("void minikv::(anonymous namespace)::append_kernel<__half>(minikv::P)", "command_buffer_1", "append"),
+        ("void minikv::key_sums_kernel<minikv::Tuned<128>, __half>(minikv::P)", "command_buffer_1", "compression"),
         ("cudnn_generated_fort_native_sdpa_sm90", "command_buffer_1", ATTENTION),
         ("MemcpyD2H", "w.1", UNKNOWN),
         ("all-reduce.3", "", trace.COLLECTIVES),

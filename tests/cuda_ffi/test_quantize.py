@@ -65,6 +65,8 @@ def write_block(packed: Any, row: int, share: float, block: Any) -> None:
         (64, 0, 16, 16, 4, 2, "bfloat16", 96, "float8_e4m3fn"),
         (90, 2, 64, 32, 2, 4, "float32", 64, "float8_e4m3fn"),
         (160, 4, 128, 128, 2, 2, "bfloat16", 256, "float8_e4m3fn"),
+        (200, 4, 192, 64, 4, 2, "bfloat16", 256, "float8_e4m3fn"),  # three teams, two at a time
+        (400, 4, 384, 128, 2, 4, "bfloat16", 256, "float16"),  # three teams, one at a time
     ],
 )
 def test_append_writes_and_flushes_in_place(

@@ -1,4 +1,4 @@
-"""Tests the CUDA votes of the last queries against float64, within twice XLA's error at the same dtype."""
+"""Tests the CUDA votes of the last queries against float64, within twice the error of plain JAX in float32."""
 
 from __future__ import annotations
 

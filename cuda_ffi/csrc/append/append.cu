@@ -178,7 +178,7 @@ void check_side(Checker& check, const AppendArguments& a, const Side& side, std:
 // Checks every buffer's shape and dtype, after `check_sizes`.
 void check_buffers(Checker& check, const AppendArguments& a) {
   const int64_t B = a.B(), K = a.K(), C = a.C(), H = a.H(), P = a.P(), g = a.group_size;
-  check.require(B <= kCounters, "batch ", B, ", supported: up to ", kCounters);
+  check.require(B < 65536, "batch=", B, ", supported: up to 65535");
   check.require(H <= kMaxHeadDim && H % 32 == 0 && H % g == 0, "head_dim=", H);
   check.require(a.block > 0 && a.block % g == 0 && a.sinks >= 0 && a.sinks + a.block <= C, "block=", a.block,
                 ", sinks=", a.sinks, " in a tail of ", C);
