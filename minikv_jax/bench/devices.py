@@ -26,7 +26,7 @@ from minikv_jax import files
 from minikv_jax.bench import end_to_end, trace
 from minikv_jax.bench.end_to_end import Case
 from minikv_jax.bench.generate import Bench, line
-from minikv_jax.bench.worker import TaskError, reason
+from minikv_jax.bench.worker import FAILURES, reason
 from minikv_jax.meshes import AXES, DATA, MODEL
 from minikv_jax.models.partition import device_part
 
@@ -180,7 +180,7 @@ class Devices:
             try:
                 fields = [dataclasses.asdict(case) for case in cases]
                 self.bench.run_task(measure_cases, fields, str(log), seconds=limit)
-            except (TaskError, ValueError, NotImplementedError) as failure:
+            except FAILURES as failure:
                 error = str(failure)
             found = [row for _, row in files.read_log(log)[0]]
         for number, case in enumerate(cases):

@@ -21,7 +21,7 @@ import jax
 from minikv_jax.bench import huggingface, timing, trace
 from minikv_jax.bench.end_to_end import Case, Programs, measure
 from minikv_jax.bench.fit import FIELDS, find
-from minikv_jax.bench.worker import TaskError, run_task
+from minikv_jax.bench.worker import FAILURES, run_task
 from minikv_jax.models import packaged
 
 _PACKAGES = ("jax", "jaxlib", "flax")
@@ -117,7 +117,7 @@ class Bench:
         def compile_one(case: Case) -> None:
             left = None if end is None else end - time.monotonic()
             if left is None or left > 0:
-                with contextlib.suppress(TaskError, NotImplementedError):
+                with contextlib.suppress(*FAILURES):
                     self.run_task(compile_case, dataclasses.asdict(case), seconds=left)
 
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -151,7 +151,7 @@ class Bench:
         """What `function` returns for a case, or the error."""
         try:
             return self.run_task(function, dataclasses.asdict(case), *arguments, seconds=seconds)
-        except (TaskError, NotImplementedError) as error:
+        except FAILURES as error:
             return {"error": str(error)}
 
     def _floor(self, bytes_read: int, ms: float) -> dict[str, float | None]:

@@ -24,6 +24,9 @@ class TaskError(RuntimeError):
     """A task that failed; the message is one line."""
 
 
+FAILURES = (TaskError, ValueError, NotImplementedError)  # what `run_task` raises
+
+
 def run_task(
     function: Callable[..., Any],
     *arguments: Any,

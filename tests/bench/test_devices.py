@@ -120,6 +120,28 @@ def test_what_no_step_finishes_is_a_row(run: Run, shape: str, tmp_path: pathlib.
     ]
 
 
+def test_a_value_that_the_model_refuses_is_a_row_of_every_step(
+    run: Run, shape: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    def every_task(function: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
+        compiles = function.__name__ == "compile_case"
+        return function(*arguments) if compiles else in_this_process(function, *arguments, **how)
+
+    monkeypatch.setattr("minikv_jax.bench.generate.run_task", every_task)
+    out = tmp_path / "out.json"
+    sizes = ["--batch", 1, "--long-prompt", 90, "--prompt-len", 40, "--max-new-tokens", 20, "--dtype", "float32"]
+    code, _, _ = run("bench", "devices", "--shape", shape, *sizes, "--method", "minikv:group_size=64", "--output", out)
+    assert code == 1
+    report = json.loads(out.read_text())
+    rows = [*report["results"], *report["traces"]]
+    assert [row.get("mesh") for row in rows] == [None, None, "model=2", "model=2", "data=2", "model=2"]
+    refused = "head_dim 32 is not divisible by group_size 64"
+    assert all(refused in row["error"] for row in rows if row.get("mesh") != "data=2")
+    outcomes = [step["outcome"] for step in report["steps"]]
+    assert outcomes[:4] == ["done", "0 of 2 rows", "0 of 2 rows", "0 of 1 rows"]
+    assert refused in outcomes[4]
+
+
 def test_a_size_that_fails_stops_no_other(shape: str, tmp_path: pathlib.Path):
     """CUDA kernels cannot run here."""
     cases = [bench_case(shape, prompt_len=40, batch=batch, implementation="cuda") for batch in (1, 2)]
