@@ -5,59 +5,41 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle.attention import relative_error
-from oracle.layout import DTYPES
+from support.prompts import REFUSED, Prompts, random_prompts
 
 import cuda_ffi
 from minikv_jax.ops.window_votes import window_votes
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    tokens: int
-    lengths: tuple[int, ...]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case(Prompts):
+    """Prompts, and the windows of last queries that vote."""
+
     sizes: tuple[int, ...]
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 128
-    dtype: str = "bfloat16"
-    scale: float | None = None
-    window: int | None = None
     power: int = 1
 
 
 CASES = (
-    Case(1, (1,), (1,)),
-    Case(17, (17, 9, 0), (3, 17)),
-    Case(300, (300, 299, 5), (16, 256), head_dim=64, heads=3, kv_heads=3, dtype="float16"),
-    Case(257, (257, 64, 1), (32,), head_dim=96, heads=8, kv_heads=1),
-    Case(321, (321, 130), (8, 100, 129, 321), head_dim=256, dtype="float16"),
-    Case(700, (700, 513), (16, 256), window=1),
-    Case(700, (700, 513), (40,), window=100, head_dim=64),
-    Case(1100, (1025,), (64, 300), window=700, heads=2, kv_heads=2),
-    Case(1100, (1100,), (16, 256), scale=4.0),  # logits in the hundreds, of both signs
-    Case(1100, (1100, 33), (64,), power=2),
-    Case(2048, (2048,), (16, 256), heads=32, kv_heads=32),
-    Case(5000, (5000, 4097), (600,), heads=8, kv_heads=2),
+    Case(1, (1,), sizes=(1,)),
+    Case(17, (17, 9, 0), sizes=(3, 17)),
+    Case(300, (300, 299, 5), sizes=(16, 256), head_dim=64, heads=3, kv_heads=3, dtype="float16"),
+    Case(257, (257, 64, 1), sizes=(32,), head_dim=96, heads=8, kv_heads=1),
+    Case(321, (321, 130), sizes=(8, 100, 129, 321), head_dim=256, dtype="float16"),
+    Case(700, (700, 513), sizes=(16, 256), window=1),
+    Case(700, (700, 513), sizes=(40,), window=100, head_dim=64),
+    Case(1100, (1025,), sizes=(64, 300), window=700, heads=2, kv_heads=2),
+    Case(1100, (1100,), sizes=(16, 256), scale=4.0),  # logits in the hundreds, of both signs
+    Case(1100, (1100, 33), sizes=(64,), power=2),
+    Case(2048, (2048,), sizes=(16, 256), heads=32, kv_heads=32),
+    Case(5000, (5000, 4097), sizes=(600,), heads=8, kv_heads=2),
 )
-
-
-def inputs(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Makes q, k and lengths, with NaN in the padding."""
-    rng = np.random.default_rng(seed)
-    lead = (len(case.lengths), case.tokens)
-    arrays = [rng.normal(size=(*lead, n, case.head_dim)) for n in (case.heads, case.kv_heads)]
-    arrays[1][:, :, :, 0] += 3 * rng.normal(size=(*lead, 1))  # some keys are heavy hitters
-    for row, length in enumerate(case.lengths):
-        for x in arrays:
-            x[row, length:] = np.nan
-    q, k = (x.astype(DTYPES[case.dtype]) for x in arrays)
-    return q, k, np.array(case.lengths, np.int32)
 
 
 def expected(case: Case, q: np.ndarray, k: np.ndarray, scale: float) -> list[np.ndarray]:
@@ -78,8 +60,8 @@ def expected(case: Case, q: np.ndarray, k: np.ndarray, scale: float) -> list[np.
 
 
 def check(case: Case, seed: int) -> None:
-    q, k, lengths = inputs(case, seed)
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    q, k, lengths = case.arrays(seed, values=False)
+    scale = case.logit_scale
     options = {"scale": scale, "power": case.power, "window": case.window}
     run = jax.jit(functools.partial(cuda_ffi.window_votes, sizes=case.sizes, **options))
     got = run(*map(jnp.asarray, (q, k, lengths)))
@@ -106,27 +88,14 @@ def test_votes_are_the_definition(case: Case) -> None:
 @pytest.mark.parametrize("seed", range(24))
 def test_random_shapes(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    tokens, kv_heads = int(rng.integers(1, 1500)), int(rng.integers(1, 4))
-    sizes = sorted({int(n) for n in rng.integers(1, tokens + 1, rng.integers(1, 4))})
-    check(
-        Case(
-            tokens,
-            tuple(int(n) for n in rng.integers(0, tokens + 1, rng.integers(1, 4))),
-            tuple(sizes),
-            heads=kv_heads * int(rng.integers(1, 5)),
-            kv_heads=kv_heads,
-            head_dim=int(rng.choice([64, 96, 128])),
-            dtype=str(rng.choice(["bfloat16", "float16"])),
-            window=None if rng.random() < 0.6 else int(rng.integers(1, tokens + 1)),
-            power=int(rng.integers(1, 3)),
-        ),
-        seed,
-    )
+    prompts = random_prompts(rng, 1500)
+    sizes = sorted({int(n) for n in rng.integers(1, prompts.tokens + 1, rng.integers(1, 4))})
+    check(Case(**vars(prompts), sizes=tuple(sizes), power=int(rng.integers(1, 3))), seed)
 
 
 @pytest.mark.gpu
 def test_one_program_serves_all_lengths() -> None:
-    q, k, _ = (jnp.asarray(x) for x in inputs(Case(128, (128, 128), (16,)), 0))
+    q, k, _ = (jnp.asarray(x) for x in Prompts(128, (128, 128)).arrays(0, values=False))
     traces = []
 
     @jax.jit
@@ -144,11 +113,7 @@ def test_one_program_serves_all_lengths() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"dtype": jnp.float32}, NotImplementedError, "float32"),
-        ({"head_dim": 80}, NotImplementedError, "head_dim=80"),
-        ({"heads": 3}, ValueError, "3 query heads over 2"),
-        ({"window": 0}, ValueError, "window=0"),
-        ({"scale": -1.0}, ValueError, "scale=-1"),
+        *REFUSED,
         ({"power": 0}, ValueError, "power=0"),
         ({"sizes": (4, 17)}, ValueError, r"sizes=\(4, 17\): expected ascending numbers in 1\.\.16"),
         ({"sizes": (4, 4)}, ValueError, r"sizes=\(4, 4\): expected ascending"),
@@ -160,11 +125,9 @@ def test_one_program_serves_all_lengths() -> None:
         ),
     ],
 )
-def test_unsupported_cases_are_refused_by_name(change: dict, error: type[Exception], message: str) -> None:
-    options = {"dtype": jnp.bfloat16, "head_dim": 128, "heads": 4, "window": None, "scale": 1.0, "power": 1}
-    options |= {"sizes": (4, 16)} | change
-    q = jnp.zeros((1, 16, options["heads"], options["head_dim"]), options["dtype"])
-    k = jnp.zeros((1, 16, 2, options["head_dim"]), options["dtype"])
-    own = {name: options[name] for name in ("scale", "power", "window")}
+def test_unsupported_cases_are_refused_by_name(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    case = dataclasses.replace(Case(16, (16,), scale=1.0, sizes=(4, 16)), **change)
+    q, k, lengths = map(jnp.asarray, case.arrays(0, values=False))
+    options: Any = {"scale": case.scale, "power": case.power, "window": case.window}
     with pytest.raises(error, match=message):
-        cuda_ffi.window_votes(q, k, jnp.array([16], jnp.int32), options["sizes"], **own)
+        cuda_ffi.window_votes(q, k, lengths, case.sizes, **options)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.attention import causal_attention, relative_error
 
 import pallas_kernels
 from minikv_jax.ops.prefill_attention import prefill_attention
@@ -68,27 +69,6 @@ CASES = {
 }
 
 
-def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Computes output and column sums in float64."""
-    out, scores = np.zeros(q.shape), np.zeros((q.shape[0], case.kv_heads, case.tokens))
-    for b, n in enumerate(case.lengths):
-        ages = np.arange(n)[:, None] - np.arange(n)
-        seen = (ages >= 0) & (ages < (case.window or case.tokens))
-        for head in range(q.shape[2]):
-            kv_head = head // case.group
-            logits = np.where(seen, q[b, :n, head] @ k[b, :n, kv_head].T * case.logit_scale, -np.inf)
-            weights = np.exp(logits - logits.max(-1, keepdims=True, initial=-np.inf))
-            weights /= weights.sum(-1, keepdims=True)
-            out[b, :n, head] = weights @ v[b, :n, kv_head]
-            scores[b, kv_head, :n] += weights.sum(0)
-    return out, scores
-
-
-def relative_error(got: Any, want: np.ndarray) -> float:
-    """Norm of the difference relative to the norm; NaN anywhere gives NaN, which exceeds every bound."""
-    return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_matches_dense_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +83,7 @@ def test_prefill_matches_dense_maps(name: str, monkeypatch: pytest.MonkeyPatch) 
         for heads in (case.kv_heads * case.group, case.kv_heads, case.kv_heads)
     )
     options = {"scale": case.logit_scale, "window": case.window, "with_scores": True}
-    want = dense(np.asarray(q, np.float64), np.asarray(k, np.float64), np.asarray(v, np.float64), case)
+    exact = causal_attention(*map(np.asarray, (q, k, v, lengths)), scale=case.logit_scale, window=case.window)[:2]
     xla = jax.jit(functools.partial(prefill_attention, **options, implementation="xla"))(q, k, v, lengths)
 
     padding = np.arange(case.tokens) >= np.array(case.lengths)[:, None]
@@ -112,8 +92,9 @@ def test_prefill_matches_dense_maps(name: str, monkeypatch: pytest.MonkeyPatch) 
     out, scores = run(*poisoned, lengths)
 
     assert (out.dtype, scores.dtype) == (dtype, jnp.float32)
-    for what, got, by_xla, exact in zip(("out", "scores"), (out, scores), xla, want, strict=True):
-        error, bound = relative_error(got, exact), max(FACTOR * relative_error(by_xla, exact), ROUNDING)
+    for what, got, by_xla, want in zip(("out", "scores"), (out, scores), xla, exact, strict=True):
+        error, of_xla = (relative_error(np.asarray(x), want) for x in (got, by_xla))
+        bound = max(FACTOR * of_xla, ROUNDING)
         assert error <= bound, f"{what}: relative error {error}, bound {bound}"
     assert not np.asarray(out, np.float32)[padding].any()
     assert not np.asarray(scores).swapaxes(1, 2)[padding].any()
