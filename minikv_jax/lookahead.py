@@ -1,8 +1,10 @@
-"""Lookahead: drafts tokens after a prompt, whose queries then vote for the prompt's tokens (arXiv 2505.20334).
+"""Lookahead: puts tokens after a prompt, whose queries then vote for the prompt's tokens (arXiv 2505.20334).
 
 `prefill` first compresses the prompt as if there were no lookahead, and drafts with that cache. Then it runs the prompt
 once more, with the draft after it. This costs a second prefill and one decode step per drafted token. Beside the
 caches, one layer's full K and V are in memory at a time.
+
+A scorer with `needs_repeat` has no draft. The prompt itself follows the prompt, in one prefill of twice the length.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from minikv_jax.models.decoder import Llama
 
 
 class Prompt(NamedTuple):
-    """Right-padded prompts, perhaps with drafted tokens right after each.
+    """Right-padded prompts, perhaps with further tokens right after each, drafted or the prompt's own again.
 
     Attributes:
       ids: int32, token ids.
       lengths: int32, tokens of the prompts.
-      seen: int32, tokens of the prompts and drafts.
+      seen: int32, tokens of the prompts and those after them.
     """
 
     ids: Int[Array, "B T"]
@@ -71,12 +73,15 @@ def draft(
 
 
 def join(
-    ids: Int[Array, "B T"], lengths: Int[Array, "B"], drafted: Int[Array, "B M"], counts: Int[Array, "B"], limit: int
+    ids: Int[Array, "B T"], lengths: Int[Array, "B"], further: Int[Array, "B M"], counts: Int[Array, "B"], limit: int
 ) -> Prompt:
-    """Puts each row's draft right after its prompt, in an array of at most `limit` tokens (the model's positions)."""
-    tokens, most = ids.shape[1], drafted.shape[1]
+    """Puts the first `counts` of each row's further tokens, a draft or the prompt again, right after its prompt.
+
+    The array has at most `limit` tokens (the model's positions).
+    """
+    tokens, most = ids.shape[1], further.shape[1]
     size = min(tokens + most, limit)
-    after = jnp.arange(size) - lengths[:, None]  # 0 for the first drafted token
+    after = jnp.arange(size) - lengths[:, None]  # 0 for the first further token
     wide = jnp.pad(ids, [(0, 0), (0, size - tokens)])
-    both = jnp.where(after < 0, wide, jnp.take_along_axis(drafted, jnp.clip(after, 0, most - 1), axis=1))
+    both = jnp.where(after < 0, wide, jnp.take_along_axis(further, jnp.clip(after, 0, most - 1), axis=1))
     return Prompt(jnp.where(after < counts[:, None], both, 0), lengths, lengths + counts)

@@ -62,8 +62,8 @@ def attend(
 
 @outlined("with_scores", "implementation")
 def _attend(inputs: LayerInputs, with_scores: bool, implementation: str | None) -> Any:
-    softmax: Any = {"window": inputs.window, "soft_cap": inputs.soft_cap, "sink_logits": inputs.sink_logits}
-    return prefill_attention(*inputs[:4], **softmax, with_scores=with_scores, implementation=implementation)
+    options = inputs.attention_options
+    return prefill_attention(*inputs[:4], **options, with_scores=with_scores, implementation=implementation)
 
 
 @outlined("method", "implementation")
@@ -74,9 +74,8 @@ def score(inputs: LayerInputs, method: Method, implementation: str | None = None
     if method.keeps_all and inputs.window is None:
         return jnp.zeros((batch, kv_heads, tokens), jnp.float32)
     if sizes := calls.vote_windows(method.scorer):
-        softmax: Any = {"window": inputs.window, "soft_cap": inputs.soft_cap, "sink_logits": inputs.sink_logits}
-        options: Any = {"power": method.scorer.vote_power, "implementation": implementation}
-        votes = window_votes(inputs.q, inputs.k, inputs.lengths, sizes, **softmax, **options)
+        options: Any = inputs.attention_options | {"power": method.scorer.vote_power, "implementation": implementation}
+        votes = window_votes(inputs.q, inputs.k, inputs.lengths, sizes, **options)
         inputs = inputs._replace(votes=votes)
     return calls.score(method.scorer, inputs._replace(sinks=method.sinks)).astype(jnp.float32)
 
@@ -103,7 +102,7 @@ def keep(
 ) -> tuple[LayerCache, Kept]:
     """Step 4: a layer's cache with `heavy` top-scored tokens of each prompt. Also returns which tokens it holds.
 
-    `lengths` are those of the prompts; `inputs` may hold drafted tokens after them, which are not kept.
+    `lengths` are those of the prompts; `inputs` may hold drafted or repeated tokens after them, which are not kept.
     """
     method = spec.method
 

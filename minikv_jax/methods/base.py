@@ -126,7 +126,7 @@ class KeptTokens(NamedTuple):
       keys: float32, as decoding will read them: dequantised, where they are packed.
       values: float32, as the prompt had them; zero in filler slots.
       positions: int32, from 0; one past the prompt's array in filler slots.
-      lengths: int32, tokens of the prompt per row; `LayerInputs.lengths` also counts the drafted ones.
+      lengths: int32, tokens of the prompt per row; `LayerInputs.lengths` also counts drafted or repeated ones.
     """
 
     keys: Float[Array, "B K M H"]

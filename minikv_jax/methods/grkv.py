@@ -10,9 +10,7 @@ from minikv_jax.fields import setting
 from minikv_jax.methods.base import KeptTokens, LayerInputs, Refit
 from minikv_jax.methods.registry import register_refit
 from minikv_jax.methods.turned import AHEAD, turned_queries
-from minikv_jax.methods.votes import causal_weights
-
-_NEVER = 1 << 30  # a position that no query sees
+from minikv_jax.methods.votes import UNSEEN, causal_weights
 
 
 @register_refit("ridge")
@@ -46,8 +44,8 @@ class Ridge(Refit):
             further, after = turned_queries(inputs, jnp.arange(self.turned), self.turned, AHEAD)
             q, newest = jnp.concatenate([q, further], axis=1), jnp.concatenate([newest, after], axis=1)
         at = jnp.broadcast_to(jnp.arange(tokens), (batch, kv_heads, tokens))
-        at = jnp.where(at < kept.lengths[:, None, None], at, _NEVER)  # neither padding nor drafted tokens
-        kept_at = jnp.where(kept.positions < tokens, kept.positions, _NEVER)
+        at = jnp.where(at < kept.lengths[:, None, None], at, UNSEEN)  # neither padding nor tokens after the prompt
+        kept_at = jnp.where(kept.positions < tokens, kept.positions, UNSEEN)
         whole = causal_weights(inputs, q, newest, inputs.k.swapaxes(1, 2), at)  # [B, K, G, W, T]
         weights = causal_weights(inputs, q, newest, kept.keys, kept_at)  # [B, K, G, W, M]
         prompt = jnp.where((at < tokens)[..., None], inputs.v.swapaxes(1, 2).astype(jnp.float32), 0.0)

@@ -43,6 +43,11 @@ class LayerInputs(NamedTuple):
     sink_logits: Float[Array, "N"] | None = None
     votes: tuple[Float[Array, "B K T"], ...] = ()
 
+    @property
+    def attention_options(self) -> dict[str, Any]:
+        """The layer's options of the attention ops: window, soft cap and sink logits."""
+        return {"window": self.window, "soft_cap": self.soft_cap, "sink_logits": self.sink_logits}
+
 
 # For JAX, these are parts of the program; the others are its arrays.
 _STATIC_INPUTS = ("window", "sinks", "soft_cap")

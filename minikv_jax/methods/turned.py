@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.methods.base import LayerInputs
-from minikv_jax.methods.votes import causal_weights, gather_votes
+from minikv_jax.methods.votes import UNSEEN, causal_weights, gather_votes
 from minikv_jax.models.rotary import rotate
 
 AHEAD = 16  # default position of turned queries, counted from the first new token
@@ -47,8 +47,7 @@ def turned_votes(inputs: LayerInputs, count: int, ahead: int, power: int = 1) ->
     """Sums the weights, to a power, that keys get from turned queries; float32, zero in the padding."""
 
     def weigh(numbers: Array, keys: Array, at: Array) -> Array:
-        beyond = inputs.lengths[:, None, None] + ahead + 1  # no query sees the padding
-        at = jnp.where(at < inputs.lengths[:, None, None], at, beyond)
+        at = jnp.where(at < inputs.lengths[:, None, None], at, UNSEEN)
         return causal_weights(inputs, *turned_queries(inputs, numbers, count, ahead), keys, at)
 
     return gather_votes(inputs, count, weigh, lambda votes, new: votes + jnp.sum(new**power, axis=(2, 3)))

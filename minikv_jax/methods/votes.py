@@ -13,6 +13,7 @@ from minikv_jax import meshes
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.models import windows
 
+UNSEEN = 1 << 30  # position of a key that no query sees
 _VOTERS = 32  # queries at a time, because their weights over all keys are in memory
 
 
@@ -51,7 +52,7 @@ def attention_weights(
       inputs: the prompt, whose queries are read.
       queries: their positions. A negative one gives zeros.
       keys: the keys.
-      positions: their positions in the prompt.
+      positions: their positions in the prompt, or `UNSEEN`.
     """
     rows = jnp.take_along_axis(inputs.q, jnp.maximum(queries, 0)[:, :, None, None], axis=1)
     return causal_weights(inputs, rows, queries, keys, positions)

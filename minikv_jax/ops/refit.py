@@ -24,7 +24,7 @@ def refit(
     """Refits the values of the kept tokens.
 
     Args:
-      inputs: the prompt, with what was drafted after it.
+      inputs: the prompt, with what was drafted or repeated after it.
       lengths: tokens of the prompt per row.
       kept: the tokens that stay.
       capacity: static sizes of the cache.
