@@ -17,7 +17,7 @@ from minikv_jax.bench.decode import bench_decode
 from minikv_jax.bench.prefill import SHAPES as PREFILL_SHAPES
 from minikv_jax.bench.prefill import bench_prefill
 from minikv_jax.bench.quantize import bench_quantize
-from minikv_jax.bench.votes import SHAPES as VOTES_SHAPES
+from minikv_jax.bench.votes import CASES as VOTES_CASES
 from minikv_jax.bench.votes import bench_votes
 
 
@@ -52,8 +52,8 @@ def _benchmarks(rates: dict[str, float]) -> Iterator[timing.Benchmark]:
             yield bench_quantize(axis, implementation, rates)
     for shape in PREFILL_SHAPES:
         yield bench_prefill(shape)
-    for shape in VOTES_SHAPES:
-        yield bench_votes(shape)
+    for shape, windows in VOTES_CASES:
+        yield bench_votes(shape, windows)
 
 
 def line(row: timing.Row) -> str:

@@ -11,42 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from cuda_ffi.prefill_attention import column_sums, row_log_sum_exp
+from minikv_jax.bench.prompts import PromptShape
 from minikv_jax.bench.timing import Benchmark, Row, alternating_ms, kernel_ms
 from minikv_jax.ops.prefill_attention import prefill_attention
 
 _IMPLEMENTATIONS = ("cuda", "pallas")
 
-
-@dataclasses.dataclass(frozen=True)
-class PrefillShape:
-    """A batch of prompts of `tokens` tokens each."""
-
-    batch: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int = 128
-
-    @property
-    def name(self) -> str:
-        return f"B{self.batch} S{self.tokens} N{self.heads} K{self.kv_heads} H{self.head_dim}"
-
-
 SHAPES = (
-    PrefillShape(1, 32768, 32, 8),
-    PrefillShape(1, 8192, 32, 8),
-    PrefillShape(8, 4096, 32, 32),
-    PrefillShape(1, 8192, 32, 8, head_dim=64),
+    PromptShape(1, 32768, 32, 8),
+    PromptShape(1, 8192, 32, 8),
+    PromptShape(8, 4096, 32, 32),
+    PromptShape(1, 8192, 32, 8, head_dim=64),
 )
 
 
-def bench_prefill(shape: PrefillShape) -> Benchmark:
+def bench_prefill(shape: PromptShape) -> Benchmark:
     """A row per implementation: attention with scores, and cuDNN's without."""
-    q, k, v = (
-        jax.ShapeDtypeStruct((shape.batch, shape.tokens, heads, shape.head_dim), jnp.bfloat16)
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-    )
-    lengths = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
+    q, k, v, lengths = shape.abstract()
     row = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.tokens), jnp.float32)
     scale = shape.head_dim**-0.5
     programs = {
@@ -55,12 +36,11 @@ def bench_prefill(shape: PrefillShape) -> Benchmark:
         "columns": jax.jit(functools.partial(column_sums, scale=scale)).lower(q, k, lengths, row),
     }
     programs |= {x: jax.jit(functools.partial(_attend, x)).lower(q, k, v, lengths) for x in _IMPLEMENTATIONS}
-    return Benchmark(programs, functools.partial(_measure, shape, (q, k, v)))
+    return Benchmark(programs, functools.partial(_measure, shape))
 
 
-def _measure(shape: PrefillShape, like: tuple[Any, ...], programs: Mapping[str, Any]) -> Iterator[Row]:
-    q, k, v = (jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(like))
-    lengths = jnp.full((shape.batch,), shape.tokens, jnp.int32)
+def _measure(shape: PromptShape, programs: Mapping[str, Any]) -> Iterator[Row]:
+    q, k, v, lengths = shape.random()
     for name in _IMPLEMENTATIONS:
         cudnn_ms, ms = alternating_ms((programs["cudnn"], (q, k, v)), (programs[name], (q, k, v, lengths)))
         result = {
