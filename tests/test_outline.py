@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minikv_jax import meshes
 from minikv_jax.arrays import Contract, debug_checks
 from minikv_jax.outline import outlined
 
@@ -61,3 +62,30 @@ def test_calls_outside_of_jit_stay_as_they_are():
     for _ in range(2):
         scaled(jnp.ones(2), 5)
     assert seen == [5, 5]
+
+
+def test_a_trace_under_one_mesh_is_not_used_under_another():
+    """Nor without a mesh, nor on a device's own part. Under an equal mesh, it is."""
+    seen: list[int] = []
+
+    @outlined()
+    def add_sizes(x: jax.Array) -> jax.Array:
+        own = len(jax.sharding.get_abstract_mesh().manual_axes)
+        seen.append(100 * meshes.size(meshes.DATA) + 10 * meshes.size(meshes.MODEL) + own)
+        return x + seen[-1]
+
+    def program(x: jax.Array, split: bool) -> jax.Array:
+        return meshes.call_split(add_sizes, (x,), (1,)) if split else add_sizes(add_sizes(x))
+
+    x = jnp.zeros((4, 4))
+    places = [(None, 110), ({"data": 2}, 210), ({"model": 2}, 120), ({"data": 2, "model": 2}, 220)]
+    traces = []
+    for _ in range(2):
+        for axes, sizes in places:
+            with meshes.use(None if axes is None else meshes.make_mesh(axes)):
+                np.testing.assert_array_equal(jax.jit(functools.partial(program, split=False))(x), 2 * sizes)
+                own = sizes if axes is None else sizes + 2  # two manual axes
+                np.testing.assert_array_equal(jax.jit(functools.partial(program, split=True))(x), own)
+        traces.append(len(seen))
+    assert set(seen) == {110, 210, 212, 120, 122, 220, 222}
+    assert traces[0] == traces[1]
