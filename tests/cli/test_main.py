@@ -3,9 +3,11 @@
 import pathlib
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 from support.commands import Run, run_wrongly
@@ -80,6 +82,15 @@ def test_output_that_cannot_be_written_is_one_line_and_exit_code_2(shape: str):
     assert (done.returncode, done.stderr) == (2, "minikv: error: [Errno 28] No space left on device\n")
 
 
+@pytest.fixture
+def _interrupts() -> Iterator[None]:
+    """Lets Ctrl-C interrupt this process, which a shell's background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts")
 def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch):
     def interrupted(arguments: object) -> int:
         raise KeyboardInterrupt
