@@ -42,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _interrupts_are_raised() -> Iterator[None]:
     """Raises Ctrl-C again if it came within the garbage collector or a destructor, where Python drops it."""
-    before = sys.unraisablehook
+    before, main_thread = sys.unraisablehook, threading.main_thread().ident
+    assert main_thread is not None
 
     def hook(report: sys.UnraisableHookArgs) -> None:
         if isinstance(report.exc_value, KeyboardInterrupt):
-            threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()
+            threading.Timer(0.01, signal.pthread_kill, [main_thread, signal.SIGINT]).start()  # wakes it if it waits
         else:
             before(report)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -104,9 +105,11 @@ def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.Monk
         threading.Event().wait(10)
         return 0
 
+    began = time.monotonic()
     for command in (interrupted, interrupted_while_collecting):
         monkeypatch.setattr("minikv_jax.cli.methods.run", command)
         assert run("methods") == (130, "", "minikv: interrupted\n")
+    assert time.monotonic() - began < 9  # the wait is cut short
 
 
 def test_verbose_shows_where_an_error_comes_from(model_directory: pathlib.Path):
