@@ -7,14 +7,15 @@ import itertools
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import cuda_ffi
 from minikv_jax import files, meshes
 from minikv_jax.bench import generate, huggingface, kernels, trace
 from minikv_jax.bench.end_to_end import Case
 from minikv_jax.bench.fit import FIELDS
+from minikv_jax.bench.timing import Row
 from minikv_jax.cli import bench_devices, output, shared
 from minikv_jax.models.partition import device_part
 from minikv_jax.ops import dispatch
@@ -49,19 +50,26 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=shared.output_file, metavar="FILE", help="JSON file to write")
 
 
+def _write_rows(
+    arguments: argparse.Namespace, report: dict[str, Any], rows: Iterable[Row], line: Callable[[Row], str]
+) -> int:
+    """Prints a line per row; the file of --output is complete after each. Returns 1 if all rows are errors."""
+    for row in rows:
+        report["results"].append(row)
+        print(line(row), flush=True)
+        output.write_json(arguments.output, report, indent=1)
+    return int(all("error" in row for row in report["results"]))
+
+
 # kernels --------------------------------------------------------------------------------------------------------------
 
 
 def _run_kernels(arguments: argparse.Namespace) -> int:
-    """Prints a line per measurement; the file of --output is complete after each."""
+    """Measures the kernels, and prints and writes their rows."""
     if reason := cuda_ffi.why_unavailable():
         raise ValueError(reason)
     report = kernels.new_report("minikv bench kernels")
-    for row in kernels.measure(report):
-        report["results"].append(row)
-        print(kernels.line(row), flush=True)
-        output.write_json(arguments.output, report, indent=1)
-    return 0
+    return _write_rows(arguments, report, kernels.measure(report), kernels.line)
 
 
 # generate -------------------------------------------------------------------------------------------------------------
@@ -114,7 +122,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_generate(arguments: argparse.Namespace) -> int:
-    """Prints a line per run; the file of --output is complete after each. Returns 1 if every run failed."""
+    """Measures the cases, and prints and writes their rows."""
     if arguments.find and arguments.memory_gb is None:
         raise ValueError(f"--find {arguments.find}: expected --memory-gb, the limit to find it for")
     if arguments.memory_gb is not None and not 1 <= arguments.memory_gb * 1e9 < math.inf:
@@ -132,12 +140,8 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     bench = generate.Bench(arguments.command_line, arguments.memory_gb)
     if arguments.compile_ahead and not arguments.find:
         bench.compile_ahead(ours, arguments.compile_ahead)
-    for case in cases:
-        row = bench.fitted(case, arguments.find) if arguments.find else bench.row(case)
-        bench.report["results"].append(row)
-        print(generate.line(row), flush=True)
-        output.write_json(arguments.output, bench.report, indent=1)
-    return int(all("error" in row for row in bench.report["results"]))
+    rows = (bench.fitted(case, arguments.find) if arguments.find else bench.row(case) for case in cases)
+    return _write_rows(arguments, bench.report, rows, generate.line)
 
 
 def _check_meshes(cases: list[Case], find: str | None) -> None:
@@ -203,7 +207,7 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_trace(arguments: argparse.Namespace) -> int:
-    """Prints a table per run; the file of --output is complete after each. Returns 1 if every run failed."""
+    """Traces the cases, and prints and writes their tables."""
     dispatch.check_implementation(arguments.implementation)
     cases = list(_cases(arguments))
     for case in cases:  # reports errors before anything runs
@@ -212,12 +216,7 @@ def _run_trace(arguments: argparse.Namespace) -> int:
         if arguments.steps > case.max_new_tokens:
             raise ValueError(f"--steps {arguments.steps}: expected at most {case.max_new_tokens}, the new tokens")
     bench = generate.Bench(arguments.command_line, None)
-    for case in cases:
-        row = bench.traced(case, arguments.prefill)
-        bench.report["results"].append(row)
-        print(trace.table(row), flush=True)
-        output.write_json(arguments.output, bench.report, indent=1)
-    return int(all("error" in row for row in bench.report["results"]))
+    return _write_rows(arguments, bench.report, (bench.traced(case, arguments.prefill) for case in cases), trace.table)
 
 
 # figures --------------------------------------------------------------------------------------------------------------
