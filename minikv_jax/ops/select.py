@@ -43,30 +43,16 @@ def select(
       capacity: `M`, at least the tokens that any row keeps (`cache.capacity.kept_capacity`).
       window: sliding window or chunk of the layer. Tokens that new ones cannot see are not kept.
     """
-    if method.keeps_all and window is None:
-        batch, kv_heads, tokens = scores.shape
-        positions = jnp.arange(tokens)
-        kept = jnp.where(positions < lengths[:, None, None], positions, tokens)
-        return Kept(jnp.broadcast_to(kept, (batch, kv_heads, tokens)), lengths)
-    return select_tokens(scores, lengths, heavy, method, capacity, window)
-
-
-def select_tokens(
-    scores: Float[Array, "B K T"],
-    lengths: Int[Array, "B"],
-    heavy: Int[Array, "B"],
-    method: Method,
-    capacity: int,
-    window: Window | None = None,
-) -> Kept:
-    """Selects the sinks, the newest tokens and the top-scored tokens between them. Arguments as for `select`."""
     tokens = scores.shape[-1]
+    positions = jnp.arange(tokens)
+    if method.keeps_all and window is None:
+        kept = jnp.where(positions < lengths[:, None, None], positions, tokens)
+        return Kept(jnp.broadcast_to(kept, scores.shape), lengths)
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(windows.oldest(window, lengths), 0)
     visible = lengths - first
     sinks = jnp.minimum(method.sinks, visible) if window is None else jnp.clip(method.sinks - first, 0, visible)
     recent = jnp.minimum(method.recent.tokens(lengths), visible - sinks)
     heavy = jnp.minimum(heavy, visible - sinks - recent)
-    positions = jnp.arange(tokens)
     in_view = (positions >= first[:, None]) & (positions < lengths[:, None])  # [B, T]
     forced = in_view & ((positions < (first + sinks)[:, None]) | (positions >= (lengths - recent)[:, None]))
     _, order = lax.top_k(rank(scores, forced, in_view), capacity)  # equal elements come in order of position

@@ -18,7 +18,7 @@ from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.append import append
 from minikv_jax.ops.compress import compress
 from minikv_jax.ops.decode_attention import decode_attention
-from minikv_jax.ops.select import select_tokens
+from minikv_jax.ops.select import select
 
 N, K, H = 6, 2, 32
 APPEND, ATTEND = jax.jit(append), jax.jit(decode_attention)  # one program per method and set of shapes
@@ -228,7 +228,7 @@ def test_sliding_window_layer(quantized: bool):
     @jax.jit
     def start(k: jax.Array, v: jax.Array, lengths: jax.Array) -> LayerCache:
         nothing = jnp.zeros((3, K, T))
-        kept = select_tokens(nothing, lengths, jnp.zeros_like(lengths), method, capacity.kept, window)
+        kept = select(nothing, lengths, jnp.zeros_like(lengths), method, capacity.kept, window)
         return compress(k, v, kept, capacity, LayerSpec(method, window))
 
     layer = start(k, v, np.array(lengths))

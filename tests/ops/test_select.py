@@ -14,7 +14,7 @@ from oracle import naive
 from minikv_jax.cache.capacity import kept_capacity
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.method import Method, Share, Tokens
-from minikv_jax.ops.select import Kept, select, select_tokens
+from minikv_jax.ops.select import Kept, select
 
 LENGTHS = np.array([1, 2, 3, 7, 19, 38, 39, 40])
 TOKENS = 40
@@ -25,7 +25,7 @@ SCORED = Method(scorer=H2O(), heavy=0.25, recent=0.25)
 def choose(
     scores: jax.Array, lengths: jax.Array, heavy: jax.Array, method: Method, capacity: int, window: int | None = None
 ) -> Kept:
-    return select_tokens(scores, lengths, heavy, method, capacity, window)
+    return select(scores, lengths, heavy, method, capacity, window)
 
 
 @pytest.mark.parametrize(
