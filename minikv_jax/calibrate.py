@@ -1,10 +1,11 @@
-"""Learns a `Calibration` with Optax: clipping ranges of the groups, and a rotation of the keys and the values.
+"""Learns a `Calibration`: clipping ranges of the groups, and a rotation of the keys and the values.
 
 Layers are learned one by one, from what a method's cache holds of a few prompts. A layer's loss is the error of its
 attention output for the tokens that follow the prompts, compared with attention over the same tokens in full precision.
 So the loss measures what an error in a key or value costs, and needs no pass through the model. The forward pass uses
 the method's own quantisation. Gradients pass straight through the rounding (Bengio et al. 2013) and reach zero points
-and steps as in LSQ (Esser et al. 2020). Rotations are Cayley transforms of skew-symmetric matrices.
+and steps as in LSQ (Esser et al. 2020). Rotations are Cayley transforms of skew-symmetric matrices. They start from the
+quantizer's own basis or from OSCAR's closed form, which without any step is a calibration of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import packing
 from minikv_jax.cache.capacity import capacities
-from minikv_jax.checks import at_least
+from minikv_jax.checks import at_least, choice
 from minikv_jax.layerwise import compress_layers, look_ahead, prefill_layers
-from minikv_jax.methods import contracts
+from minikv_jax.methods import contracts, oscar
 from minikv_jax.methods.base import Kind, Operand
 from minikv_jax.methods.calibrated import Calibration, OperandCalibration, Ranges, clipped
 from minikv_jax.methods.kivi import MinMax
@@ -38,6 +39,7 @@ from minikv_jax.models.windows import Window
 from minikv_jax.packing import Packing
 
 LEARNABLE = ("ranges", "rotation")
+STARTS = ("quantizer", "oscar")  # where rotations start
 _STARTING_POINTS = (MinMax, Hadamard)  # quantizers that a calibrated one equals before anything is learned
 
 
@@ -47,18 +49,21 @@ class Settings:
 
     Attributes:
       learn: parts to learn: "ranges", "rotation" or both.
-      steps: steps of the optimiser per layer, one text each.
+      start: where rotations start: "quantizer", its own basis, or "oscar", the closed form of arXiv 2605.17757.
+      steps: steps of the optimiser per layer, one text each; 0 leaves everything where it starts.
       rate: Adam's learning rate, between 0 and 1; it falls to 0 along a cosine.
       seed: seed of the order in which texts are drawn.
     """
 
     learn: tuple[str, ...] = ("rotation",)
+    start: str = "quantizer"
     steps: int = 100
     rate: float = 0.02
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(1, steps=self.steps)
+        choice("start", self.start, STARTS)
+        at_least(0, steps=self.steps)
         if not 0 < self.rate < 1:
             raise ValueError(f"rate={self.rate}: expected a number between 0 and 1")
         if not self.learn or set(self.learn) - set(LEARNABLE):
@@ -70,7 +75,7 @@ class Learnt(NamedTuple):
 
     Attributes:
       calibration: the ranges and rotations.
-      before, after: `[L]`, mean loss over all texts, before and after learning.
+      before, after: `[L]`, mean loss over all texts, in the quantizer's own basis and after learning.
       curve: `[steps]`, mean loss over layers, on the text of each step.
     """
 
@@ -92,8 +97,8 @@ def calibrate(
     Args:
       model: the model whose keys and values are stored.
       texts: pairs of a prompt and the tokens that follow it, as token ids; the lengths are the same in all texts.
-      method: quantises with `MinMax` or `Hadamard`; rotations start from the quantizer's own basis.
-      settings: parts to learn, steps and learning rate.
+      method: quantises with `MinMax` or `Hadamard`.
+      settings: parts to learn, where to start, steps and learning rate.
       done: called after each layer with the number of finished layers.
 
     Returns:
@@ -115,7 +120,8 @@ def calibrate(
         learned = _learn_layer(samples, key, quantizer=quantizer, sinks=method.sinks, settings=settings, window=window)
         layers.append(jax.device_get(learned))
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(layers[-1])):
-            raise ValueError(f"what is learnt of layer {number} is not finite: expected a rate below {settings.rate}")
+            hint = f": expected a rate below {settings.rate}" if settings.steps else ""
+            raise ValueError(f"what is learnt of layer {number} is not finite{hint}")
         done(number + 1)
     calibration, before, after, curve = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return Learnt(calibration, before, after, curve.mean(axis=0))
@@ -190,31 +196,40 @@ def _learn_layer(
 ) -> tuple[Calibration, Array, Array, Array]:
     """Learns a layer's calibration. Returns it with the mean loss before and after, and the loss of every step."""
     texts, _, _, dim = samples.q.shape
-    bases = _basis("keys", quantizer, dim), _basis("values", quantizer, dim)
+    own = _basis("keys", quantizer, dim), _basis("values", quantizer, dim)
+    bases = _oscar_bases(samples) if settings.start == "oscar" else own
     start = _nothing_learnt(samples.k.shape[1], dim, quantizer.group_size)
 
-    def loss(free: Calibration, sample: _Samples) -> Array:
+    def loss(free: Calibration, bases: tuple[Array, Array], sample: _Samples) -> Array:
         return _loss(_calibration(free, bases, settings.learn), sample, quantizer, sinks, window)
 
-    def mean(free: Calibration) -> Array:
-        return jnp.mean(lax.map(functools.partial(loss, free), samples))
+    def mean(free: Calibration, bases: tuple[Array, Array]) -> Array:
+        return jnp.mean(lax.map(functools.partial(loss, free, bases), samples))
 
     def step(state: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], Array]:
         free, moments = state
-        value, slope = jax.value_and_grad(loss)(free, jax.tree.map(lambda leaf: leaf[index], samples))
+        value, slope = jax.value_and_grad(loss)(free, bases, jax.tree.map(lambda leaf: leaf[index], samples))
         change, moments = adam.update(slope, moments, free)
         return (optax.apply_updates(free, change), moments), value
 
-    adam = optax.adam(optax.cosine_decay_schedule(settings.rate, settings.steps))
+    adam = optax.adam(optax.cosine_decay_schedule(settings.rate, max(settings.steps, 1)))
     order = jax.random.randint(key, (settings.steps,), 0, texts)
     (learnt, _), curve = lax.scan(step, (start, adam.init(start)), order)
-    return _calibration(learnt, bases, settings.learn), mean(start), mean(learnt), curve
+    return _calibration(learnt, bases, settings.learn), mean(start, own), mean(learnt, bases), curve
 
 
 def _basis(kind: Kind, quantizer: MinMax, dim: int) -> Float[Array, "H H"]:
     """Basis from which a rotation starts: that of the method's own quantizer."""
     rotation = quantizer.rotation(Operand(kind), dim)
     return jnp.eye(dim) if rotation is None else rotation
+
+
+def _oscar_bases(samples: _Samples) -> tuple[Float[Array, "H H"], Float[Array, "H H"]]:
+    """OSCAR's rotations of the keys and the values, by what the tokens after the prompts ask of the kept ones."""
+    queries, slots = samples.q.shape[1], samples.positions.shape[-1]
+    first_asking = samples.positions[..., slots - queries, None]
+    stored = (jnp.arange(slots) < slots - queries) & (samples.positions < first_asking)
+    return oscar.rotations(samples.q, samples.k, samples.v, stored)
 
 
 def _nothing_learnt(heads: int, dim: int, group_size: int) -> Calibration:

@@ -72,6 +72,18 @@ def test_what_is_not_to_be_learned_stays_as_it_is(model: Llama, learnt: Learnt):
         assert np.abs(np.log(part.ranges.high)).max() > 0.01
 
 
+def test_rotations_may_start_from_the_closed_form(model: Llama, learnt: Learnt):
+    closed = calibrate(model, TEXTS, BASE, Settings(start="oscar", steps=0))
+    np.testing.assert_array_equal(closed.before, learnt.before)
+    assert closed.curve.shape == (0,)
+    for part in closed.calibration:
+        np.testing.assert_allclose(part.rotation @ part.rotation.swapaxes(1, 2), [np.eye(16)] * 2, atol=1e-5)
+        assert np.abs(part.rotation - hadamard(16)).max() > 0.01
+        assert all((leaf == 1).all() for leaf in part.ranges)
+    further = calibrate(model, TEXTS, BASE, Settings(start="oscar", steps=30))
+    assert (further.after < closed.after).all()
+
+
 def test_every_kernel_packs_what_is_only_rotated(model: Llama, learnt: Learnt, tmp_path: pathlib.Path):
     ones = jax.tree.map(np.ones_like, [part.ranges for part in learnt.calibration])
     parts = [part._replace(ranges=ranges) for part, ranges in zip(learnt.calibration, ones, strict=True)]
@@ -205,6 +217,6 @@ def test_what_cannot_be_calibrated_is_named(model: Llama):
     with pytest.raises(ValueError, match="'base' packs nothing of a prompt of 4 tokens"):
         calibrate(model, [([1, 2, 3, 4], [5])], BASE)
     wrong: dict[str, Any]
-    for wrong in ({"learn": ("budgets",)}, {"learn": ()}, {"steps": 0}, {"rate": 0.0}):
+    for wrong in ({"learn": ("budgets",)}, {"learn": ()}, {"start": "here"}, {"steps": -1}, {"rate": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected"):
             Settings(**wrong)

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from minikv_jax import files
-from minikv_jax.calibrate import Learnt, Settings, calibrate, check_method
+from minikv_jax.calibrate import STARTS, Learnt, Settings, calibrate, check_method
 from minikv_jax.cli import output, shared
 from minikv_jax.evaluation.run import describe_model
 from minikv_jax.evaluation.task import need_tokenizer, read_text
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--context", 1024, "N", "prompt tokens of a window"),
         ("--queries", 128, "Q", "tokens after the prompt, whose attention is to stay as it is"),
         ("--limit", 4, "N", "windows of each text"),
-        ("--steps", 100, "N", "steps per layer"),
+        ("--steps", 100, "N", "steps per layer; 0 leaves everything where it starts"),
     ):
         parser.add_argument(
             flag, type=shared.integer, default=default, metavar=metavar, help=f"{text}; default: {default}"
@@ -47,13 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=shared.number, default=0.02, metavar="R", help="Adam's step size; default: %(default)s"
     )
     parser.add_argument(
+        "--start",
+        default="quantizer",
+        choices=STARTS,
+        help="where rotations start: at the method's own quantizer or at OSCAR's closed form; default: %(default)s",
+    )
+    parser.add_argument(
         "--learn", default="rotation", metavar="PARTS", help="rotation, ranges, or both; default: %(default)s"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the loss before and after, and saves the calibration."""
-    settings = Settings(tuple(arguments.learn.split(",")), arguments.steps, arguments.rate, arguments.seed)
+    learn = tuple(arguments.learn.split(","))
+    settings = Settings(learn, arguments.start, arguments.steps, arguments.rate, arguments.seed)
     method = shared.read_method(arguments)
     texts = {path.name: read_text(path) for path in arguments.text}
     if len(texts) < len(arguments.text):
@@ -61,15 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_method(hub.load_config(arguments.model), method)
     with files.replacing(arguments.out, patience=0, new=True) as part:  # no other process learns for it meanwhile
         learnt = _learn(arguments, settings, method, texts, part)
-    tenths = [values.mean() for values in np.array_split(learnt.curve, min(10, len(learnt.curve)))]
-    output.print_rows(
-        {
-            "loss, mean of all layers": f"{learnt.before.mean():.5f} -> {learnt.after.mean():.5f}",
-            "loss while learning": " ".join(f"{value:.5f}" for value in tenths),
-            "layers with a lower loss": str((learnt.after < learnt.before).sum()),
-            "use it with": f"--method {arguments.out}",
-        }
-    )
+    rows = {"loss, mean of all layers": f"{learnt.before.mean():.5f} -> {learnt.after.mean():.5f}"}
+    if settings.steps:
+        tenths = [values.mean() for values in np.array_split(learnt.curve, min(10, settings.steps))]
+        rows["loss while learning"] = " ".join(f"{value:.5f}" for value in tenths)
+    rows["layers with a lower loss"] = str((learnt.after < learnt.before).sum())
+    output.print_rows(rows | {"use it with": f"--method {arguments.out}"})
     return 0
 
 

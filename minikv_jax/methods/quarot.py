@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from minikv_jax.methods.base import Operand
 from minikv_jax.methods.kivi import KIVI_2, MinMax
+from minikv_jax.methods.method import Tail
 from minikv_jax.methods.registry import register_method, register_quantizer
 
 
@@ -33,11 +34,23 @@ def hadamard(size: int) -> np.ndarray:
     return np.kron(np.eye(size // len(block), dtype=np.float32), block / np.sqrt(np.float32(len(block))))
 
 
-register_method(
+KIVI_2_HADAMARD = register_method(
     dataclasses.replace(
         KIVI_2,
         name="kivi-2-hadamard",
         citation=KIVI_2.citation + ", turned by a Hadamard matrix (QuaRot, arXiv 2404.00456)",
         quantizer=Hadamard(k_bits=2, v_bits=2, group_size=32),
+    )
+)
+# Groups of 16 with 8-bit metadata take no more bytes than groups of 32 with 16-bit metadata.
+register_method(
+    dataclasses.replace(
+        KIVI_2_HADAMARD,
+        name="hadamard-2bit",
+        citation="minikv_jax: as kivi-2-hadamard, in groups of 16 with 8-bit metadata, the last 96 instead of 128, 4 "
+        "sinks; no more bytes than kivi-2",
+        sinks=4,
+        tail=Tail(length=96, rule="kivi"),
+        quantizer=Hadamard(k_bits=2, v_bits=2, group_size=16, metadata_dtype="float8_e4m3fn"),
     )
 )
