@@ -24,7 +24,7 @@ from minikv_jax.cache import memory
 from minikv_jax.cache.state import KVCache
 from minikv_jax.generate import compile_ahead
 from minikv_jax.meshes import AXES, DATA, MODEL
-from minikv_jax.methods import lookup
+from minikv_jax.methods import contracts, lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.plugins import load_plugin
 from minikv_jax.models import hub
@@ -109,6 +109,10 @@ class Case:
                 f"{self.method}: evict_every={method.evict_every} cannot be measured, because lengths do not only grow"
             )
         return method
+
+    def check(self) -> None:
+        """Raises ValueError for a model or method that cannot be measured, or a method that does not fit the model."""
+        contracts.check(self.resolve_method(), self.config())
 
     def devices(self) -> Mesh | None:
         """The mesh of the run. Raises ValueError if this machine has too few devices."""

@@ -136,7 +136,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     for case in cases:  # reports errors before anything runs
         case.config()
     for case in ours:
-        case.resolve_method()
+        case.check()
     bench = generate.Bench(arguments.command_line, arguments.memory_gb)
     if arguments.compile_ahead and not arguments.find:
         bench.compile_ahead(ours, arguments.compile_ahead)
@@ -211,8 +211,7 @@ def _run_trace(arguments: argparse.Namespace) -> int:
     dispatch.check_implementation(arguments.implementation)
     cases = list(_cases(arguments))
     for case in cases:  # reports errors before anything runs
-        case.config()
-        case.resolve_method()
+        case.check()
         if arguments.steps > case.max_new_tokens:
             raise ValueError(f"--steps {arguments.steps}: expected at most {case.max_new_tokens}, the new tokens")
     bench = generate.Bench(arguments.command_line, None)
