@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -24,25 +26,22 @@ def rotations(
     channels. The eigenvectors are interleaved by bit reversal, so that every part of `H` gets large and small ones.
 
     Args:
-      q: queries that read the stored tokens, `W` texts of `Q` queries.
-      k, v: keys and values of those texts.
+      q: float32, queries that read the stored tokens, `W` texts of `Q` queries.
+      k, v: float32, keys and values of those texts; finite in every slot.
       stored: which of the `S` slots hold a token.
 
     Returns:
-      Orthogonal matrices `R`: the cache holds `k @ R` and `v @ R`.
+      Orthogonal float32 matrices `R`: the cache holds `k @ R` and `v @ R`.
     """
     texts, queries, heads, dim = q.shape
     grouped = q.reshape(texts, queries, k.shape[1], -1, dim)
-    asked = _second_moment("wqkgh,wqkgi->khi", grouped) / (texts * queries * heads // k.shape[1])
-    weights = jnp.einsum("wksh,khi,wksi->wks", k, asked, k, precision="highest") * stored
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    asked = einsum("wqkgh,wqkgi->khi", grouped, grouped) / (texts * queries * heads // k.shape[1])
+    weights = einsum("wksh,khi,wksi->wks", k, asked, k) * stored
     mean = weights.sum((0, 2), keepdims=True) / jnp.maximum(stored.sum((0, 2), keepdims=True), 1)
     weights = jnp.where(mean > 0, weights / jnp.where(mean > 0, mean, 1), stored)
-    read = _second_moment("wksh,wksi->hi", jnp.sqrt(weights)[..., None] * v)
+    read = einsum("wks,wksh,wksi->hi", weights, v, v)
     return _spread(asked.mean(axis=0)), _spread(read)
-
-
-def _second_moment(axes: str, x: Array) -> Array:
-    return jnp.einsum(axes, x, x, precision="highest")
 
 
 def _spread(matrix: Float[Array, "H H"]) -> Float[Array, "H H"]:
