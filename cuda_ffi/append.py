@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from cuda_ffi import registration
 from cuda_ffi.arrays import Packed, Region, Storage, check_packed, check_supported
-from cuda_ffi.quantize import DTYPES, check_head_dim
+from cuda_ffi.quantize import BITS, DTYPES, check_head_dim
 
 _KERNEL = "CUDA append kernel"
 # Operands 3 and 4, the lengths, are results 0 and 1; operands 5 to 16, the cache, results 2 to 13.
@@ -81,7 +81,7 @@ def _values(arrays: Sequence[Array], old: Packed) -> tuple[Array, Packed]:
 
 
 def _check(packed: Region[Packed], tail: Region[Array], storage: Storage, sinks: int, block: int) -> None:
-    check_packed(_KERNEL, packed, storage)
+    check_packed(_KERNEL, packed, storage, BITS)
     check_supported(_KERNEL, ("tail.k.dtype", tail.k.dtype.name, DTYPES))
     capacity, head_dim = tail.k.shape[2:]
     check_head_dim(_KERNEL, head_dim)

@@ -9,7 +9,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-BITS = (2, 4)
+PLANES = {2: (2,), 3: (2, 1), 4: (4,)}  # bits of a code -> widths of its bit planes
+BITS = tuple(PLANES)
 GROUP_SIZES = (16, 32, 64, 128)
 METADATA_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 
@@ -23,7 +24,7 @@ class Packed(NamedTuple):
     channels of one token (values).
 
     Attributes:
-      planes: code words, one array uint32 `[B, K, S * bits / 32, H]`.
+      planes: code words, uint32 `[B, K, S * p / 32, H]` for each bit plane of `p` bits (`PLANES`).
       scale: distance between two codes, `[B, K, S / g, H]` (keys) or `[B, K, S, H / g]` (values), in float16, bfloat16
         or float8_e4m3fn.
       zero: value of code 0; shape and dtype of `scale`.
@@ -63,6 +64,16 @@ class Storage:
     v_bits: int
     group_size: int
 
+    @property
+    def packing_block(self) -> int:
+        """Smallest number of tokens that fills whole groups and words of keys and of values."""
+        return max(packing_block(bits, self.group_size) for bits in (self.k_bits, self.v_bits))
+
+
+def packing_block(bits: int, group_size: int) -> int:
+    """Smallest number of tokens that fills whole groups and words of every plane."""
+    return max(group_size, 32 // min(PLANES[bits]))
+
 
 def check_supported(kernel: str, *cases: tuple[str, Any, Sequence[Any]]) -> None:
     """Checks `(name, value, supported values)` one by one.
@@ -75,8 +86,14 @@ def check_supported(kernel: str, *cases: tuple[str, Any, Sequence[Any]]) -> None
             raise NotImplementedError(f"{name}={value}: the {kernel} supports {', '.join(map(str, supported))}")
 
 
-def check_packed(kernel: str, packed: Region[Packed], storage: Storage) -> None:
-    """Checks the bits, the group size and the dtypes of a packed region.
+def check_packed(kernel: str, packed: Region[Packed], storage: Storage, bits: Sequence[int] = BITS) -> None:
+    """Checks the bits, the planes, the group size and the dtypes of a packed region.
+
+    Args:
+      kernel: its name.
+      packed: keys and values.
+      storage: how they are stored.
+      bits: supported bits per code.
 
     Raises:
       NotImplementedError: naming the kernel, the value and what is supported.
@@ -85,14 +102,15 @@ def check_packed(kernel: str, packed: Region[Packed], storage: Storage) -> None:
     metadata_dtype = packed.k.scale.dtype
     check_supported(
         kernel,
-        ("k_bits", storage.k_bits, BITS),
-        ("v_bits", storage.v_bits, BITS),
+        ("k_bits", storage.k_bits, bits),
+        ("v_bits", storage.v_bits, bits),
         ("group_size", storage.group_size, GROUP_SIZES),
         ("metadata dtype", metadata_dtype.name, METADATA_DTYPES),
     )
-    for name, side in (("k", packed.k), ("v", packed.v)):
-        if len(side.planes) != 1:
-            raise ValueError(f"packed.{name} has {len(side.planes)} planes: expected 1")
+    for name, side, side_bits in (("k", packed.k, storage.k_bits), ("v", packed.v, storage.v_bits)):
+        planes = len(PLANES[side_bits])
+        if len(side.planes) != planes:
+            raise ValueError(f"packed.{name} has {len(side.planes)} planes: expected {planes} for {side_bits} bits")
         if side.scale.dtype != metadata_dtype or side.zero.dtype != metadata_dtype:
             raise ValueError(
                 f"packed.{name} has metadata of dtypes {side.scale.dtype} and {side.zero.dtype}: "

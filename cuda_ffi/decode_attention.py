@@ -12,6 +12,7 @@ from jaxtyping import Array, BFloat16, Float
 from cuda_ffi import registration
 from cuda_ffi.arrays import Packed, Region, Storage, check_packed, check_supported
 
+BITS = (2, 4)
 HEAD_DIMS = (64, 96, 128, 256)
 _KERNEL = "CUDA decode kernel"
 _MAX_WARPS = 2048  # on the whole device: more than any device runs with the largest config
@@ -135,7 +136,7 @@ def check(q: jax.Array, packed: Region[Packed], tail: Region[Array], storage: St
       NotImplementedError: naming the value and what is supported.
       ValueError: for shapes that do not match.
     """
-    check_packed(_KERNEL, packed, storage)
+    check_packed(_KERNEL, packed, storage, BITS)
     # The kernel rounds code * scale to float16: small against bfloat16's own rounding, too much against float16's.
     check_supported(_KERNEL, ("q.dtype", q.dtype.name, ("bfloat16",)))
     if q.ndim != 3 or tail.k.ndim != 4 or packed.k.planes[0].ndim != 4:

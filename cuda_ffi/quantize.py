@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cuda_ffi import registration
-from cuda_ffi.arrays import BITS, GROUP_SIZES, METADATA_DTYPES, Packed, check_supported
+from cuda_ffi.arrays import GROUP_SIZES, METADATA_DTYPES, Packed, check_supported
 
+BITS = (2, 4)
 DTYPES = ("float32", "bfloat16", "float16")
 _MAX_HEAD_DIM = 256
 _KERNEL = "CUDA quantisation kernel"
