@@ -47,6 +47,7 @@ from minikv_jax.methods.minikv import Variance as Variance
 from minikv_jax.methods.nvfp4 import NVFP4 as NVFP4
 from minikv_jax.methods.pyramidkv import Pyramid as Pyramid
 from minikv_jax.methods.quarot import Hadamard as Hadamard
+from minikv_jax.methods.rest_kv import ReSTKV as ReSTKV
 from minikv_jax.methods.rtn import RTN as RTN
 from minikv_jax.methods.snapkv import SnapKV as SnapKV
 from minikv_jax.methods.tova import TOVA as TOVA

@@ -22,6 +22,7 @@ def gather_votes(
     size: int,
     weigh: Callable[[Array, Array, Array], Array],
     join: Callable[[Array, Array], Array],
+    at_once: int = _VOTERS,
 ) -> Float[Array, "B K T"]:
     """Gathers the votes of `size` queries, few at a time.
 
@@ -31,10 +32,11 @@ def gather_votes(
       weigh: gets numbers of queries [W], the keys [B, K, T, H] and their positions [B, K, T]. It returns weights
         [B, K, G, W, T], zeros for numbers from `size` on.
       join: gets votes [B, K, T], zero at first, and the weights, and returns the new votes.
+      at_once: number of queries at a time.
     """
     batch, tokens, kv_heads, _ = inputs.k.shape
     at = jnp.broadcast_to(jnp.arange(tokens), (batch, kv_heads, tokens))
-    voters = min(size, _VOTERS)
+    voters = min(size, at_once)
 
     def add(block: Array | int, votes: Array) -> Array:
         return join(votes, weigh(block * voters + jnp.arange(voters), inputs.k.swapaxes(1, 2), at))

@@ -18,6 +18,7 @@ from minikv_jax.methods.knorm import KNorm
 from minikv_jax.methods.kvzip import KVzip
 from minikv_jax.methods.lagkv import LagKV
 from minikv_jax.methods.method import Method
+from minikv_jax.methods.rest_kv import ReSTKV
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.methods.tova import TOVA
 from minikv_jax.methods.twin import Twin
@@ -52,7 +53,11 @@ def prompt(lengths: list[int], heads: tuple[int, int], seed: int = 0) -> tuple[n
     return q, k, v
 
 
-SCORERS = [TOVA(), KNorm(), KeyDiff(), LagKV(lag=8), ExpectedAttention(future=6, epsilon=0.01)]
+SCORERS = [
+    *(TOVA(), KNorm(), KeyDiff(), LagKV(lag=8), ExpectedAttention(future=6, epsilon=0.01)),
+    *(ReSTKV(), ReSTKV(observation_window=7, smoothing=0.3)),
+    ReSTKV(observation_window=9, pooling="max", pooling_kernel=5),
+]
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
@@ -112,6 +117,13 @@ def test_rms_votes_match_the_formula(queries: int, window: int | None):
             np.testing.assert_allclose(got[row, head], np.sqrt(np.mean(squares, axis=0)), rtol=1e-5, atol=1e-6)
 
 
+def test_rest_kv_of_a_token_with_all_the_weight_is_finite():
+    q, k = jnp.full((1, 4, 1, H), 50.0), jnp.zeros((1, 4, 1, H)).at[:, 1].set(50.0)
+    v = jnp.arange(4 * H, dtype=jnp.float32).reshape(1, 4, 1, H)
+    scores = np.asarray(ReSTKV().score(LayerInputs(q, k, v, jnp.array([4]))))
+    assert np.isfinite(scores).all()
+
+
 @pytest.mark.parametrize("window", [None, 15])
 def test_kvzip_matches_the_formula(window: int | None):
     """Every row is a prompt and its repetition, whose queries vote by their largest weight."""
@@ -167,6 +179,8 @@ def test_expected_attention_needs_the_rotation():
         (lambda: SnapKV(pooling_kernel=4), "pooling_kernel=4: expected an odd number"),
         (lambda: Twin(long_window=0), "long_window=0: expected an integer"),
         (lambda: Twin(observation_window=1.5), "observation_window=1.5: expected an integer"),  # pyright: ignore[reportArgumentType]
+        (lambda: ReSTKV(smoothing=1.5), "smoothing=1.5: expected a finite number"),
+        (lambda: ReSTKV(pooling_kernel=2), "pooling_kernel=2: expected an odd number"),
         (lambda: LagKV(lag=0), "lag=0: expected an integer"),
         (lambda: ExpectedAttention(future=0), "future=0: expected an integer"),
         (lambda: ExpectedAttention(epsilon="0.1"), "epsilon='0.1': expected a finite number"),  # pyright: ignore[reportArgumentType]

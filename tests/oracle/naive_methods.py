@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
-from oracle.naive import softmax
+from oracle.naive import pool, softmax
 
 from minikv_jax.methods.expected_attention import ExpectedAttention
 from minikv_jax.methods.keydiff import KeyDiff
 from minikv_jax.methods.knorm import KNorm
 from minikv_jax.methods.lagkv import LagKV
 from minikv_jax.methods.method import Method
+from minikv_jax.methods.rest_kv import ReSTKV
 from minikv_jax.methods.tova import TOVA
 
 
@@ -79,6 +80,26 @@ def expected_attention(
     return (total + epsilon) * np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=1))
 
 
+def rest_kv(q: np.ndarray, k: np.ndarray, v: np.ndarray, scorer: ReSTKV) -> np.ndarray:
+    """Leaves out one token after the other, and measures how far each of the last queries' outputs moves."""
+    n, G, H = q.shape
+    keys, values, total = k.astype(np.float64), v.astype(np.float64), np.zeros(n)
+    past = max(n - scorer.observation_window, 0)
+    for g in range(G):
+        moves = np.zeros((n - past, n))
+        for move, at in zip(moves, range(past, n), strict=True):
+            weights, seen = softmax(keys[: at + 1] @ q[at, g] / np.sqrt(H)), values[: at + 1]
+            for token in range(at + 1 if at else 0):  # the first query has no other token
+                others = np.arange(at + 1) != token
+                without = weights[others] @ seen[others] / weights[others].sum()
+                move[token] = np.sqrt(np.sum((weights @ seen - without) ** 2))
+        average = moves[0] if scorer.smoothing else moves.mean(axis=0)
+        for move in moves[1:] if scorer.smoothing else ():
+            average = scorer.smoothing * move + (1 - scorer.smoothing) * average
+        total += average / G
+    return np.concatenate([pool(total[:past], scorer.pooling, scorer.pooling_kernel), total[past:]])
+
+
 def turn(x: np.ndarray, steps: int, frequencies: np.ndarray) -> np.ndarray:
     """Rotates the channel pairs (i, i + H/2) of x[..., H], as complex numbers, by `steps` positions."""
     half = x.shape[-1] // 2
@@ -100,6 +121,8 @@ def prompt_scores(
             scores[b, head, :n] = tova(q[b, :n], k[b, :n])
         elif isinstance(scorer, LagKV):
             scores[b, head, :n] = lagkv(keys, values, sinks=method.sinks, lag=scorer.lag, padded=T)
+        elif isinstance(scorer, ReSTKV):
+            scores[b, head, :n] = rest_kv(q[b, :n, group], keys, values, scorer)
         elif isinstance(scorer, ExpectedAttention):
             settings = {"sinks": method.sinks, "future": scorer.future, "epsilon": scorer.epsilon}
             if n > method.sinks:
