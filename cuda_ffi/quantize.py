@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cuda_ffi import registration
-from cuda_ffi.arrays import GROUP_SIZES, METADATA_DTYPES, Packed, check_supported
+from cuda_ffi.arrays import BITS, GROUP_SIZES, METADATA_DTYPES, PLANES, Packed, check_supported, packing_block
 
-BITS = (2, 4)
 DTYPES = ("float32", "bfloat16", "float16")
 _MAX_HEAD_DIM = 256
+_SLAB_TOKENS = 16  # of a thread
 _KERNEL = "CUDA quantisation kernel"
 
 
@@ -29,10 +29,11 @@ def quantize(
 
     Args:
       x: `[B, K, S, H]`, float32, bfloat16 or float16; `S` fills whole groups and words.
-      bits: 2 or 4.
+      bits: 2, 3 or 4.
       axis: "tokens" groups consecutive tokens of one channel (keys), "channels" consecutive channels of one token.
       metadata_dtype: "float16", "bfloat16" or "float8_e4m3fn".
-      factor_block: tokens that share a factor of float8 metadata; only `group_size`, the default, is supported.
+      factor_block: tokens that share a factor of float8 metadata; by default the packing block. For groups of 16, 32
+        tokens are supported too: the packing block of 2 bits beside 3.
 
     Returns:
       The codes, scales and zeros; factors for float8 metadata.
@@ -41,23 +42,32 @@ def quantize(
       ValueError: for a wrong axis or sizes that do not divide.
       NotImplementedError: for a case the kernel does not support, or if it cannot run here.
     """
-    check(x, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata_dtype)
-    has_factors = metadata_dtype == "float8_e4m3fn"
-    if has_factors and factor_block not in (None, group_size):
-        raise NotImplementedError(f"factor_block={factor_block}: the {_KERNEL} supports the group size, {group_size}")
+    check(x, bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata_dtype, factor_block=factor_block)
     registration.load()
     batch, kv_heads, tokens, head_dim = x.shape
+    has_factors, factor_block = metadata_dtype == "float8_e4m3fn", factor_block or packing_block(bits, group_size)
     rows, columns = (tokens // group_size, head_dim) if axis == "tokens" else (tokens, head_dim // group_size)
     metadata = jax.ShapeDtypeStruct((batch, kv_heads, rows, columns), jnp.dtype(metadata_dtype))
-    words = jax.ShapeDtypeStruct((batch, kv_heads, tokens * bits // 32, head_dim), jnp.uint32)
-    factor = jax.ShapeDtypeStruct((batch, kv_heads, tokens // group_size if has_factors else 0, 1), jnp.float32)
-    planes, scale, zero, *factors = jax.ffi.ffi_call("minikv_quantize", (words, metadata, metadata, factor, factor))(
-        x, bits=np.int32(bits), group_size=np.int32(group_size), by_tokens=np.bool_(axis == "tokens")
+    words, high_words = (
+        jax.ShapeDtypeStruct((batch, kv_heads, tokens * width // 32, head_dim), jnp.uint32)
+        for width in (*PLANES[bits], 0)[:2]  # without a second plane, an array without words
     )
-    return Packed((planes,), scale, zero, (factors[0], factors[1]) if has_factors else None)
+    factor = jax.ShapeDtypeStruct((batch, kv_heads, tokens // factor_block if has_factors else 0, 1), jnp.float32)
+    call = jax.ffi.ffi_call("minikv_quantize", (words, high_words, metadata, metadata, factor, factor))
+    *planes, scale, zero, scale_factor, zero_factor = call(
+        x,
+        bits=np.int32(bits),
+        group_size=np.int32(group_size),
+        factor_block=np.int32(factor_block),
+        by_tokens=np.bool_(axis == "tokens"),
+    )
+    factors = (scale_factor, zero_factor) if has_factors else None
+    return Packed(tuple(planes[: len(PLANES[bits])]), scale, zero, factors)
 
 
-def check(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype: str) -> None:
+def check(
+    x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype: str, factor_block: int | None = None
+) -> None:
     """Refuses what the kernel does not support, from shapes and dtypes.
 
     Raises:
@@ -71,18 +81,24 @@ def check(x: jax.Array, *, bits: int, group_size: int, axis: str, metadata_dtype
         ("metadata_dtype", metadata_dtype, METADATA_DTYPES),
         ("x.dtype", x.dtype.name, DTYPES),
     )
+    block = packing_block(bits, group_size)
+    check_supported(_KERNEL, ("factor_block", factor_block or block, sorted({block, max(group_size, 32)})))
     if axis not in ("tokens", "channels"):
         raise ValueError(f"axis={axis!r}: expected 'tokens' or 'channels'")
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}: expected [B, K, S, H]")
     tokens, head_dim = x.shape[2:]
     check_head_dim(_KERNEL, head_dim)
-    grouped = tokens if axis == "tokens" else head_dim
-    unit = group_size if metadata_dtype == "float8_e4m3fn" else 16  # a factor is for `group_size` tokens
-    if tokens % unit or grouped % group_size:
+    if metadata_dtype == "float8_e4m3fn":
+        unit = factor_block or block
+    else:
+        unit = block if axis == "tokens" else packing_block(bits, 1)
+    if tokens % unit or (axis == "channels" and head_dim % group_size):
         raise ValueError(
             f"x has shape {x.shape}: expected a multiple of {unit} tokens and whole groups of {group_size}"
         )
+    if tokens % _SLAB_TOKENS:
+        raise NotImplementedError(f"{tokens} tokens: the {_KERNEL} supports multiples of {_SLAB_TOKENS}")
 
 
 def check_head_dim(kernel: str, head_dim: int) -> None:

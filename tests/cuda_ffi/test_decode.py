@@ -72,7 +72,7 @@ def test_decode_and_append_lower_without_a_gpu(metadata: str, monkeypatch: pytes
     lowered = jax.jit(run).trace(token, token, count, inputs.packed, inputs.tail).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert text.count("@minikv_append") == 1
-    assert text.count("output_operand_alias<") == 2 + 12
+    assert text.count("output_operand_alias<") == 2 + 14
     before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (inputs[1:], lowered.out_info))
     assert before == after
 

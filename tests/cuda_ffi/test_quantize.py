@@ -15,12 +15,13 @@ from support.decode_checks import Case, abstract
 from support.quantize_checks import check_definition, check_nan_stays_in_its_group, inputs, same_bits
 
 import cuda_ffi
-from cuda_ffi.arrays import GROUP_SIZES
+from cuda_ffi import registration
+from cuda_ffi.arrays import BITS, GROUP_SIZES, PLANES
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis", ["tokens", "channels"])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_quantize_is_the_definition_bit_for_bit(axis: str, bits: int, group_size: int) -> None:
     rng = np.random.default_rng(bits + group_size)
@@ -40,12 +41,60 @@ def test_a_number_of_slabs_that_fills_no_thread_block(axis: str) -> None:
     for tokens, head_dim, metadata in ((16, 32, "float16"), (48, 224, "float8_e4m3fn"), (80, 64, "bfloat16")):
         x = inputs(np.random.default_rng(tokens), (1, 1, tokens, head_dim), "bfloat16")
         check_definition(cuda_ffi.quantize, x, 2, 16, axis, metadata)
+    for tokens, head_dim, metadata in ((32, 32, "float16"), (96, 224, "float8_e4m3fn"), (160, 64, "bfloat16")):
+        x = inputs(np.random.default_rng(tokens), (1, 1, tokens, head_dim), "bfloat16")
+        check_definition(cuda_ffi.quantize, x, 3, 16, axis, metadata)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis", ["tokens", "channels"])
-def test_nan_stays_in_its_group(axis: str) -> None:
-    check_nan_stays_in_its_group(cuda_ffi.quantize, axis)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_factors_of_the_packing_block_of_three_bits_beside(axis: str, bits: int) -> None:
+    for head_dim in (64, 96, 256):
+        x = inputs(np.random.default_rng(head_dim), (2, 3, 384, head_dim), "bfloat16")
+        check_definition(cuda_ffi.quantize, x, bits, 16, axis, "float8_e4m3fn", 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["tokens", "channels"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_nan_stays_in_its_group(axis: str, bits: int) -> None:
+    check_nan_stays_in_its_group(cuda_ffi.quantize, axis, bits)
+
+
+@pytest.mark.parametrize("metadata", ["float16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(2, 2), (3, 3), (3, 2), (4, 3)])
+def test_quantize_and_append_lower_without_a_gpu(
+    k_bits: int, v_bits: int, metadata: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is one call of its handler; append returns the arrays that quantize stores, in their buffers."""
+    monkeypatch.setattr(registration, "load", lambda: None)
+    storage = cuda_ffi.Storage(k_bits, v_bits, 16)
+    options = {"metadata_dtype": metadata, "factor_block": storage.packing_block, "group_size": 16}
+
+    def store(x: jax.Array) -> tuple[Any, Any]:
+        k = cuda_ffi.quantize(x, bits=k_bits, axis="tokens", **options)
+        return k, cuda_ffi.quantize(x, bits=v_bits, axis="channels", **options)
+
+    tail = jax.ShapeDtypeStruct((2, 2, 96, 128), jnp.bfloat16)
+    lowered = jax.jit(store).trace(tail).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@minikv_quantize") == 2
+    k, v = lowered.out_info
+    for side, bits, axis in ((k, k_bits, "tokens"), (v, v_bits, "channels")):
+        want = quantize(np.zeros(tail.shape), bits, 16, axis, metadata, storage.packing_block)
+        stored = jax.tree.leaves(side)
+        assert [(x.shape, x.dtype) for x in stored] == [(x.shape, x.dtype) for x in want.arrays]
+
+    length: Any = jax.ShapeDtypeStruct((2,), jnp.int32)
+    packed, tails = cuda_ffi.Region(k, v, length), cuda_ffi.Region(tail, tail, length)
+    token = jax.ShapeDtypeStruct((2, 2, 128), jnp.bfloat16)
+    run: Any = functools.partial(cuda_ffi.append, storage=storage, sinks=4, block=32)
+    lowered = jax.jit(run).trace(token, token, length, packed, tails).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("@minikv_append") == 1
+    assert text.count("output_operand_alias<") == 2 + 14
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in ((packed, tails), lowered.out_info))
+    assert before == after
 
 
 def write_block(packed: Any, row: int, share: float, block: Any) -> None:
@@ -67,6 +116,12 @@ def write_block(packed: Any, row: int, share: float, block: Any) -> None:
         (160, 4, 128, 128, 2, 2, "bfloat16", 256, "float8_e4m3fn"),
         (200, 4, 192, 64, 4, 2, "bfloat16", 256, "float8_e4m3fn"),  # three teams, two at a time
         (400, 4, 384, 128, 2, 4, "bfloat16", 256, "float16"),  # three teams, one at a time
+        (36, 4, 32, 16, 3, 3, "bfloat16", 128, "float8_e4m3fn"),
+        (101, 4, 96, 16, 3, 2, "bfloat16", 256, "float8_e4m3fn"),
+        (64, 0, 64, 16, 4, 3, "float16", 64, "float16"),
+        (70, 2, 64, 32, 3, 3, "bfloat16", 96, "bfloat16"),
+        (90, 2, 64, 64, 2, 3, "float32", 128, "float8_e4m3fn"),
+        (400, 4, 384, 128, 3, 4, "bfloat16", 256, "bfloat16"),
     ],
 )
 def test_append_writes_and_flushes_in_place(
@@ -82,16 +137,17 @@ def test_append_writes_and_flushes_in_place(
 ) -> None:
     rng = np.random.default_rng(capacity)
     batch, kv_heads, packed_capacity = 3, 2, 3 * block
+    storage = cuda_ffi.Storage(k_bits, v_bits, group_size)
     package: Any = cuda_ffi  # its values hold NumPy arrays here
 
     def zeros(rows: int, columns: int, dtype: str | type) -> np.ndarray:
         return np.zeros((batch, kv_heads, rows, columns), DTYPES[dtype] if isinstance(dtype, str) else dtype)
 
     def empty(bits: int, rows: int, columns: int) -> Any:
-        words = zeros(packed_capacity * bits // 32, head_dim, np.uint32)
-        blocks = (zeros(packed_capacity // group_size, 1, np.float32) for _ in range(2))
+        planes = tuple(zeros(packed_capacity * width // 32, head_dim, np.uint32) for width in PLANES[bits])
+        blocks = (zeros(packed_capacity // storage.packing_block, 1, np.float32) for _ in range(2))
         factors = tuple(blocks) if metadata == "float8_e4m3fn" else None
-        return package.Packed((words,), zeros(rows, columns, metadata), zeros(rows, columns, metadata), factors)
+        return package.Packed(planes, zeros(rows, columns, metadata), zeros(rows, columns, metadata), factors)
 
     groups = packed_capacity // group_size
     packed = package.Region(
@@ -101,7 +157,7 @@ def test_append_writes_and_flushes_in_place(
     )
     tail_length = np.array([0, 5, capacity - 1], np.int32)
     tail = package.Region(zeros(capacity, head_dim, dtype), zeros(capacity, head_dim, dtype), tail_length)
-    options = {"storage": cuda_ffi.Storage(k_bits, v_bits, group_size), "sinks": sinks, "block": block}
+    options = {"storage": storage, "sinks": sinks, "block": block}
     step = jax.jit(functools.partial(cuda_ffi.append, **options), donate_argnames=("packed", "tail"))
     device = jax.tree.map(jnp.array, (packed, tail))
     for _ in range(2 * block + 3):
@@ -117,7 +173,8 @@ def test_append_writes_and_flushes_in_place(
                 share = packed.length[b] / packed_capacity
                 for name, bits, axis in (("k", k_bits, "tokens"), ("v", v_bits, "channels")):
                     side = getattr(tail, name)
-                    part = quantize(side[b, :, sinks : sinks + block], bits, group_size, axis, metadata)
+                    tokens = side[b, :, sinks : sinks + block]
+                    part = quantize(tokens, bits, group_size, axis, metadata, storage.packing_block)
                     write_block(getattr(packed, name), b, share, part)
                     side[b, :, sinks : capacity - block] = side[b, :, sinks + block :].copy()
                 packed.length[b] += block
@@ -130,7 +187,9 @@ def test_append_writes_and_flushes_in_place(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k_bits": 3}, "k_bits=3"),
+        ({"k_bits": 8}, "k_bits=8: the CUDA append kernel supports 2, 3, 4"),
+        ({"v_bits": 1}, "v_bits=1"),
+        ({"k_bits": 3}, "packed.k has 1 planes: expected 2 for 3 bits"),
         ({"group_size": 8}, "group_size=8"),
         ({"block": 24}, "block=24"),
         ({"sinks": 70}, "sinks=70"),
@@ -149,13 +208,29 @@ def test_append_refuses_by_name(change: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 3}, "bits=3"),
+        ({"bits": 8}, "bits=8"),
         ({"group_size": 8}, "group_size=8"),
         ({"metadata_dtype": "float32"}, "metadata_dtype=float32"),
-        ({"metadata_dtype": "float8_e4m3fn", "factor_block": 32}, "factor_block=32"),
+        ({"metadata_dtype": "float8_e4m3fn", "factor_block": 64}, "factor_block=64: .* supports 16, 32"),
+        ({"bits": 3, "metadata_dtype": "float8_e4m3fn", "factor_block": 16}, "factor_block=16: .* supports 32"),
+        ({"bits": 4, "axis": "channels", "x": jnp.zeros((1, 1, 24, 128))}, "24 tokens: .* multiples of 16"),
     ],
 )
 def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> None:
     x = jnp.zeros((1, 1, 128, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=message):
-        cuda_ffi.quantize(x, **({"bits": 2, "group_size": 16, "axis": "tokens"} | change))
+        cuda_ffi.quantize(**({"x": x, "bits": 2, "group_size": 16, "axis": "tokens"} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"axis": "heads"}, "axis='heads'"),
+        ({"x": jnp.zeros((1, 1, 80, 128))}, "expected a multiple of 32 tokens and whole groups of 16"),
+        ({"x": jnp.zeros((1, 1, 96, 96)), "group_size": 64, "axis": "channels"}, "whole groups of 64"),
+    ],
+)
+def test_sizes_of_three_bits_that_do_not_divide(change: dict, message: str) -> None:
+    options: dict[str, Any] = {"x": jnp.zeros((1, 1, 64, 64)), "bits": 3, "group_size": 16, "axis": "tokens"}
+    with pytest.raises(ValueError, match=message):
+        cuda_ffi.quantize(**(options | change))

@@ -1,5 +1,6 @@
 """Tests the choice of an op's implementation: by name, or the fastest one that supports the inputs."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -13,8 +14,9 @@ from jax import Array, lax
 from support.tiny import random_ids, tiny_model
 from transformers import PreTrainedTokenizerBase
 
+from cuda_ffi import registration
 from minikv_jax import layerwise, meshes
-from minikv_jax.cache.capacity import capacities
+from minikv_jax.cache.capacity import capacities, layer_capacity
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec, Region, empty_region
 from minikv_jax.decode import decode
 from minikv_jax.methods import lookup
@@ -23,9 +25,12 @@ from minikv_jax.models import hub
 from minikv_jax.models.decoder import Llama
 from minikv_jax.models.partition import shard_model
 from minikv_jax.ops import dispatch
+from minikv_jax.ops.append import append
+from minikv_jax.ops.compress import compress
 from minikv_jax.ops.decode_attention import decode_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.quantize import quantize
+from minikv_jax.ops.select import Kept
 from minikv_jax.packing import Packing
 from minikv_jax.prefill import prefill
 from pallas_kernels import hopper
@@ -173,6 +178,26 @@ def test_generation_by_pallas_kernels_lowers_without_a_gpu(
         lowered = jax.jit(run).trace(random_ids((1, 300))).lower(lowering_platforms=("cuda",))
     # Attention and column sums; keys and values packed, after the prompt and in the loop; decode.
     assert lowered.as_text().count("@mosaic_gpu") == 2 + 2 * 2 + 1
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(3, 3), (2, 3)])
+def test_three_bits_are_packed_by_cuda_kernels(k_bits: int, v_bits: int, monkeypatch: pytest.MonkeyPatch):
+    """After the prompt and for a new token, though nobody names an implementation and Pallas refuses 3 bits."""
+    monkeypatch.setattr(registration, "load", lambda: None)
+    quantizer = MinMax(k_bits=k_bits, v_bits=v_bits, metadata_dtype="float8_e4m3fn")
+    method = dataclasses.replace(lookup.get("minikv"), quantizer=quantizer)
+    kept = Kept(jnp.broadcast_to(jnp.arange(75), (1, 2, 75)), jnp.array([75]))
+    spec, capacity = LayerSpec(method), layer_capacity(method, method.heavy, 150, 8)
+
+    def run(prompt: Array, token: Array) -> LayerCache:
+        layer = compress(prompt, prompt, kept, capacity, spec)
+        return append(layer, token, token, jnp.array([1]), jnp.array([[150]]))
+
+    shapes = (jax.ShapeDtypeStruct((1, tokens, 2, 64), jnp.bfloat16) for tokens in (150, 1))
+    text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@minikv_quantize") == 2
+    assert text.count("@minikv_append") == 1
 
 
 @pytest.fixture(scope="module")

@@ -28,21 +28,28 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def check_definition(
-    kernel: Callable[..., Any], x: np.ndarray, bits: int, group_size: int, axis: str, metadata: str
+    kernel: Callable[..., Any],
+    x: np.ndarray,
+    bits: int,
+    group_size: int,
+    axis: str,
+    metadata: str,
+    factor_block: int | None = None,
 ) -> None:
     """Checks a kernel bit for bit, and a second run against the first."""
-    expected = quantize(x, bits, group_size, axis, metadata)
+    expected = quantize(x, bits, group_size, axis, metadata, factor_block)
+    options = {"group_size": group_size, "axis": axis, "metadata_dtype": metadata, "factor_block": factor_block}
     for _ in range(2):
-        result = kernel(jnp.asarray(x), bits=bits, group_size=group_size, axis=axis, metadata_dtype=metadata)
+        result = kernel(jnp.asarray(x), bits=bits, **options)
         for got, want in zip(jax.tree.leaves(result), expected.arrays, strict=True):
             assert same_bits(np.asarray(got), want), (x.shape, x.dtype, metadata, want.dtype)
 
 
-def check_nan_stays_in_its_group(kernel: Callable[..., Any], axis: str) -> None:
+def check_nan_stays_in_its_group(kernel: Callable[..., Any], axis: str, bits: int = 2) -> None:
     """Checks that NaN beyond a cache's length does not reach the groups before it."""
     x = inputs(np.random.default_rng(0), (1, 2, 128, 128), "bfloat16")
-    expected = quantize(x[:, :, :64], 2, 16, axis, "float16")
+    expected = quantize(x[:, :, :64], bits, 16, axis, "float16")
     x[:, :, 64:] = np.nan
-    result = kernel(jnp.asarray(x), bits=2, group_size=16, axis=axis)
+    result = kernel(jnp.asarray(x), bits=bits, group_size=16, axis=axis)
     for got, want in zip(jax.tree.leaves(result), expected.arrays, strict=True):
         assert same_bits(np.asarray(got)[:, :, : want.shape[2]], want)

@@ -17,18 +17,16 @@ namespace {
 
 constexpr const char* kOp = "append";
 constexpr int kMaxHeadDim = 256;
-constexpr int kCacheBuffers = 12;  // tail, words, scale, zero and two factors of the keys, then of the values
+constexpr int kCacheBuffers = 14;  // tail, two planes, scale, zero and two factors of the keys, then of the values
 
 struct AppendParams {
   const void *k, *v;  // [B, K, H]
   void *tail_k, *tail_v;
-  uint32_t *k_words, *v_words;
-  void *k_scale, *k_zero, *v_scale, *v_zero;
-  float *k_scale_factor, *k_zero_factor, *v_scale_factor, *v_zero_factor;  // float8 metadata's
+  Stored keys, values;
   const int32_t* count;
   int32_t *packed_length, *tail_length;
   int* arrived;  // [B] counters of a row's finished blocks
-  int kv_heads, head_dim, packed_capacity, tail_capacity, sinks, block, group, k_bits, v_bits;
+  int kv_heads, head_dim, packed_capacity, tail_capacity, sinks, block, group, packing_block, k_bits, v_bits;
 };
 
 // A tail without a free slot takes nothing, because its packed region is full too.
@@ -36,31 +34,36 @@ __device__ __forceinline__ int added_tokens(const AppendParams& p, int batch, in
   return p.count[batch] > 0 && tail_length < p.tail_capacity ? 1 : 0;
 }
 
-__host__ __device__ inline int team_threads(const AppendParams& p) { return p.group / kSlabTokens * p.head_dim / 4; }
+__host__ __device__ inline int team_threads(const AppendParams& p) {
+  return p.packing_block / kSlabTokens * p.head_dim / 4;
+}
 
 // Packs the oldest `block` tokens behind the sinks of a tail of keys (`kKeys`) or values, to the packed token
 // `packed_token` of all rows and on. As many teams at a time as the block has threads for.
 template <int Bits, bool kKeys, typename X, typename M>
 __device__ __forceinline__ void pack_block(const AppendParams& p, const X* tail, int64_t packed_token,
                                            QuantizeScratch& scratch) {
-  const int H = p.head_dim, teams = p.block / p.group, slabs = p.group / kSlabTokens;
+  const int H = p.head_dim, teams = p.block / p.packing_block, slabs = p.packing_block / kSlabTokens;
   const int at_once = blockDim.x / team_threads(p);
 #pragma unroll 1
   for (int first = 0; first < teams; first += at_once) {
-    Slab<M> slab(p.group, H, min(at_once, teams - first) * slabs);
-    const int local = (first + slab.team) * p.group + slab.index * kSlabTokens;  // the slab's first token
-    const int64_t token = packed_token + local, packing_block = token / p.group;
-    const int64_t metadata = kKeys ? packing_block * H : token * (H / p.group);
-    slab.words = (kKeys ? p.k_words : p.v_words) + token * Bits / 32 * H;
-    slab.scale = static_cast<M*>(kKeys ? p.k_scale : p.v_scale) + metadata;
-    slab.zero = static_cast<M*>(kKeys ? p.k_zero : p.v_zero) + metadata;
-    slab.scale_factor = (kKeys ? p.k_scale_factor : p.v_scale_factor) + packing_block;
-    slab.zero_factor = (kKeys ? p.k_zero_factor : p.v_zero_factor) + packing_block;
+    Slab<M> slab(p.group, p.packing_block, H, min(at_once, teams - first) * slabs);
+    const int local = (first + slab.team) * p.packing_block + slab.index * kSlabTokens;  // the slab's first token
+    const uint32_t at = (packed_token + local) / kSlabTokens;
+    slab.template place<Bits, kKeys>(kKeys ? p.keys : p.values, at, p.packing_block);
     const X* x = tail + (p.sinks + local) * H + 4 * slab.quad;
     quantize_slab<Bits, kKeys, X, M>(slab, scratch,
                                      [&](int t) { return *reinterpret_cast<const Quad<X>*>(x + t * H); });
     __syncthreads();  // the scratch is free, and all of the block read
   }
+}
+
+template <bool kKeys, typename X, typename M>
+__device__ __forceinline__ void pack_block_in(int bits, const AppendParams& p, const X* tail, int64_t packed_token,
+                                              QuantizeScratch& scratch) {
+  if (bits == 2) return pack_block<2, kKeys, X, M>(p, tail, packed_token, scratch);
+  if (bits == 3) return pack_block<3, kKeys, X, M>(p, tail, packed_token, scratch);
+  pack_block<4, kKeys, X, M>(p, tail, packed_token, scratch);
 }
 
 // blockIdx: (keys or values, KV head, batch).
@@ -80,12 +83,8 @@ __global__ void __launch_bounds__(kQuantizeMaxThreads) append_kernel(AppendParam
   __syncthreads();  // the token is written, and the lengths read
   if (full) {
     const int64_t to = head * p.packed_capacity + start;
-    if (keys) {
-      p.k_bits == 2 ? pack_block<2, true, X, M>(p, tail, to, scratch) : pack_block<4, true, X, M>(p, tail, to, scratch);
-    } else {
-      p.v_bits == 2 ? pack_block<2, false, X, M>(p, tail, to, scratch)
-                    : pack_block<4, false, X, M>(p, tail, to, scratch);
-    }
+    keys ? pack_block_in<true, X, M>(p.k_bits, p, tail, to, scratch)
+         : pack_block_in<false, X, M>(p.v_bits, p, tail, to, scratch);
     for (int c = threadIdx.x; c < H; c += blockDim.x) {
 #pragma unroll 1
       for (int t = p.sinks + p.block; t < p.tail_capacity; ++t) tail[(t - p.block) * H + c] = tail[t * H + c];
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kQuantizeMaxThreads) append_kernel(AppendParam
 
 template <typename X, typename M>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {
-  const int teams = std::clamp(kQuantizeMaxThreads / team_threads(p), 1, p.block / p.group);
+  const int teams = std::clamp(kQuantizeMaxThreads / team_threads(p), 1, p.block / p.packing_block);
   const dim3 blocks(2, p.kv_heads, batch);
   append_kernel<X, M><<<blocks, round_up(teams * team_threads(p), 32), 0, stream>>>(p);
 }
@@ -115,20 +114,24 @@ void launch_metadata(const AppendParams& p, ffi::DataType metadata, int batch, c
 // The buffers of the keys or of the values.
 struct Side {
   const char* name;
-  ffi::AnyBuffer token, tail, words, scale, zero, scale_factor, zero_factor;
+  int bits;
+  ffi::AnyBuffer token, tail, words, high_words, scale, zero, scale_factor, zero_factor;
 };
 
 // The handler's arguments.
 struct AppendArguments {
   Side keys, values;
   ffi::AnyBuffer count, packed_length, tail_length, packed_length_out, tail_length_out;
-  int32_t k_bits, v_bits, group_size, sinks, block;
+  int32_t group_size, sinks, block;
 
   int64_t B() const { return keys.tail.dimensions()[0]; }
   int64_t K() const { return keys.tail.dimensions()[1]; }
   int64_t C() const { return keys.tail.dimensions()[2]; }
   int64_t H() const { return keys.tail.dimensions()[3]; }
-  int64_t P() const { return keys.words.dimensions()[2] * (32 / k_bits); }
+  int64_t P() const { return keys.words.dimensions()[2] * (32 / first_plane(keys.bits)); }
+  int packing_block() const {
+    return std::max(minikv::packing_block(keys.bits, group_size), minikv::packing_block(values.bits, group_size));
+  }
   ffi::DataType input() const { return keys.tail.element_type(); }
   ffi::DataType metadata() const { return keys.scale.element_type(); }
 };
@@ -149,26 +152,29 @@ void check_in_place(Checker& check, const AppendArguments& a, ffi::RemainingArgs
 void check_sizes(Checker& check, const AppendArguments& a) {
   check.rank("key tail", a.keys.tail, 4);
   check.rank("key words", a.keys.words, 4);
-  check.require((a.k_bits == 2 || a.k_bits == 4) && (a.v_bits == 2 || a.v_bits == 4), "k_bits=", a.k_bits,
-                ", v_bits=", a.v_bits, ", supported: 2, 4");
+  for (const Side& side : {a.keys, a.values}) {
+    check.require(side.bits == 2 || side.bits == 3 || side.bits == 4, side.name, " bits=", side.bits,
+                  ", supported: 2, 3, 4");
+  }
   check.require(a.group_size == 16 || a.group_size == 32 || a.group_size == 64 || a.group_size == 128,
                 "group_size=", a.group_size, ", supported: 16, 32, 64, 128");
   check.dtype("key tail", a.keys.tail, {ffi::F32, ffi::BF16, ffi::F16});
   check.dtype("key scale", a.keys.scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
 }
 
-void check_side(Checker& check, const AppendArguments& a, const Side& side, std::initializer_list<int64_t> words,
-                std::initializer_list<int64_t> metadata) {
+void check_side(Checker& check, const AppendArguments& a, const Side& side, std::initializer_list<int64_t> metadata) {
   const auto one = [&](const char* what, ffi::AnyBuffer buffer, std::initializer_list<int64_t> shape,
                        ffi::DataType type) {
     const std::string name = std::string(side.name) + what;
     check.shape(name.c_str(), buffer, shape);
     check.dtype(name.c_str(), buffer, {type});
   };
-  const int64_t B = a.B(), K = a.K(), factors = a.metadata() == ffi::F8E4M3FN ? a.P() / a.group_size : 0;
-  one(" token", side.token, {B, K, a.H()}, a.input());
-  one(" tail", side.tail, {B, K, a.C(), a.H()}, a.input());
-  one(" words", side.words, words, ffi::U32);
+  const int64_t B = a.B(), K = a.K(), P = a.P(), H = a.H();
+  const int64_t factors = a.metadata() == ffi::F8E4M3FN ? P / a.packing_block() : 0;
+  one(" token", side.token, {B, K, H}, a.input());
+  one(" tail", side.tail, {B, K, a.C(), H}, a.input());
+  one(" words", side.words, {B, K, P * first_plane(side.bits) / 32, H}, ffi::U32);
+  one(" high words", side.high_words, {B, K, side.bits == 3 ? P / 32 : 0, H}, ffi::U32);
   one(" scale", side.scale, metadata, a.metadata());
   one(" zero", side.zero, metadata, a.metadata());
   one(" scale factor", side.scale_factor, {B, K, factors, 1}, ffi::F32);
@@ -177,13 +183,14 @@ void check_side(Checker& check, const AppendArguments& a, const Side& side, std:
 
 // Checks every buffer's shape and dtype, after `check_sizes`.
 void check_buffers(Checker& check, const AppendArguments& a) {
-  const int64_t B = a.B(), K = a.K(), C = a.C(), H = a.H(), P = a.P(), g = a.group_size;
+  const int64_t B = a.B(), K = a.K(), C = a.C(), H = a.H(), P = a.P(), g = a.group_size, Q = a.packing_block();
   check.require(B < 65536, "batch=", B, ", supported: up to 65535");
   check.require(H <= kMaxHeadDim && H % 32 == 0 && H % g == 0, "head_dim=", H);
-  check.require(a.block > 0 && a.block % g == 0 && a.sinks >= 0 && a.sinks + a.block <= C, "block=", a.block,
+  check.require(P % Q == 0 && B * K * P / kSlabTokens < (int64_t{1} << 31), "packed capacity=", P);
+  check.require(a.block > 0 && a.block % Q == 0 && a.sinks >= 0 && a.sinks + a.block <= C, "block=", a.block,
                 ", sinks=", a.sinks, " in a tail of ", C);
-  check_side(check, a, a.keys, {B, K, P * a.k_bits / 32, H}, {B, K, P / g, H});
-  check_side(check, a, a.values, {B, K, P * a.v_bits / 32, H}, {B, K, P, H / g});
+  check_side(check, a, a.keys, {B, K, P / g, H});
+  check_side(check, a, a.values, {B, K, P, H / g});
   const std::array<std::pair<const char*, ffi::AnyBuffer>, 5> lengths = {{{"count", a.count},
                                                                           {"packed_length", a.packed_length},
                                                                           {"tail_length", a.tail_length},
@@ -195,25 +202,28 @@ void check_buffers(Checker& check, const AppendArguments& a) {
   }
 }
 
+Stored stored(const Side& side) {
+  return {static_cast<uint32_t*>(side.words.untyped_data()),
+          static_cast<uint32_t*>(side.high_words.untyped_data()),
+          side.scale.untyped_data(),
+          side.zero.untyped_data(),
+          static_cast<float*>(side.scale_factor.untyped_data()),
+          static_cast<float*>(side.zero_factor.untyped_data())};
+}
+
 AppendParams make_params(const AppendArguments& a) {
   AppendParams p{};
   const Side &keys = a.keys, &values = a.values;
   p.k = keys.token.untyped_data(), p.v = values.token.untyped_data();
   p.tail_k = keys.tail.untyped_data(), p.tail_v = values.tail.untyped_data();
-  p.k_words = static_cast<uint32_t*>(keys.words.untyped_data());
-  p.v_words = static_cast<uint32_t*>(values.words.untyped_data());
-  p.k_scale = keys.scale.untyped_data(), p.k_zero = keys.zero.untyped_data();
-  p.v_scale = values.scale.untyped_data(), p.v_zero = values.zero.untyped_data();
-  p.k_scale_factor = static_cast<float*>(keys.scale_factor.untyped_data());
-  p.k_zero_factor = static_cast<float*>(keys.zero_factor.untyped_data());
-  p.v_scale_factor = static_cast<float*>(values.scale_factor.untyped_data());
-  p.v_zero_factor = static_cast<float*>(values.zero_factor.untyped_data());
+  p.keys = stored(keys), p.values = stored(values);
   p.count = static_cast<const int32_t*>(a.count.untyped_data());
   p.packed_length = static_cast<int32_t*>(a.packed_length_out.untyped_data());
   p.tail_length = static_cast<int32_t*>(a.tail_length_out.untyped_data());
   p.kv_heads = static_cast<int>(a.K()), p.head_dim = static_cast<int>(a.H());
   p.packed_capacity = static_cast<int>(a.P()), p.tail_capacity = static_cast<int>(a.C());
-  p.sinks = a.sinks, p.block = a.block, p.group = a.group_size, p.k_bits = a.k_bits, p.v_bits = a.v_bits;
+  p.sinks = a.sinks, p.block = a.block, p.group = a.group_size, p.packing_block = a.packing_block();
+  p.k_bits = keys.bits, p.v_bits = values.bits;
   return p;
 }
 
@@ -229,19 +239,17 @@ ffi::Error append(cudaStream_t stream, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   check.require(cache.size() == kCacheBuffers && cache_out.size() == kCacheBuffers, cache.size(),
                 " cache buffers, expected ", kCacheBuffers);
   if (!check.ok()) return check.error();
-  const auto side = [&](const char* name, ffi::AnyBuffer token, int first) {
+  const auto side = [&](const char* name, int bits, ffi::AnyBuffer token, int first) {
     const auto buffer = [&](int i) { return *cache.get<ffi::AnyBuffer>(first + i); };
-    return Side{name, token, buffer(0), buffer(1), buffer(2), buffer(3), buffer(4), buffer(5)};
+    return Side{name, bits, token, buffer(0), buffer(1), buffer(2), buffer(3), buffer(4), buffer(5), buffer(6)};
   };
-  const AppendArguments a{side("key", k, 0),
-                          side("value", v, kCacheBuffers / 2),
+  const AppendArguments a{side("key", k_bits, k, 0),
+                          side("value", v_bits, v, kCacheBuffers / 2),
                           count,
                           packed_length,
                           tail_length,
                           *packed_length_out,
                           *tail_length_out,
-                          k_bits,
-                          v_bits,
                           group_size,
                           sinks,
                           block};

@@ -1,8 +1,9 @@
 // Group-wise asymmetric quantisation, shared by `quantize` and `append`.
 //
 // A thread holds 16 tokens of 4 neighbouring channels in registers, so that everything is read once, in rows, and every
-// word is whole. `head_dim / 4` threads make a slab of 16 tokens, `group / 16` slabs a team: the tokens of one packing
-// block, which for keys share their ranges and for 8-bit metadata their factors. A team lies within a thread block.
+// word is whole, but for the 1-bit plane of 3 bits: two slabs write half a word each. `head_dim / 4` threads make a
+// slab of 16 tokens, `block / 16` slabs a team: the tokens of one packing block, which for 8-bit metadata share their
+// factors. The slabs of a group of tokens share their ranges. A team lies within a thread block.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -135,22 +136,57 @@ __device__ __forceinline__ MetadataQuad<M> round_metadata(float (&x)[4], uint32_
 
 // ---- One slab.
 
+// Where keys or values are stored. Codes of 3 bits have a second plane, of 1 bit.
+struct Stored {
+  uint32_t *words, *high_words;
+  void *scale, *zero;
+  float *scale_factor, *zero_factor;  // float8 metadata's
+};
+
+// Bits of a code in the first plane.
+__host__ __device__ constexpr int first_plane(int bits) { return bits == 3 ? 2 : bits; }
+
+// Tokens that fill a word of every plane; at least a slab.
+constexpr int word_tokens(int bits) { return bits == 3 ? 32 : kSlabTokens; }
+
+// Tokens that fill whole groups and words.
+constexpr int packing_block(int bits, int group) { return group > word_tokens(bits) ? group : word_tokens(bits); }
+
 // A thread's place in its block, and the memory it reads and writes. Inactive threads fill up the last warp.
 template <typename M>
 struct Slab {
   int quad, quads;      // of 4 channels
-  int team, index;      // in the block, in the team
+  int team, index;      // in the thread block, in the team
   int group, head_dim;  // tokens or channels, channels
   bool active;
-  uint32_t* words;                    // the slab's first row of words
-  M *scale, *zero;                    // by tokens the team's row, by channels the slab's first row
+  uint32_t* words;                    // the thread's first words
+  uint16_t* high_words;               // its halves of the second plane's words, every other one
+  M *scale, *zero;                    // by tokens the group's row, by channels the slab's first row
   float *scale_factor, *zero_factor;  // the team's
 
-  __device__ __forceinline__ Slab(int group, int head_dim, int slabs) : group(group), head_dim(head_dim) {
+  __device__ __forceinline__ Slab(int group, int block, int head_dim, int slabs) : group(group), head_dim(head_dim) {
     quads = head_dim / 4;
-    const int slab = threadIdx.x / quads, per_team = group / kSlabTokens;
+    const int slab = threadIdx.x / quads, per_team = block / kSlabTokens;
     quad = threadIdx.x % quads, team = slab / per_team, index = slab % per_team;
     active = slab < slabs;
+  }
+
+  // Number of the slab in its group of tokens.
+  __device__ __forceinline__ int index_in_group() const { return index % (group / kSlabTokens); }
+
+  // Points at what `to` holds of slab number `at` of all rows.
+  template <int Bits, bool ByTokens>
+  __device__ __forceinline__ void place(const Stored& to, uint32_t at, int block) {
+    const int64_t token = static_cast<int64_t>(at) * kSlabTokens;
+    words = to.words + token * first_plane(Bits) / 32 * head_dim + 4 * quad;
+    if constexpr (Bits == 3) {
+      high_words = reinterpret_cast<uint16_t*>(to.high_words + token / 32 * head_dim + 4 * quad) + at % 2;
+    }
+    const int64_t row = ByTokens ? at / (group / kSlabTokens) : token;
+    const int64_t metadata = row * (ByTokens ? head_dim : head_dim / group);
+    scale = static_cast<M*>(to.scale) + metadata, zero = static_cast<M*>(to.zero) + metadata;
+    const uint32_t packing_block = at / (block / kSlabTokens);
+    scale_factor = to.scale_factor + packing_block, zero_factor = to.zero_factor + packing_block;
   }
 };
 
@@ -180,14 +216,14 @@ constexpr float kRoundingShift = 12582912.0f;
 constexpr uint32_t kRoundingShiftBits = 0x4B400000u;
 
 // Packs codes of 16 tokens x 4 channels into words; `zero(t, c)` and `reciprocal(t, c)` are a value's metadata.
-template <int Bits, typename X, typename Zero, typename Reciprocal>
-__device__ __forceinline__ void pack_codes(const Quad<X> (&v)[kSlabTokens], uint32_t* words, int head_dim, Zero zero,
+template <int Bits, typename X, typename M, typename Zero, typename Reciprocal>
+__device__ __forceinline__ void pack_codes(const Quad<X> (&v)[kSlabTokens], const Slab<M>& slab, Zero zero,
                                            Reciprocal reciprocal) {
-  constexpr int kWord = 32 / Bits;
+  constexpr int kPlane = first_plane(Bits), kWord = 32 / kPlane;
   constexpr float kLevels = (1 << Bits) - 1;
 #pragma unroll
   for (int w = 0; w < kSlabTokens / kWord; ++w) {
-    uint32_t word[4] = {};
+    uint32_t word[4] = {}, high[4] = {};
 #pragma unroll
     for (int i = 0; i < kWord; ++i) {
       const int t = w * kWord + i;
@@ -196,10 +232,16 @@ __device__ __forceinline__ void pack_codes(const Quad<X> (&v)[kSlabTokens], uint
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const float steps = fminf(fmaxf(__fmul_rn(x[c] - zero(t, c), reciprocal(t, c)), 0.0f), kLevels);
-        word[c] += (__float_as_uint(steps + kRoundingShift) - kRoundingShiftBits) << (i * Bits);
+        const uint32_t code = __float_as_uint(steps + kRoundingShift) - kRoundingShiftBits;
+        word[c] += (Bits == 3 ? code % 4 : code) << (i * kPlane);
+        if constexpr (Bits == 3) high[c] += code / 4 << i;
       }
     }
-    *reinterpret_cast<uint4*>(words + w * head_dim) = make_uint4(word[0], word[1], word[2], word[3]);
+    *reinterpret_cast<uint4*>(slab.words + w * slab.head_dim) = make_uint4(word[0], word[1], word[2], word[3]);
+    if constexpr (Bits == 3) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) slab.high_words[2 * c] = static_cast<uint16_t>(high[c]);
+    }
   }
 }
 
@@ -232,9 +274,9 @@ __device__ __forceinline__ void quantize_slab(const Slab<M>& slab, QuantizeScrat
       scratch.ranges[0][threadIdx.x] = make_float4(low_ab.x, low_ab.y, low_cd.x, low_cd.y);
       scratch.ranges[1][threadIdx.x] = make_float4(high_ab.x, high_ab.y, high_cd.x, high_cd.y);
       __syncthreads();
-      const int per_team = slab.group / kSlabTokens;
-      for (int s = 0; s < per_team; ++s) {
-        const int thread = (slab.team * per_team + s) * slab.quads + slab.quad;
+      const int first = threadIdx.x - slab.index_in_group() * slab.quads;
+      for (int s = 0; s < slab.group / kSlabTokens; ++s) {
+        const int thread = first + s * slab.quads;
         if (!slab.active) break;
         const float4 l = scratch.ranges[0][thread], h = scratch.ranges[1][thread];
         low_ab = lower(low_ab, {l.x, l.y}), low_cd = lower(low_cd, {l.z, l.w});
@@ -271,15 +313,13 @@ __device__ __forceinline__ void quantize_slab(const Slab<M>& slab, QuantizeScrat
 #pragma unroll
   for (int i = 0; i < 4; ++i) reciprocal[i] = safe_reciprocal(step[i]);
 
-  uint32_t* words = slab.words + 4 * slab.quad;
   if constexpr (ByTokens) {
     if (!slab.active) return;
-    if (slab.index == 0) {
+    if (slab.index_in_group() == 0) {
       *reinterpret_cast<MetadataQuad<M>*>(slab.scale + 4 * slab.quad) = scale;
       *reinterpret_cast<MetadataQuad<M>*>(slab.zero + 4 * slab.quad) = zero;
     }
-    pack_codes<Bits, X>(
-        v, words, slab.head_dim, [&](int, int c) { return low[c]; }, [&](int, int c) { return reciprocal[c]; });
+    pack_codes<Bits, X>(v, slab, [&](int, int c) { return low[c]; }, [&](int, int c) { return reciprocal[c]; });
   } else {
     const int lanes = slab.group / 4, groups = slab.quads / lanes, token = 4 * (slab.quad % 4);
     float2(&tokens)[kSlabTokens + 2] = scratch.tokens[threadIdx.x / lanes];
@@ -293,8 +333,7 @@ __device__ __forceinline__ void quantize_slab(const Slab<M>& slab, QuantizeScrat
     }
     __syncwarp();  // the lanes of a group are lanes of one warp
     if (!slab.active) return;
-    pack_codes<Bits, X>(
-        v, words, slab.head_dim, [&](int t, int) { return tokens[t].x; }, [&](int t, int) { return tokens[t].y; });
+    pack_codes<Bits, X>(v, slab, [&](int t, int) { return tokens[t].x; }, [&](int t, int) { return tokens[t].y; });
   }
 }
 
