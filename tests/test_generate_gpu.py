@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -23,6 +24,7 @@ from minikv_jax import layerwise
 from minikv_jax.cache.capacity import capacities, layer_capacity
 from minikv_jax.cache.state import LayerCache, LayerSpec
 from minikv_jax.methods import lookup
+from minikv_jax.methods.kivi import MinMax
 from minikv_jax.models import hub
 from minikv_jax.ops.append import append
 from minikv_jax.ops.compress import compress
@@ -63,41 +65,50 @@ def test_ten_thousand_steps_in_flat_memory() -> None:
     assert np.isfinite(np.asarray(last.log_probabilities)).all()
 
 
-def test_ten_thousand_appends_leave_the_bits_of_the_definition() -> None:
-    """Three rows at different paces, with 78 flushes in the first, have the lengths and tails of "xla".
+@pytest.mark.parametrize(
+    ("quantizer", "steps"),
+    [(MinMax(), STEPS), (MinMax(k_bits=3, metadata_dtype="float8_e4m3fn"), STEPS // 10)],
+    ids=["2 bits", "3 bits beside 2"],
+)
+def test_appends_leave_the_bits_of_the_definition(quantizer: MinMax, steps: int) -> None:
+    """Three rows at different paces, with many flushes in each, have the lengths and tails of "xla".
 
     Codes are not compared, because XLA's division on a GPU is not correctly rounded and may change a code by one.
     """
     rows, kv_heads, head_dim, tokens, table = 3, 2, 64, 256, 997
     keys = jax.random.split(jax.random.key(0), 3)
     new = jax.random.normal(keys[0], (2, table, rows, 1, kv_heads, head_dim), jnp.bfloat16)
-    capacity = layer_capacity(MINIKV, MINIKV.heavy, tokens, STEPS)
+    method = dataclasses.replace(MINIKV, quantizer=quantizer)
+    capacity = layer_capacity(method, method.heavy, tokens, steps)
     lengths = jnp.full((rows,), capacity.kept, jnp.int32)
     kept = Kept(jnp.broadcast_to(jnp.arange(capacity.kept), (rows, kv_heads, capacity.kept)), lengths)
     prompt = [jax.random.normal(key, (rows, tokens, kv_heads, head_dim), jnp.bfloat16) for key in keys[1:]]
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation: str) -> LayerCache:
-        layer = compress(prompt[0], prompt[1], kept, capacity, LayerSpec(MINIKV), implementation=implementation)
+        layer = compress(prompt[0], prompt[1], kept, capacity, LayerSpec(method), implementation=implementation)
 
         def step(i: jax.Array, layer: LayerCache) -> LayerCache:
             active = (i % (1 + jnp.arange(rows)) == 0).astype(jnp.int32)
             k, v = new[:, i % table]
             return append(layer, k, v, active, jnp.zeros((rows, 1), jnp.int32), implementation)
 
-        return lax.fori_loop(0, STEPS, step, layer)
+        return lax.fori_loop(0, steps, step, layer)
 
     ours, theirs = (jax.tree.map(np.asarray, run(name)) for name in ("cuda", "xla"))
     np.testing.assert_array_equal(ours.packed.length, theirs.packed.length)
     np.testing.assert_array_equal(ours.tail.length, theirs.tail.length)
     for row, side in itertools.product(range(rows), ("k", "v")):
-        steps = np.arange(0, STEPS, 1 + row) % table
+        taken = np.arange(0, steps, 1 + row) % table
         which = ("k", "v").index(side)
-        old, fresh = np.asarray(prompt[which])[row, : capacity.kept], np.asarray(new)[which, steps, row, 0]
+        old, fresh = np.asarray(prompt[which])[row, : capacity.kept], np.asarray(new)[which, taken, row, 0]
         seen = np.concatenate([old, fresh]).swapaxes(0, 1)  # [K, S, H], all tokens of the row
         packed, tail = int(ours.packed.length[row]), int(ours.tail.length[row])
         assert packed + tail == seen.shape[1]
-        expected = layout.quantize(seen[:, :packed], 2, 16, {"k": "tokens", "v": "channels"}[side], "float16")
+        packing = quantizer.packing("keys" if side == "k" else "values")
+        expected = layout.quantize(
+            seen[:, :packed], packing.bits, 16, packing.axis, packing.metadata_dtype, packing.block
+        )
         for got, want in zip(jax.tree.leaves(getattr(ours.packed, side)), expected.arrays, strict=True):
             np.testing.assert_array_equal(got[row, :, : want.shape[1]], want)
         for layer in (ours, theirs):
