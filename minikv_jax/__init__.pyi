@@ -34,6 +34,7 @@ from minikv_jax.methods.registry import (
     register_scorer as register_scorer,
 )
 from minikv_jax.methods.attention_matching import RmsVotes as RmsVotes
+from minikv_jax.methods.critical_kv import CriticalKV as CriticalKV
 from minikv_jax.methods.expected_attention import ExpectedAttention as ExpectedAttention
 from minikv_jax.methods.fp8 import FP8 as FP8
 from minikv_jax.methods.grkv import Ridge as Ridge

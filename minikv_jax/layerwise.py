@@ -43,6 +43,7 @@ class PromptLayer(NamedTuple):
     v: Float[Array, "B T K H"]
     column_sums: Float[Array, "B K T"] | None
     sink_logits: Float[Array, "N"] | None
+    output_projection: Float[Array, "NV D"] | None = None
 
 
 class Compressed(NamedTuple):
@@ -72,7 +73,7 @@ def prefill_layers(
     for number, layer in enumerate(model.layers):
         case = {"window": model.window(number), "rope": model.config.rope(number), "column_sums": column_sums}
         x, seen = _prefill_layer(layer, x, lengths, model=model.config, **case, implementation=implementation)
-        layers.append(seen)
+        layers.append(seen._replace(output_projection=layer.output_projection))  # the model's own array, not a copy
     return model.norm(last_valid(x, lengths)), layers
 
 
@@ -201,8 +202,9 @@ def _inputs(
     layer: PromptLayer, number: Array | int, lengths: Array, model: ModelConfig, rope: Rope, spec: LayerSpec
 ) -> LayerInputs:
     frequencies = jnp.asarray(inverse_frequencies(rope, lengths))
-    softmax: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
-    return LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, **softmax)
+    more: dict[str, Any] = {"soft_cap": model.attn_logit_softcapping, "sink_logits": layer.sink_logits}
+    more |= {"output_projection": layer.output_projection}
+    return LayerInputs(*layer[:3], lengths, layer.column_sums, spec.window, number, frequencies, **more)
 
 
 def look_ahead(

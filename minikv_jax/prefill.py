@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import checks, meshes
-from minikv_jax.arrays import Contract, known
+from minikv_jax.arrays import Contract
 from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
 from minikv_jax.cache.capacity import LayerCapacity, capacities, layer_capacity
 from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
@@ -32,7 +32,6 @@ from minikv_jax.methods import calls, contracts
 from minikv_jax.methods.base import MAX_TOKENS, LayerInputs, ScoredBudget
 from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
-from minikv_jax.models import windows
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama, check_model
 from minikv_jax.models.rotary import inverse_frequencies, row_positions
 from minikv_jax.ops.compress import compress, start_eviction
@@ -40,16 +39,16 @@ from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.refit import refit
 from minikv_jax.ops.select import Kept, select
-from minikv_jax.ops.shapes import prompt_contract, soft_cap_value
+from minikv_jax.ops.shapes import inputs_contract
 from minikv_jax.ops.window_votes import window_votes
 from minikv_jax.outline import outlined
 
 
 def layer_inputs(model: Llama, layer: int, q: Array, k: Array, v: Array, lengths: Array) -> LayerInputs:
-    """Adds the layer's window, number, RoPE frequencies, soft cap and sink logits, from the model, to its arrays."""
-    config, softmax = model.config, model.softmax_options(layer)
-    frequencies = jnp.asarray(inverse_frequencies(config.rope(layer), lengths))
-    return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies, **softmax)
+    """Adds to a layer's arrays what scorers may read of the model (`LayerInputs`)."""
+    frequencies = jnp.asarray(inverse_frequencies(model.config.rope(layer), lengths))
+    more: dict[str, Any] = {"output_projection": model.output_projection(layer), **model.softmax_options(layer)}
+    return LayerInputs(q, k, v, lengths, None, model.window(layer), jnp.int32(layer), frequencies, **more)
 
 
 def attend(
@@ -104,11 +103,13 @@ def keep(
 
     `lengths` are those of the prompts; `inputs` may hold drafted or repeated tokens after them, which are not kept.
     """
-    method = spec.method
+    method, second = spec.method, None
+    if method.scores_choose and calls.first_share(method.scorer) < 1:
+        second = calls.rescore(method.scorer, inputs._replace(sinks=method.sinks), scores).astype(jnp.float32)
 
-    def choose(q: Array, k: Array, v: Array, scores: Array, *rows: Any) -> Any:
+    def choose(q: Array, k: Array, v: Array, scores: Array, second: Array | None, *rows: Any) -> Any:
         seen, lengths, heavy, frequencies = rows
-        kept = select(scores, lengths, heavy, method, capacity.kept, spec.window)
+        kept = select(scores, lengths, heavy, method, capacity.kept, spec.window, second)
         eviction = start_eviction(scores, kept, lengths, heavy, method, capacity)
         if method.refit is not None:
             own = LayerInputs(q, k, v, seen, None, inputs.window, 0, frequencies, method.sinks, inputs.soft_cap)
@@ -120,8 +121,8 @@ def keep(
     frequencies = inputs.frequencies
     if frequencies is not None:  # the same for all rows, or one per row
         frequencies = jnp.broadcast_to(frequencies, (len(lengths), frequencies.shape[-1]))
-    arguments = (inputs.q, inputs.k, inputs.v, scores, inputs.lengths, lengths, heavy, frequencies)
-    return meshes.call_split(choose, arguments, (2, 2, 2, 1, None, None, None, None))
+    arguments = (inputs.q, inputs.k, inputs.v, scores, second, inputs.lengths, lengths, heavy, frequencies)
+    return meshes.call_split(choose, arguments, (2, 2, 2, 1, 1, None, None, None, None))
 
 
 class _Plan(NamedTuple):
@@ -285,7 +286,7 @@ def prefill_layer(
     Args:
       inputs: queries, keys and values after the model's own position embedding, and the rows' lengths; the layer's
         number and window if they are not 0 and None; RoPE's frequencies if the scorer needs them; the softmax's soft
-        cap and sink logits, if any.
+        cap and sink logits, if any; the output projection if the scorer needs it.
       method: a `Method` or a name.
       max_new_tokens: tokens per row that the cache will have room for, at least 0.
       num_layers: number of the model's layers, on which budgets may depend.
@@ -296,12 +297,12 @@ def prefill_layer(
 
     Raises:
       ValueError: an array of another shape or dtype, a length, layer or window out of range, a method whose components
-        break their contracts, or a `ScoredBudget`, which needs the scores of all layers.
+        break their contracts, a `ScoredBudget`, which needs the scores of all layers, or no output projection.
       NotImplementedError: a method that needs a whole model (`evict_every`, `lookahead`, a scorer with `needs_repeat`),
         or an `implementation` that cannot run this case.
     """
     check_implementation(implementation)
-    inputs, method = _checked(inputs, num_layers), resolve(method)
+    inputs, method = inputs_contract("prefill_layer", inputs, num_layers), resolve(method)
     if method.evict_every is not None:
         raise NotImplementedError(
             f"evict_every={method.evict_every}: only this library's own models evict during generation"
@@ -316,6 +317,8 @@ def prefill_layer(
         raise ValueError(
             f"budget={type(method.budget).__name__} reads the scores of all layers: a single layer cannot be prefilled"
         )
+    if method.scorer.needs_output_projection and inputs.output_projection is None:
+        raise ValueError(f"scorer={type(method.scorer).__name__} needs the layer's LayerInputs.output_projection")
     _, tokens, heads, head_dim = inputs.q.shape
     contracts.check_components(method, heads=heads, kv_heads=inputs.k.shape[2], head_dim=head_dim, layers=num_layers)
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 0, MAX_TOKENS)
@@ -327,23 +330,3 @@ def prefill_layer(
     scores = score(inputs, method, implementation)
     cache, _ = keep(inputs, scores, inputs.lengths, heavy.granted(inputs.lengths), capacity, spec, implementation)
     return out, cache
-
-
-def _checked(inputs: LayerInputs, num_layers: int) -> LayerInputs:
-    """Checks a layer's arrays and numbers. Raises ValueError naming the first that is wrong."""
-    if not isinstance(inputs, LayerInputs):
-        raise ValueError(f"prefill_layer: inputs is a {type(inputs).__name__}: expected a LayerInputs")
-    q, k, v, lengths, _ = prompt_contract("prefill_layer", *inputs[:4], inputs.sink_logits)
-    frequencies = inputs.frequencies
-    if frequencies is not None:
-        contract = Contract("prefill_layer", B=q.shape[0], F=q.shape[3] // 2)
-        legend = "B F" if getattr(frequencies, "ndim", 1) == 2 else "F"
-        frequencies = contract.floating("frequencies", frequencies, legend, "float32")
-    soft_cap = soft_cap_value(inputs.soft_cap)
-    windows.check(inputs.window)
-    layer: Any = inputs.layer
-    if isinstance(layer, jax.Array) and layer.ndim == 0 and known(layer) is not None:
-        layer = layer.item()
-    layer = checks.integer("layer", layer, 0, checks.integer("num_layers", num_layers, 1) - 1)
-    softmax: dict[str, Any] = {"soft_cap": soft_cap, "sink_logits": inputs.sink_logits}
-    return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies, **softmax)

@@ -74,7 +74,7 @@ def cache() -> KVCache:
 
 
 def prefill_one_layer(q: Any, k: Any, v: Any, lengths: Any, frequencies: Any = None, **more: Any) -> Any:
-    own = {name: more.pop(name) for name in ("layer", "window") if name in more}
+    own = {name: more.pop(name) for name in ("layer", "window", "output_projection") if name in more}
     return mk.prefill_layer(mk.LayerInputs(q, k, v, lengths, frequencies=frequencies, **own), "full", 4, **more)
 
 
@@ -169,12 +169,12 @@ ENTRIES = {
     ),
     "prefill_layer": Entry(
         prefill_one_layer,
-        PROMPT | {"frequencies": floats(H // 2)},
-        PROMPT_LEGENDS | {"frequencies": "F"},
+        PROMPT | {"frequencies": floats(H // 2), "output_projection": floats(N * H, 5)},
+        PROMPT_LEGENDS | {"frequencies": "F", "output_projection": "R d"},
         {"lengths": 0},
         {"lengths": T},
         {"window": WRONG_POSITIVES, "num_layers": WRONG_POSITIVES, "layer": [1, -1, 1.5, "0", None, [0], floats(1)]},
-        optional=("frequencies",),
+        optional=("frequencies", "output_projection"),
     ),
     "quantize": Entry(
         mk.quantize,

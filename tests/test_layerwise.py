@@ -20,11 +20,13 @@ from minikv_jax.methods import lookup
 from minikv_jax.methods.base import Operand, Quantizer
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.snapkv import SnapKV
+from minikv_jax.models.design import Latent
 from minikv_jax.prefill import prefill
 
 LENGTHS = np.array([96, 70], np.int32)
 ROOM = 8
 PLAIN: dict[str, Any] = {"num_hidden_layers": 3, "max_position_embeddings": 256}
+LATENT = PLAIN | {"num_key_value_heads": 4, "latent": Latent(query_rank=0, kv_rank=8, value_dim=8)}
 WINDOWED = PLAIN | {
     "model_type": "qwen2",
     "sliding_window": 50,
@@ -60,8 +62,9 @@ BY_LAYER = Method(scorer=SnapKV(), heavy=0.3, recent=0.2, quantizer=CoarserByLay
         (dataclasses.replace(lookup.get("minikv-variance"), tail=Tail(length=32)), PLAIN),
         (dataclasses.replace(lookup.get("h2o"), evict_every=2), PLAIN),
         (BY_LAYER, WINDOWED),
+        (dataclasses.replace(lookup.get("criticalkv"), heavy=20, recent=6), LATENT),
     ],
-    ids=["variance", "evicting", "by-layer-windowed"],
+    ids=["variance", "evicting", "by-layer-windowed", "two stages, latent attention"],
 )
 def test_layer_by_layer_is_the_whole_model(method: Method, model_fields: dict[str, Any]):
     """Hidden states, caches, kept tokens and decode steps agree, even if a row skips steps."""

@@ -165,9 +165,10 @@ def _inspect(
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
     shares = [
         attention_share(
-            kept_tokens, q, k, length[0], later.queries, model.window(number), model.attn_logit_softcapping, sinks
+            *(kept_tokens, q, k, length[0], later.queries, model.window(number), model.attn_logit_softcapping),
+            layer.sink_logits,
         )
-        for number, (kept_tokens, q, k, (*_, sinks)) in enumerate(zip(maps, later.q, later.k, layers, strict=True))
+        for number, (kept_tokens, q, k, layer) in enumerate(zip(maps, later.q, later.k, layers, strict=True))
     ]
     fields = {
         "scored": scored[0],

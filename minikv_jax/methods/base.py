@@ -77,11 +77,13 @@ class Scorer(Component, abc.ABC):
     Attributes:
       needs_column_sums: whether `score` reads `LayerInputs.column_sums`, a second pass over the prefill's attention.
       needs_repeat: whether `score` sees each prompt twice, the second time right after the first.
+      needs_output_projection: whether `score` or `rescore` reads `LayerInputs.output_projection`.
       vote_power: power of the softmax weights that `LayerInputs.votes` sums.
     """
 
     needs_column_sums: ClassVar[bool] = False
     needs_repeat: ClassVar[bool] = False
+    needs_output_projection: ClassVar[bool] = False
     vote_power: ClassVar[int] = 1
 
     @property
@@ -100,6 +102,23 @@ class Scorer(Component, abc.ABC):
           A floating-point score per token. Sinks and recent tokens stay whatever their scores, and padding may score
           anything. NaN counts as the lowest score; evaluations report it.
         """
+
+    @property
+    def first_share(self) -> float:
+        """Fraction of the heavy budget that is chosen by `score`; `rescore` chooses the rest."""
+        return 1.0
+
+    def rescore(self, inputs: LayerInputs, scores: Float[Array, "B K T"]) -> Float[Array, "B K T"]:
+        """Scores the tokens anew for the rest of the heavy budget. Needed if `first_share` is below 1.
+
+        Args:
+          inputs: the prompt, perhaps without column sums, votes and the layer's number.
+          scores: float32, what `score` returned.
+
+        Returns:
+          A floating-point score per token. Those chosen by `score` stay whatever they get.
+        """
+        raise NotImplementedError
 
     def update(self, scores: Float[Array, "B K C"], weights: Float[Array, "B K C"]) -> Float[Array, "B K C"]:
         """Updates the scores after a decode step. Needed for `Method.evict_every`.

@@ -48,6 +48,15 @@ def vote_windows(scorer: Scorer) -> tuple[int, ...]:
     return sizes
 
 
+def first_share(scorer: Scorer) -> float:
+    """Reads `Scorer.first_share`."""
+    what = f"scorer {SCORERS.name_of(scorer)!r}: first_share"
+    share = _run(what, scorer.score, lambda: scorer.first_share)
+    if not isinstance(share, float | int) or not 0 <= share <= 1:
+        raise ValueError(f"{what} is {share!r}: expected a number in 0..1")
+    return float(share)
+
+
 def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:
     """Calls `Scorer.score`."""
     batch, tokens, kv_heads, _ = inputs.k.shape
@@ -55,6 +64,13 @@ def score(scorer: Scorer, inputs: LayerInputs) -> Float[Array, "B K T"]:
     code = scorer.function if isinstance(scorer, FunctionScorer) else scorer.score
     out = _run(what, code, scorer.score, inputs)
     return _expect(what, code, out, (batch, kv_heads, tokens), "[B, K, T]")
+
+
+def rescore(scorer: Scorer, inputs: LayerInputs, scores: Float[Array, "B K T"]) -> Float[Array, "B K T"]:
+    """Calls `Scorer.rescore`."""
+    what = f"scorer {SCORERS.name_of(scorer)!r}: rescore"
+    out = _run(what, scorer.rescore, scorer.rescore, inputs, scores)
+    return _expect(what, scorer.rescore, out, scores.shape, "[B, K, T]")
 
 
 def refit(refit: Refit, inputs: LayerInputs, kept: KeptTokens) -> Float[Array, "B K M H"]:

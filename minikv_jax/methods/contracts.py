@@ -17,7 +17,7 @@ from minikv_jax.methods.method import Method
 from minikv_jax.methods.registry import QUANTIZERS
 from minikv_jax.models.config import ModelConfig
 
-_ROWS, _TOKENS, _KEPT = 2, 96, 40  # shapes that components are tried on
+_ROWS, _TOKENS, _KEPT, _WIDTH = 2, 96, 40, 24  # shapes that components are tried on
 
 
 def check(method: Method, model: ModelConfig) -> None:
@@ -77,8 +77,15 @@ def _check_scorer(method: Method, heads: int, kv_heads: int, head_dim: int) -> N
     def run(q: Array, k: Array, lengths: Array, given: dict[str, Any]) -> Array:
         return calls.score(scorer, LayerInputs(q, k, k, lengths, **given, sinks=method.sinks))
 
-    given = {"column_sums": sums, "layer": _integers(), "frequencies": _floats(head_dim // 2), "votes": votes}
-    _trace(run, q, k, _integers(_ROWS), given)
+    def again(q: Array, k: Array, lengths: Array, given: dict[str, Any], scores: Array) -> Array:
+        return calls.rescore(scorer, LayerInputs(q, k, k, lengths, **given, sinks=method.sinks), scores)
+
+    known = {"frequencies": _floats(head_dim // 2)}
+    if scorer.needs_output_projection:
+        known["output_projection"] = _floats(heads * head_dim, _WIDTH)
+    _trace(run, q, k, _integers(_ROWS), known | {"column_sums": sums, "layer": _integers(), "votes": votes})
+    if calls.first_share(scorer) < 1:
+        _trace(again, q, k, _integers(_ROWS), known, scores)
     if method.evict_every and scorer.can_update:
         _trace(functools.partial(calls.update, scorer), scores, scores)
 

@@ -28,6 +28,8 @@ class LayerInputs(NamedTuple):
         its denominator only; None if it has none.
       votes: for each of the scorer's `vote_windows`, float32 sums of the softmax map, to `vote_power`, over that many
         last queries of a row and the query heads of a KV head; zero in the padding.
+      output_projection: the layer's matrix after attention: for each query head, a row for each of its values' first
+        channels (all `H`, if values are not padded); None if unknown.
     """
 
     q: Float[Array, "B T N H"]
@@ -42,6 +44,7 @@ class LayerInputs(NamedTuple):
     soft_cap: float | None = None
     sink_logits: Float[Array, "N"] | None = None
     votes: tuple[Float[Array, "B K T"], ...] = ()
+    output_projection: Float[Array, "NV D"] | None = None
 
     @property
     def attention_options(self) -> dict[str, Any]:

@@ -83,6 +83,11 @@ class Layer(nnx.Module):
         sinks = self.self_attn.sink_logits
         return None if sinks is None else sinks[...]
 
+    @property
+    def output_projection(self) -> Float[Array, "NV D"]:
+        """Matrix after attention, with the rows of each query head in turn."""
+        return self.self_attn.o_proj.kernel[...]
+
     def _branch(self, norm: Norm | None, out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns what is added to the residual stream for the output of attention or the MLP."""
         out = _through(norm, out)
@@ -158,6 +163,10 @@ class Llama(nnx.Module):
     def softmax_options(self, layer: int) -> dict[str, Any]:
         """The arguments of the attention ops that change a layer's softmax: `soft_cap` and `sink_logits`."""
         return {"soft_cap": self.config.attn_logit_softcapping, "sink_logits": self.layers[layer].sink_logits}
+
+    def output_projection(self, layer: int) -> Float[Array, "NV D"]:
+        """The matrix after a layer's attention, with the rows of each query head in turn."""
+        return self.layers[layer].output_projection
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds token ids `[B, T]` as the first layer's input `[B, T, D]`. Ids outside the vocabulary become NaN."""

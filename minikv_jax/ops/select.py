@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax.methods.method import Method
+from minikv_jax.methods import calls
+from minikv_jax.methods.method import Method, Share
 from minikv_jax.models import windows
 from minikv_jax.models.windows import Window
 
@@ -32,6 +33,7 @@ def select(
     method: Method,
     capacity: int,
     window: Window | None = None,
+    second: Float[Array, "B K T"] | None = None,
 ) -> Kept:
     """Selects the tokens that a layer keeps. If it keeps all, nothing is sorted.
 
@@ -42,6 +44,7 @@ def select(
       method: sets the sinks and the recent budget.
       capacity: `M`, at least the tokens that any row keeps (`cache.capacity.kept_capacity`).
       window: sliding window or chunk of the layer. Tokens that new ones cannot see are not kept.
+      second: scores of the second stage (`Scorer.rescore`). `scores` then chooses only the scorer's `first_share`.
     """
     tokens = scores.shape[-1]
     positions = jnp.arange(tokens)
@@ -55,6 +58,12 @@ def select(
     heavy = jnp.minimum(heavy, visible - sinks - recent)
     in_view = (positions >= first[:, None]) & (positions < lengths[:, None])  # [B, T]
     forced = in_view & ((positions < (first + sinks)[:, None]) | (positions >= (lengths - recent)[:, None]))
+    if second is not None:
+        first_count = sinks + recent + Share(calls.first_share(method.scorer)).tokens(heavy)
+        _, order = lax.top_k(rank(scores, forced, in_view), capacity)
+        chosen = jnp.arange(capacity) < first_count[:, None, None]
+        chosen = jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, chosen, axis=-1, inplace=False)
+        scores = jnp.where(chosen, jnp.inf, second)
     _, order = lax.top_k(rank(scores, forced, in_view), capacity)  # equal elements come in order of position
     count = sinks + recent + heavy
     order = jnp.where(jnp.arange(capacity) < count[:, None, None], order, tokens)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from minikv_jax.arrays import Contract
+from minikv_jax import checks
+from minikv_jax.arrays import Contract, known
 from minikv_jax.cache.state import LayerCache
 from minikv_jax.fields import Accepts
+from minikv_jax.methods.base import LayerInputs
+from minikv_jax.models import windows
 
 _SCALE = Accepts(float, above=0)
 
@@ -72,6 +76,37 @@ def prompt_contract(
     contract.heads()
     lengths = contract.integers("lengths", lengths, "B", 0, contract.sizes["T"])
     return q, k, v, lengths, sinks_by_row(contract, sink_logits)
+
+
+def inputs_contract(function: str, inputs: LayerInputs, num_layers: int) -> LayerInputs:
+    """Checks the arrays and numbers of one layer's prompt.
+
+    Returns:
+      The inputs without column sums and votes.
+
+    Raises:
+      ValueError: anything but `LayerInputs`, an array of another shape or dtype, or a number out of range. The message
+        names the first that is wrong.
+    """
+    if not isinstance(inputs, LayerInputs):
+        raise ValueError(f"{function}: inputs is a {type(inputs).__name__}: expected a LayerInputs")
+    q, k, v, lengths, _ = prompt_contract(function, *inputs[:4], inputs.sink_logits)
+    batch, _, heads, dim = q.shape
+    contract = Contract(function, B=batch, F=dim // 2, NH=heads * dim)
+    frequencies, projection = inputs.frequencies, inputs.output_projection
+    if frequencies is not None:
+        legend = "B F" if getattr(frequencies, "ndim", 1) == 2 else "F"
+        frequencies = contract.floating("frequencies", frequencies, legend, "float32")
+    if projection is not None:
+        projection = contract.floating("output_projection", projection, "NH D")
+    more: dict[str, Any] = {"soft_cap": soft_cap_value(inputs.soft_cap), "sink_logits": inputs.sink_logits}
+    windows.check(inputs.window)
+    layer: Any = inputs.layer
+    if isinstance(layer, jax.Array) and layer.ndim == 0 and known(layer) is not None:
+        layer = layer.item()
+    layer = checks.integer("layer", layer, 0, checks.integer("num_layers", num_layers, 1) - 1)
+    more |= {"output_projection": projection}
+    return LayerInputs(q, k, v, lengths, None, inputs.window, layer, frequencies, **more)
 
 
 def sinks_by_row(contract: Contract, sink_logits: Any) -> Array | None:

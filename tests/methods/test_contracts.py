@@ -286,6 +286,26 @@ def test_vote_windows_that_break_their_contract_are_named(windows: Any, message:
         contracts.check(mk.Method(scorer=Voted(), heavy=1, recent=1), MODEL)
 
 
+def test_a_second_stage_that_breaks_its_contract_is_named():
+    class Second(mk.SnapKV):
+        share: float = 0.5
+
+        @property
+        def first_share(self) -> float:
+            return self.share
+
+        def rescore(self, inputs: mk.LayerInputs, scores: jax.Array) -> jax.Array:
+            return scores[0]
+
+    for share, message in (
+        (1.5, "scorer 'Second': first_share is 1.5: expected a number in 0..1"),
+        (0.5, r"scorer 'Second': rescore returns float32\[2, 96\] .*: expected .*B, K, T"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            contracts.check(mk.Method(scorer=Second(share=share), heavy=1, recent=1), MODEL)
+    contracts.check(mk.Method(scorer=Second(share=1.0), heavy=1, recent=1), MODEL)  # not called
+
+
 def test_an_update_that_breaks_its_contract_is_named():
     class Late(mk.H2O):
         def update(self, scores: jax.Array, weights: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ class Pair(NamedTuple):
 
     Attributes:
       press, arguments: kvpress's class, and its arguments besides the ratio.
+      around: a class of kvpress that takes the press; none if empty.
       method: the method.
       alike: smallest mean Jaccard index of the kept tokens over layers and heads. Norms that differ by float32's
         rounding swap a few tokens at the cut.
@@ -49,6 +50,7 @@ class Pair(NamedTuple):
     alike: float = 1.0
     nll: float = 1e-6
     arguments: tuple[tuple[str, int], ...] = ()
+    around: str = ""
 
 
 def snapkv(kernel: int) -> mk.Method:
@@ -56,9 +58,17 @@ def snapkv(kernel: int) -> mk.Method:
     return mk.Method(scorer=scorer, heavy=KEPT - 64, recent=64)
 
 
+def criticalkv(kernel: int) -> mk.Method:
+    """Their first stage is of half of the kept tokens, of which 64 are the newest; ours is of the heavy budget."""
+    first = (KEPT // 2 - 64) / (KEPT - 64)
+    scorer = mk.CriticalKV(observation_window=64, pooling="mean", pooling_kernel=kernel, first_stage=first + 1e-4)
+    return mk.Method(scorer=scorer, heavy=KEPT - 64, recent=64)
+
+
 PAIRS = {
     "snapkv": Pair("SnapKVPress", snapkv(5)),
     "snapkv, not pooled": Pair("SnapKVPress", snapkv(1), arguments=(("kernel_size", 1),)),
+    "criticalkv": Pair("SnapKVPress", criticalkv(5), around="CriticalKVPress"),
     "tova": Pair("TOVAPress", mk.Method(scorer=mk.TOVA(), heavy=KEPT - 1, recent=1)),
     "knorm": Pair("KnormPress", mk.Method(scorer=mk.KNorm(), heavy=KEPT, recent=0), 0.999, 1e-4),
     "keydiff": Pair("KeyDiffPress", mk.Method(scorer=mk.KeyDiff(), heavy=KEPT, recent=0)),
@@ -98,7 +108,10 @@ def results() -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
 def ask_kvpress(case: Case) -> dict[str, np.ndarray]:
     directory = packages().parent
     request, result = directory / "kvpress-request.json", directory / "kvpress-result.npz"
-    presses = [[name, pair.press, {"compression_ratio": RATIO, **dict(pair.arguments)}] for name, pair in PAIRS.items()]
+    presses = [
+        [name, pair.press, {"compression_ratio": RATIO, **dict(pair.arguments)}, pair.around]
+        for name, pair in PAIRS.items()
+    ]
     asked = {"prompt": case.prompt, "continuation": case.continuation, "presses": presses}
     request.write_text(json.dumps(asked))
     file = packaged.cache_directory() / f"{hub.DEMO_MODEL}.gguf"

@@ -17,6 +17,7 @@ from minikv_jax.cache.state import KVCache
 from minikv_jax.decode import decode
 from minikv_jax.methods import lookup
 from minikv_jax.methods.base import NoScores, Uniform
+from minikv_jax.methods.critical_kv import CriticalKV
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail, Tokens
@@ -49,6 +50,11 @@ def naive_prefill(model: Projections, method: Method, ids: np.ndarray) -> tuple[
         frequencies = np.asarray(inverse_frequencies(model.config.rope(0)))
         scores = [naive_methods.prompt_scores(method, *layer, frequencies) for layer in arrays]
     heavy = naive.heavy_tokens(method, scores, LENGTHS)
+    if isinstance(method.scorer, CriticalKV):
+        scores = [
+            naive_methods.critical_kv(method, scores[layer], v[layer], model.o[layer], LENGTHS, heavy[layer])
+            for layer in layers
+        ]
     caches: list[Rows] = []
     for layer in layers:
         rows: Rows = []
@@ -115,7 +121,7 @@ def test_method_matches_naive(name: str, heads: tuple[int, int]):
             outputs.append(model.forward(*arguments))
             return outputs[0]
 
-        parts = {name: getattr(model, name) for name in ("config", "window", "softmax_options")}
+        parts = {name: getattr(model, name) for name in ("config", "window", "softmax_options", "output_projection")}
         recorder = types.SimpleNamespace(forward=forward, **parts)
         _, cache = prefill(cast(Llama, recorder), ids, lengths, method, STEPS)
         return outputs[0], cache

@@ -9,8 +9,10 @@ import pytest
 from oracle import naive, naive_methods
 from support.tiny import tiny_config
 
+from minikv_jax.methods import critical_kv
 from minikv_jax.methods.attention_matching import RmsVotes
 from minikv_jax.methods.base import LayerInputs, NoScores, Scorer
+from minikv_jax.methods.critical_kv import CriticalKV
 from minikv_jax.methods.expected_attention import ExpectedAttention
 from minikv_jax.methods.h2o import H2O
 from minikv_jax.methods.keydiff import KeyDiff
@@ -23,7 +25,7 @@ from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.methods.tova import TOVA
 from minikv_jax.methods.twin import Twin
 from minikv_jax.models.rotary import inverse_frequencies
-from minikv_jax.prefill import score
+from minikv_jax.prefill import prefill_layer, score
 
 LENGTHS, T, H, SINKS = [40, 33, 13, 3], 40, 16, 2
 FREQUENCIES = np.asarray(inverse_frequencies(tiny_config(head_dim=H).rope(0)))
@@ -141,6 +143,37 @@ def test_kvzip_matches_the_formula(window: int | None):
             np.testing.assert_allclose(got[row, head], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [H, H - 4])
+def test_criticalkv_weighs_votes_by_projected_values(channels: int, monkeypatch: pytest.MonkeyPatch):
+    """The norms are means over a group's heads. Values may be padded, as in latent attention, and come in chunks."""
+    lengths = [1, 7, 40]
+    q, k, v = prompt(lengths, (6, 2), seed=7)
+    projection = np.random.default_rng(8).normal(size=(6 * channels, 10)).astype(np.float32)
+    scorer = CriticalKV(observation_window=5, pooling="mean", pooling_kernel=3, epsilon=0.01)
+    scores = scores_of(scorer, q, k, v, np.array(lengths))
+    votes = naive.window_scores(q, k, lengths, observation_window=5, pooling="mean", pooling_kernel=3)
+    inputs = LayerInputs(q, k, v, np.array(lengths), output_projection=projection)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(critical_kv, "_PROJECTED", 7 * 3 * 6 * 10)  # seven tokens at a time
+    got = np.asarray(scorer.rescore(inputs, scores))
+    for row, n in enumerate(lengths):
+        for head, token in np.ndindex(2, n):
+            weight = votes[row, head, token] / (3 * min(n, 5))
+            np.testing.assert_allclose(scores[row, head, token], weight, rtol=1e-5, atol=1e-6)
+            norms = []
+            for one in range(3 * head, 3 * head + 3):
+                own = projection[one * channels : (one + 1) * channels].astype(np.float64)
+                norms.append(np.abs(v[row, token, head, :channels] @ own).sum())
+            np.testing.assert_allclose(got[row, head, token], (weight + 0.01) * np.mean(norms), rtol=1e-4, atol=1e-5)
+
+
+def test_criticalkv_needs_the_output_projection():
+    x, method = jnp.zeros((1, 8, 2, H)), Method(scorer=CriticalKV(), heavy=2, recent=2)
+    with pytest.raises(ValueError, match=r"scorer=CriticalKV needs the layer's LayerInputs\.output_projection"):
+        prefill_layer(LayerInputs(x, x, x, jnp.array([8])), method, 1)
+    inputs = LayerInputs(x, x, x, jnp.array([8]), output_projection=jnp.zeros((2 * H, 5)))
+    assert prefill_layer(inputs, method, 1)[1].tail.length.tolist() == [4]
+
+
 def test_without_scores_all_tokens_are_alike():
     x, lengths = jnp.full((2, 5, 3, 4), jnp.nan), jnp.array([5, 2])
     np.testing.assert_array_equal(NoScores().score(LayerInputs(x, x, x, lengths)), np.zeros((2, 3, 5)))
@@ -179,6 +212,7 @@ def test_expected_attention_needs_the_rotation():
         (lambda: SnapKV(pooling_kernel=4), "pooling_kernel=4: expected an odd number"),
         (lambda: Twin(long_window=0), "long_window=0: expected an integer"),
         (lambda: Twin(observation_window=1.5), "observation_window=1.5: expected an integer"),  # pyright: ignore[reportArgumentType]
+        (lambda: CriticalKV(first_stage=-0.5), "first_stage=-0.5: expected a finite number"),
         (lambda: ReSTKV(smoothing=1.5), "smoothing=1.5: expected a finite number"),
         (lambda: ReSTKV(pooling_kernel=2), "pooling_kernel=2: expected an odd number"),
         (lambda: LagKV(lag=0), "lag=0: expected an integer"),

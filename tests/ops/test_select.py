@@ -122,6 +122,39 @@ def test_sliding_window():
             assert [first + position for position in want] == got[: kept.tokens[b]].tolist()
 
 
+class Halves(H2O):
+    """Scorer whose own scores choose half of the heavy budget."""
+
+    @property
+    def first_share(self) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_second_scores_choose_the_rest_of_the_heavy_budget(window: int | None):
+    """Ties and NaN in both stages; a row shorter than its budgets keeps everything."""
+    method, heavy = Method(scorer=Halves(), heavy=7, recent=4, sinks=2), 7
+    rng, shape = np.random.default_rng(3), (len(LENGTHS), 2, TOKENS)
+    first, second = (rng.integers(0, 6, shape).astype(np.float32) for _ in range(2))
+    second[:, :, 5] = np.nan
+    capacity = kept_capacity(method, method.heavy, TOKENS, window)
+    lengths = jnp.asarray(LENGTHS)
+    both = jax.jit(functools.partial(select, method=method, capacity=capacity, window=window))
+    kept = both(first, lengths, jnp.full_like(lengths, heavy), second=second)
+    second = np.nan_to_num(second, nan=-1)
+    for b, length in enumerate(LENGTHS.tolist()):
+        start = 0 if window is None else max(length - window + 1, 0)
+        sinks, recent = min(max(2 - start, 0), length - start), min(4, length - start - max(2 - start, 0))
+        middle = range(start + sinks, length - max(recent, 0))
+        count = min(heavy, len(middle))
+        for head in range(2):
+            order = sorted(middle, key=lambda token, row=first[b, head]: (-row[token], token))
+            chosen, left = order[: count // 2], sorted(order[count // 2 :])
+            chosen += sorted(left, key=lambda token, row=second[b, head]: (-row[token], token))[: count - count // 2]
+            want = sorted({*range(start, length)} - {*middle} | {*chosen})
+            assert np.asarray(kept.positions)[b, head, : kept.tokens[b]].tolist() == want
+
+
 @pytest.mark.parametrize("method", [Method(), Method(recent=Share(1.0), sinks=3)])
 def test_without_eviction_every_token_is_kept_in_order(method: Method):
     lengths = jnp.asarray(LENGTHS)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
-from oracle.naive import pool, softmax
+from oracle.naive import pool, softmax, tokens_of
 
+from minikv_jax.methods.critical_kv import CriticalKV
 from minikv_jax.methods.expected_attention import ExpectedAttention
 from minikv_jax.methods.keydiff import KeyDiff
 from minikv_jax.methods.knorm import KNorm
@@ -98,6 +99,34 @@ def rest_kv(q: np.ndarray, k: np.ndarray, v: np.ndarray, scorer: ReSTKV) -> np.n
             average = scorer.smoothing * move + (1 - scorer.smoothing) * average
         total += average / G
     return np.concatenate([pool(total[:past], scorer.pooling, scorer.pooling_kernel), total[past:]])
+
+
+def critical_kv(
+    method: Method, votes: np.ndarray, v: np.ndarray, o: np.ndarray, lengths: Sequence[int], heavy: Sequence[int]
+) -> np.ndarray:
+    """Computes scores[B, K, T] by which the method's tokens come first: infinite ones for those of its first stage.
+
+    votes[B, K, T] are SnapKV's, v[B, T, K, H] the values, o[N * H, D] the output projection, heavy[B] the budgets.
+    """
+    scorer, result = method.scorer, np.zeros(votes.shape)
+    assert isinstance(scorer, CriticalKV)
+    B, _, K, H = v.shape
+    G = len(o) // H // K
+    for b, head in np.ndindex(B, K):
+        n = lengths[b]
+        weights = votes[b, head] / (G * min(scorer.observation_window, n))
+        for token in range(n):
+            projected = [
+                v[b, token, head].astype(np.float64) @ o[N * H : N * H + H] for N in range(head * G, head * G + G)
+            ]
+            norm = np.mean([np.abs(part).sum() for part in projected])
+            result[b, head, token] = (weights[token] + scorer.epsilon) * norm
+        recent = tokens_of(method.recent, n)
+        middle = range(method.sinks, n - recent)
+        first = sorted(middle, key=lambda token, weights=weights: (-weights[token], token))
+        granted = min(heavy[b], len(middle))
+        result[b, head, first[: int(granted * round(scorer.first_stage * 10000) / 10000)]] = np.inf
+    return result
 
 
 def turn(x: np.ndarray, steps: int, frequencies: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Runs kvpress's presses on a prompt, in the environment of `methods/test_kvpress.py`, which has kvpress.
 
 Usage: kvpress_presses.py FILE.gguf REQUEST.json RESULT.npz. The request has `prompt`, `continuation` (token ids) and
-`presses`, a list of [name, class, arguments]. The result has, per name, `NAME/kept`, bool [L, K, T], and `NAME/nll`,
-the mean negative log-likelihood of the continuation.
+`presses`, a list of [name, class, arguments, class around it or ""]. The result has, per name, `NAME/kept`, bool
+[L, K, T], and `NAME/nll`, the mean negative log-likelihood of the continuation.
 """
 
 import json
@@ -53,8 +53,10 @@ def main(file: str, request: str, result: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     asked = json.loads(pathlib.Path(request).read_text())
     arrays = {}
-    for name, kind, arguments in asked["presses"]:
+    for name, kind, arguments, around in asked["presses"]:
         press = getattr(kvpress, kind)(**arguments)
+        if around:
+            press = getattr(kvpress, around)(press)
         made = run(model, press, asked["prompt"], asked["continuation"])
         arrays |= {f"{name}/{key}": value for key, value in made.items()}
     np.savez_compressed(result, **arrays)

@@ -22,6 +22,7 @@ class Projections:
     q: np.ndarray  # [L, V, N, H]
     k: np.ndarray  # [L, V, K, H]
     v: np.ndarray
+    o: np.ndarray  # [L, N * H, D]
     dtype: str = "float32"
     mesh: None = None
 
@@ -30,6 +31,9 @@ class Projections:
 
     def softmax_options(self, layer: int) -> dict[str, None]:
         return {"soft_cap": None, "sink_logits": None}
+
+    def output_projection(self, layer: int) -> np.ndarray:
+        return self.o[layer]
 
     def forward(
         self, ids: jax.Array, positions: jax.Array, attend: Callable[..., jax.Array], *reduce: object
@@ -57,4 +61,4 @@ def projections(layers: int, heads: tuple[int, int]) -> Projections:
     rng = np.random.default_rng(0)
     sharpness = np.linspace(0.5, 2.0, layers, dtype=np.float32)[:, None, None, None]
     q, k, v = (normal(rng, layers, VOCABULARY, count, H) for count in (N, K, K))
-    return Projections(config, q * sharpness, k, v)
+    return Projections(config, q * sharpness, k, v, normal(rng, layers, N * H, config.hidden_size))
