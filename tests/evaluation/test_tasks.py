@@ -1,5 +1,6 @@
 """Tests the tasks' cases and scores without a model, and one task through the command."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -26,6 +27,8 @@ from minikv_jax.evaluation.tasks.number_string import NumberString
 from minikv_jax.evaluation.tasks.passkey import Passkey
 from minikv_jax.evaluation.tasks.perplexity import Perplexity, book_windows
 from minikv_jax.evaluation.tasks.retrieval import Retrieval
+from minikv_jax.evaluation.tasks.variable_tracking import VariableTracking
+from minikv_jax.evaluation.tasks.word_extraction import CommonWordsExtraction
 
 TOKENIZER = byte_tokenizer()
 GENERATED = [Needle, Passkey, NumberString, KVRetrieval, LongEval]
@@ -110,6 +113,62 @@ def test_questions_about_one_text_share_its_tokens(chat: bool):
     assert len({case.answers for case in cases}) == 6
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_variables_are_tracked_through_their_chain(chat: bool):
+    """Every chain stands in the text, in order, and the answers are the variables of the one that is asked for."""
+    task = VariableTracking(context=(900, 1400), samples=2, chains=3, hops=2, chat_template=chat)
+    cases = task.cases(TOKENIZER, 2000)
+    assert [case.tags["context"] for case in cases] == [900, 1400] * 2
+    assert len({case.prompt for case in cases}) == len({case.name for case in cases}) == 4
+    for case in cases:
+        assert case.tags["context"] - 120 < len(case.prompt) + len(case.question) <= case.tags["context"]
+        values: dict[str, str] = {}
+        for name, _, source in re.findall(r"VAR (\w+) = (VAR )?(\w+)\.", text(case)):
+            assert name not in values
+            values[name] = str(values.get(source, source))  # a variable's assignment stands before its use
+        assert sorted(collections.Counter(values.values()).values()) == [3, 3, 3]
+        question = str(TOKENIZER.decode(list(case.question)))
+        (value,) = set(re.findall(r"\d{5}", question))
+        assert question.endswith(f"The variables with the value {value} are")
+        assert case.answers == tuple(name for name in values if values[name] == value)
+        assert answer(case) == " " + ", ".join(case.answers)
+        assert task.score(case, f"{case.answers[2]}, {case.answers[0].lower()}, XXXXX") == pytest.approx(2 / 3)
+
+
+def test_common_words_are_those_that_the_list_has_most_often():
+    """The list is as long as the context allows: another word would not fit."""
+    task = CommonWordsExtraction(context=(700, 1500), samples=2, words=3, frequency=9, other_frequency=2)
+    cases = task.cases(TOKENIZER, 2000)
+    assert len({case.prompt for case in cases}) == len(cases) == 4
+    for case in cases:
+        room = case.tags["context"] - len(case.prompt) - len(case.question)
+        assert 0 <= room < 2 * len("100. bababa ")
+        listed = re.findall(r"(\d+)\. ([a-z]+)", text(case))
+        assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+        counts = collections.Counter(word for _, word in listed)
+        assert {word for word, _ in counts.most_common(3)} == set(case.answers)
+        assert sorted(counts.values(), reverse=True) == [9] * 3 + [2] * (len(counts) - 3)
+        assert len(counts) > 3
+        assert [word for _, word in listed] != sorted(word for _, word in listed)
+        assert answer(case) == " " + ", ".join(case.answers)
+        assert task.score(case, f"{case.answers[0]} and {case.answers[1]}") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "task", [VariableTracking(context=(900,)), CommonWordsExtraction(context=(900,), words=2, frequency=8)]
+)
+def test_texts_and_their_questions_are_a_function_of_the_seed(task: VariableTracking | CommonWordsExtraction):
+    """With the question or without it, the tokens are the same."""
+    (first,), (same,) = task.cases(TOKENIZER, 2000), task.cases(TOKENIZER, 2000)
+    (other,) = dataclasses.replace(task, seed=1).cases(TOKENIZER, 2000)
+    (aware,) = dataclasses.replace(task, query_aware=True).cases(TOKENIZER, 2000)
+    assert first == same
+    assert other.answers != first.answers
+    assert aware.prompt == first.prompt + first.question
+    assert aware.question == ()
+    assert (aware.continuation, aware.answers) == (first.continuation, first.answers)
+
+
 def test_needles_in_a_text_of_ones_own(tmp_path: pathlib.Path):
     book = tmp_path / "book.txt"
     book.write_text(" ".join(f"Sentence {number} of the book." for number in range(200)))
@@ -136,12 +195,25 @@ def test_wrong_options_are_named(fields: dict[str, Any], message: str):
         dataclasses.replace(Needle(context=(900,)), **fields).cases(TOKENIZER, 2000)
 
 
+def test_common_words_without_room_are_refused():
+    message = "context=900: words=10 of frequency=30 leave no room for another word"
+    with pytest.raises(ValueError, match=message):
+        CommonWordsExtraction(context=(900,)).cases(TOKENIZER, 2000)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda _: Needle(kind="many"), "kind='many'"),
         (lambda _: Needle(needles=0), "needles=0: expected at least 1"),
         (lambda path: Needle(haystack=path / "none"), "none does not exist"),
+        (lambda _: VariableTracking(chains=0), "chains=0: expected at least 1"),
+        (lambda _: VariableTracking(hops=0), "hops=0: expected at least 1"),
+        (lambda path: VariableTracking(haystack=path / "none"), "none does not exist"),
+        (lambda _: CommonWordsExtraction(words=0), "words=0: expected at least 1"),
+        (lambda _: CommonWordsExtraction(words=10**6), "words=1000000: expected at most 171500"),
+        (lambda _: CommonWordsExtraction(other_frequency=0), "other_frequency=0: expected at least 1"),
+        (lambda _: CommonWordsExtraction(frequency=3), "frequency=3: expected at least 4"),
         (lambda _: Passkey(limit=0), "limit=0: expected at least 1"),
         (lambda path: Perplexity(text=path / "none"), "none does not exist"),
         (lambda _: Perplexity(text=pathlib.Path(__file__), continuation=0), "continuation=0: expected at least 1"),

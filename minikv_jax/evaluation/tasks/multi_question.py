@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from minikv_jax.evaluation.task import Case, around, need_file, option
-from minikv_jax.evaluation.tasks.retrieval import ANSWER_SLACK, Episode, Generated, digits, fill_up, haystack, names
+from minikv_jax.evaluation.task import Case, need_file, option
+from minikv_jax.evaluation.tasks.retrieval import (
+    Asked,
+    Episode,
+    GeneratedByDepth,
+    TextThenQuestion,
+    digits,
+    fill_up,
+    haystack,
+    names,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiQuestion(Generated):
+class MultiQuestion(GeneratedByDepth, TextThenQuestion):
     """Asks for every one of the numbers hidden in a text, one at each depth.
 
     A method compresses the text before it knows the questions, once for all of them, or with `query_aware` the text and
@@ -29,7 +38,6 @@ class MultiQuestion(Generated):
     summary: ClassVar[str] = "several numbers hidden in one text, compressed before the questions are known"
 
     haystack: pathlib.Path | None = option("a UTF-8 text to hide them in, instead of noise", None, parse=pathlib.Path)
-    query_aware: bool = option("compress the text together with the question", False, parse=bool)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,23 +65,9 @@ class MultiQuestion(Generated):
             "",
             (),
         )
-        before, after = around(tokenizer, chat=self.chat_template)
         text = fill_up(tokenizer, episode, context, chat=self.chat_template).removesuffix(episode.after)
-
-        def encode(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-        prompt = encode(before + text)
         for depth, name, value in zip(self.depths, asked, values, strict=True):
-            question = encode(f"What is {name} that the text mentions?{after}The {name[4:]} is")
-            continuation = encode(f" {value}")
-            yield Case(
-                f"{context} tokens, sample {sample}, number at depth {depth:g}",
-                prompt + question if self.query_aware else prompt,
-                continuation,
-                (value,),
-                max_new_tokens=len(continuation) + ANSWER_SLACK,
-                group=str(context),
-                tags={"context": context, "depth": depth, "sample": sample},
-                question=() if self.query_aware else question,
-            )
+            question = f"What is {name} that the text mentions?"
+            one = Asked(text, question, f"The {name[4:]} is", f" {value}", (value,))
+            label = f"{context} tokens, sample {sample}, number at depth {depth:g}"
+            yield self.case(tokenizer, one, label, context, {"depth": depth, "sample": sample})

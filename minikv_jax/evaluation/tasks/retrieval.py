@@ -1,4 +1,4 @@
-"""Base of the generated retrieval tasks: facts hidden in filler, over a grid of lengths and depths."""
+"""Bases of the generated tasks: facts hidden in filler, over a grid of lengths and perhaps depths."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from minikv_jax.checks import at_least
 from minikv_jax.evaluation.task import (
     Case,
+    around,
     encode_pair,
     encode_prompt,
     need_tokenizer,
@@ -53,13 +54,10 @@ class Episode(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Generated(abc.ABC):
-    """Base class with a grid of prompt lengths and depths."""
+    """Base class with a grid of prompt lengths."""
 
     context: tuple[int, ...] = option("prompt tokens, one or more lengths", (4096,), parse=numbers(int))
-    depths: tuple[float, ...] = option(
-        "where the fact stands, 0 to 1", (0.0, 0.25, 0.5, 0.75, 1.0), parse=numbers(float)
-    )
-    samples: int = option("cases per length and depth", 1, parse=int)
+    samples: int = option("cases per length, and per depth if there are depths", 1, parse=int)
     limit: int | None = option("take the first N cases", None, parse=int)
     seed: int = option("of the generated text", 0, parse=int)
     chat_template: bool = option("put the prompt into the model's chat template", True, parse=bool)
@@ -71,8 +69,6 @@ class Generated(abc.ABC):
     def __post_init__(self) -> None:
         at_least(1, samples=self.samples, limit=self.limit, context=min(self.context))
         at_least(0, seed=self.seed)
-        if not all(0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"depths={self.depths}: expected numbers from 0 to 1")
 
     def cases(self, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> list[Case]:
         if max(self.context) > positions:
@@ -84,8 +80,83 @@ class Generated(abc.ABC):
         return float(np.mean([reference.lower() in text.lower() for reference in case.answers]))
 
 
+class Asked(NamedTuple):
+    """A text and a question after it.
+
+    Attributes:
+      text: the instruction and the text.
+      question: the question.
+      reply: the opening of the answer.
+      answer: the rest of the answer.
+      references: what a generated answer should contain.
+    """
+
+    text: str
+    question: str
+    reply: str
+    answer: str
+    references: tuple[str, ...]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> list[tuple[int, ...]]:
+        """Encodes the text, the question with the opening of its answer, and the rest of that."""
+        before, after = around(tokenizer, chat=chat)
+        parts = (before + self.text, f"{self.question}{after}{self.reply}", self.answer)
+        return [tuple(tokenizer.encode(part, add_special_tokens=False)) for part in parts]
+
+
 @dataclasses.dataclass(frozen=True)
-class Retrieval(Generated):
+class TextThenQuestion(Generated):
+    """Base class of tasks whose text is compressed before the question is known, or with it."""
+
+    query_aware: bool = option("compress the text together with the question", False, parse=bool)
+
+    def case(
+        self, tokenizer: PreTrainedTokenizerBase, asked: Asked, name: str, context: int, tags: dict[str, Any]
+    ) -> Case:
+        """Makes a case of a text and a question. The tokens are the same with `query_aware` and without."""
+        prompt, question, continuation = asked.encode(tokenizer, chat=self.chat_template)
+        return Case(
+            name,
+            prompt + question if self.query_aware else prompt,
+            continuation,
+            asked.references,
+            max_new_tokens=len(continuation) + ANSWER_SLACK,
+            group=str(context),
+            tags={"context": context} | tags,
+            question=() if self.query_aware else question,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregation(TextThenQuestion):
+    """Base class of tasks with one question per text, about all of it; subclasses define it (`asked`)."""
+
+    @abc.abstractmethod
+    def asked(self, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, context: int) -> Asked:
+        """Makes a text and a question of at most `context` tokens, with all random choices from `rng`."""
+
+    def make(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Case]:
+        for sample, context in itertools.product(range(self.samples), self.context):
+            asked = self.asked(tokenizer, np.random.default_rng([self.seed, sample, context]), context)
+            yield self.case(tokenizer, asked, f"{context} tokens, sample {sample}", context, {"sample": sample})
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedByDepth(Generated):
+    """Base class with a grid of prompt lengths and of depths at which a fact stands."""
+
+    depths: tuple[float, ...] = option(
+        "where the fact stands, 0 to 1", (0.0, 0.25, 0.5, 0.75, 1.0), parse=numbers(float)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths={self.depths}: expected numbers from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(GeneratedByDepth):
     """Base class of tasks with one question per prompt; subclasses define it (`episode`)."""
 
     @abc.abstractmethod
@@ -132,13 +203,18 @@ def fill_up(tokenizer: PreTrainedTokenizerBase, episode: Episode, tokens: int, *
 
     if not fits(0):
         raise ValueError(f"context={tokens}: the question alone has more tokens")
+    return text(largest(fits))
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """Finds the largest number that fits; 0 does, and every number below one that fits."""
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return text(low)
+    return low
 
 
 _SUBJECTS = ("the gardener", "a clerk", "the old ferry", "her cousin", "the baker", "a surveyor", "our neighbour")
@@ -210,6 +286,15 @@ def names(rng: np.random.Generator, count: int) -> list[str]:
         suffix = "" if index < size else f"-{index // size + 1}"
         chosen.append(f"{_ADJECTIVES[adjective]}-{_NOUNS[noun]}{suffix}")
     return chosen
+
+
+def distinct(texts: Iterator[str]) -> Iterator[str]:
+    """Leaves out the texts that have come before."""
+    seen: set[str] = set()
+    for text in texts:
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
 def digits(rng: np.random.Generator, count: int) -> str:
