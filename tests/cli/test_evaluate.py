@@ -1,9 +1,10 @@
-"""Tests `minikv evaluate` with the tasks `cases` and `perplexity`."""
+"""Tests `minikv evaluate`: the tasks `cases` and `perplexity`, and texts that are compressed without their question."""
 
 import json
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from support.commands import Run, run_wrongly
@@ -212,3 +213,28 @@ def test_user_error_is_one_line_and_exit_code_2(
     (tmp_path / "fails.py").write_text("\nimport nosuch\n")
     (tmp_path / "flat.py").write_text(FLAT)
     assert message in run_wrongly(run, *(text.format(model=model_directory, scratch=tmp_path) for text in arguments))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(["variable-tracking", "--hops", 1], id="variables"),
+        pytest.param(
+            ["common-words-extraction", "--words", 2, "--frequency", 3, "--other-frequency", 2],
+            id="words",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_text_is_compressed_without_its_question(
+    run: Run, model_directory: pathlib.Path, tmp_path: pathlib.Path, task: list[Any]
+):
+    command = ["evaluate", *task, "--context", 500, "--model", model_directory, "--json", tmp_path / "out.json"]
+    code, text, log = run(*command, "--method", "criticalkv:heavy=40,recent=16")
+    assert code == 0, log
+    assert "| score |" in text
+    (row,) = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert row["prompt_tokens"] < 500 - len("What are the")  # the question comes on top
+    ((_, result),) = row["methods"].items()
+    assert result["kl_to_full"] > 0
+    assert 0 <= result["score"] <= 1

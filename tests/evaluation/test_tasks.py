@@ -129,9 +129,10 @@ def test_variables_are_tracked_through_their_chain(chat: bool):
         assert sorted(collections.Counter(values.values()).values()) == [3, 3, 3]
         question = str(TOKENIZER.decode(list(case.question)))
         (value,) = set(re.findall(r"\d{5}", question))
-        assert question.endswith(f"The variables with the value {value} are")
+        assert question.endswith(f"The variables with the value {value} are VAR")
         assert case.answers == tuple(name for name in values if values[name] == value)
-        assert answer(case) == " " + ", ".join(case.answers)
+        assert answer(case) == " " + ", VAR ".join(case.answers)
+        assert case.max_new_tokens == len(case.continuation) + 3 * 8
         assert task.score(case, f"{case.answers[2]}, {case.answers[0].lower()}, XXXXX") == pytest.approx(2 / 3)
 
 

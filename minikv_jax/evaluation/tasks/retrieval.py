@@ -120,7 +120,7 @@ class TextThenQuestion(Generated):
             prompt + question if self.query_aware else prompt,
             continuation,
             asked.references,
-            max_new_tokens=len(continuation) + ANSWER_SLACK,
+            max_new_tokens=len(continuation) + ANSWER_SLACK * len(asked.references),  # lists come in many forms
             group=str(context),
             tags={"context": context} | tags,
             question=() if self.query_aware else question,

@@ -58,12 +58,12 @@ class VariableTracking(Aggregation):
             haystack(self.haystack, rng),
             facts,
             question,
-            f"The variables with the value {values[0]} are",
+            f"The variables with the value {values[0]} are VAR",
             "",
             (),
         )
         text = fill_up(tokenizer, episode, context, chat=self.chat_template).removesuffix(question)
-        return Asked(text, question, episode.reply, " " + ", ".join(own), tuple(own))
+        return Asked(text, question, episode.reply, " " + ", VAR ".join(own), tuple(own))
 
 
 def _names(rng: np.random.Generator) -> Iterator[str]:
