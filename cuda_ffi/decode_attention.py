@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Float
 
 from cuda_ffi import registration
-from cuda_ffi.arrays import Packed, Region, Storage, check_packed, check_supported
+from cuda_ffi.arrays import PLANES, Packed, Region, Storage, check_packed, check_supported
 
-BITS = (2, 4)
 HEAD_DIMS = (64, 96, 128, 256)
+LONG_CACHE_BITS = (2, 4)
 _KERNEL = "CUDA decode kernel"
+_KERNELS = {None: 0, "short_cache": 1, "long_cache": 2}  # as the handler numbers them
 _MAX_WARPS = 2048  # on the whole device: more than any device runs with the largest config
 _QUERIES = 8  # query heads of one KV head that are processed together
 
@@ -24,16 +25,21 @@ class Config:
     """Tuning of the decode kernel; changes nothing that it computes.
 
     Attributes:
+      kernel: "short_cache", a kernel of little code, or "long_cache", which supports 2 and 4 bits. None: the faster one
+        for the capacities, or the one that supports the bits.
       warps: computing warps per thread block, each with a private ring of copies; fewer if shared memory or registers
         are short. None: as many as a full cache has work for, at least 2. If those are few, teams of two or four warps
-        share a ring and split every tile.
+        share a ring and split every tile. The kernel for short caches has no rings, and its warps work in pairs.
       stages: stages per ring; one holds the keys or the values of a tile.
     """
 
+    kernel: str | None = None
     warps: int | None = None
     stages: int = 2
 
     def __post_init__(self) -> None:
+        if self.kernel not in _KERNELS:
+            raise ValueError(f"kernel={self.kernel!r}: expected short_cache, long_cache or None")
         if self.warps is not None and not 1 <= self.warps <= 16:
             raise ValueError(f"warps={self.warps}: expected 1 to 16")
         if not 2 <= self.stages <= 16:
@@ -52,7 +58,8 @@ def decode_attention(
     """Attention of one query token per row over the packed tokens and the tail.
 
     Attends to every valid slot; slots beyond the lengths may hold anything, NaN included. Scales of the packed region
-    must be at most 255 in magnitude (a group's range at most 765 at 2 bits, 3825 at 4), zeros within float16.
+    must be at most 255 in magnitude (a group's range at most 765 at 2 bits, 1785 at 3, 3825 at 4), zeros within
+    float16.
 
     Args:
       q: `[B, N, H]`, bfloat16.
@@ -69,12 +76,15 @@ def decode_attention(
       ValueError: for shapes or dtypes that do not match.
       NotImplementedError: for a case the kernel does not support, or if it cannot run here.
     """
+    config = config or Config()
     check(q, packed, tail, storage)
+    if config.kernel == "long_cache":
+        bits = (("k_bits", storage.k_bits, LONG_CACHE_BITS), ("v_bits", storage.v_bits, LONG_CACHE_BITS))
+        check_supported(f"{_KERNEL} for long caches", *bits)
     registration.load()
     _check_shapes(packed, tail, storage)
     if not scale > 0:
         raise ValueError(f"scale={scale}: expected a positive number")
-    config = config or Config()
     call = jax.ffi.ffi_call(
         "minikv_decode_attention",
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((_scratch_size(q, tail),), jnp.float32)),
@@ -83,8 +93,8 @@ def decode_attention(
     factors, factor_block = _factors(packed, storage)
     out, _ = call(
         q,
-        *(packed.k.planes[0], packed.k.scale, packed.k.zero),
-        *(packed.v.planes[0], packed.v.scale, packed.v.zero),
+        *(*_planes(packed.k), packed.k.scale, packed.k.zero),
+        *(*_planes(packed.v), packed.v.scale, packed.v.zero),
         *factors,
         *(tail.k, tail.v, packed.length, tail.length),
         k_bits=np.int32(storage.k_bits),
@@ -92,6 +102,7 @@ def decode_attention(
         group_size=np.int32(storage.group_size),
         factor_block=np.int32(factor_block),
         scale=np.float32(scale),
+        kernel=np.int32(_KERNELS[config.kernel]),
         warps=np.int32(config.warps or 0),  # 0: the handler chooses
         stages=np.int32(config.stages),
     )
@@ -136,7 +147,7 @@ def check(q: jax.Array, packed: Region[Packed], tail: Region[Array], storage: St
       NotImplementedError: naming the value and what is supported.
       ValueError: for shapes that do not match.
     """
-    check_packed(_KERNEL, packed, storage, BITS)
+    check_packed(_KERNEL, packed, storage)
     # The kernel rounds code * scale to float16: small against bfloat16's own rounding, too much against float16's.
     check_supported(_KERNEL, ("q.dtype", q.dtype.name, ("bfloat16",)))
     if q.ndim != 3 or tail.k.ndim != 4 or packed.k.planes[0].ndim != 4:
@@ -157,17 +168,27 @@ def check(q: jax.Array, packed: Region[Packed], tail: Region[Array], storage: St
 
 def _capacity(packed: Region[Packed], storage: Storage) -> int:
     """Tokens that the packed region has room for."""
-    return packed.k.planes[0].shape[2] * (32 // storage.k_bits)
+    return packed.k.planes[0].shape[2] * (32 // PLANES[storage.k_bits][0])
+
+
+def _planes(side: Packed) -> tuple[Array, ...]:
+    """The plane of the lower bits and that of a third bit, empty if there is none."""
+    return (*side.planes, jnp.zeros((0,), jnp.uint32))[:2]
 
 
 def _check_shapes(packed: Region[Packed], tail: Region[Array], storage: Storage) -> None:
     capacity, group_size = _capacity(packed, storage), storage.group_size
-    if capacity % max(16, group_size):
-        raise ValueError(f"packed capacity {capacity}: expected a multiple of {max(16, group_size)}")
+    block = max(storage.packing_block, 16)
+    if capacity % block:
+        raise ValueError(f"packed capacity {capacity}: expected a multiple of {block}")
     batch, kv_heads, tail_capacity, head_dim = tail.k.shape
+    planes = [
+        (f"packed.{name}.planes[{i}]", side.planes[i], capacity * width // 32, head_dim)
+        for name, side, bits in (("k", packed.k, storage.k_bits), ("v", packed.v, storage.v_bits))
+        for i, width in enumerate(PLANES[bits])
+    ]
     for name, array, rows, columns in (
-        ("packed.k.planes", packed.k.planes[0], capacity * storage.k_bits // 32, head_dim),
-        ("packed.v.planes", packed.v.planes[0], capacity * storage.v_bits // 32, head_dim),
+        *planes,
         ("packed.k.scale", packed.k.scale, capacity // group_size, head_dim),
         ("packed.k.zero", packed.k.zero, capacity // group_size, head_dim),
         ("packed.v.scale", packed.v.scale, capacity, head_dim // group_size),

@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path: pathlib.Path) -> None:
     """The hot kernels compile for an Ampere and a Hopper target."""
-    targets = ("decode_128_2", "decode_128_4", "quantize", "append", "prefill_attention", "window_votes")
+    targets = ("decode_128_2", "decode_128_4", "short_cache", "quantize", "append", "prefill_attention", "window_votes")
     report = build.build(("80", "90a"), directory=tmp_path, targets=targets, report=True)
     assert f"sources={library.source_digest()} architectures=80,90a" in report
     kernels = re.findall(r"for '(sm_\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", report, re.DOTALL)

@@ -31,30 +31,76 @@ CASES = decode_checks.CASES | {
 }
 
 
+THREE_BITS = {
+    "3 bits": Case(k_bits=3, v_bits=3),
+    "3 bits, float8 metadata": Case(k_bits=3, v_bits=3, group_size=32, metadata="float8_e4m3fn"),
+    "keys 3, values 4": Case(k_bits=3, v_bits=4, metadata="bfloat16"),
+    "keys 2, values 3": Case(v_bits=3, group_size=64),
+    "3 bits, head_dim 64": Case(head_dim=64, k_bits=3, v_bits=3),
+    "3 bits, head_dim 96": Case(head_dim=96, group_size=32, k_bits=3, v_bits=3),
+    "3 bits, head_dim 256": Case(head_dim=256, k_bits=3, v_bits=3),
+    "3 bits, a long row": Case(
+        batch=1, kv_heads=1, packed=40960, tail=130, k_bits=3, v_bits=3, lengths=((40928, 129),)
+    ),
+    "3 bits, nothing packed": Case(packed=0, k_bits=3, v_bits=3, lengths=((0, 96), (0, 5))),
+}
+SHORT_CACHES = {
+    "one row, one query head": Case(batch=1, kv_heads=8, group=1, packed=2560, tail=128, lengths=((2304, 65),)),
+    "one row, four query heads": Case(
+        batch=1, kv_heads=8, packed=2560, tail=32, k_bits=4, v_bits=4, group_size=32, metadata="float8_e4m3fn"
+    ),
+    "more rows than multiprocessors": Case(batch=16, kv_heads=32, group=1, packed=256, tail=33),
+    "a whole tile less than the capacity": Case(batch=1, packed=1024, lengths=((128, 0),)),
+    "the last token of a tile": Case(packed=1024, lengths=((1008, 31), (1024, 33))),
+}
+
+
+def with_kernel(case: Case, kernel: str) -> Case:
+    return dataclasses.replace(case, config=dataclasses.replace(case.config or Config(), kernel=kernel))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
-def test_matches_attention_over_the_dequantised_cache(name: str) -> None:
-    check(cuda_ffi, CASES[name], seed=len(name))
+@pytest.mark.parametrize("kernel", ["short_cache", "long_cache"])
+@pytest.mark.parametrize("name", CASES | SHORT_CACHES)
+def test_matches_attention_over_the_dequantised_cache(name: str, kernel: str) -> None:
+    check(cuda_ffi, with_kernel((CASES | SHORT_CACHES)[name], kernel), seed=len(name))
 
 
-def random_case(seed: int) -> Case:
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", THREE_BITS)
+def test_three_bits_match_attention_over_the_dequantised_cache(name: str) -> None:
+    check(cuda_ffi, THREE_BITS[name], seed=len(name))
+
+
+def random_case(seed: int, kernel: str) -> Case:
     rng = np.random.default_rng(seed)
-    case = decode_checks.random_case(rng, [64, 96, 128, 256], ["float16", "bfloat16", "float8_e4m3fn"], 2048)
-    if seed % 3 == 0:
-        return case  # the kernel chooses, and may have several warps share a tile
-    return dataclasses.replace(case, config=Config(warps=int(rng.integers(1, 9)), stages=int(rng.integers(2, 5))))
+    bits = (2, 3, 4) if kernel == "short_cache" else (2, 4)
+    case = decode_checks.random_case(rng, [64, 96, 128, 256], ["float16", "bfloat16", "float8_e4m3fn"], 2048, bits)
+    config = Config(kernel=kernel)
+    if seed % 3:  # else the kernel chooses, and may have several warps share a tile
+        config = Config(kernel=kernel, warps=int(rng.integers(1, 9)), stages=int(rng.integers(2, 5)))
+    return dataclasses.replace(case, config=config)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["short_cache", "long_cache"])
 @pytest.mark.parametrize("first_seed", range(0, 500, 25))
-def test_random_cases(first_seed: int) -> None:
+def test_random_cases(first_seed: int, kernel: str) -> None:
     failures = []
     for seed in range(first_seed, first_seed + 25):
         try:
-            check(cuda_ffi, random_case(seed), seed)
+            check(cuda_ffi, random_case(seed, kernel), seed)
         except AssertionError as error:
-            failures.append(f"seed {seed}, {random_case(seed)}: {error}")
+            failures.append(f"seed {seed}, {random_case(seed, kernel)}: {error}")
     assert not failures, "\n".join(failures)
+
+
+def test_three_bits_lower_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "load", lambda: None)
+    case = Case(k_bits=3, v_bits=4)
+    run: Any = functools.partial(cuda_ffi.decode_attention, **options(cuda_ffi, case))
+    lowered = jax.jit(run).trace(*abstract(cuda_ffi, case)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@minikv_decode_attention") == 1
 
 
 @pytest.mark.parametrize("metadata", ["float16", "float8_e4m3fn"])
@@ -80,8 +126,8 @@ def test_decode_and_append_lower_without_a_gpu(metadata: str, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k_bits": 3}, "k_bits=3"),
-        ({"v_bits": 8}, "v_bits=8"),
+        ({"k_bits": 8}, "k_bits=8"),
+        ({"v_bits": 1}, "v_bits=1"),
         ({"group_size": 8}, "group_size=8"),
         ({"q": jax.ShapeDtypeStruct((2, 8, 128), np.float32)}, "q.dtype=float32"),
         ({"q": jax.ShapeDtypeStruct((2, 8, 128), np.float16)}, "q.dtype=float16"),
@@ -91,6 +137,30 @@ def test_decode_and_append_lower_without_a_gpu(metadata: str, monkeypatch: pytes
 def test_unsupported_cases_are_refused_by_name(change: dict, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         cuda_ffi.decode_attention(**refusal_arguments(cuda_ffi, change))
+
+
+@pytest.mark.parametrize(("k_bits", "v_bits", "name"), [(3, 2, "k_bits"), (4, 3, "v_bits")])
+def test_the_kernel_for_long_caches_refuses_3_bits(k_bits: int, v_bits: int, name: str) -> None:
+    case = Case(k_bits=k_bits, v_bits=v_bits, config=Config(kernel="long_cache"))
+    message = f"{name}=3: the CUDA decode kernel for long caches supports 2, 4"
+    with pytest.raises(NotImplementedError, match=message):
+        cuda_ffi.decode_attention(*abstract(cuda_ffi, case), **options(cuda_ffi, case), config=case.config)
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(ValueError, match="kernel='flash': expected short_cache, long_cache or None"):
+        Config(kernel="flash")
+
+
+def test_each_plane_has_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "load", lambda: None)
+    case = Case(k_bits=3, v_bits=3)
+    inputs = abstract(cuda_ffi, case)
+    high = jax.ShapeDtypeStruct((2, 2, 32, 128), np.uint32)  # as many words as the lower plane
+    packed = inputs.packed._replace(v=inputs.packed.v._replace(planes=(inputs.packed.v.planes[0], high)))
+    message = r"packed.v.planes\[1\] has shape \(2, 2, 32, 128\): expected \(2, 2, 16, 128\)"
+    with pytest.raises(ValueError, match=message):
+        cuda_ffi.decode_attention(inputs.q, packed, inputs.tail, **options(cuda_ffi, case))
 
 
 def test_factors_belong_to_float8_metadata() -> None:

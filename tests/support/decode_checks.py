@@ -64,11 +64,17 @@ CASES = {
 }
 
 
-def random_case(rng: np.random.Generator, head_dims: list[int], metadata: list[str], most_packed: int) -> Case:
+def random_case(
+    rng: np.random.Generator,
+    head_dims: list[int],
+    metadata: list[str],
+    most_packed: int,
+    bits: tuple[int, ...] = (2, 4),
+) -> Case:
     """Draws a case that a kernel supports, with at most about `most_packed` packed tokens."""
     head_dim = int(rng.choice(head_dims))
     group_size = int(rng.choice([g for g in (16, 32, 64, 128) if head_dim % g == 0]))
-    k_bits, v_bits = (int(b) for b in rng.choice([2, 4], 2))
+    k_bits, v_bits = (int(b) for b in rng.choice(bits, 2))
     block = max(packing_block(b, group_size) for b in (k_bits, v_bits))
     return Case(
         batch=int(rng.integers(1, 6)),
@@ -136,8 +142,9 @@ def make(package: Any, case: Case, seed: int) -> tuple[Inputs, np.ndarray, float
 
     def stored(x: layout.Packed) -> Any:
         arrays = [poison(a, case.packed // a.shape[2]) if a.shape[2] else a for a in x.arrays]
-        words, scale, zero, *factors = arrays
-        return package.Packed((words,), scale, zero, tuple(factors) or None)
+        planes = len(layout.PLANES[x.bits])
+        scale, zero, *factors = arrays[planes:]
+        return package.Packed(tuple(arrays[:planes]), scale, zero, tuple(factors) or None)
 
     for b, (_, n_tail) in enumerate(lengths):
         tail_k[b, :, n_tail:] = np.nan

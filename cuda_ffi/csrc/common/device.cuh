@@ -261,6 +261,18 @@ __device__ __forceinline__ void async_copy_16(uint32_t destination, const void* 
                : "memory");
 }
 
+__device__ __forceinline__ void async_copy_4(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void async_copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int Pending>
+__device__ __forceinline__ void async_copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
 // Arrives on the barrier once every async_copy_16 this lane has issued is done.
 __device__ __forceinline__ void async_copies_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -290,6 +302,6 @@ struct SwizzledTile {
   }
 };
 
-constexpr int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
+__host__ __device__ constexpr int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 
 }  // namespace minikv

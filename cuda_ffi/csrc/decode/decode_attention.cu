@@ -1,20 +1,21 @@
-// Decode attention: the XLA FFI handler. The kernel is in kernel.cuh.
+// Decode attention: the XLA FFI handler, and the launch of the kernel for long caches (kernel.cuh).
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "common/counters.h"
-#include "common/ffi_checks.h"
+#include "decode/arguments.h"
 #include "decode/kernel.cuh"
 
 namespace minikv {
 
 constexpr const char* kOp = "decode_attention";
+// Tiles of all rows' capacities for each multiprocessor up to which the kernel for short caches is faster, as measured
+// on an H200.
+constexpr int kShortCacheTiles = 24;
 
 namespace {
-
-int integer_log2(int x) { return x <= 1 ? 0 : 1 + integer_log2(x / 2); }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -138,79 +139,6 @@ void allow_all_shared_bytes(const void* kernel, const Device& device) {
   last_device = device.ordinal;
 }
 
-// The handler's arguments.
-struct DecodeArguments {
-  ffi::AnyBuffer q, k_words, k_scale, k_zero, v_words, v_scale, v_zero;
-  ffi::AnyBuffer k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor;  // of float8 metadata
-  ffi::AnyBuffer tail_k, tail_v, packed_length, tail_length, out, partial;
-  int32_t k_bits, v_bits, group_size, factor_block;
-
-  int64_t B() const { return q.dimensions()[0]; }
-  int64_t N() const { return q.dimensions()[1]; }
-  int64_t H() const { return q.dimensions()[2]; }
-  int64_t K() const { return tail_k.dimensions()[1]; }
-  int64_t C() const { return tail_k.dimensions()[2]; }
-  int64_t P() const { return k_words.dimensions()[2] * (32 / k_bits); }
-
-  Metadata metadata() const {
-    return k_scale.element_type() == ffi::F16 ? kFloat16 : k_scale.element_type() == ffi::BF16 ? kBFloat16 : kFloat8;
-  }
-  bool vector_metadata() const { return H() == 128 && group_size == 16 && metadata() != kFloat8; }
-};
-
-// Checks the buffers that sizes are read from.
-void check_sizes(Checker& check, const DecodeArguments& a) {
-  check.rank("q", a.q, 3);
-  check.rank("k_words", a.k_words, 4);
-  check.rank("tail_k", a.tail_k, 4);
-  if (!check.ok()) return;
-  check.require(a.k_bits == 2 || a.k_bits == 4, "k_bits=", a.k_bits, ", supported: 2, 4");
-  check.require(a.v_bits == 2 || a.v_bits == 4, "v_bits=", a.v_bits, ", supported: 2, 4");
-  check.require(a.group_size >= 16 && a.group_size <= kTileTokens && (a.group_size & (a.group_size - 1)) == 0,
-                "group_size=", a.group_size, ", supported: 16, 32, 64, 128");
-  check.require(a.K() > 0 && a.N() % a.K() == 0, "N=", a.N(), " is not a multiple of K=", a.K());
-  check.require(a.H() % a.group_size == 0, "head_dim ", a.H(), " is not a multiple of group_size ", a.group_size);
-}
-
-// Checks every buffer's shape and dtype, after `check_sizes`.
-void check_buffers(Checker& check, const DecodeArguments& a) {
-  const int64_t B = a.B(), N = a.N(), H = a.H(), K = a.K(), C = a.C(), P = a.P();
-  check.dtype("q", a.q, {ffi::BF16});
-  check.shape("k_words", a.k_words, {B, K, P * a.k_bits / 32, H});
-  check.shape("v_words", a.v_words, {B, K, P * a.v_bits / 32, H});
-  check.dtype("k_words", a.k_words, {ffi::U32});
-  check.dtype("v_words", a.v_words, {ffi::U32});
-  check.dtype("k_scale", a.k_scale, {ffi::F16, ffi::BF16, ffi::F8E4M3FN});
-  for (auto& [name, buffer] : {std::pair{"k_scale", a.k_scale}, {"k_zero", a.k_zero}}) {
-    check.shape(name, buffer, {B, K, P / a.group_size, H});
-    check.dtype(name, buffer, {a.k_scale.element_type()});
-  }
-  for (auto& [name, buffer] : {std::pair{"v_scale", a.v_scale}, {"v_zero", a.v_zero}}) {
-    check.shape(name, buffer, {B, K, P, H / a.group_size});
-    check.dtype(name, buffer, {a.k_scale.element_type()});
-  }
-  check.require(a.factor_block >= 16 && (a.factor_block & (a.factor_block - 1)) == 0 && P % a.factor_block == 0,
-                "packed capacity ", P, " is not a multiple of a packing block that is a power of 2: ", a.factor_block);
-  for (auto& [name, buffer] : {std::pair{"k_scale_factor", a.k_scale_factor},
-                               {"k_zero_factor", a.k_zero_factor},
-                               {"v_scale_factor", a.v_scale_factor},
-                               {"v_zero_factor", a.v_zero_factor}}) {
-    if (a.metadata() == kFloat8) check.shape(name, buffer, {B, K, P / a.factor_block, 1});
-    check.dtype(name, buffer, {ffi::F32});
-  }
-  check.shape("tail_k", a.tail_k, {B, K, C, H});
-  check.shape("tail_v", a.tail_v, {B, K, C, H});
-  check.dtype("tail_k", a.tail_k, {ffi::BF16});
-  check.dtype("tail_v", a.tail_v, {ffi::BF16});
-  check.shape("packed_length", a.packed_length, {B});
-  check.shape("tail_length", a.tail_length, {B});
-  check.dtype("packed_length", a.packed_length, {ffi::S32});
-  check.dtype("tail_length", a.tail_length, {ffi::S32});
-  check.shape("out", a.out, {B, N, H});
-  check.dtype("out", a.out, {ffi::BF16});
-  check.dtype("partial", a.partial, {ffi::F32});
-}
-
 // The kernel's parameters, except those that `plan_warps` and the launch set.
 DecodeParams make_params(const DecodeArguments& a, float scale, int stages) {
   DecodeParams p{};
@@ -286,45 +214,65 @@ void launch_kernel(cudaStream_t stream, const DecodeInstance& instance, const De
   cudaLaunchKernelExC(&launch, instance.kernel, arguments);
 }
 
+void launch_long(Checker& check, cudaStream_t stream, const DecodeArguments& a, const Device& device, float scale,
+                 int requested_warps, int stages) {
+  const int H = static_cast<int>(a.H());
+  const DecodeInstance instance = a.k_bits == 2 ? find_instance<2>(H, a.v_bits, a.metadata(), a.vector_metadata())
+                                                : find_instance<4>(H, a.v_bits, a.metadata(), a.vector_metadata());
+  check.require(a.k_bits != 3 && a.v_bits != 3, "3 bits: the kernel for long caches supports 2, 4");
+  check.require(instance.kernel != nullptr, "head_dim=", H, ", supported: 64, 96, 128, 256");
+  if (!check.ok()) return;
+  DecodeParams p = make_params(a, scale, stages);
+  const int warps = plan_warps(check, p, a, instance, device, requested_warps);
+  if (!check.ok()) return;
+  DecodeMaps maps{};
+  if (device.major >= 9) {
+    check.require(encode_tiled() != nullptr, "the driver has no cuTensorMapEncodeTiled");
+    if (!check.ok()) return;
+    const bool made = make_maps(maps, p, H, a.k_bits, a.v_bits, a.metadata() == kFloat8 ? 1 : 2, a.vector_metadata());
+    check.require(made, "the driver refused a tensor map");
+    if (!check.ok()) return;
+  }
+  launch_kernel(stream, instance, device, maps, p, H, warps);
+}
+
+// The kernel that is faster for the capacities, or the only one for 3 bits.
+DecodeKernel choose_kernel(const DecodeArguments& a, const Device& device) {
+  if (a.k_bits == 3 || a.v_bits == 3) return kShortCache;
+  if (device.major < 9) return kLongCache;  // not measured there
+  const int64_t tiles = (a.P() + kTileTokens - 1) / kTileTokens + (a.C() + kTailTokens - 1) / kTailTokens;
+  return a.B() * a.K() * tiles <= int64_t{kShortCacheTiles} * device.multiprocessors ? kShortCache : kLongCache;
+}
+
 }  // namespace
 
-ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_words, ffi::AnyBuffer k_scale,
-                            ffi::AnyBuffer k_zero, ffi::AnyBuffer v_words, ffi::AnyBuffer v_scale,
-                            ffi::AnyBuffer v_zero, ffi::AnyBuffer k_scale_factor, ffi::AnyBuffer k_zero_factor,
-                            ffi::AnyBuffer v_scale_factor, ffi::AnyBuffer v_zero_factor, ffi::AnyBuffer tail_k,
-                            ffi::AnyBuffer tail_v, ffi::AnyBuffer packed_length, ffi::AnyBuffer tail_length,
-                            ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> partial, int32_t k_bits,
-                            int32_t v_bits, int32_t group_size, int32_t factor_block, float scale,
-                            int32_t requested_warps, int32_t requested_stages) {
-  const DecodeArguments a{q,      k_words,        k_scale,       k_zero,         v_words,       v_scale,
-                          v_zero, k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor, tail_k,
-                          tail_v, packed_length,  tail_length,   *out,           *partial,      k_bits,
-                          v_bits, group_size,     factor_block};
+ffi::Error decode_attention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_words, ffi::AnyBuffer k_high,
+                            ffi::AnyBuffer k_scale, ffi::AnyBuffer k_zero, ffi::AnyBuffer v_words,
+                            ffi::AnyBuffer v_high, ffi::AnyBuffer v_scale, ffi::AnyBuffer v_zero,
+                            ffi::AnyBuffer k_scale_factor, ffi::AnyBuffer k_zero_factor, ffi::AnyBuffer v_scale_factor,
+                            ffi::AnyBuffer v_zero_factor, ffi::AnyBuffer tail_k, ffi::AnyBuffer tail_v,
+                            ffi::AnyBuffer packed_length, ffi::AnyBuffer tail_length, ffi::Result<ffi::AnyBuffer> out,
+                            ffi::Result<ffi::AnyBuffer> partial, int32_t k_bits, int32_t v_bits, int32_t group_size,
+                            int32_t factor_block, float scale, int32_t requested_kernel, int32_t requested_warps,
+                            int32_t stages) {
+  const DecodeArguments a{
+      q,           k_words,        k_scale,       k_zero,         v_words,       v_scale,    v_zero,      k_high,
+      v_high,      k_scale_factor, k_zero_factor, v_scale_factor, v_zero_factor, tail_k,     tail_v,      packed_length,
+      tail_length, *out,           *partial,      k_bits,         v_bits,        group_size, factor_block};
   Checker check(kOp);
   check_sizes(check, a);
   if (!check.ok()) return check.error();
   check_buffers(check, a);
   if (!check.ok()) return check.error();
-  const int H = static_cast<int>(a.H());
-  const DecodeInstance instance = k_bits == 2 ? find_instance<2>(H, v_bits, a.metadata(), a.vector_metadata())
-                                              : find_instance<4>(H, v_bits, a.metadata(), a.vector_metadata());
-  check.require(instance.kernel != nullptr, "head_dim=", H, ", supported: 64, 96, 128, 256");
-  if (!check.ok()) return check.error();
-
   const Device device = current_device();
-  DecodeParams p = make_params(a, scale, requested_stages);
-  const int warps = plan_warps(check, p, a, instance, device, requested_warps);
-  if (!check.ok()) return check.error();
-  DecodeMaps maps{};
-  if (device.major >= 9) {
-    check.require(encode_tiled() != nullptr, "the driver has no cuTensorMapEncodeTiled");
-    if (!check.ok()) return check.error();
-    const bool made = make_maps(maps, p, H, k_bits, v_bits, a.metadata() == kFloat8 ? 1 : 2, a.vector_metadata());
-    check.require(made, "the driver refused a tensor map");
-    if (!check.ok()) return check.error();
+  const DecodeKernel kernel =
+      requested_kernel == kAnyKernel ? choose_kernel(a, device) : static_cast<DecodeKernel>(requested_kernel);
+  if (kernel == kShortCache) {
+    launch_short(check, stream, a, device, scale, requested_warps);
+  } else {
+    launch_long(check, stream, a, device, scale, requested_warps, stages);
   }
-  launch_kernel(stream, instance, device, maps, p, H, warps);
-  return cuda_status(kOp, cudaGetLastError());
+  return check.ok() ? cuda_status(kOp, cudaGetLastError()) : check.error();
 }
 
 }  // namespace minikv
@@ -334,9 +282,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MinikvDecodeAttention, minikv::decode_attention,
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()  // q
                                   .Arg<xla::ffi::AnyBuffer>()  // k_words
+                                  .Arg<xla::ffi::AnyBuffer>()  // k_high
                                   .Arg<xla::ffi::AnyBuffer>()  // k_scale
                                   .Arg<xla::ffi::AnyBuffer>()  // k_zero
                                   .Arg<xla::ffi::AnyBuffer>()  // v_words
+                                  .Arg<xla::ffi::AnyBuffer>()  // v_high
                                   .Arg<xla::ffi::AnyBuffer>()  // v_scale
                                   .Arg<xla::ffi::AnyBuffer>()  // v_zero
                                   .Arg<xla::ffi::AnyBuffer>()  // k_scale_factor
@@ -354,6 +304,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MinikvDecodeAttention, minikv::decode_attention,
                                   .Attr<int32_t>("group_size")
                                   .Attr<int32_t>("factor_block")
                                   .Attr<float>("scale")
+                                  .Attr<int32_t>("kernel")
                                   .Attr<int32_t>("warps")
                                   .Attr<int32_t>("stages"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
