@@ -135,6 +135,8 @@ def check_method(model: ModelConfig, method: Method) -> MinMax:
         raise ValueError(f"method {method.name!r} has quantizer={quantizer}: expected {expected}")
     if model.attn_logit_softcapping is not None or model.design.attention_sinks:
         raise ValueError(f"a model of type {model.model_type!r}: soft caps and attention sinks cannot be calibrated")
+    if method.retrieval_heads:
+        raise ValueError(f"method {method.name!r} with retrieval_heads: expected none, they can be set afterwards")
     contracts.check(method, model)
     return quantizer
 
@@ -164,8 +166,8 @@ def _samples(model: Llama, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
         cache, kept, _ = compress_layers(model.config, method, layers, length, seen, sizes, None)
         _, whole = prefill_layers(model, ids, length + len(after), False, None)
         rows = [
-            _sample(q, k, v, chosen.positions, layer.packed.length, prompt=len(prompt))
-            for (q, k, v, *_), chosen, layer in zip(whole, kept, cache.layers, strict=True)
+            _sample(q, k, v, chosen.positions, part.packed.length, prompt=len(prompt))
+            for (q, k, v, *_), (chosen,), part in zip(whole, kept, cache.parts, strict=True)
         ]
         by_text.append(jax.device_get(rows))
     return [jax.tree.map(lambda *rows: np.concatenate(rows), *layer) for layer in zip(*by_text, strict=True)]

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.arrays import Contract
-from minikv_jax.cache.state import KVCache, LayerCache
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.state import HeadGroups, LayerCache
 from minikv_jax.models.decoder import Llama, check_model
 from minikv_jax.models.projections import Reduce, sum_over_devices
 from minikv_jax.models.rotary import row_positions
@@ -32,8 +33,9 @@ def check_same_model(model: Llama, cache: KVCache) -> None:
     """Raises ValueError unless `cache` has the layers, heads and dtype of `model`."""
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}: expected a KVCache")
-    tail, config = cache.layers[0].tail.k, model.config
-    sizes = (len(cache.layers), tail.shape[1], tail.shape[3])
+    parts, config = cache.layers[0].parts, model.config
+    tail = parts[0].tail.k
+    sizes = (len(cache.layers), sum(part.tail.k.shape[1] for part in parts), tail.shape[3])
     expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     if sizes != expected:
         raise ValueError(f"cache has (layers, KV heads, head dim) {sizes}, the model {expected}")
@@ -86,7 +88,7 @@ def decode(
     active = contract.integers("active", active, "B", 0, 1)
     _check_positions(contract, model, cache, active)
     positions = cache.length[:, None]
-    layers: list[LayerCache] = []
+    layers: list[LayerCache | HeadGroups] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         how: dict[str, Any] = {"implementation": implementation, **model.softmax_options(layer)}
@@ -107,7 +109,7 @@ def _reduce(model: Llama, implementation: str | None) -> Reduce:
 
 @outlined("implementation", "soft_cap", in_place=True)
 def decode_layer(
-    layer: LayerCache,
+    layer: LayerCache | HeadGroups,
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B 1 K H"],
     v: Float[Array, "B 1 K H"],
@@ -116,9 +118,16 @@ def decode_layer(
     implementation: str | None = None,
     soft_cap: float | None = None,
     sink_logits: Float[Array, "N"] | None = None,
-) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
+) -> tuple[Float[Array, "B 1 N H"], LayerCache | HeadGroups]:
     """Runs one layer's part of a decode step. Returns its attention output, and its cache with the new token."""
-    how: dict[str, Any] = {"soft_cap": soft_cap, "sink_logits": sink_logits, "implementation": implementation}
+    how: dict[str, Any] = {"soft_cap": soft_cap, "implementation": implementation}
+    if isinstance(layer, HeadGroups):
+
+        def decode_part(part: LayerCache, q: Array, k: Array, v: Array, sinks: Array | None) -> Any:
+            return decode_layer(part, q, k, v, active, positions, sink_logits=sinks, **how)
+
+        return layer.attend(decode_part, q, k, v, sink_logits)
+    how["sink_logits"] = sink_logits
     new = append(layer, k, v, active, positions, implementation)
     state = new.eviction
     if state is not None and state.scores is not None:
@@ -163,17 +172,39 @@ def extend(
     if cache.layers[0].eviction is not None:
         return _extend_by_steps(model, cache, ids, lengths, implementation)
     positions = row_positions(ids.shape[1], lengths, cache.length, by_length=model.config.rope_by_length)
-    layers: list[LayerCache] = []
+    layers: list[LayerCache | HeadGroups] = []
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        old = cache.layers[layer]
         how: dict[str, Any] = {"implementation": implementation, **model.softmax_options(layer)}
-        out = extend_attention(q, k, v, old, lengths, positions, **how)
-        layers.append(append(old, k, v, lengths, positions, implementation))
+        out, new = extend_layer(cache.layers[layer], q, k, v, lengths, positions, **how)
+        layers.append(new)
         return out
 
     hidden = model.forward(ids, positions, attend)
     return hidden, KVCache(tuple(layers), cache.length + lengths)
+
+
+def extend_layer(
+    layer: LayerCache | HeadGroups,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    positions: Int[Array, "B T"],
+    implementation: str | None = None,
+    soft_cap: float | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
+) -> tuple[Float[Array, "B T N H"], LayerCache | HeadGroups]:
+    """Runs one layer's part of `extend`. Returns its attention output, and its cache with the new tokens."""
+    how: dict[str, Any] = {"soft_cap": soft_cap, "implementation": implementation}
+    if isinstance(layer, HeadGroups):
+
+        def extend_part(part: LayerCache, q: Array, k: Array, v: Array, sinks: Array | None) -> Any:
+            return extend_layer(part, q, k, v, lengths, positions, sink_logits=sinks, **how)
+
+        return layer.attend(extend_part, q, k, v, sink_logits)
+    out = extend_attention(q, k, v, layer, lengths, positions, sink_logits=sink_logits, **how)
+    return out, append(layer, k, v, lengths, positions, implementation)
 
 
 def _extend_by_steps(

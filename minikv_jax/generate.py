@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from minikv_jax import meshes
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.checks import flag, integer, shown
 from minikv_jax.methods import contracts
 from minikv_jax.methods.base import MAX_TOKENS

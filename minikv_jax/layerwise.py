@@ -18,8 +18,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax.cache.capacity import LayerCapacity, capacities
-from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
-from minikv_jax.decode import decode_layer
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import HeadGroups, LayerCache
+from minikv_jax.decode import decode_layer, extend_layer
+from minikv_jax.keep import keep
 from minikv_jax.lookahead import join, likeliest
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.method import Method
@@ -27,11 +30,9 @@ from minikv_jax.models.config import ModelConfig, Rope
 from minikv_jax.models.decoder import Layer, Llama
 from minikv_jax.models.rotary import inverse_frequencies, rotary_tables, row_positions, tuned
 from minikv_jax.models.windows import Window
-from minikv_jax.ops.append import append
-from minikv_jax.ops.extend_attention import extend_attention
 from minikv_jax.ops.prefill_attention import prefill_attention
 from minikv_jax.ops.select import Kept
-from minikv_jax.prefill import heavy_tokens, keep, last_valid, score
+from minikv_jax.prefill import heavy_tokens, last_valid, score
 from minikv_jax.prompts import check_second_run
 
 
@@ -51,12 +52,12 @@ class Compressed(NamedTuple):
 
     Attributes:
       cache: the compressed cache.
-      kept: the kept tokens of each layer.
+      kept: the kept tokens of each layer's parts.
       scored: per row, whether all scores are numbers. NaN counts as the lowest score.
     """
 
     cache: KVCache
-    kept: list[Kept]
+    kept: list[tuple[Kept, ...]]
     scored: Bool[Array, "B"]
 
 
@@ -120,11 +121,9 @@ def shared_capacities(
     """
     own = capacities(model, method, prompt_length, max_new_tokens)
     windows = [model.window(number) for number in range(len(own))]
-    largest = {
-        window: LayerCapacity(*map(max, zip(*(own[i] for i, w in enumerate(windows) if w == window), strict=True)))
-        for window in set(windows)
-    }
-    return tuple(largest[window] for window in windows)
+    alike = {w: [c[:3] for c, of in zip(own, windows, strict=True) if of == w] for w in set(windows)}
+    largest = {window: tuple(map(max, zip(*sizes, strict=True))) for window, sizes in alike.items()}
+    return tuple(LayerCapacity(*largest[w], c.retrieval) for c, w in zip(own, windows, strict=True))
 
 
 def compress_layers(
@@ -193,7 +192,7 @@ def _keep_layer(
     capacity: LayerCapacity,
     spec: LayerSpec,
     implementation: str | None,
-) -> tuple[LayerCache, Kept]:
+) -> tuple[LayerCache | HeadGroups, tuple[Kept, ...]]:
     inputs = _inputs(layer, 0, seen, model, rope, spec)
     return keep(inputs, scores, lengths, heavy, capacity, spec, implementation)
 
@@ -267,7 +266,7 @@ def decode_step(
 @functools.partial(jax.jit, static_argnames=("rope", "soft_cap", "implementation"), donate_argnames="cache")
 def _decode_layer(
     layer: Layer,
-    cache: LayerCache,
+    cache: LayerCache | HeadGroups,
     x: Float[Array, "B 1 D"],
     positions: Int[Array, "B 1"],
     active: Int[Array, "B"],
@@ -275,8 +274,8 @@ def _decode_layer(
     rope: Rope,
     soft_cap: float | None,
     implementation: str | None,
-) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-    updated: list[LayerCache] = []
+) -> tuple[Float[Array, "B 1 D"], LayerCache | HeadGroups]:
+    updated: list[LayerCache | HeadGroups] = []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         how: dict[str, Any] = {"implementation": implementation, "soft_cap": soft_cap}
@@ -315,7 +314,7 @@ def extend_layers(
 @functools.partial(jax.jit, static_argnames=("rope", "soft_cap", "implementation"), donate_argnames="cache")
 def _extend_layer(
     layer: Layer,
-    cache: LayerCache,
+    cache: LayerCache | HeadGroups,
     x: Float[Array, "B T D"],
     start: Int[Array, "B"],
     lengths: Int[Array, "B"],
@@ -323,15 +322,15 @@ def _extend_layer(
     rope: Rope,
     soft_cap: float | None,
     implementation: str | None,
-) -> tuple[Float[Array, "B T D"], LayerCache]:
-    updated: list[LayerCache] = []
+) -> tuple[Float[Array, "B T D"], LayerCache | HeadGroups]:
+    updated: list[LayerCache | HeadGroups] = []
     positions = row_positions(x.shape[1], lengths, start, by_length=rope.by_length)
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         how: dict[str, Any] = {"implementation": implementation, "soft_cap": soft_cap}
         q = tuned(q, rope, positions)
-        out = extend_attention(q, k, v, cache, lengths, positions, sink_logits=layer.sink_logits, **how)
-        updated.append(append(cache, k, v, lengths, positions, implementation))
+        out, new = extend_layer(cache, q, k, v, lengths, positions, sink_logits=layer.sink_logits, **how)
+        updated.append(new)
         return out
 
     return layer(x, *rotary_tables(rope, positions), attend), updated[0]

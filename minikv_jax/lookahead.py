@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import meshes
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.decode import decode
 from minikv_jax.models.decoder import Llama
 

@@ -6,7 +6,7 @@ evaluation's run with one program per layer (`layerwise.py`) all use them:
 1. `attend`         causal attention and, if the scorer needs them, its column sums (`ops/prefill_attention.py`);
 2. `score`          a score for every key (`methods/`), perhaps from votes (`ops/window_votes.py`);
 3. `heavy_tokens`   the number of top-scored tokens that each layer keeps (`cache/budgets.py`);
-4. `keep`           the kept tokens (`ops/select.py`), their values (`ops/refit.py`), their cache (`ops/compress.py`).
+4. `keep`           the kept tokens, their values and their cache (`keep.py`).
 
 A method with `lookahead` or a scorer that repeats the prompt runs them twice (`lookahead.py`).
 """
@@ -26,7 +26,10 @@ from minikv_jax import checks, meshes
 from minikv_jax.arrays import Contract
 from minikv_jax.cache.budgets import budgets_from_scores, layer_budgets
 from minikv_jax.cache.capacity import LayerCapacity, capacities, layer_capacity
-from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import HeadGroups, LayerCache
+from minikv_jax.keep import keep
 from minikv_jax.lookahead import Prompt, draft, join
 from minikv_jax.methods import calls, contracts
 from minikv_jax.methods.base import MAX_TOKENS, LayerInputs, ScoredBudget
@@ -34,11 +37,8 @@ from minikv_jax.methods.lookup import resolve
 from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import CHUNK_TOKENS, Llama, check_model
 from minikv_jax.models.rotary import inverse_frequencies, row_positions
-from minikv_jax.ops.compress import compress, start_eviction
 from minikv_jax.ops.dispatch import check_implementation
 from minikv_jax.ops.prefill_attention import prefill_attention
-from minikv_jax.ops.refit import refit
-from minikv_jax.ops.select import Kept, select
 from minikv_jax.ops.shapes import inputs_contract
 from minikv_jax.ops.window_votes import window_votes
 from minikv_jax.outline import outlined
@@ -86,43 +86,6 @@ def heavy_tokens(
     if isinstance(method.budget, ScoredBudget):
         return list(budgets_from_scores(method, scores, lengths))
     return [budget.granted(lengths) for budget in layer_budgets(method, num_layers)]
-
-
-@outlined("capacity", "spec", "implementation")
-@jax.named_scope("compress")
-def keep(
-    inputs: LayerInputs,
-    scores: Float[Array, "B K T"],
-    lengths: Int[Array, "B"],
-    heavy: Int[Array, "B"],
-    capacity: LayerCapacity,
-    spec: LayerSpec,
-    implementation: str | None = None,
-) -> tuple[LayerCache, Kept]:
-    """Step 4: a layer's cache with `heavy` top-scored tokens of each prompt. Also returns which tokens it holds.
-
-    `lengths` are those of the prompts; `inputs` may hold drafted or repeated tokens after them, which are not kept.
-    """
-    method, second = spec.method, None
-    if method.scores_choose and calls.first_share(method.scorer) < 1:
-        second = calls.rescore(method.scorer, inputs._replace(sinks=method.sinks), scores).astype(jnp.float32)
-
-    def choose(q: Array, k: Array, v: Array, scores: Array, second: Array | None, *rows: Any) -> Any:
-        seen, lengths, heavy, frequencies = rows
-        kept = select(scores, lengths, heavy, method, capacity.kept, spec.window, second)
-        eviction = start_eviction(scores, kept, lengths, heavy, method, capacity)
-        if method.refit is not None:
-            own = LayerInputs(q, k, v, seen, None, inputs.window, 0, frequencies, method.sinks, inputs.soft_cap)
-            if inputs.sink_logits is not None:
-                own = own._replace(sink_logits=meshes.own_heads(inputs.sink_logits, 0))
-            v = refit(own, lengths, kept, capacity, spec, implementation)
-        return compress(k, v, kept, capacity, spec, eviction, implementation), kept
-
-    frequencies = inputs.frequencies
-    if frequencies is not None:  # the same for all rows, or one per row
-        frequencies = jnp.broadcast_to(frequencies, (len(lengths), frequencies.shape[-1]))
-    arguments = (inputs.q, inputs.k, inputs.v, scores, second, inputs.lengths, lengths, heavy, frequencies)
-    return meshes.call_split(choose, arguments, (2, 2, 2, 1, 1, None, None, None, None))
 
 
 class _Plan(NamedTuple):
@@ -231,9 +194,9 @@ def _prefill_rows(
     waits = isinstance(method.budget, ScoredBudget)
     budgets = () if waits else heavy_tokens(method, num_layers, lengths)
     waiting: list[tuple[LayerInputs, Array]] = []
-    layers: list[LayerCache] = []
+    layers: list[LayerCache | HeadGroups] = []
 
-    def make(inputs: LayerInputs, scores: Array, heavy: Array) -> LayerCache:
+    def make(inputs: LayerInputs, scores: Array, heavy: Array) -> LayerCache | HeadGroups:
         number = len(layers)
         spec = LayerSpec(method, inputs.window, number)
         layer, _ = keep(inputs, scores, lengths, heavy, plan.capacities[number], spec, plan.implementation)
@@ -298,7 +261,8 @@ def prefill_layer(
     Raises:
       ValueError: an array of another shape or dtype, a length, layer or window out of range, a method whose components
         break their contracts, a `ScoredBudget`, which needs the scores of all layers, or no output projection.
-      NotImplementedError: a method that needs a whole model (`evict_every`, `lookahead`, a scorer with `needs_repeat`),
+      NotImplementedError: a method that needs a whole model (`evict_every`, `retrieval_heads`, `lookahead`, a scorer
+        with `needs_repeat`),
         or an `implementation` that cannot run this case.
     """
     check_implementation(implementation)
@@ -306,6 +270,10 @@ def prefill_layer(
     if method.evict_every is not None:
         raise NotImplementedError(
             f"evict_every={method.evict_every}: only this library's own models evict during generation"
+        )
+    if method.retrieval_heads:
+        raise NotImplementedError(
+            f"retrieval_heads={method.retrieval_heads}: only this library's own models have heads that keep all tokens"
         )
     if method.lookahead:
         raise NotImplementedError(f"lookahead={method.lookahead}: only this library's own models draft")

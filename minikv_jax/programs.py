@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import meshes
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.decode import decode, extend
 from minikv_jax.methods.method import Method
 from minikv_jax.models.decoder import Llama

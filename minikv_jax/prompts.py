@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from minikv_jax import meshes
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.checks import shown
 from minikv_jax.decode import check_same_model
 from minikv_jax.methods.method import Method

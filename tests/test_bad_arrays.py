@@ -17,7 +17,7 @@ from support.layers import cache_of
 from support.tiny import tiny_model
 
 import minikv_jax as mk
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.decode_attention import decode_attention_weights

@@ -14,7 +14,8 @@ from support.tiny import tiny_config, tiny_model
 from minikv_jax import generate, restore_cache, save_cache
 from minikv_jax.cache import memory
 from minikv_jax.cache.capacity import capacities
-from minikv_jax.cache.state import LayerCache, LayerSpec
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.calibrate import Learnt, Settings, calibrate
 from minikv_jax.layerwise import compress_layers, prefill_layers
 from minikv_jax.methods import calibrated, contracts, lookup

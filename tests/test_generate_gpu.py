@@ -22,7 +22,8 @@ from support.tiny import tiny_model
 import minikv_jax as mk
 from minikv_jax import layerwise
 from minikv_jax.cache.capacity import capacities, layer_capacity
-from minikv_jax.cache.state import LayerCache, LayerSpec
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.methods import lookup
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.models import hub

@@ -16,7 +16,7 @@ from support.tiny import tiny_config, tiny_model
 
 from minikv_jax import meshes
 from minikv_jax.cache.checkpoint import restore_cache, save_cache
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.generate import compile_ahead, generate, stream
 from minikv_jax.methods import lookup
 from minikv_jax.methods.base import Uniform

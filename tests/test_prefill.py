@@ -14,7 +14,8 @@ from support.projections import VOCABULARY, projections
 from support.tiny import random_ids, tiny_config, tiny_model
 
 import minikv_jax as mk
-from minikv_jax.cache.state import KVCache, LayerCache
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.methods import lookup
 from minikv_jax.methods.base import Component, settings
 from minikv_jax.methods.grkv import Ridge
@@ -161,6 +162,7 @@ FIELDS: dict[str, tuple[Method, Any]] = {  # field of a method: (a base, the oth
     "quantizer": (BASE, Hadamard()),
     "tail": (BASE, Tail(length=64)),
     "refit": (BASE, Ridge()),
+    "retrieval_heads": (BASE, ((1, 0),)),
 }
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {  # field: (its component, the component's other values)
     "scorer": (SnapKV(), {"observation_window": 8, "pooling": "mean", "pooling_kernel": 3}),

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from minikv_jax import programs
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.methods import lookup
 from minikv_jax.methods.method import Method
 from minikv_jax.models.config import ModelConfig

@@ -25,7 +25,7 @@ from support.tiny import tiny_model
 
 import minikv_jax as mk
 from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.methods import lookup
 from minikv_jax.methods.base import Quantizer, Uniform
 from minikv_jax.methods.method import Method, Tail, Tokens

@@ -13,7 +13,7 @@ import pytest
 from support.tiny import tiny_model
 
 import minikv_jax as mk
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.methods import lookup
 from minikv_jax.methods.method import Method, Tail
 

@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from minikv_jax import meshes
 from minikv_jax.bench.random_models import first_layers, random_model, shape_config, skeleton
 from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.generate import compile_ahead
 from minikv_jax.meshes import AXES, DATA, MODEL
 from minikv_jax.methods import contracts, lookup
@@ -169,7 +170,7 @@ def _allocated_bytes(compiled: Any) -> int:
 
 
 class CacheLengths(NamedTuple):
-    """Packed and tail length of every layer, and the tokens seen."""
+    """Packed and tail length of every part of the cache, and the tokens seen."""
 
     packed: list[Any]
     tail: list[Any]
@@ -178,17 +179,17 @@ class CacheLengths(NamedTuple):
     @classmethod
     def of(cls, cache: KVCache) -> CacheLengths:
         """Copies the lengths to the host."""
-        layers = cache.layers
-        lengths = cls([layer.packed.length for layer in layers], [layer.tail.length for layer in layers], cache.length)
+        parts = cache.parts
+        lengths = cls([part.packed.length for part in parts], [part.tail.length for part in parts], cache.length)
         return jax.tree.map(np.asarray, lengths)
 
     def after(self, steps: int, cache: KVCache) -> CacheLengths:
         """Lengths after `steps` more steps; a full tail packs its oldest block."""
         packed, tail = [], []
-        for layer, packed_length, tail_length in zip(cache.layers, self.packed, self.tail, strict=True):
-            block = layer.method.flush_block
-            over = np.maximum(tail_length + steps - (layer.tail.capacity - block), 0)
-            flushed = over // block * block if layer.packed.capacity >= block else 0 * over
+        for part, packed_length, tail_length in zip(cache.parts, self.packed, self.tail, strict=True):
+            block = part.method.flush_block
+            over = np.maximum(tail_length + steps - (part.tail.capacity - block), 0)
+            flushed = over // block * block if part.packed.capacity >= block else 0 * over
             packed.append(packed_length + flushed)
             tail.append(tail_length + steps - flushed)
         return CacheLengths(packed, tail, self.seen + steps)
@@ -291,15 +292,18 @@ def time_stretch(
 def at_step(state: State, prompt: CacheLengths, step: int) -> State:
     """Returns the state with the lengths that it has `step` steps after the prompt."""
     lengths = prompt.after(step, state.cache)
-    layers = (
-        dataclasses.replace(
-            layer,
-            packed=dataclasses.replace(layer.packed, length=_in_place_of(layer.packed.length, packed)),
-            tail=dataclasses.replace(layer.tail, length=_in_place_of(layer.tail.length, tail)),
+    numbers = iter(zip(lengths.packed, lengths.tail, strict=True))
+
+    def moved(part: LayerCache) -> LayerCache:
+        packed, tail = next(numbers)
+        return dataclasses.replace(
+            part,
+            packed=dataclasses.replace(part.packed, length=_in_place_of(part.packed.length, packed)),
+            tail=dataclasses.replace(part.tail, length=_in_place_of(part.tail.length, tail)),
         )
-        for layer, packed, tail in zip(state.cache.layers, lengths.packed, lengths.tail, strict=True)
-    )
-    cache = KVCache(tuple(layers), _in_place_of(state.cache.length, lengths.seen))
+
+    layers = jax.tree.map(moved, state.cache.layers, is_leaf=lambda x: isinstance(x, LayerCache))
+    cache = KVCache(layers, _in_place_of(state.cache.length, lengths.seen))
     return state._replace(
         step=_in_place_of(state.step, np.int32(step)),
         lengths=_in_place_of(state.lengths, np.full(state.lengths.shape, step, np.int32)),
@@ -316,10 +320,10 @@ def bytes_read(cache: KVCache, prompt: CacheLengths, steps: range) -> int:
     """Bytes of the valid tokens, which a decode step has to read; the mean over `steps`."""
     total = 0.0
     for lengths in (prompt.after(step, cache) for step in steps):
-        for layer, packed, tail in zip(cache.layers, lengths.packed, lengths.tail, strict=True):
-            if layer.packed.capacity:
-                total += layer.packed.nbytes * packed.mean() / layer.packed.capacity
-            total += layer.tail.nbytes * tail.mean() / layer.tail.capacity
+        for part, packed, tail in zip(cache.parts, lengths.packed, lengths.tail, strict=True):
+            if part.packed.capacity:
+                total += part.packed.nbytes * packed.mean() / part.packed.capacity
+            total += part.tail.nbytes * tail.mean() / part.tail.capacity
     return round(total / len(steps))
 
 

@@ -17,11 +17,13 @@ class LayerCapacity(NamedTuple):
     Attributes:
       kept: most prompt tokens that a row keeps, sinks included.
       packed, tail: capacities of the two regions.
+      retrieval: sizes of the cache of the layer's retrieval heads, which keep all tokens; None if it has none.
     """
 
     kept: int
     packed: int
     tail: int
+    retrieval: LayerCapacity | None = None
 
 
 def layer_capacity(
@@ -57,7 +59,12 @@ def capacities(
     model: ModelConfig, method: Method, prompt_length: int, max_new_tokens: int
 ) -> tuple[LayerCapacity, ...]:
     """Computes each layer's capacities for prompts of at most `prompt_length` tokens."""
-    return tuple(
-        layer_capacity(method, heavy, prompt_length, max_new_tokens, model.window(layer))
-        for layer, heavy in enumerate(layer_budgets(method, model.num_hidden_layers))
-    )
+    layers = []
+    for layer, heavy in enumerate(layer_budgets(method, model.num_hidden_layers)):
+        sizes = prompt_length, max_new_tokens, model.window(layer)
+        capacity = layer_capacity(method, heavy, *sizes)
+        if any(layer == of for of, _ in method.retrieval_heads):
+            whole = method.of_retrieval_heads
+            capacity = capacity._replace(retrieval=layer_capacity(whole, whole.heavy, *sizes))
+        layers.append(capacity)
+    return tuple(layers)

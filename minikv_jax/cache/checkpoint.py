@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
+from pydantic import Field
 
 from minikv_jax import meshes, saved_arrays
-from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec, Region, empty_region
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import Eviction, HeadGroups, LayerCache, Region, empty_region
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.records import Count, MethodRecord, Size, to_method
 from minikv_jax.methods.registry import to_dict
@@ -23,11 +26,17 @@ from minikv_jax.schemas import Schema
 _KIND = "cache"
 
 
-class LayerRecord(Schema):
-    """A layer's capacities, sliding window or chunk, and number."""
+class PartRecord(Schema):
+    """Capacities of a part of a layer's cache."""
 
     packed: Count
     tail: Count
+
+
+class LayerRecord(Schema):
+    """The parts of a layer's cache, its sliding window or chunk, and its number."""
+
+    parts: Annotated[list[PartRecord], Field(min_length=1, max_length=2)]
     window: Size | None
     chunked: bool
     layer: Count
@@ -64,18 +73,17 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
     """
     if jax.process_count() > 1:
         raise NotImplementedError(f"{jax.process_count()} processes: a cache can only be saved by a single process")
-    tail = cache.layers[0].tail
-    batch, kv_heads, _, head_dim = tail.k.shape
+    tails = [part.tail.k for part in cache.layers[0].parts]
+    batch, _, _, head_dim = tails[0].shape
     description = {
         "method": to_dict(cache.layers[0].method),
         "batch": batch,
-        "kv_heads": kv_heads,
+        "kv_heads": sum(tail.shape[1] for tail in tails),
         "head_dim": head_dim,
-        "dtype": str(tail.k.dtype),
+        "dtype": str(tails[0].dtype),
         "layers": [
             {
-                "packed": layer.packed.capacity,
-                "tail": layer.tail.capacity,
+                "parts": [{"packed": part.packed.capacity, "tail": part.tail.capacity} for part in layer.parts],
                 "window": None if layer.spec.window is None else windows.size(layer.spec.window),
                 "chunked": isinstance(layer.spec.window, Chunk),
                 "layer": number,
@@ -130,19 +138,40 @@ def _check_capacities(source: str, record: CacheRecord, method: Method) -> None:
     """Raises ValueError for a packed region that is not whole blocks, or that belongs to no quantizer."""
     block = 0 if method.quantizer is None else method.quantizer.block
     for number, layer in enumerate(record.layers):
-        if layer.packed % block if block else layer.packed:
-            accepted = f"a multiple of {block}" if block else "0, as the method does not quantise"
-            raise ValueError(f"{source}: layers[{number}].packed is {layer.packed}; accepted: {accepted}")
+        groups = _groups(method, layer, record)
+        if len(layer.parts) != len(groups):
+            raise ValueError(f"{source}: layers[{number}].parts are {len(layer.parts)}; accepted: {len(groups)}")
+        for i, part in enumerate(layer.parts):
+            if part.packed % block if block else part.packed:
+                accepted = f"a multiple of {block}" if block else "0, as the method does not quantise"
+                raise ValueError(f"{source}: layers[{number}].parts[{i}].packed is {part.packed}; accepted: {accepted}")
+
+
+def _groups(method: Method, layer: LayerRecord, record: CacheRecord) -> dict[tuple[int, ...], LayerSpec]:
+    """Specs of the parts of a layer's cache, by KV heads."""
+    return LayerSpec(method, layer.sees, layer.layer).by_heads(record.kv_heads)
 
 
 def _blank(record: CacheRecord, method: Method) -> KVCache:
     """Makes a cache of zeros with the described structure. Only its shapes are used."""
-    layers = (_blank_layer(LayerSpec(method, layer.sees, layer.layer), layer, record) for layer in record.layers)
-    return KVCache(tuple(layers), jnp.zeros((record.batch,), jnp.int32))
+    return KVCache(
+        tuple(_blank_layer(method, layer, record) for layer in record.layers), jnp.zeros((record.batch,), jnp.int32)
+    )
 
 
-def _blank_layer(spec: LayerSpec, layer: LayerRecord, record: CacheRecord) -> LayerCache:
-    batch, kv_heads, dim = record.batch, record.kv_heads, record.head_dim
+def _blank_layer(method: Method, layer: LayerRecord, record: CacheRecord) -> LayerCache | HeadGroups:
+    groups = _groups(method, layer, record)
+    spec = LayerSpec(method, layer.sees, layer.layer)
+    if not spec.retrieval_heads:
+        return _blank_part(spec, record.kv_heads, layer.parts[0], record)
+    parts = zip(groups.items(), layer.parts, strict=True)
+    return HeadGroups(
+        tuple(_blank_part(own, len(heads), part, record) for (heads, own), part in parts), tuple(groups), spec
+    )
+
+
+def _blank_part(spec: LayerSpec, kv_heads: int, part: PartRecord, record: CacheRecord) -> LayerCache:
+    batch, dim = record.batch, record.head_dim
     length = jnp.zeros((batch,), jnp.int32)
 
     def positions(size: int) -> Array | None:
@@ -150,13 +179,13 @@ def _blank_layer(spec: LayerSpec, layer: LayerRecord, record: CacheRecord) -> La
 
     packed_region = empty_region(length)
     if spec.method.quantizer is not None:
-        x = jnp.zeros((batch, kv_heads, layer.packed, dim), record.dtype)
+        x = jnp.zeros((batch, kv_heads, part.packed, dim), record.dtype)
         encoded = spec.encode(x, "keys"), spec.encode(x, "values")
-        packed_region = Region(*encoded, length, positions(layer.packed))
-    full = jnp.zeros((batch, kv_heads, layer.tail, dim), record.dtype)
+        packed_region = Region(*encoded, length, positions(part.packed))
+    full = jnp.zeros((batch, kv_heads, part.tail, dim), record.dtype)
     return LayerCache(
         packed_region,
-        Region(full, full, length, positions(layer.tail)),
+        Region(full, full, length, positions(part.tail)),
         _blank_eviction(spec.method, full.shape[:3]),
         spec,
     )

@@ -10,6 +10,7 @@ import jax
 from jax.typing import DTypeLike
 
 from minikv_jax.cache.capacity import LayerCapacity, capacities
+from minikv_jax.cache.spec import LayerSpec
 from minikv_jax.checks import choice, integer
 from minikv_jax.methods import calls, contracts
 from minikv_jax.methods.base import MAX_TOKENS, Quantizer
@@ -33,7 +34,8 @@ class MemoryReport:
       index_bytes: lengths; positions in layers with a sliding window; scores and budgets with `evict_every`.
       bytes: everything allocated; equals `KVCache.nbytes`.
       full_bytes: an uncompressed cache: all tokens in the model's dtype.
-      layers: tokens per layer: kept prompt tokens, and capacities of the packed region and the tail.
+      layers: tokens per layer: kept prompt tokens, and capacities of the packed region and the tail; likewise of the
+        retrieval heads.
       layer_bytes: everything allocated, per layer.
       row_bytes: the part of `index_bytes` in arrays without an axis of heads.
     """
@@ -113,9 +115,13 @@ def report(
     contracts.check(method, model)
     layers = capacities(model, method, prompt_length, max_new_tokens)
     heads, dim, size = model.num_key_value_heads, model.head_dim, _BYTES[dtype]
-    packed = _packed_bytes(model, method, layers, batch, dtype)
-    tail = [batch * heads * 2 * layer.tail * dim * size for layer in layers]
-    index = [_index_bytes(method, layer, batch, heads, model.window(number)) for number, layer in enumerate(layers)]
+    parts = [_parts(method, number, layer, heads) for number, layer in enumerate(layers)]
+    packed = _packed_bytes(model, method, parts, batch, dtype)
+    tail = [sum(batch * count * 2 * part.tail * dim * size for count, part in own) for own in parts]
+    index = [
+        sum(_index_bytes(method, part, batch, count, model.window(number)) for count, part in own)
+        for number, own in enumerate(parts)
+    ]
     return MemoryReport(
         packed_bytes=sum(packed),
         tail_bytes=sum(tail),
@@ -123,23 +129,29 @@ def report(
         full_bytes=batch * heads * len(layers) * 2 * (prompt_length + max_new_tokens) * dim * size,
         layers=layers,
         layer_bytes=tuple(map(sum, zip(packed, tail, index, strict=True))),
-        row_bytes=4 * batch * (1 + len(layers) * (2 if method.evict_every is None else 4)),
+        row_bytes=4 * batch * (1 + sum(map(len, parts)) * (2 if method.evict_every is None else 4)),
     )
 
 
-def _packed_bytes(
-    model: ModelConfig, method: Method, layers: tuple[LayerCapacity, ...], batch: int, dtype: str
-) -> list[int]:
+_Parts = list[tuple[int, LayerCapacity]]  # KV heads and sizes of the parts of a layer's cache
+
+
+def _parts(method: Method, layer: int, capacity: LayerCapacity, heads: int) -> _Parts:
+    groups = LayerSpec(method, layer=layer).by_heads(heads)
+    sizes = [capacity.retrieval, capacity] if capacity.retrieval is not None else [capacity]
+    return [(len(own), size) for own, size in zip(groups, sizes, strict=False)]
+
+
+def _packed_bytes(model: ModelConfig, method: Method, layers: list[_Parts], batch: int, dtype: str) -> list[int]:
     quantizer = method.quantizer
     if quantizer is None:
         return [0] * len(layers)
-    block_bytes = functools.cache(
-        lambda layer: _block_bytes(quantizer, layer, model.num_key_value_heads, model.head_dim, dtype)
-    )
-    return [
-        batch * layer.packed // quantizer.block * block_bytes(number if quantizer.by_layer else 0)
-        for number, layer in enumerate(layers)
-    ]
+    block_bytes = functools.cache(lambda *case: _block_bytes(quantizer, *case, model.head_dim, dtype))
+
+    def of_part(number: int, heads: int, part: LayerCapacity) -> int:
+        return batch * part.packed // quantizer.block * block_bytes(number if quantizer.by_layer else 0, heads)
+
+    return [sum(of_part(number, *part) for part in parts) for number, parts in enumerate(layers)]
 
 
 def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:

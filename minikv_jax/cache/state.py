@@ -1,4 +1,4 @@
-"""The KV cache as a value: frozen pytrees with static capacities and true lengths per row.
+"""A layer's cache as a value: frozen pytrees with static capacities and true lengths per row.
 
 A layer has two regions (`docs/packed-layout.md`): packed codes, and a full-precision tail whose first slots are the
 sinks. `ops/compress.py` makes a layer from a prompt, `ops/append.py` adds tokens and packs full tails, `ops/evict.py`
@@ -9,6 +9,8 @@ only on the method and the sizes (`capacity.py`), so the bytes of a cache are kn
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -17,73 +19,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import checks
-from minikv_jax.arrays import Contract, is_traced
-from minikv_jax.methods import calls
-from minikv_jax.methods.base import MAX_TOKENS, Kind
+from minikv_jax.cache.spec import LayerSpec, Packed
+from minikv_jax.methods.base import MAX_TOKENS
 from minikv_jax.methods.method import Method
-from minikv_jax.models.windows import Window
 from minikv_jax.packing import QuantizedArray, StoredArray
 
-Packed = QuantizedArray | StoredArray
 Stored = TypeVar("Stored", Array, Packed)
 
 
 def _static() -> Any:
     return dataclasses.field(metadata={"static": True})
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """Static part of a layer's cache.
-
-    Attributes:
-      method: the compression method.
-      window: sliding window of the layer: query `t` sees the keys `t - window < s <= t`; or its `Chunk`; None if
-        it sees all.
-      layer: number of the layer in the model if the quantizer reads it (`by_layer`), else 0, so that layers of equal
-        shapes share a program.
-    """
-
-    method: Method
-    window: Window | None = None
-    layer: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method.quantizer is None or not self.method.quantizer.by_layer:
-            object.__setattr__(self, "layer", 0)
-
-    def encode(self, x: Float[Array, "B K S H"], kind: Kind) -> Packed:
-        """Packs tokens in plain JAX. The method must have a quantizer."""
-        assert self.method.quantizer is not None
-        stored = calls.encode(self.method.quantizer, x, self.method.quantizer.operand(kind, self.layer))
-        return stored if isinstance(stored, QuantizedArray) else StoredArray(stored, x.shape[2])
-
-    def decode(self, packed: Packed, kind: Kind, dtype: DTypeLike) -> Float[Array, "B K S H"]:
-        """Unpacks tokens and rounds them to `dtype` once."""
-        assert self.method.quantizer is not None
-        stored = packed.arrays if isinstance(packed, StoredArray) else packed
-        shape = (*jax.tree.leaves(stored)[0].shape[:2], packed.num_tokens)
-        operand = self.method.quantizer.operand(kind, self.layer)
-        return calls.decode(self.method.quantizer, stored, operand, shape).astype(dtype)
-
-    def to_basis(self, x: Float[Array, "*lead H"], kind: Kind) -> Float[Array, "*lead H"]:
-        """Rotates keys or queries ("keys"), or values ("values"), into the basis of the cache."""
-        return self._turn(x, kind, back=False)
-
-    def from_basis(self, x: Float[Array, "*lead H"], kind: Kind) -> Float[Array, "*lead H"]:
-        """Rotates vectors back from the basis of the cache."""
-        return self._turn(x, kind, back=True)
-
-    def _turn(self, x: Array, kind: Kind, *, back: bool) -> Array:
-        quantizer = self.method.quantizer
-        if quantizer is None:
-            return x
-        rotation = calls.rotation(quantizer, quantizer.operand(kind, self.layer), x.shape[-1])
-        if rotation is None:
-            return x
-        rotation = rotation.T if back else rotation
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.matmul(x.astype(jnp.float32), rotation.astype(jnp.float32), precision=exact).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -169,6 +114,11 @@ class LayerCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     @property
+    def parts(self) -> tuple[LayerCache, ...]:
+        """The layer's caches of some of its heads (`HeadGroups.parts`): this one, of all heads."""
+        return (self,)
+
+    @property
     def tokens(self) -> Int[Array, "B"]:
         """int32, number of tokens held per row."""
         return self.packed.length + self.tail.length
@@ -223,6 +173,84 @@ class LayerCache:
         return dataclasses.replace(self, packed=_pad_region(self.packed, k, v, extra))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadGroups:
+    """Cache of a layer in which some KV heads keep all tokens (`Method.retrieval_heads`): a `LayerCache` per group.
+
+    Attributes:
+      parts: caches of the retrieval heads and of the other heads; only one if the layer has no others.
+      heads: KV heads of each part, in its order (static).
+      spec: the method, and the layer's window and number (static).
+    """
+
+    parts: tuple[LayerCache, ...]
+    heads: tuple[tuple[int, ...], ...] = _static()
+    spec: LayerSpec = _static()
+
+    @property
+    def method(self) -> Method:
+        """The compression method."""
+        return self.spec.method
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def eviction(self) -> None:
+        """None: a method with retrieval heads does not evict during generation."""
+        return None
+
+    @property
+    def tokens(self) -> Int[Array, "B"]:
+        """int32, number of tokens that a retrieval head holds per row."""
+        return self.parts[0].tokens
+
+    def room(self) -> Int[Array, "B"]:
+        """Number of tokens that can still be appended to each row."""
+        return functools.reduce(jnp.minimum, (part.room() for part in self.parts))
+
+    def grow(self, tokens: int) -> HeadGroups:
+        """Makes room for `tokens` more tokens per row, as `LayerCache.grow`."""
+        return dataclasses.replace(self, parts=tuple(part.grow(tokens) for part in self.parts))
+
+    def attend(
+        self, attend_part: AttendPart, q: Array, k: Array, v: Array, sink_logits: Array | None
+    ) -> tuple[Array, HeadGroups]:
+        """Calls a function with each part and the arrays of its heads.
+
+        Args:
+          attend_part: returns the part's attention output and its new cache.
+          q, k, v: `[B, T, heads, H]`.
+          sink_logits: `[N]`, or None.
+
+        Returns:
+          The output of all heads, in their order, and the new cache.
+        """
+        outputs, parts = [], []
+        for part, heads in zip(self.parts, self.heads, strict=True):
+            of_heads = functools.partial(take_heads, heads=heads, kv_heads=k.shape[2])
+            sinks = None if sink_logits is None else of_heads(sink_logits, axis=0)
+            out, new = attend_part(part, *(of_heads(x, axis=2) for x in (q, k, v)), sinks)
+            outputs.append(out)
+            parts.append(new)
+        order = sorted(range(k.shape[2]), key=[head for heads in self.heads for head in heads].__getitem__)
+        out = take_heads(jnp.concatenate(outputs, axis=2), tuple(order), k.shape[2], axis=2)
+        return out, dataclasses.replace(self, parts=tuple(parts))
+
+
+AttendPart = Callable[[LayerCache, Array, Array, Array, Array | None], tuple[Array, LayerCache]]
+
+
+def take_heads(x: Array, heads: tuple[int, ...], kv_heads: int, axis: int) -> Array:
+    """Takes the query or KV heads that belong to some KV heads, along the axis of the heads."""
+    grouped = x.reshape(*x.shape[:axis], kv_heads, -1, *x.shape[axis + 1 :])
+    taken = jnp.take(grouped, jnp.asarray(heads), axis=axis)
+    return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
 def _pad(x: Array, extra: int) -> Array:
     """Pads `[B, K, S, ...]` with zeros for `extra` tokens at the end."""
     return jnp.pad(x, [(0, 0), (0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 3))
@@ -231,89 +259,3 @@ def _pad(x: Array, extra: int) -> Array:
 def _pad_region(region: Region, k: Any, v: Any, extra: int) -> Region:
     positions = None if region.positions is None else _pad(region.positions, extra)
     return dataclasses.replace(region, k=k, v=v, positions=positions)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """A model's compressed KV cache: a frozen pytree, which functions take and return as a value.
-
-    `prefill` and `generate` make one. Capacities are static, so the bytes are known beforehand (`memory.report`).
-
-    Attributes:
-      layers: the layers' caches.
-      length: int32, tokens that each row has seen, which is the next token's position.
-    """
-
-    layers: tuple[LayerCache, ...]
-    length: Int[Array, "B"]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays, lengths included; equal to `memory.report(...).bytes`."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of codes, scales and zero points of all layers, as counted in MiniKV's paper."""
-        return sum(layer.packed.nbytes for layer in self.layers)
-
-    @property
-    def kept_tokens(self) -> Int[Array, "L B"]:
-        """int32, number of tokens held per layer and row."""
-        return jnp.stack([layer.tokens for layer in self.layers])
-
-    def room(self) -> int:
-        """Number of tokens that can still be appended to every row: `2**31 - 1` if evictions make room.
-
-        Raises:
-          ValueError: under `jit`, where the lengths are not known; `LayerCache.room` works there.
-        """
-        if is_traced(self.length):
-            raise ValueError("KVCache.room reads the lengths, which jit does not know: take LayerCache.room")
-        return min(int(layer.room().min()) for layer in self.layers)
-
-    def grow(self, tokens: int) -> KVCache:
-        """Makes room for `tokens` more tokens per row.
-
-        Args:
-          tokens: an int in 0..16777216. Packed regions grow by whole blocks.
-
-        Returns:
-          The same cache with larger capacities.
-
-        Raises:
-          ValueError: not such an int.
-        """
-        return dataclasses.replace(self, layers=tuple(layer.grow(tokens) for layer in self.layers))
-
-    def select_rows(self, rows: Int[Array, "R"]) -> KVCache:
-        """Selects rows of the cache, for beam search or forks of a shared prefix.
-
-        Args:
-          rows: numbers of the rows in any order, with or without repetition. Under `jit`, a number out of range is
-            clipped; `debug_checks` reports it.
-
-        Returns:
-          A cache of `R` rows.
-
-        Raises:
-          ValueError: not integers `[R]`, or a row that the cache does not have.
-        """
-        rows = Contract("select_rows").integers("rows", rows, "R", 0, self.length.shape[0] - 1)
-        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), self)
-
-    def tile(self, times: int) -> KVCache:
-        """Repeats each row: row `b` becomes rows `b * times .. (b + 1) * times - 1`.
-
-        Args:
-          times: number of copies of each row, at least 1.
-
-        Returns:
-          A cache of `B * times` rows.
-
-        Raises:
-          ValueError: `times` is not a positive int.
-        """
-        times = checks.integer("times", times, 1, MAX_TOKENS)
-        return self.select_rows(jnp.repeat(jnp.arange(self.length.shape[0]), times))

@@ -14,7 +14,7 @@ import jax
 
 from minikv_jax import meshes
 from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.checks import at_least
 from minikv_jax.cli import devices, output, prompt, shared
 from minikv_jax.generate import stream

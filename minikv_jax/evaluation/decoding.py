@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.evaluation.task import Case
 from minikv_jax.layerwise import decode_step
 from minikv_jax.models.config import ModelConfig

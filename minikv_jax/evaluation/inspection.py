@@ -99,11 +99,14 @@ def inspect(
 
     Raises:
       ValueError: the prompt or a method does not fit the model, or a scorer returns NaN.
+      NotImplementedError: a method with retrieval heads.
     """
     case = Case("the prompt", tuple(prompt), max_new_tokens=max_new_tokens)
     check_case(model.config, case, max_new_tokens)
-    for method in methods.values():
+    for name, method in methods.items():
         contracts.check(method, model.config)
+        if method.retrieval_heads:
+            raise NotImplementedError(f"method {name!r}: a cache with retrieval heads cannot be inspected")
     ids, length = _padded(prompt, padded_length(model.config, case))
     sums = any(method.scorer.needs_column_sums for method in methods.values())
     hidden, layers = prefill_layers(model, ids, length, sums, implementation)
@@ -161,7 +164,8 @@ def _inspect(
     implementation: str | None,
 ) -> dict[str, Any]:
     """Computes the fields of `Inspection`, with `kept` over the padded prompt."""
-    cache, kept, scored = compress_layers(model, method, layers, length, seen, sizes, implementation)
+    cache, parts, scored = compress_layers(model, method, layers, length, seen, sizes, implementation)
+    kept = [of_all_heads for (of_all_heads,) in parts]
     maps = [_kept_map(choice, layer[1].shape[1]) for choice, layer in zip(kept, layers, strict=True)]
     shares = [
         attention_share(
@@ -173,7 +177,7 @@ def _inspect(
     fields = {
         "scored": scored[0],
         "kept": jnp.stack(maps),
-        "packed_tokens": jnp.stack([layer.packed.length[0] for layer in cache.layers]),
+        "packed_tokens": jnp.stack([part.packed.length[0] for part in cache.parts]),
         "layer_bytes": np.array([layer.nbytes for layer in cache.layers]),
         "attention_kept": jnp.stack(shares),
     }
@@ -181,7 +185,7 @@ def _inspect(
     if method.quantizer is None:
         return fields | dict.fromkeys(names)
     errors = [
-        _errors(layer, choice, k, v) for layer, choice, (_, k, v, *_) in zip(cache.layers, kept, layers, strict=True)
+        _errors(layer, choice, k, v) for layer, choice, (_, k, v, *_) in zip(cache.parts, kept, layers, strict=True)
     ]
     return fields | {name: jnp.stack(values) for name, values in zip(names, zip(*errors, strict=True), strict=True)}
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import meshes
 from minikv_jax.cache import memory
 from minikv_jax.cache.capacity import LayerCapacity
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.evaluation.decoding import Batch, Decoded, batch_of, decode_batch
 from minikv_jax.evaluation.task import Case
 from minikv_jax.layerwise import (

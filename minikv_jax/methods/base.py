@@ -256,6 +256,7 @@ class Quantizer(Component, abc.ABC):
       k_bits, v_bits: bits per channel of a key and of a value.
       choices: accepted values of `k_bits` and `v_bits`.
       by_layer: whether the quantizer reads `Operand.layer`. If not, layers of equal shapes share a program.
+      by_head: whether `encode` or `decode` knows the number of a KV head. If so, heads cannot be stored in groups.
       kernel_packs: whether `encode` equals `minikv_jax.packing.encode_minmax` with `packing(kind)`, so that a kernel
         may do it instead. False by default in a subclass that defines `encode`.
       kernel_reads: whether `decode` equals `minikv_jax.packing.dequantize`. False by default in a subclass that defines
@@ -264,6 +265,7 @@ class Quantizer(Component, abc.ABC):
 
     choices: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 8)
     by_layer: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
     kernel_packs: ClassVar[bool] = False
     kernel_reads: ClassVar[bool] = False
 

@@ -119,6 +119,8 @@ class CalibratedRotation(MinMax):
 class Calibrated(CalibratedRotation):
     """Like `CalibratedRotation`, with learned clipping ranges. Only the "xla" implementation can pack it."""
 
+    by_head: ClassVar[bool] = True
+
     def encode(self, x: Float[Array, "B K S H"], operand: Operand) -> QuantizedArray:
         rule = self.packing(operand.kind)
         ranges = jax.tree.map(lambda of_heads: own_heads(of_heads, 0), self.learned(operand).ranges)

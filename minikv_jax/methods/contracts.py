@@ -34,6 +34,7 @@ def check(method: Method, model: ModelConfig) -> None:
         raise ValueError(
             f"evict_every={method.evict_every}: a layer with a sliding window ({windows.pop()}) evicts by it"
         )
+    _check_retrieval_heads(method, model)
     if method.runs_twice and model.rope_by_length:
         cause = f"lookahead={method.lookahead}" if method.lookahead else f"scorer={type(method.scorer).__name__}"
         raise ValueError(
@@ -49,6 +50,20 @@ def check(method: Method, model: ModelConfig) -> None:
         head_dim=model.head_dim,
         layers=model.num_hidden_layers,
     )
+
+
+def _check_retrieval_heads(method: Method, model: ModelConfig) -> None:
+    """Raises ValueError for heads that the model does not have, or if heads cannot be stored in groups."""
+    layers, heads = model.num_hidden_layers, model.num_key_value_heads
+    for layer, head in method.retrieval_heads:
+        if layer >= layers or head >= heads:
+            raise ValueError(
+                f"retrieval_heads: layer {layer}, head {head}: the model has layers 0..{layers - 1} and KV heads "
+                f"0..{heads - 1}"
+            )
+    if method.retrieval_heads and method.quantizer is not None and method.quantizer.by_head:
+        kind = type(method.quantizer).__name__
+        raise ValueError(f"retrieval_heads with quantizer {kind}: expected one that stores all heads alike")
 
 
 @functools.lru_cache(maxsize=256)

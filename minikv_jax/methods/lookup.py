@@ -11,7 +11,7 @@ from minikv_jax.checks import read_integer, read_number, shown
 from minikv_jax.methods import calibrated
 from minikv_jax.methods.base import Component, settings
 from minikv_jax.methods.kivi import MinMax
-from minikv_jax.methods.method import AMOUNT, Amount, Method, to_amount
+from minikv_jax.methods.method import AMOUNT, HEADS, Amount, Method, to_amount, to_heads
 from minikv_jax.methods.registry import COMPONENTS, METHODS, OPTIONAL, make, plain_settings
 
 _PARTS = (*COMPONENTS, "tail")  # fields whose settings can be named without the field
@@ -94,7 +94,8 @@ def override(method: Method, changes: Mapping[str, str]) -> Method:
     """Changes settings of a method by text, as in `--set heavy=0.5`.
 
     A key is a field of `Method` (`heavy=0.5` is a share, `heavy=512` a count; `scorer`, `budget`, `quantizer` and
-    `refit` take registered names, the last two and `evict_every` also `none`) or a setting of one of its components:
+    `refit` take registered names, the last two and `evict_every` also `none`; `retrieval_heads=1.0+5.2` are head 0 of
+    layer 1 and head 2 of layer 5) or a setting of one of its components:
     `k_bits`, or `quantizer.k_bits` if two components have it. A new component takes over the settings that it has in
     common with the one it replaces.
 
@@ -194,6 +195,15 @@ def _parse_optional(key: str, text: str) -> int | None:
     return None if text.lower() == "none" else _parse_setting(key, text, 0)
 
 
+def _parse_heads(key: str, text: str) -> tuple[tuple[int, int], ...]:
+    """Reads pairs from text: "1.0+5.2" are head 0 of layer 1 and head 2 of layer 5."""
+    try:
+        pairs = [] if text.lower() == "none" else [pair.split(".") for pair in text.split("+")]
+        return to_heads([(read_integer(layer), read_integer(head)) for layer, head in pairs])
+    except ValueError as error:
+        raise ValueError(f"{key}={shown(text)}: {HEADS}, as in 1.0+5.2, or none") from error
+
+
 _READERS = {int: read_integer, float: read_number, str: str}
 _PARSERS = {
     "name": functools.partial(_parse_setting, current=""),
@@ -203,4 +213,5 @@ _PARSERS = {
     "sinks": functools.partial(_parse_setting, current=0),
     "evict_every": _parse_optional,
     "lookahead": functools.partial(_parse_setting, current=0),
+    "retrieval_heads": _parse_heads,
 }

@@ -7,7 +7,8 @@ the command line and for files.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax.numpy as jnp
@@ -114,6 +115,7 @@ class Tokens:
 
 
 Amount = Share | Tokens
+HEADS = "expected pairs of a layer and a KV head, both counted from 0"
 AMOUNT = f"expected a share (float in 0..1) or a token count (int in 0..{MAX_TOKENS})"
 
 
@@ -161,6 +163,17 @@ def to_budget(value: Budget | ScoredBudget | Callable[[int], Sequence[float]]) -
     return FunctionBudget(function=value)
 
 
+def to_heads(value: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Returns pairs (layer, head) in order. Raises ValueError for anything else, or for a pair that comes twice."""
+    try:
+        pairs = sorted((checks.integer("layer", layer, 0), checks.integer("head", head, 0)) for layer, head in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(HEADS) from error
+    if twice := [pair for pair, next_pair in itertools.pairwise(pairs) if pair == next_pair]:
+        raise ValueError(f"{twice[0]} comes twice: expected each head once")
+    return tuple(pairs)
+
+
 def _field(*, default: Any, converter: Callable[[Any], Any]) -> Any:
     """Declares a field that is converted when an instance is made. Type checkers know the name `converter`."""
     return dataclasses.field(default=default, metadata={"converter": converter})
@@ -195,12 +208,15 @@ class Method:
       lookahead: number of tokens that are drafted after the prompt with the compressed cache, before the prompt runs
         once more with the draft after it. The scorer then sees the drafted queries as the newest ones. The draft itself
         is dropped (Lookahead Q-Cache, arXiv 2505.20334). It stops at an end-of-sequence token; 0 drafts nothing.
+      retrieval_heads: pairs (layer, KV head) that keep all tokens, whatever the budgets (DuoAttention, arXiv
+        2410.10819). They depend on the model: `minikv retrieval-heads` finds them.
 
     Raises:
       ValueError: a value that is not accepted, or values that do not go together: shares that sum to more than 1, a
         `heavy` budget without a scorer, a tail that the quantizer's block does not divide, `evict_every` with a
         quantizer, without a budget, or with a scorer that has no `update`; `lookahead` where scores choose no token
-        or with a scorer that repeats the prompt.
+        or with a scorer that repeats the prompt;
+        `retrieval_heads` with `evict_every`, or where all heads keep all tokens.
     """
 
     name: str = dataclasses.field(default="custom", compare=False)
@@ -217,6 +233,7 @@ class Method:
     tail: Tail = Tail()
     refit: Refit | None = None
     lookahead: int = setting(default=0, at_least=0, at_most=MAX_LOOKAHEAD)
+    retrieval_heads: tuple[tuple[int, int], ...] = _field(default=(), converter=to_heads)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -241,6 +258,8 @@ class Method:
             raise ValueError(f"lookahead={self.lookahead} where scores choose no token: expected a heavy budget")
         if self.lookahead and self.scorer.needs_repeat:
             raise ValueError(f"lookahead={self.lookahead} with {type(self.scorer).__name__}: it repeats the prompt")
+        if self.retrieval_heads and self.keeps_all:
+            raise ValueError(f"retrieval_heads={self.retrieval_heads} with recent=1.0: all heads keep all tokens")
         if self.evict_every is not None:
             self._check_eviction()
 
@@ -264,6 +283,8 @@ class Method:
                 f"{every} with {type(self.quantizer).__name__}: only full-precision tokens can leave, those of a "
                 "packed block share their metadata"
             )
+        if self.retrieval_heads:
+            raise ValueError(f"{every} with retrieval_heads={self.retrieval_heads}: these keep all tokens")
         if self.keeps_all:
             raise ValueError(f"{every} with recent=1.0: there is no budget to cut back to")
         if self.heavy and not self.scorer.can_update:
@@ -281,6 +302,17 @@ class Method:
     def scores_choose(self) -> bool:
         """Whether some tokens are kept by their scores, and others not."""
         return bool(self.heavy) and not self.keeps_all
+
+    @property
+    def of_retrieval_heads(self) -> Method:
+        """The method of the retrieval heads: all tokens, stored as by this one."""
+        everything = Method(quantizer=self.quantizer, tail=self.tail, sinks=self.sinks)
+        return dataclasses.replace(everything, name=self.name, citation=self.citation)
+
+    @property
+    def of_other_heads(self) -> Method:
+        """The method of heads that are no retrieval heads."""
+        return dataclasses.replace(self, retrieval_heads=())
 
     @property
     def runs_twice(self) -> bool:

@@ -40,6 +40,7 @@ class MethodRecord(Schema):
     tail: dict[str, Setting]
     refit: ComponentRecord | None
     lookahead: Count
+    retrieval_heads: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
 def to_method(record: MethodRecord, source: str | os.PathLike[str]) -> Method:

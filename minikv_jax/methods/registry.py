@@ -231,6 +231,7 @@ def to_dict(method: Method) -> dict[str, Any]:
         values[field] = budget.fraction if isinstance(budget, Share) else budget.count
     for field in ("sinks", "evict_every", "lookahead"):
         values[field] = getattr(method, field)
+    values["retrieval_heads"] = [list(pair) for pair in method.retrieval_heads]
     return values | {"tail": settings(method.tail)}
 
 

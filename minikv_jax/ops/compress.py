@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from minikv_jax.cache.capacity import LayerCapacity
-from minikv_jax.cache.state import Eviction, LayerCache, LayerSpec, Region, empty_region
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import Eviction, LayerCache, Region, empty_region
 from minikv_jax.methods.method import Method
 from minikv_jax.ops.quantize import store
 from minikv_jax.ops.round_tail import round_tail, tokens_after_sinks

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from minikv_jax import packing as packing_module
 from minikv_jax.arrays import Contract
-from minikv_jax.cache.state import LayerSpec, Packed
+from minikv_jax.cache.spec import LayerSpec, Packed
 from minikv_jax.methods.base import Kind
 from minikv_jax.ops import dispatch, kernel_arrays
 from minikv_jax.outline import outlined

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache.capacity import LayerCapacity
-from minikv_jax.cache.state import LayerCache, LayerSpec
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.methods import calls
 from minikv_jax.methods.base import KeptTokens, LayerInputs
 from minikv_jax.ops.compress import compress

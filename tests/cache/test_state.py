@@ -10,7 +10,7 @@ import pytest
 from support.layers import assert_same, cache_of, naive_append, naive_rows, normal
 
 from minikv_jax.arrays import debug_checks
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.append import append

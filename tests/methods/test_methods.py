@@ -13,7 +13,7 @@ from support.layers import Rows, assert_close, assert_same, naive_append
 from support.projections import VOCABULARY, Projections, projections
 
 from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache
+from minikv_jax.cache.kv_cache import KVCache
 from minikv_jax.decode import decode
 from minikv_jax.methods import lookup
 from minikv_jax.methods.base import NoScores, Uniform

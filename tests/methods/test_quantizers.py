@@ -13,7 +13,8 @@ from support.layers import assert_close, cache_of, normal
 from support.tiny import tiny_config
 
 from minikv_jax.cache import memory
-from minikv_jax.cache.state import KVCache, LayerSpec, Packed
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.spec import LayerSpec, Packed
 from minikv_jax.methods.base import Kind, Quantizer
 from minikv_jax.methods.fp8 import FP8
 from minikv_jax.methods.hqq import HQQ

@@ -12,7 +12,8 @@ from support.layers import Rows, assert_close, assert_same, cache_of, naive_appe
 
 from minikv_jax.arrays import debug_checks
 from minikv_jax.cache.capacity import layer_capacity
-from minikv_jax.cache.state import LayerCache, LayerSpec
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.append import append

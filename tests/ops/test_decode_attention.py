@@ -9,7 +9,7 @@ import pytest
 from oracle import naive
 from support.layers import assert_close, cache_of, naive_rows, normal, stored, with_garbage
 
-from minikv_jax.cache.state import LayerSpec
+from minikv_jax.cache.spec import LayerSpec
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.ops.decode_attention import decode_attention, decode_attention_weights

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from cuda_ffi import registration
 from minikv_jax import layerwise, meshes
 from minikv_jax.cache.capacity import capacities, layer_capacity
-from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec, Region, empty_region
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache, Region, empty_region
 from minikv_jax.decode import decode
 from minikv_jax.methods import lookup
 from minikv_jax.methods.kivi import MinMax

@@ -17,7 +17,9 @@ from support.tiny import tiny_config, tiny_model
 from minikv_jax.cache import memory
 from minikv_jax.cache.budgets import budgets_from_scores
 from minikv_jax.cache.checkpoint import restore_cache, save_cache
-from minikv_jax.cache.state import Eviction, KVCache, LayerCache, LayerSpec
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import Eviction, LayerCache
 from minikv_jax.decode import decode, extend
 from minikv_jax.generate import generate
 from minikv_jax.methods import contracts, lookup

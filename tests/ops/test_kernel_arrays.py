@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from support.layers import cache_of, normal
 
-from minikv_jax.cache.state import LayerCache, LayerSpec
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.turboquant import TurboQuant

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.layers import normal
 
-from minikv_jax.cache.state import LayerSpec, Packed
+from minikv_jax.cache.spec import LayerSpec, Packed
 from minikv_jax.methods.base import Kind
 from minikv_jax.methods.kivi import MinMax
 from minikv_jax.methods.method import Method

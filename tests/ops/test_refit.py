@@ -8,7 +8,7 @@ from oracle.naive_methods import turn
 from support.layers import compressed, normal, poison
 
 from minikv_jax.cache.capacity import LayerCapacity
-from minikv_jax.cache.state import LayerSpec
+from minikv_jax.cache.spec import LayerSpec
 from minikv_jax.methods.base import LayerInputs
 from minikv_jax.methods.grkv import Ridge
 from minikv_jax.methods.kivi import MinMax

@@ -11,7 +11,8 @@ import numpy as np
 from oracle import naive
 
 from minikv_jax.cache.capacity import LayerCapacity, layer_capacity
-from minikv_jax.cache.state import LayerCache, LayerSpec, Region
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache, Region
 from minikv_jax.methods.method import Method
 from minikv_jax.ops.compress import compress
 from minikv_jax.ops.select import Kept

@@ -25,7 +25,9 @@ from support.tiny import tiny_config, tiny_model
 
 from minikv_jax import files
 from minikv_jax.cache import checkpoint
-from minikv_jax.cache.state import KVCache, LayerCache, LayerSpec, Region
+from minikv_jax.cache.kv_cache import KVCache
+from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.state import LayerCache, Region
 from minikv_jax.evaluation import Case, Evaluator, Measurement
 from minikv_jax.evaluation import run as run_module
 from minikv_jax.evaluation.data import locate
