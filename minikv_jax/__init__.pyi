@@ -58,7 +58,8 @@ from minikv_jax.methods.twin import Twin as Twin
 # cache
 from minikv_jax.cache import memory as memory
 from minikv_jax.cache.checkpoint import restore_cache as restore_cache, save_cache as save_cache
-from minikv_jax.cache.state import KVCache as KVCache, LayerCache as LayerCache
+from minikv_jax.cache.kv_cache import KVCache as KVCache
+from minikv_jax.cache.state import LayerCache as LayerCache
 
 # ops
 from minikv_jax.arrays import debug_checks as debug_checks

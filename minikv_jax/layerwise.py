@@ -123,7 +123,7 @@ def shared_capacities(
     windows = [model.window(number) for number in range(len(own))]
     alike = {w: [c[:3] for c, of in zip(own, windows, strict=True) if of == w] for w in set(windows)}
     largest = {window: tuple(map(max, zip(*sizes, strict=True))) for window, sizes in alike.items()}
-    return tuple(LayerCapacity(*largest[w], c.retrieval) for c, w in zip(own, windows, strict=True))
+    return tuple(LayerCapacity(*largest[w])._replace(retrieval=c.retrieval) for c, w in zip(own, windows, strict=True))
 
 
 def compress_layers(

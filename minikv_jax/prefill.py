@@ -297,4 +297,5 @@ def prefill_layer(
     spec = LayerSpec(method, window, number)
     scores = score(inputs, method, implementation)
     cache, _ = keep(inputs, scores, inputs.lengths, heavy.granted(inputs.lengths), capacity, spec, implementation)
+    assert isinstance(cache, LayerCache)  # of all heads
     return out, cache

@@ -43,7 +43,7 @@ def importance(
     recent: int = 32,
     done: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """Computes how fast the loss of the answers falls as the gate of a KV head opens.
+    """Computes how fast the loss of the answers falls as the gate of each KV head opens.
 
     Args:
       model: the model.
@@ -52,7 +52,8 @@ def importance(
       done: called with the number of questions that are done.
 
     Returns:
-      float32 `[L, K]`, in nats per answer token, the mean over the questions. Zero in layers with a sliding window.
+      float32 `[L, K]`: each head's share of a question's slopes, whose magnitudes sum to 1; the mean over the
+      questions. Negative if the head does harm. Zero in layers with a sliding window.
 
     Raises:
       ValueError: no questions, an answer that is not a part of what is asked, a negative count, or a model with soft
@@ -68,7 +69,8 @@ def importance(
             raise ValueError(f"answer={question.answer}: expected 1 to {len(question.asked) - 1} of the tokens asked")
     total = np.zeros((model.config.num_hidden_layers, model.config.num_key_value_heads), np.float32)
     for number, question in enumerate(questions):
-        total += _slopes(model, question, sinks, recent)
+        slopes = _slopes(model, question, sinks, recent)
+        total += slopes / max(np.abs(slopes).sum(), np.finfo(np.float32).tiny)  # each question counts alike
         done(number + 1)
     return total / len(questions)
 

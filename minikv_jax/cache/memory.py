@@ -146,12 +146,15 @@ def _packed_bytes(model: ModelConfig, method: Method, layers: list[_Parts], batc
     quantizer = method.quantizer
     if quantizer is None:
         return [0] * len(layers)
-    block_bytes = functools.cache(lambda *case: _block_bytes(quantizer, *case, model.head_dim, dtype))
+
+    @functools.cache
+    def block_bytes(number: int, heads: int) -> int:
+        return _block_bytes(quantizer, number, heads, model.head_dim, dtype)
 
     def of_part(number: int, heads: int, part: LayerCapacity) -> int:
         return batch * part.packed // quantizer.block * block_bytes(number if quantizer.by_layer else 0, heads)
 
-    return [sum(of_part(number, *part) for part in parts) for number, parts in enumerate(layers)]
+    return [sum(of_part(number, heads, part) for heads, part in parts) for number, parts in enumerate(layers)]
 
 
 def _block_bytes(quantizer: Quantizer, layer: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:

@@ -233,7 +233,7 @@ class HeadGroups:
         for part, heads in zip(self.parts, self.heads, strict=True):
             of_heads = functools.partial(take_heads, heads=heads, kv_heads=k.shape[2])
             sinks = None if sink_logits is None else of_heads(sink_logits, axis=0)
-            out, new = attend_part(part, *(of_heads(x, axis=2) for x in (q, k, v)), sinks)
+            out, new = attend_part(part, of_heads(q, axis=2), of_heads(k, axis=2), of_heads(v, axis=2), sinks)
             outputs.append(out)
             parts.append(new)
         order = sorted(range(k.shape[2]), key=[head for heads in self.heads for head in heads].__getitem__)

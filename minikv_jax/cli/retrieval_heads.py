@@ -9,7 +9,7 @@ import numpy as np
 
 from minikv_jax.cli import output, shared
 from minikv_jax.evaluation.run import describe_model
-from minikv_jax.evaluation.task import need_tokenizer
+from minikv_jax.evaluation.task import need_tokenizer, numbers
 from minikv_jax.evaluation.tasks.multi_question import MultiQuestion
 from minikv_jax.models import hub
 from minikv_jax.retrieval_heads import Question, importance, most_important
@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, default, metavar, text in (
         ("--heads", None, "N", "number of heads to find"),
-        ("--context", 1024, "N", "tokens of a text"),
-        ("--samples", 2, "N", "texts from each file, with two numbers each"),
+        ("--samples", 2, "N", "texts of each length from each file, with two numbers each"),
         ("--recent", 32, "N", "newest tokens that all heads see"),
         ("--sinks", 4, "N", "leading tokens that all heads see"),
     ):
@@ -37,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, type=shared.integer, default=default, required=default is None, metavar=metavar, help=shown
         )
+    parser.add_argument(
+        "--context",
+        type=shared.argument(numbers(int)),
+        default=(1024, 4096),
+        metavar="N,N",
+        help="tokens of a text, one or more lengths; default: 1024,4096",
+    )
     shared.add_seed(parser, "of the hidden numbers")
     shared.add_json(parser)
 
@@ -46,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = [
         MultiQuestion(
             haystack=path,
-            context=(arguments.context,),
+            context=arguments.context,
             depths=(0.25, 0.75),
             samples=arguments.samples,
             seed=arguments.seed,
