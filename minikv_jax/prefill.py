@@ -262,11 +262,27 @@ def prefill_layer(
       ValueError: an array of another shape or dtype, a length, layer or window out of range, a method whose components
         break their contracts, a `ScoredBudget`, which needs the scores of all layers, or no output projection.
       NotImplementedError: a method that needs a whole model (`evict_every`, `retrieval_heads`, `lookahead`, a scorer
-        with `needs_repeat`),
-        or an `implementation` that cannot run this case.
+        with `needs_repeat`), or an `implementation` that cannot run this case.
     """
     check_implementation(implementation)
     inputs, method = inputs_contract("prefill_layer", inputs, num_layers), resolve(method)
+    _check_single_layer(method, inputs)
+    _, tokens, heads, head_dim = inputs.q.shape
+    contracts.check_components(method, heads=heads, kv_heads=inputs.k.shape[2], head_dim=head_dim, layers=num_layers)
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 0, MAX_TOKENS)
+    number, window = int(inputs.layer), inputs.window
+    out, inputs = attend(inputs._replace(layer=jnp.int32(number)), method, implementation)
+    heavy = layer_budgets(method, num_layers)[number]
+    capacity = layer_capacity(method, heavy, tokens, max_new_tokens, window)
+    spec = LayerSpec(method, window, number)
+    scores = score(inputs, method, implementation)
+    cache, _ = keep(inputs, scores, inputs.lengths, heavy.granted(inputs.lengths), capacity, spec, implementation)
+    assert isinstance(cache, LayerCache)  # of all heads
+    return out, cache
+
+
+def _check_single_layer(method: Method, inputs: LayerInputs) -> None:
+    """Raises NotImplementedError or ValueError for a method that needs more than one layer's inputs."""
     if method.evict_every is not None:
         raise NotImplementedError(
             f"evict_every={method.evict_every}: only this library's own models evict during generation"
@@ -287,15 +303,3 @@ def prefill_layer(
         )
     if method.scorer.needs_output_projection and inputs.output_projection is None:
         raise ValueError(f"scorer={type(method.scorer).__name__} needs the layer's LayerInputs.output_projection")
-    _, tokens, heads, head_dim = inputs.q.shape
-    contracts.check_components(method, heads=heads, kv_heads=inputs.k.shape[2], head_dim=head_dim, layers=num_layers)
-    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 0, MAX_TOKENS)
-    number, window = int(inputs.layer), inputs.window
-    out, inputs = attend(inputs._replace(layer=jnp.int32(number)), method, implementation)
-    heavy = layer_budgets(method, num_layers)[number]
-    capacity = layer_capacity(method, heavy, tokens, max_new_tokens, window)
-    spec = LayerSpec(method, window, number)
-    scores = score(inputs, method, implementation)
-    cache, _ = keep(inputs, scores, inputs.lengths, heavy.granted(inputs.lengths), capacity, spec, implementation)
-    assert isinstance(cache, LayerCache)  # of all heads
-    return out, cache
