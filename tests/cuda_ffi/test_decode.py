@@ -46,6 +46,12 @@ THREE_BITS = {
 }
 SHORT_CACHES = {
     "one row, one query head": Case(batch=1, kv_heads=8, group=1, packed=2560, tail=128, lengths=((2304, 65),)),
+    "blocks for nearly all multiprocessors": Case(
+        batch=1, kv_heads=32, group=1, packed=2560, tail=128, lengths=((2304, 65),)
+    ),
+    "blocks for nearly all multiprocessors, float8 metadata": Case(
+        batch=1, kv_heads=32, group=1, packed=2560, k_bits=4, v_bits=4, group_size=32, metadata="float8_e4m3fn"
+    ),
     "one row, four query heads": Case(
         batch=1, kv_heads=8, packed=2560, tail=32, k_bits=4, v_bits=4, group_size=32, metadata="float8_e4m3fn"
     ),

@@ -110,17 +110,21 @@ int fitting_pairs(const ShortParams& p, const Device& device, int head_dim, int 
   return pairs;
 }
 
-// Chooses the blocks of a row and the pairs of a block, and returns the pairs.
+// Chooses the blocks of a row, whether they are a cluster, and the pairs of a block, which it returns.
 int plan(ShortParams& p, const Device& device, int rows, int head_dim, int requested_pairs) {
   const int tiles =
       (p.packed_capacity + kTileTokens - 1) / kTileTokens + (p.tail_capacity + kTailTokens - 1) / kTailTokens;
   p.splits = std::clamp(device.multiprocessors / rows, 1, std::clamp(tiles, 1, kMaxCluster));
-  if (requested_pairs > 0) return std::min(requested_pairs, fitting_pairs(p, device, head_dim, 1));
   const int useful = std::max(1, (tiles + p.splits - 1) / p.splits), blocks = rows * p.splits;
-  // Two blocks share a multiprocessor if there are more blocks than multiprocessors, or if clusters need them nearly
-  // all: groups of multiprocessors are no multiples of clusters, so some would wait for others to end.
-  const bool shared = blocks > device.multiprocessors || (p.splits > 1 && 10 * blocks > 9 * device.multiprocessors);
-  return std::min(useful, fitting_pairs(p, device, head_dim, shared ? 2 : 1));
+  // If there are more blocks than multiprocessors, two share one and hide each other's waits.
+  const int most = fitting_pairs(p, device, head_dim, blocks > device.multiprocessors ? 2 : 1);
+  const int pairs =
+      requested_pairs > 0 ? std::min(requested_pairs, fitting_pairs(p, device, head_dim, 1)) : std::min(useful, most);
+  // Groups of multiprocessors are no multiples of clusters. If blocks need nearly all multiprocessors, some clusters
+  // would wait for others to end.
+  const bool fit = 10 * blocks <= 9 * device.multiprocessors || pairs <= fitting_pairs(p, device, head_dim, 2);
+  p.cluster = device.major >= 9 && p.splits > 1 && fit;
+  return pairs;
 }
 
 }  // namespace
@@ -144,7 +148,6 @@ void launch_short(Checker& check, cudaStream_t stream, const DecodeArguments& a,
   check.require(p.splits == 1 || int64_t{rows} * p.splits * slot_floats <= a.partial.element_count(), "scratch of ",
                 a.partial.element_count(), " floats is too small for ", rows * p.splits, " slots");
   if (!check.ok()) return;
-  p.cluster = device.major >= 9 && p.splits > 1;
   if (p.splits > 1 && !p.cluster) p.counters = take_counters(device.ordinal, rows);
   cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes_per_block);
   cudaLaunchAttribute attributes[2] = {};
