@@ -136,7 +136,9 @@ def check_method(model: ModelConfig, method: Method) -> MinMax:
     if model.attn_logit_softcapping is not None or model.design.attention_sinks:
         raise ValueError(f"a model of type {model.model_type!r}: soft caps and attention sinks cannot be calibrated")
     if method.retrieval_heads:
-        raise ValueError(f"method {method.name!r} with retrieval_heads: expected none, they can be set afterwards")
+        raise ValueError(
+            f"method {method.name!r} has retrieval_heads: expected none, a learned rotation takes them afterwards"
+        )
     contracts.check(method, model)
     return quantizer
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import meshes
 from minikv_jax.cache.capacity import LayerCapacity
-from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.spec import LayerSpec, check_heads_stay_together
 from minikv_jax.cache.state import HeadGroups, LayerCache, take_heads
 from minikv_jax.methods import calls
 from minikv_jax.methods.base import LayerInputs
@@ -61,11 +61,7 @@ def keep(
         make = _keep_groups if spec.retrieval_heads else _keep
         return make(own, (scores, second), lengths, heavy, capacity, spec, implementation)
 
-    if spec.retrieval_heads and meshes.size(meshes.MODEL) > 1:
-        raise NotImplementedError(
-            f"retrieval_heads on a mesh with model={meshes.size(meshes.MODEL)}: expected model=1, as groups of heads "
-            "are not split"
-        )
+    check_heads_stay_together(spec.method, meshes.size(meshes.MODEL))
     frequencies = inputs.frequencies
     if frequencies is not None:  # the same for all rows, or one per row
         frequencies = jnp.broadcast_to(frequencies, (len(lengths), frequencies.shape[-1]))

@@ -56,8 +56,8 @@ def importance(
       questions. Negative if the head does harm. Zero in layers with a sliding window.
 
     Raises:
-      ValueError: no questions, an answer that is not a part of what is asked, a negative count, or a model with soft
-        caps or attention sinks.
+      ValueError: no questions, an empty text, an answer that is not a part of what is asked, too many tokens for the
+        model, a negative count, or a model with soft caps or attention sinks.
     """
     at_least(0, sinks=sinks, recent=recent)
     if not questions:
@@ -67,6 +67,12 @@ def importance(
     for question in questions:
         if not 0 < question.answer < len(question.asked):
             raise ValueError(f"answer={question.answer}: expected 1 to {len(question.asked) - 1} of the tokens asked")
+        tokens, positions = len(question.text) + len(question.asked), model.config.max_position_embeddings
+        if not question.text or tokens > positions:
+            raise ValueError(
+                f"a question of {tokens} tokens, {len(question.text)} of them text: expected text, and at "
+                f"most the model's {positions} positions"
+            )
     total = np.zeros((model.config.num_hidden_layers, model.config.num_key_value_heads), np.float32)
     for number, question in enumerate(questions):
         slopes = _slopes(model, question, sinks, recent)
@@ -75,26 +81,34 @@ def importance(
     return total / len(questions)
 
 
+def check_count(count: int, heads: int) -> None:
+    """Raises ValueError unless `count` is in 1..`heads`, the model's KV heads."""
+    if not 1 <= count <= heads:
+        raise ValueError(f"heads={count}: expected 1 to {heads}, the model's KV heads")
+
+
 def most_important(importance: np.ndarray, count: int) -> tuple[tuple[int, int], ...]:
     """Returns the `count` pairs (layer, KV head) of highest importance, for `Method.retrieval_heads`.
 
     Raises:
-      ValueError: `count` is not in 1..`importance.size`.
+      ValueError: `count` is not in 1..`importance.size`, or fewer heads have a positive importance.
     """
-    if not 1 <= count <= importance.size:
-        raise ValueError(f"heads={count}: expected 1 to {importance.size}, the model's KV heads")
+    check_count(count, importance.size)
+    if count > (useful := int((importance > 0).sum())):
+        raise ValueError(f"heads={count}: expected at most {useful}, as the others lower no answer's loss")
     best = np.argsort(-importance, axis=None, kind="stable")[:count]
     layers, heads = np.unravel_index(best, importance.shape)
     return tuple(sorted(zip(layers.tolist(), heads.tolist(), strict=True)))
 
 
 class _Prompt(NamedTuple):
-    """Keys and values of a layer's prompt, and which of them the new tokens see through an open and a closed gate."""
+    """A layer's prompt, and what the new tokens see of it through an open and a closed gate, and of each other."""
 
     k: Float[Array, "S K H"]
     v: Float[Array, "S K H"]
     open: Bool[Array, "T S"]
     closed: Bool[Array, "T S"]
+    new: Bool[Array, "T T"]
 
 
 def _slopes(model: Llama, question: Question, sinks: int, recent: int) -> np.ndarray:
@@ -108,12 +122,12 @@ def _slopes(model: Llama, question: Question, sinks: int, recent: int) -> np.nda
     cases: list[tuple[Layer, _Prompt, Rope]] = []
     x = model.embed(jnp.asarray(asked[:, :-1]))
     for number, (layer, seen) in enumerate(zip(model.layers, layers, strict=True)):
-        at = jnp.arange(prompt)
-        visible = jnp.broadcast_to(True, (new, prompt))
-        if (window := model.window(number)) is not None:
-            visible = at >= windows.oldest(window, positions[0])[:, None]
-        few = visible if window is not None else visible & ((at < sinks) | (at >= prompt - recent))
-        cases.append((layer, _Prompt(seen.k[0], seen.v[0], visible, few), model.config.rope(number)))
+        at, window = jnp.arange(prompt + new), model.window(number)
+        oldest = jnp.zeros(new, jnp.int32) if window is None else windows.oldest(window, positions[0])
+        visible = (at >= oldest[:, None]) & (at <= positions[0][:, None])
+        near = (at < sinks) | (at >= prompt - recent) | (window is not None)  # gates of such a layer change nothing
+        masks = visible[:, :prompt], (visible & near)[:, :prompt], visible[:, prompt:]
+        cases.append((layer, _Prompt(seen.k[0], seen.v[0], *masks), model.config.rope(number)))
         inputs.append(x)
         x = _forward(layer, x, gates, positions, cases[-1][1], rope=cases[-1][2])
     slope = _loss_slope(model, x, jnp.asarray(asked[0, 1:]), question.answer)
@@ -164,10 +178,9 @@ def _gated_attention(
     grouped = q.reshape(tokens, kv_heads, -1, dim).astype(jnp.float32) * dim**-0.5
     keys, values = (jnp.concatenate(pair).astype(jnp.float32) for pair in ((prompt.k, k), (prompt.v, v)))
     logits = jnp.einsum("tkgh,skh->kgts", grouped, keys)
-    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
 
     def out(of_prompt: Array) -> Array:
-        seen = jnp.concatenate([of_prompt, causal], axis=1)
+        seen = jnp.concatenate([of_prompt, prompt.new], axis=1)
         weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
         return jnp.einsum("kgts,skh->tkgh", weights, values)
 

@@ -20,6 +20,7 @@ from minikv_jax.cache.state import HeadGroups
 from minikv_jax.decode import decode, extend
 from minikv_jax.methods.grkv import Ridge
 from minikv_jax.methods.kivi import MinMax
+from minikv_jax.methods.kvzip import KVzip
 from minikv_jax.methods.method import Method, Tail
 from minikv_jax.methods.snapkv import SnapKV
 from minikv_jax.models.partition import shard_model
@@ -44,11 +45,15 @@ def with_heads(method: Method, heads: tuple[tuple[int, int], ...] = HEADS) -> Me
     return dataclasses.replace(method, retrieval_heads=heads)
 
 
+def compressed(model: mk.Llama, ids: jax.Array, lengths: jax.Array, method: Method, room: int) -> KVCache:
+    run = nnx.jit(prefill, static_argnames=("method", "max_new_tokens", "implementation"))
+    return run(model, ids, lengths, method=method, max_new_tokens=room, implementation="xla")[1]
+
+
 def first_layer(method: Method, steps: int = 0) -> tuple[mk.Llama, KVCache]:
     """Keys and values of the first layer do not depend on the method."""
     model = tiny_model(**SIZES)
-    first = nnx.jit(prefill, static_argnames=("method", "max_new_tokens", "implementation"))
-    _, cache = first(model, IDS, jnp.asarray(LENGTHS), method=method, max_new_tokens=ROOM, implementation="xla")
+    cache = compressed(model, IDS, jnp.asarray(LENGTHS), method, ROOM)
     run = nnx.jit(decode, static_argnames="implementation")
     for step in range(steps):
         token = jnp.full((2,), step, jnp.int32)
@@ -93,7 +98,7 @@ def test_outputs_come_in_the_order_of_the_heads() -> None:
     for how in ("steps", "extend"):
         hidden = []
         for m in (method, wanted):
-            _, cache = prefill(model, IDS[:, :20], lengths, m, 8, "xla")
+            cache = compressed(model, IDS[:, :20], lengths, m, 8)
             if how == "steps":
                 out, cache = decode(model, cache, IDS[:, 20], jnp.ones(2, jnp.int32), "xla")
             else:
@@ -128,14 +133,30 @@ def test_bytes_room_rows_and_files(tmp_path: pathlib.Path) -> None:
     assert cache.nbytes == report.bytes == sum(report.layer_bytes) + 4 * 2
     assert report.bytes > memory.report(model.config, FEW, **sizes).bytes
     assert len(cache.parts) == 4
-    assert cache.kept_tokens.tolist() == [[150, 97]] * 2
+    few = np.asarray(first_layer(FEW)[1].kept_tokens)[0]
+    means = [(heads * LENGTHS + (3 - heads) * few) // 3 for heads in (1, 2)]
+    np.testing.assert_array_equal(cache.kept_tokens, means)
     assert cache.room() >= ROOM
     assert cache.grow(64).room() >= cache.room() + 64
-    np.testing.assert_array_equal(cache.select_rows(jnp.array([1])).kept_tokens, [[97]] * 2)
+    np.testing.assert_array_equal(cache.select_rows(jnp.array([1])).kept_tokens, cache.kept_tokens[:, 1:])
     save_cache(cache, tmp_path / "saved")
     restored = restore_cache(tmp_path / "saved", model.config)
     assert jax.tree.structure(restored) == jax.tree.structure(cache)
     jax.tree.map(np.testing.assert_array_equal, restored, cache)
+    with pytest.raises(NotImplementedError, match="retrieval_heads on a mesh with model=3"):
+        restore_cache(tmp_path / "saved", model.config, meshes.make_mesh({"model": 3}))
+
+
+@pytest.mark.parametrize("quantizer", [None, MinMax()])
+@pytest.mark.parametrize("change", [{"scorer": KVzip()}, {"lookahead": 8}])
+def test_a_second_run_leaves_the_prompts_tokens(change: dict[str, Any], quantizer: MinMax | None) -> None:
+    method = dataclasses.replace(with_heads(FEW), quantizer=quantizer, **change)
+    model, short = tiny_model(**SIZES), IDS[:, :50]
+    lengths = jnp.array([50, 50], jnp.int32)
+    caches = [compressed(model, short, lengths, m, 4) for m in (method, method.of_retrieval_heads)]
+    got, want = (jax.tree.leaves(cache.layers[0].parts[0]) for cache in caches)
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, theirs if theirs.ndim == 1 else theirs[:, (1,)])
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def test_layers_with_a_window_have_no_importance() -> None:
 
 def test_the_best_heads_come_in_order() -> None:
     assert most_important(np.array([[0.1, 0.3], [0.2, -1.0], [0.3, 0.0]]), 3) == ((0, 1), (1, 0), (2, 0))
+    with pytest.raises(ValueError, match="heads=5: expected at most 4, as the others lower no answer's loss"):
+        most_important(np.array([[0.1, 0.3], [0.2, -1.0], [0.3, 0.0]]), 5)
     for count in (0, 7):
         with pytest.raises(ValueError, match=f"heads={count}: expected 1 to 6"):
             most_important(np.zeros((3, 2)), count)
@@ -73,6 +75,8 @@ def test_wrong_input_is_refused() -> None:
         importance(model, [])
     with pytest.raises(ValueError, match="answer=3: expected 1 to 2 of the tokens asked"):
         importance(model, [Question((1, 2), (3, 4, 5), 3)])
+    with pytest.raises(ValueError, match=r"a question of 70 tokens, 67 of them text: .* the model's 64 positions"):
+        importance(model, [Question(tuple(range(67)), (3, 4, 5), 1)])
     with pytest.raises(ValueError, match="recent=-1"):
         importance(model, QUESTIONS, recent=-1)
     capped = tiny_model(attn_logit_softcapping=30.0)

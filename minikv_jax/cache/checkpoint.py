@@ -13,7 +13,7 @@ from pydantic import Field
 
 from minikv_jax import meshes, saved_arrays
 from minikv_jax.cache.kv_cache import KVCache
-from minikv_jax.cache.spec import LayerSpec
+from minikv_jax.cache.spec import LayerSpec, check_heads_stay_together
 from minikv_jax.cache.state import Eviction, HeadGroups, LayerCache, Region, empty_region
 from minikv_jax.methods.method import Method
 from minikv_jax.methods.records import Count, MethodRecord, Size, to_method
@@ -108,6 +108,7 @@ def restore_cache(path: str | os.PathLike[str], model: ModelConfig, mesh: Mesh |
 
     Raises:
       FileNotFoundError: `path` holds no cache.
+      NotImplementedError: the mesh splits heads, and the cache has retrieval heads.
       ValueError: the description or the arrays are damaged, the cache was made by a model of another shape (the text
         names what differs), or it cannot be split over the mesh.
     """
@@ -118,6 +119,8 @@ def restore_cache(path: str | os.PathLike[str], model: ModelConfig, mesh: Mesh |
     _check_capacities(source, record, method)
     shapes = jax.eval_shape(lambda: _blank(record, method))
     mesh = meshes.ambient() if mesh is None else mesh
+    if mesh is not None:
+        check_heads_stay_together(method, mesh.shape.get(meshes.MODEL, 1))
     return saved_arrays.load(path, record, meshes.placed_shapes(shapes, mesh))
 
 

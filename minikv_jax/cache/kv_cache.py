@@ -41,12 +41,12 @@ class KVCache:
 
     @property
     def kept_tokens(self) -> Int[Array, "L B"]:
-        """int32, number of tokens held per layer and row; of a layer with retrieval heads, by one of those."""
+        """int32, number of tokens held per layer and row; with retrieval heads, the mean over KV heads."""
         return jnp.stack([layer.tokens for layer in self.layers])
 
     @property
     def parts(self) -> tuple[LayerCache, ...]:
-        """The parts of all layers, in order: one per layer, or two of a layer with retrieval heads."""
+        """The parts of all layers, in order: one per layer, or two if only some of its heads keep all tokens."""
         return tuple(part for layer in self.layers for part in layer.parts)
 
     def room(self) -> int:

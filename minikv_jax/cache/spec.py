@@ -18,6 +18,14 @@ from minikv_jax.packing import QuantizedArray, StoredArray
 Packed = QuantizedArray | StoredArray
 
 
+def check_heads_stay_together(method: Method, shards: int) -> None:
+    """Raises NotImplementedError if a method with retrieval heads is to split its heads into several shards."""
+    if method.retrieval_heads and shards > 1:
+        raise NotImplementedError(
+            f"retrieval_heads on a mesh with model={shards}: expected model=1, as groups of heads are not split"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """Static part of a layer's cache.

@@ -115,7 +115,7 @@ class LayerCache:
 
     @property
     def parts(self) -> tuple[LayerCache, ...]:
-        """The layer's caches of some of its heads (`HeadGroups.parts`): this one, of all heads."""
+        """The layer's parts, as in `HeadGroups`: only this cache, which holds all heads."""
         return (self,)
 
     @property
@@ -205,8 +205,9 @@ class HeadGroups:
 
     @property
     def tokens(self) -> Int[Array, "B"]:
-        """int32, number of tokens that a retrieval head holds per row."""
-        return self.parts[0].tokens
+        """int32, number of tokens held per row: the mean over the KV heads, rounded down."""
+        counts = [len(heads) * part.tokens for heads, part in zip(self.heads, self.parts, strict=True)]
+        return functools.reduce(jnp.add, counts) // sum(map(len, self.heads))
 
     def room(self) -> Int[Array, "B"]:
         """Number of tokens that can still be appended to each row."""

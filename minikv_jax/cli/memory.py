@@ -8,6 +8,8 @@ from typing import Any
 
 from minikv_jax import meshes
 from minikv_jax.cache import memory
+from minikv_jax.cache.capacity import LayerCapacity
+from minikv_jax.cache.spec import check_heads_stay_together
 from minikv_jax.cli import devices, output, shared
 from minikv_jax.methods.method import Method
 from minikv_jax.models import hub
@@ -50,15 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )
     weights = memory.weight_bytes(model, arguments.dtype)
-    device = None if arguments.mesh is None else _on_each_device(arguments, model, report)
+    device = None if arguments.mesh is None else _on_each_device(arguments, model, method, report)
     output.print_rows(_rows(arguments, report, weights) | ({} if device is None else _device_rows(device)))
     output.write_json(arguments.json, _values(arguments, method, report, weights) | {"device": device})
     return 0
 
 
-def _on_each_device(arguments: argparse.Namespace, model: ModelConfig, report: memory.MemoryReport) -> dict[str, int]:
+def _on_each_device(
+    arguments: argparse.Namespace, model: ModelConfig, method: Method, report: memory.MemoryReport
+) -> dict[str, int]:
     """Devices of --mesh, and what each holds."""
     data, shards = (arguments.mesh.get(axis, 1) for axis in meshes.AXES)
+    check_heads_stay_together(method, shards)
     meshes.check_multiple("rows", arguments.batch, meshes.DATA, data)
     weights = memory.weight_bytes(device_part(model, shards), arguments.dtype)
     return {"count": data * shards, "bytes": report.device_bytes(data, shards), "weight_bytes": weights}
@@ -72,6 +77,8 @@ def _rows(arguments: argparse.Namespace, report: memory.MemoryReport, weights: i
     cache_share = report.bytes / (weights + report.bytes)
     full_share = report.full_bytes / (weights + report.full_bytes)
     kept = output.span([layer.kept for layer in report.layers])
+    if whole := [layer.retrieval.kept for layer in report.layers if layer.retrieval is not None]:
+        kept += f" (retrieval heads {output.span(whole)})"
     return {
         "packed": f"{report.packed_bytes:,} bytes",
         "full-precision tail": f"{report.tail_bytes:,} bytes",
@@ -105,6 +112,11 @@ def _values(arguments: argparse.Namespace, method: Method, report: memory.Memory
         "weight_bytes": weights,
         "step_saved": report.step_saved(weights),
         "per_layer": [
-            {**layer._asdict(), "bytes": size} for layer, size in zip(report.layers, report.layer_bytes, strict=True)
+            _sizes(layer) | {"bytes": size} for layer, size in zip(report.layers, report.layer_bytes, strict=True)
         ],
     }
+
+
+def _sizes(layer: LayerCapacity) -> dict[str, Any]:
+    sizes = {"kept": layer.kept, "packed": layer.packed, "tail": layer.tail}
+    return sizes if layer.retrieval is None else sizes | {"retrieval_heads": _sizes(layer.retrieval)}

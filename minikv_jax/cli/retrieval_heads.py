@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-import numpy as np
-
 from minikv_jax.cli import output, shared
 from minikv_jax.evaluation.run import describe_model
 from minikv_jax.evaluation.task import need_tokenizer, numbers
 from minikv_jax.evaluation.tasks.multi_question import MultiQuestion
 from minikv_jax.models import hub
-from minikv_jax.retrieval_heads import Question, importance, most_important
+from minikv_jax.retrieval_heads import Question, check_count, importance, most_important
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the heads as a setting of a method."""
+    if arguments.implementation not in (None, "xla"):
+        raise NotImplementedError(f"implementation={arguments.implementation!r}: gates are computed by xla only")
     tasks = [
         MultiQuestion(
             haystack=path,
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         for path in arguments.haystack
     ]
     sizes = hub.load_config(arguments.model)
-    most_important(np.zeros((sizes.num_hidden_layers, sizes.num_key_value_heads)), arguments.heads)  # refused early
+    check_count(arguments.heads, sizes.num_hidden_layers * sizes.num_key_value_heads)
     model, tokenizer = shared.load_model(arguments)
     cases = [
         case for task in tasks for case in task.cases(need_tokenizer(tokenizer), model.config.max_position_embeddings)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     setting = "retrieval_heads=" + "+".join(f"{layer}.{head}" for layer, head in heads)
     part = sum(found[layer, head] for layer, head in heads) / found.clip(min=0).sum()
     output.print_rows({"setting": setting, "their share of all heads' importance": f"{part:.0%}"})
-    details = describe_model(model, arguments.model, arguments.implementation)
+    details = describe_model(model, arguments.model, "xla")
     details |= {"questions": len(questions), "retrieval_heads": heads, "importance": found.tolist()}
     output.write_json(arguments.json, details)
     return 0

@@ -70,7 +70,9 @@ def _budgets(method: Method, prompt_length: int) -> range:
     """All budgets that `_with_budget` accepts, in tokens or in units of a share."""
     if isinstance(method.heavy or method.recent, Tokens):
         return range(1, prompt_length + 1)
-    return range(1, int(SHARE_UNITS / (1 + (_recent_per_heavy(method) or 0))) + 1)
+    largest = int(SHARE_UNITS / (1 + (_recent_per_heavy(method) or 0)))
+    all_stay = not method.heavy and (method.retrieval_heads or method.evict_every is not None)  # which is refused
+    return range(1, largest if all_stay else largest + 1)
 
 
 def _with_budget(method: Method, budget: int) -> Method:

@@ -199,9 +199,10 @@ def _parse_heads(key: str, text: str) -> tuple[tuple[int, int], ...]:
     """Reads pairs from text: "1.0+5.2" are head 0 of layer 1 and head 2 of layer 5."""
     try:
         pairs = [] if text.lower() == "none" else [pair.split(".") for pair in text.split("+")]
-        return to_heads([(read_integer(layer), read_integer(head)) for layer, head in pairs])
+        heads = [(read_integer(layer), read_integer(head)) for layer, head in pairs]
     except ValueError as error:
         raise ValueError(f"{key}={shown(text)}: {HEADS}, as in 1.0+5.2, or none") from error
+    return to_heads(heads)
 
 
 _READERS = {int: read_integer, float: read_number, str: str}

@@ -208,8 +208,9 @@ class Method:
       lookahead: number of tokens that are drafted after the prompt with the compressed cache, before the prompt runs
         once more with the draft after it. The scorer then sees the drafted queries as the newest ones. The draft itself
         is dropped (Lookahead Q-Cache, arXiv 2505.20334). It stops at an end-of-sequence token; 0 drafts nothing.
-      retrieval_heads: pairs (layer, KV head) that keep all tokens, whatever the budgets (DuoAttention, arXiv
-        2410.10819). They depend on the model: `minikv retrieval-heads` finds them.
+      retrieval_heads: pairs (layer, KV head) that keep all tokens of the prompt that the layer's window lets them see,
+        whatever the budgets (DuoAttention, arXiv 2410.10819). They depend on the model: `minikv retrieval-heads`
+        finds them.
 
     Raises:
       ValueError: a value that is not accepted, or values that do not go together: shares that sum to more than 1, a

@@ -49,8 +49,9 @@ def select(
     tokens = scores.shape[-1]
     positions = jnp.arange(tokens)
     if method.keeps_all and window is None:
-        kept = jnp.where(positions < lengths[:, None, None], positions, tokens)
-        return Kept(jnp.broadcast_to(kept, scores.shape), lengths)
+        slots = positions[:capacity]  # fewer than the tokens if drafted or repeated ones follow the prompt
+        kept = jnp.where(slots < lengths[:, None, None], slots, tokens)
+        return Kept(jnp.broadcast_to(kept, (*scores.shape[:2], slots.size)), lengths)
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(windows.oldest(window, lengths), 0)
     visible = lengths - first
     sinks = jnp.minimum(method.sinks, visible) if window is None else jnp.clip(method.sinks - first, 0, visible)
