@@ -172,10 +172,10 @@ def test_any_implementation_reads_it_and_xla_packs_it(model: Llama, method: Meth
     assert result.cache.nbytes == report.bytes
     plain = memory.report(model.config, BASE, prompt_length=PROMPT, max_new_tokens=4, dtype="float32")
     assert report.bytes == plain.bytes
-    assert int(result.cache.layers[0].packed.length[0]) > 0
+    assert int(result.cache.parts[0].packed.length[0]) > 0
     assert method.quantizer is not None
     assert method.quantizer.kernel_reads
-    assert isinstance(result.cache.layers[0].packed.k, QuantizedArray)
+    assert isinstance(result.cache.parts[0].packed.k, QuantizedArray)
     assert not method.quantizer.kernel_packs
     with pytest.raises(NotImplementedError, match="Calibrated has no 'cuda' kernel"):
         store(jnp.zeros((1, 2, 32, 16)), "keys", LayerSpec(method), "cuda")

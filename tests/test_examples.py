@@ -66,7 +66,7 @@ def test_a_plugin_of_under_40_lines_is_a_method(kind: str):
     report = memory.report(model.config, method, prompt_length=128, max_new_tokens=4, dtype="float32")
     assert cache.nbytes == report.bytes
     assert int(cache.kept_tokens.max()) < 128
-    assert int(jnp.stack([layer.packed.length for layer in cache.layers]).max()) > 0
+    assert int(jnp.stack([layer.packed.length for layer in cache.parts]).max()) > 0
 
 
 LENGTHS, STEPS = (64, 40), 5

@@ -103,7 +103,7 @@ def expected_communication(data: int, shards: int, layers: int = 1) -> Counter[s
 def stored(cache: KVCache) -> list[np.ndarray]:
     """Dequantised keys of a cache, which identify its tokens."""
     out = []
-    for layer in cache.layers:
+    for layer in cache.parts:
         if layer.packed.capacity:
             keys, _ = layer.packed_tokens(0, layer.packed.capacity, np.float32)
             seen = np.arange(layer.packed.capacity) < np.asarray(layer.packed.length)[:, None]

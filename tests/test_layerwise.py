@@ -76,10 +76,10 @@ def test_layer_by_layer_is_the_whole_model(method: Method, model_fields: dict[st
     hidden, layers = layerwise.prefill_layers(model, ids, LENGTHS, True, None)
     sizes = capacities(model.config, method, 96, ROOM)
     cache, kept, _ = layerwise.compress_layers(model.config, method, layers, LENGTHS, LENGTHS, sizes, None)
-    assert [chosen.tokens.tolist() for chosen in kept] == expected_cache.kept_tokens.tolist()
+    assert [chosen.tokens.tolist() for (chosen,) in kept] == expected_cache.kept_tokens.tolist()
     for number in range(ROOM):
         close(hidden, expected)
-        close([lengths_of(layer) for layer in cache.layers], [lengths_of(layer) for layer in expected_cache.layers])
+        close([lengths_of(layer) for layer in cache.parts], [lengths_of(layer) for layer in expected_cache.parts])
         assert cache.nbytes == expected_cache.nbytes
         token, active = jnp.array([number, 5]), jnp.array([1, number % 2])
         hidden, cache = layerwise.decode_step(model, cache, token, active, None)

@@ -117,7 +117,7 @@ def test_layer_by_layer_is_the_same():
     made = layerwise.compress_layers(model.config, method, inputs, lengths, seen, sizes, None).cache
     np.testing.assert_allclose(last, hidden, rtol=1e-5, atol=1e-5)
     assert [x.shape for x in jax.tree.leaves(made)] == [x.shape for x in jax.tree.leaves(cache)]
-    for one, other in zip(jax.tree.leaves(made.layers[0].tail), jax.tree.leaves(cache.layers[0].tail), strict=True):
+    for one, other in zip(jax.tree.leaves(made.parts[0].tail), jax.tree.leaves(cache.parts[0].tail), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -141,7 +141,7 @@ def test_a_repetition_chooses():
             at = middle[np.argsort(-scores[row, head, middle], kind="stable")[:20]]
             at = np.sort([0, 1, *at, *range(len(prompt) - 4, len(prompt))])
             for made in (cache, other):
-                got = made.layers[0].tail.k[row, head, :26]
+                got = made.parts[0].tail.k[row, head, :26]
                 np.testing.assert_allclose(got, twice[0].k[row, at, head], rtol=1e-5, atol=1e-5)
 
 

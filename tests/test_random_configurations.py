@@ -286,7 +286,7 @@ def goes_on(setup: Setup, cache: KVCache, rows: list[list[int]], seed: int) -> N
 
 
 def grown_by(old: KVCache, new: KVCache) -> int:
-    layer, grown = old.layers[0], new.layers[0]
+    layer, grown = old.parts[0], new.parts[0]
     return grown.packed.capacity - layer.packed.capacity + grown.tail.capacity - layer.tail.capacity
 
 

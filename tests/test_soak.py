@@ -128,4 +128,4 @@ def test_a_budget_is_held():
     kept = np.asarray(run.cache.kept_tokens)
     assert (kept >= 2 + 8 + 8).all()
     assert (kept < 2 + 8 + 8 + 4).all()
-    assert all(layer.tail.capacity == 2 + 8 + 8 + 4 for layer in run.cache.layers)
+    assert all(layer.tail.capacity == 2 + 8 + 8 + 4 for layer in run.cache.parts)

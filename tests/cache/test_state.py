@@ -71,7 +71,7 @@ def test_rows_can_be_selected_reordered_and_tiled(name: str):
     for state, order in ((picked, chosen), (tiled, [0, 0, 1, 1, 2, 2]), (cache.select_rows(jnp.array([1])), [1])):
         assert jax.tree.structure(state) == jax.tree.structure(cache)
         rows = naive_rows(method, k[order], v[order], [lengths[b] for b in order])
-        assert_same(state.layers[1], rows)
+        assert_same(state.parts[1], rows)
     # Copies of a row differ afterwards.
     new_k, new_v = normal(rng, 4, 30, K, H), normal(rng, 4, 30, K, H)
     counts = np.array([30, 12, 30, 0])

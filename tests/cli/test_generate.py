@@ -45,7 +45,7 @@ def test_generate_reports_what_the_library_returns(run: Run, model_directory: pa
     assert cache["packed_bytes"] == result.cache.packed_bytes
     assert cache["per_layer"] == result.cache.kept_tokens[:, 0].tolist()
     full = generate(model, [tokenizer.encode(PROMPT)], method="full", max_new_tokens=40).cache
-    assert cache["full_bytes"] == full.layers[0].tail.k.nbytes * 2 * len(full.layers)
+    assert cache["full_bytes"] == full.parts[0].tail.k.nbytes * 2 * len(full.layers)
     assert report["text"] in text
     assert f"{result.cache.nbytes:,} bytes" in text
     assert f"{1 - cache['ratio']:.1%}" in text

@@ -148,7 +148,7 @@ def test_a_name_can_be_registered_again_and_is_compiled_again(model: Llama):
         mk.register_scorer("ends")(ends(sign))
         method = lookup.override(base, {"scorer": "ends"})
         result = mk.generate(model, [row], method=method, max_new_tokens=1, eos_token_ids=())
-        kept.append(np.asarray(result.cache.layers[0].tail.k)[:, :, :8])
+        kept.append(np.asarray(result.cache.parts[0].tail.k)[:, :, :8])
     assert not np.array_equal(*kept)
 
 

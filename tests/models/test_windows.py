@@ -53,7 +53,7 @@ def test_a_cache_holds_the_newest_chunk_and_is_restored(tmp_path: pathlib.Path):
     want = generate(model, ids, method="full", max_new_tokens=9, eos_token_ids=())
     for first in (16, 18, 20):
         _, begun = prefill(model, ids[:, :first], jnp.array([first]), "full", 24)
-        assert begun.layers[0].tail.length[0] == first % 6
+        assert begun.parts[0].tail.length[0] == first % 6
         save_cache(begun, tmp_path / str(first))
         cache = restore_cache(tmp_path / str(first), model.config)
         assert cache.layers[0].spec.window == Chunk(6)

@@ -222,7 +222,7 @@ def test_a_layers_cache_reads_alike(
     prompt, lengths, method = rng.integers(0, model.config.vocab_size, (1, 700)), np.array([700]), lookup.get(name)
     layers = layerwise.prefill_layers(model, prompt, lengths, True, "xla")[1]
     sizes = capacities(model.config, method, 700, 1)
-    layer = layerwise.compress_layers(model.config, method, layers, lengths, lengths, sizes, "xla").cache.layers[3]
+    layer = layerwise.compress_layers(model.config, method, layers, lengths, lengths, sizes, "xla").cache.parts[3]
     q = jnp.asarray(rng.normal(size=(1, 9, 64)), jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, layer)
     exact = decode_attention(q.astype(jnp.float32), wide, implementation="xla")

@@ -67,9 +67,10 @@ __device__ __forceinline__ void copy_packed(const ShortParams& p, uint32_t to, i
 template <int H, int kSide>
 __device__ __forceinline__ void copy_tail(const ShortParams& p, uint32_t to, int64_t first, int tokens, int half,
                                           int lane) {
-  constexpr int kOwn = kTailTokens / 2;
-  copy_rows<H / 8>(to + half * kOwn * ShortShape<H>::kHalvesRow, ShortShape<H>::kHalvesRow,
-                   p.side[kSide].tail + (first + half * kOwn) * (2 * H), 2 * H, min(tokens - half * kOwn, kOwn), lane);
+  constexpr int kPerWarp = kTailTokens / 2;
+  copy_rows<H / 8>(to + half * kPerWarp * ShortShape<H>::kHalvesRow, ShortShape<H>::kHalvesRow,
+                   p.side[kSide].tail + (first + half * kPerWarp) * (2 * H), 2 * H,
+                   min(tokens - half * kPerWarp, kPerWarp), lane);
 }
 
 // Where the 16 bytes of a token's metadata of values lie.
