@@ -37,7 +37,7 @@ def test_help_names_every_command_without_jax():
 def test_every_file_of_a_command_is_one():
     names = {command.name for command in commands()}
     own = {"bench", "calibrate", "evaluate", "generate", "inspect", "memory", "methods", "sweep"}
-    assert names == own | {"lm-eval", "reproduce"}
+    assert names == own | {"lm-eval", "reproduce", "retrieval-heads"}
 
 
 def test_a_command_is_a_file(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
