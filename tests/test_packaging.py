@@ -118,6 +118,8 @@ def test_every_command_runs_without_installation(model_directory: pathlib.Path, 
     text, cases = tmp_path / "text.txt", tmp_path / "cases.jsonl"
     text.write_text("The lamp was lit at dusk and burned until the morning. " * 8)
     cases.write_text(json.dumps({"prompt_ids": list(range(60)), "continuation_ids": [7, 8]}))
+    book_file = tmp_path / "book.txt"
+    book_file.write_text(text.read_text() * 5)
     model = ["--model", str(model_directory)]
     method = ["--method", "minikv:tail.length=32"]
     book = {"prompt": f"{text.read_text()}Why?", "answers": ["at dusk"]}
@@ -137,6 +139,7 @@ def test_every_command_runs_without_installation(model_directory: pathlib.Path, 
         "memory": ["--config", shape, "--prompt-len", "64", *method],
         "methods": [],
         "reproduce": ["kivi", *model, "--data", str(tmp_path), "--limit", "1", "--max-prompt", "90"],
+        "retrieval-heads": [*model, "--heads", "1", "--haystack", str(book_file), "--context", "400", "--samples", "1"],
         "sweep": [*case_files, "--sweep", "heavy=0.1,0.2", "--no-figures", "--out", "swept"],
     }
     assert set(runs) == {command.name for command in commands()}
