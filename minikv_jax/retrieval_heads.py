@@ -9,6 +9,7 @@ lower the loss most by opening comes first.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax.checks import at_least
-from minikv_jax.layerwise import prefill_layers
+from minikv_jax.layerwise import PromptLayer, prefill_layers
 from minikv_jax.models import windows
 from minikv_jax.models.config import Rope
 from minikv_jax.models.decoder import Layer, Llama
@@ -47,7 +48,8 @@ def importance(
 
     Args:
       model: the model.
-      questions: texts with something hidden in them, and questions about it. Texts of equal lengths share programs.
+      questions: texts with something hidden in them, and questions about it. A text runs once for consecutive questions
+        about it, and texts of equal lengths share programs.
       sinks, recent: the first and newest tokens that a head always sees.
       done: called with the number of questions that are done.
 
@@ -74,10 +76,13 @@ def importance(
                 f"most the model's {positions} positions"
             )
     total = np.zeros((model.config.num_hidden_layers, model.config.num_key_value_heads), np.float32)
-    for number, question in enumerate(questions):
-        slopes = _slopes(model, question, sinks, recent)
-        total += slopes / max(np.abs(slopes).sum(), np.finfo(np.float32).tiny)  # each question counts alike
-        done(number + 1)
+    numbers = itertools.count(1)
+    for text, about_it in itertools.groupby(questions, key=lambda question: question.text):
+        _, prompt = prefill_layers(model, np.array([text], np.int32), np.array([len(text)], np.int32), False, "xla")
+        for question in about_it:
+            slopes = _slopes(model, question, prompt, sinks, recent)
+            total += slopes / max(np.abs(slopes).sum(), np.finfo(np.float32).tiny)  # each question counts alike
+            done(next(numbers))
     return total / len(questions)
 
 
@@ -111,11 +116,10 @@ class _Prompt(NamedTuple):
     new: Bool[Array, "T T"]
 
 
-def _slopes(model: Llama, question: Question, sinks: int, recent: int) -> np.ndarray:
-    """Runs a question forward and backward, layer by layer."""
-    text, asked = np.array([question.text], np.int32), np.array([question.asked], np.int32)
-    prompt, new = text.shape[1], asked.shape[1] - 1
-    _, layers = prefill_layers(model, text, np.array([prompt], np.int32), False, "xla")
+def _slopes(model: Llama, question: Question, layers: list[PromptLayer], sinks: int, recent: int) -> np.ndarray:
+    """Runs a question forward and backward, layer by layer, after its text."""
+    asked = np.array([question.asked], np.int32)
+    prompt, new = len(question.text), asked.shape[1] - 1
     positions = prompt + jnp.arange(new)[None]
     gates = jnp.full((model.config.num_key_value_heads,), _HALF_OPEN, jnp.float32)
     inputs: list[Array] = []

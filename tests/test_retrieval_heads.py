@@ -10,7 +10,12 @@ from minikv_jax.models.decoder import Llama
 from minikv_jax.retrieval_heads import Question, importance, most_important
 
 SINKS, RECENT = 2, 5
-QUESTIONS = [Question(tuple(range(3, 33)), (7, 8, 9, 40, 41, 42), 3), Question(tuple(range(50, 72)), (1, 2, 60), 1)]
+TEXT = tuple(range(3, 33))
+QUESTIONS = [
+    Question(TEXT, (7, 8, 9, 40, 41, 42), 3),
+    Question(TEXT, (11, 5, 90), 1),
+    Question(tuple(range(50, 72)), (1, 2, 60), 1),
+]
 
 
 def loss(model: Llama, question: Question, gates: np.ndarray) -> float:
@@ -50,7 +55,7 @@ def test_importance_is_the_slope_of_the_loss() -> None:
     done: list[int] = []
     got = importance(model, QUESTIONS, sinks=SINKS, recent=RECENT, done=done.append)
     np.testing.assert_allclose(got, np.mean(expected, axis=0), rtol=0.02, atol=0.01)
-    assert done == [1, 2]
+    assert done == [1, 2, 3]
 
 
 def test_layers_with_a_window_have_no_importance() -> None:
